@@ -1,0 +1,52 @@
+# make setup | demo | test | lint. Each command does all its own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test lint clean
+setup: $(READY)
+
+# torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it.
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' requirements.txt)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# The four commands of the README on the sample: tokenizer, token store, pretraining on two processes, a look at it.
+demo: $(READY)
+	rm -rf demo_output
+	$(BIN)/python scripts/train_tokenizer.py --input_file sample_data/articles.txt --model_dir demo_output/tokenizer \
+		--vocab_size 4096
+	$(BIN)/python scripts/prepare_corpus.py --input_file sample_data/articles.txt --tokenizer_dir demo_output/tokenizer \
+		--output_dir demo_output/store --validation_fraction 0.1
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/run_pretraining.py \
+		--config recipes/demo.yaml
+	$(BIN)/python sample_data/fill_mask.py demo_output/bert/final
+	@echo
+	@echo "tokenizer   demo_output/tokenizer    (and tokenizer_report.json in it)"
+	@echo "token store demo_output/store        (look inside: python scripts/prepare_corpus.py --inspect demo_output/store)"
+	@echo "model       demo_output/bert/final   (its README.md is the model card)"
+	@echo "curves      demo_output/bert/curves.png, numbers in log.jsonl; tensorboard --logdir demo_output/bert"
+	@echo
+	@echo "On your own corpus, one sentence a line and a blank line between documents (source .venv/bin/activate first):"
+	@echo "  python scripts/train_tokenizer.py --input_file corpus.txt --model_dir tokenizer --num_files 8"
+	@echo "  python scripts/prepare_corpus.py --input_file corpus.txt --tokenizer_dir tokenizer --output_dir store"
+	@echo "  accelerate launch --config_file accelerate_configs/gpu1.yaml scripts/run_pretraining.py \\"
+	@echo "    --dataset_dir store --model_dir runs/bert --model_type bert-small --do_whole_word_mask"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf demo_output

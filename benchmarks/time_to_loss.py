@@ -1,0 +1,200 @@
+"""Seconds until the same held-out loss: lmscripts against transformers' Trainer doing what run_mlm does.
+
+    python benchmarks/time_to_loss.py --text corpus.txt --tokenizer_dir tokenizer --work_dir work
+
+On a machine that others use, put OMP_WAIT_POLICY=passive in front: threads then wait without burning time.
+
+Three ways train the same BERT (2 layers x 128, 2 heads, ffn 512) from the same weights on the same documents:
+
+    ours          the loop of run_pretraining.py: packed rows of 128, logits at masked tokens only
+    line_by_line  Trainer, a sentence a row, padded to the longest of the batch (run_mlm --line_by_line)
+    group_texts   Trainer, sentences joined and cut into blocks of 128 (run_mlm without it)
+
+All mask 15 % of the tokens, single ones; three constant learning rates per way, about 1,000 text tokens a step, AdamW
+without decay, clipping at 1, dropout 0.1 (none in attention), two threads. Each run lasts `--minutes` of training; its
+clocks stand still while it is scored and while others run: all runs take turns of a few seconds, so that other work on
+the machine meets them alike. The score is the masked-token cross-entropy on the same masked sentences of held-out
+documents, one a row. The target is the best loss that the slowest way reaches; how long each way took to get there is
+interpolated between scorings. Tokenising is not part of the training time and is printed apart. `--tuning` scores on
+other held-out sentences: settings are chosen there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from phases import phases
+from transformers import AutoTokenizer, BertConfig
+from turns import Scorer, Turns, Watch
+from ways import LENGTH, ROWS, WAYS, Lines, Material, run_mlm_dataset, train_ours, train_theirs
+
+from lmscripts.corpus import Span, read_documents
+from lmscripts.preparation import Source, prepare_store
+from lmscripts.text_report import TextReport
+from lmscripts.token_store import in_validation
+
+HELD_OUT = 0.02
+SENTENCES = 1_000
+Run = dict[str, object]
+
+
+def prepare(options: argparse.Namespace) -> tuple[Material, Lines, dict[str, float]]:
+    """Sample documents, tokenise them both ways (kept in the work folder); the material, held-out lines and times."""
+    sample = options.work_dir / f"text_{options.megabytes}.txt"
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    documents = list(read_documents([Span(str(options.text))], TextReport()))
+    random.Random(0).shuffle(documents)
+    sizes = np.cumsum([sum(len(line.encode()) + 1 for line in document) for document in documents])
+    documents = documents[: int(np.searchsorted(sizes, options.megabytes * 1e6)) + 1]
+    sample.write_text("\n".join("".join(f"{line}\n" for line in document) for document in documents), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_dir, local_files_only=True)
+    cache = options.work_dir / f"lines_{options.megabytes}.npz"
+    began, times = time.perf_counter(), {}
+    source = Source((str(sample),), options.tokenizer_dir, validation_fraction=HELD_OUT)
+    store = prepare_store(source, options.work_dir / f"store_{options.megabytes}", num_workers=1)
+    if not cache.exists():
+        times["ours"] = time.perf_counter() - began
+        texts = [line for document in documents for line in document]
+        held_out = np.repeat([in_validation(d, HELD_OUT) for d in documents], [len(d) for d in documents])
+        began = time.perf_counter()
+        ids: Lines = []
+        for start in range(0, len(texts), 1000):
+            ids += tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
+        times["transformers"] = time.perf_counter() - began
+        lengths = [len(line) for line in ids]
+        np.savez(cache, ids=np.concatenate(ids), lengths=lengths, held_out=held_out, times=json.dumps(times))
+    with np.load(cache) as saved:
+        lines = [row.tolist() for row in np.split(saved["ids"].astype(np.int64), np.cumsum(saved["lengths"])[:-1])]
+        held_out, times = saved["held_out"], json.loads(str(saved["times"]))
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    train = [line for line, out in zip(lines, held_out, strict=True) if line and not out]
+    material = Material(store, train, tokenizer, config)
+    return material, [line for line, out in zip(lines, held_out, strict=True) if line and out], times
+
+
+def seconds_to(curve: list[dict[str, float]], target: float, clock: str) -> float:
+    """When a run first reached a loss, linear between scorings; infinity if it never did."""
+    for before, after in zip([None, *curve], curve):
+        if after["loss"] <= target:
+            if before is None:
+                return after[clock]
+            share = (before["loss"] - target) / (before["loss"] - after["loss"])
+            return before[clock] + share * (after[clock] - before[clock])
+    return float("inf")
+
+
+def summarise(runs: list[Run], targets_of: tuple[str, ...]) -> dict[str, object]:
+    """For the best loss of each of the given ways: how long every way took with its best learning rate."""
+    best = {way: min(p["loss"] for run in runs if run["way"] == way for p in run["curve"]) for way in WAYS}
+    summary: dict[str, object] = {"best_loss": best}
+    for way in targets_of:
+        table = {}
+        for clock in ("wall", "cpu"):
+            seconds = {
+                other: min(
+                    (round(seconds_to(run["curve"], best[way], clock), 2), run["learning_rate"])
+                    for run in runs
+                    if run["way"] == other
+                )
+                for other in WAYS
+            }
+            seconds = {other: pair for other, pair in seconds.items() if pair[0] < float("inf")}
+            ratios = {other: round(pair[0] / seconds["ours"][0], 2) for other, pair in seconds.items()}
+            table[clock] = {"seconds_and_rate": seconds, "ratio_to_ours": ratios}
+        summary[f"to the best loss of {way} ({best[way]:.3f})"] = table
+    return summary
+
+
+def show(result: dict[str, object]) -> None:
+    """Print the tables."""
+    print("\nway           rate     steps  real tokens/s  best loss  seconds")
+    for run in result["runs"]:
+        last, low = run["curve"][-1], min(point["loss"] for point in run["curve"])
+        speed = last["real_tokens"] / last["wall"]
+        head = f"{run['way']:<13} {run['learning_rate']:<7g} {last['steps']:>6,}"
+        print(f"{head} {speed:>14,.0f} {low:>10.3f} {last['wall']:>8.0f}")
+    for name, table in result["summary"].items():
+        print(f"\n{name}")
+        for key, value in table.items():
+            print(f"  {key}: {value}")
+    print("\nmicroseconds per real token")
+    for way, spent in result["phases"].items():
+        print(f"{way:<13}", "  ".join(f"{name} {value}" for name, value in spent.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="a sentence a line, blank lines between documents")
+    parser.add_argument("--tokenizer_dir", type=Path, required=True, help="WordPiece, about 8,192 entries")
+    parser.add_argument("--work_dir", type=Path, required=True, help="for the sampled text, its store and its ids")
+    parser.add_argument("--megabytes", type=float, default=20.0, help="of text, whole documents at random")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training per run")
+    parser.add_argument("--ours_minutes", type=float, default=2.0, help="the same for ours, which needs less")
+    for way in WAYS:
+        parser.add_argument(f"--{way}_rates", type=float, nargs="*", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--turn_seconds", type=float, default=3.0, help="of a run before the next has its turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tuning", action="store_true", help="score on the held-out sentences kept for tuning")
+    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "time_to_loss.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    material, held_out, times = prepare(options)
+    random.Random(1).shuffle(held_out)
+    sentences = held_out[SENTENCES : 2 * SENTENCES] if options.tuning else held_out[:SENTENCES]
+    score = Scorer(sentences, material.tokenizer, LENGTH)
+    datasets = {way: run_mlm_dataset(way, material) for way in WAYS[1:]}
+    print(f"{len(material.lines):,} lines to train on, {score.targets:,} masked tokens to score", flush=True)
+    minutes = dict.fromkeys(WAYS, options.minutes) | {"ours": options.ours_minutes}
+    result: dict[str, object] = {
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "settings": {"minutes": minutes, "rows_of_a_step": ROWS, "megabytes": options.megabytes},
+        "seconds_to_tokenise": {name: round(value, 1) for name, value in times.items()},
+    }
+    rates = {way: getattr(options, f"{way}_rates") for way in WAYS}
+    plan = [(way, rates[way][n]) for n in range(max(map(len, rates.values()))) for way in WAYS if n < len(rates[way])]
+    turns = Turns(len(plan), options.turn_seconds)
+    watches = [Watch(score, 60 * minutes[way], turns, number) for number, (way, _) in enumerate(plan)]
+
+    def job(way: str, rate: float, watch: Watch) -> None:
+        if way == "ours":
+            train_ours(material, rate, watch)
+        else:
+            train_theirs(way, datasets[way], material, rate, watch)
+        print(f"{way} {rate:g}: {watch.curve[-1]}", flush=True)
+
+    turns.run([partial(job, *run, watch) for run, watch in zip(plan, watches)], options.threads)
+    runs: list[Run] = [
+        {"way": way, "learning_rate": rate, "curve": watch.curve} for (way, rate), watch in zip(plan, watches)
+    ]
+    result["runs"] = runs
+    result["phases"] = {way: phases(way, material, datasets.get(way), num_steps=20) for way in WAYS}
+    result["summary"] = summarise(runs, ("line_by_line", "group_texts")) if all(rates.values()) else {}
+    options.result.parent.mkdir(exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Library behind the scripts: plain values in, tested answers out."""

@@ -1,0 +1,131 @@
+"""Attention that keeps the documents of a packed row apart, on every path that transformers offers.
+
+Restarted position ids alone do not isolate documents in BERT, RoBERTa, ELECTRA or ModernBERT, and a 4-D boolean mask
+leaks under eager attention. An additive float mask is right under "eager" and "sdpa". On CUDA with fp16 or bf16
+"varlen" calls the flash kernel on the concatenated segments and needs no mask at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+AttentionPath = Literal["eager", "sdpa", "varlen"]
+VARLEN = "lmscripts_varlen"
+
+
+def additive_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, T, T) mask: 0 where query and key lie in the same segment, the lowest number of `dtype` elsewhere.
+
+    Args:
+        segments: (B, T) integers; empty positions hold -1 and see each other, so no row of the softmax is empty.
+        dtype: of the queries.
+    """
+    apart = segments[:, None, :, None] != segments[:, None, None, :]
+    mask = torch.zeros(apart.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(apart, torch.finfo(dtype).min)
+
+
+def attention_inputs(path: AttentionPath, batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments for an encoder's forward that isolate the segments of `batch`.
+
+    Args:
+        path: how attention is computed; for "varlen" the model must have been built by `use_attention`.
+        batch: holds "segments" (B, T) and, for "varlen", "segment_ends" (B * T + 1,), see `segment_ends`. A batch
+            without "segments" has one segment per row and no empty position: nothing needs masking.
+        dtype: dtype of the queries.
+    """
+    if path == "varlen":
+        ends = batch["segment_ends"]
+        length = batch["input_ids"].shape[1]
+        return {"attention_mask": None, "cu_seq_lens_q": ends, "max_length_q": length}
+    if "segments" not in batch:
+        return {"attention_mask": None}
+    return {"attention_mask": additive_mask(batch["segments"], dtype)}
+
+
+def segment_ends(segments: Tensor, capacity: int) -> Tensor:
+    """(capacity,) int32 cumulative lengths 0, l1, l1 + l2, ... of the segments of all rows, for varlen attention.
+
+    The empty end of a row counts as a segment. Unused entries repeat the total, so the shape does not depend on the
+    number of segments.
+
+    Args:
+        segments: (B, T) integers.
+        capacity: at least the number of segments + 1.
+    """
+    changes = torch.ones_like(segments, dtype=torch.bool)
+    changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = changes.reshape(-1).nonzero().squeeze(1)
+    ends = torch.full((capacity,), segments.numel(), dtype=torch.int32, device=segments.device)
+    ends[: starts.numel()] = starts.to(torch.int32)
+    return ends
+
+
+def _varlen_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface over the flash varlen kernel; SDPA with a mask where there is none.
+
+    Args:
+        module: not used.
+        query: (B, heads, T, d).
+        key: the same.
+        value: the same.
+        attention_mask: not used; the segments are given by `cu_seq_lens_q`.
+        cu_seq_lens_q: see `segment_ends`.
+        max_length_q: T.
+        dropout: must be 0, the kernel has none.
+        scaling: factor of the scores.
+
+    Returns:
+        (B, T, heads, d), and None for the weights.
+    """
+    if dropout:
+        raise ValueError(f"varlen attention has no dropout, got {dropout}: set the attention dropout to 0")
+    rows, heads, length, width = query.shape
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x.transpose(1, 2).reshape(rows * length, heads, width) for x in (query, key, value))
+        ends = cu_seq_lens_q
+        out: Tensor = varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)  # type: ignore[assignment]
+        return out.view(rows, length, heads, width), None
+    at = torch.arange(rows * length, device=query.device)
+    segments = torch.searchsorted(cu_seq_lens_q, at, right=True, out_int32=True).view(rows, length)
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=additive_mask(segments, query.dtype), scale=scaling
+    )
+    return out.transpose(1, 2), None
+
+
+def use_attention(path: AttentionPath) -> str:
+    """The name to give as `attn_implementation` when a model is built; registers "varlen" with transformers."""
+    if path != "varlen":
+        return path
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(VARLEN, _varlen_forward)
+    return VARLEN
+
+
+def choose_attention(wanted: str, device: str, precision: str, attention_dropout: float) -> AttentionPath:
+    """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16, no attention dropout), else sdpa."""
+    if wanted == "auto":
+        fits = device == "cuda" and precision in ("fp16", "bf16") and attention_dropout == 0
+        return "varlen" if fits else "sdpa"
+    if wanted not in ("eager", "sdpa", "varlen"):
+        raise ValueError(f"attention must be auto, eager, sdpa or varlen, got {wanted}")
+    return wanted  # type: ignore[return-value]

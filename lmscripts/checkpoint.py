@@ -1,0 +1,189 @@
+"""Checkpoints: whole or absent, checked before they are used, and loadable by transformers as they are.
+
+`RUN/checkpoint-STEP/` holds what `save_pretrained` writes and the tokenizer, `optimizer.safetensors`,
+`training_state.json`, and `checksums.json`, written last. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lmscripts.errors import UserError
+from lmscripts.files import file_sha256, new_folder, remove_leftovers
+
+_NAME = re.compile(r"checkpoint-(\d+)$")
+_CHECKSUMS = "checksums.json"
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Step of a checkpoint folder by its name; None for any other folder."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    folders = [path for path in run_dir.glob("checkpoint-*") if checkpoint_step(path) is not None and path.is_dir()]
+    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, write_model: Callable[[Path], None], tensors: dict[str, Tensor], state: dict[str, Any]
+) -> Path:
+    """Write a checkpoint aside, flush it to the disk and rename it. Called by one process.
+
+    Args:
+        run_dir: the run's folder.
+        step: optimizer steps done.
+        write_model: writes the model and tokenizer files into the folder it is given.
+        tensors: optimizer state, from `optimizer_state`.
+        state: everything else, as JSON.
+
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
+    """
+    folder = run_dir / f"checkpoint-{step}"
+    remove_leftovers(folder)
+    try:
+        with new_folder(folder) as aside:
+            write_model(aside)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / "optimizer.safetensors")
+            text = json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True)
+            (aside / "training_state.json").write_text(text + "\n", encoding="utf-8")
+            write_checksums(aside)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(run_dir).free
+        raise UserError(
+            f"could not save {folder} ({error}); {free:,} bytes are free there. Earlier checkpoints are untouched"
+        ) from None
+    return folder
+
+
+def write_checksums(folder: Path) -> None:
+    """Write size and sha256 of every file of a folder into checksums.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+    (folder / _CHECKSUMS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file is as it was written."""
+    try:
+        facts = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name, fact in facts.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != fact["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {fact['bytes']}"
+            if file_sha256(path) != fact["sha256"]:
+                return f"{name} has another content than was written"
+    except FileNotFoundError:
+        return f"{_CHECKSUMS} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_CHECKSUMS} is damaged"
+    return None
+
+
+def newest_whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written.
+
+    Damaged ones are renamed to NAME.damaged, so that their steps can be saved again.
+
+    Returns:
+        The folder, None if there is none, and a sentence for each damaged folder passed over.
+    """
+    sentences: list[str] = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, sentences
+        aside = folder.with_name(f"{folder.name}.damaged")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"{folder.name}.damaged-{number}")
+        folder.rename(aside)
+        sentences.append(f"{folder.name} is damaged ({damage}): renamed to {aside.name}, the one before is taken")
+    return None, sentences
+
+
+def prune_checkpoints(run_dir: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Remove old checkpoints, never the newest `keep_last` (at least one) nor those at multiples of `keep_every`."""
+    for folder in list_checkpoints(run_dir)[: -max(1, keep_last)]:
+        step = checkpoint_step(folder) or 0
+        if not (keep_every and step % keep_every == 0):
+            doomed = folder.with_name(f".{folder.name}.removed")
+            folder.rename(doomed)  # so that a half removed checkpoint is never found by its name
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered first if it is sharded (FSDP2); a collective operation in that case."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered.detach().to("cpu", copy=True)
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights on the CPU, gathered from all processes if they are sharded. Every process must call it."""
+    return {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state by parameter name. Every process must call it.
+
+    Returns:
+        Tensors named "parameter/key", and the numbers of each parameter group (such as its step).
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = _whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+    numbers = (int, float, bool, str, type(None), list, tuple)
+    groups = [{k: v for k, v in g.items() if k != "params" and isinstance(v, numbers)} for g in optimizer.param_groups]
+    return tensors, groups
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, file: Path, groups: list[dict[str, Any]]
+) -> None:
+    """Put a saved state back; parameters that had none (never stepped) keep none.
+
+    Raises:
+        UserError: the file names other parameters than the model has.
+    """
+    saved: dict[str, dict[str, Tensor]] = {}
+    for entry, tensor in load_file(file).items():
+        owner, key = entry.rsplit("/", 1)
+        saved.setdefault(owner, {})[key] = tensor
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(set(saved) - set(parameters)):
+        raise UserError(f"{file} holds state of the parameter {unknown[0]}, which the model has not")
+    for name, state in saved.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {key: _placed(value, parameter) for key, value in state.items()}
+    for group, numbers in zip(optimizer.param_groups, groups, strict=True):
+        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()})
+
+
+def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A saved tensor where its parameter lives, sharded like it when the shapes agree."""
+    if hasattr(parameter, "device_mesh") and tensor.shape == parameter.shape:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    # A step counter stays where the fused kernels want it: on the parameter's device.
+    return tensor.to(parameter.device)

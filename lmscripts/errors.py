@@ -1,0 +1,60 @@
+"""Errors that are the user's to solve."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """One sentence for the user: what is wrong, both values, the way out."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Wrap a script's main: what the user can solve ends as one sentence on standard error and exit code 2.
+
+    Covers `UserError`, `OSError` (missing file, permission, full disk; with the file's name) and an interrupt from
+    the keyboard. Anything else is a fault of the program and keeps its traceback.
+
+    Raises:
+        SystemExit: with code 2, after the sentence was written.
+    """
+    try:
+        yield
+    except UserError as error:
+        _end_with(str(error))
+    except OSError as error:
+        _end_with(describe_os_error(error))
+    except KeyboardInterrupt:
+        _end_with("stopped from the keyboard")
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the operating system refused and for which file, in one sentence."""
+    reason = error.strerror or str(error) or type(error).__name__
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return f"{' -> '.join(names)}: {reason}" if names else reason
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an `OSError` that names no file (a full disk says so while writing) the name of what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def _end_with(sentence: str) -> None:
+    # A second line would hide the sentence among the output of other processes.
+    one_line = " ".join(sentence.split())
+    try:
+        sys.stderr.write(f"error: {one_line}\n")
+        sys.stderr.flush()
+    finally:
+        sys.exit(2)

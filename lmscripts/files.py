@@ -1,0 +1,111 @@
+"""Writing files and folders so that a reader sees the whole thing or nothing, whenever the writer is stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmscripts.errors import UserError
+
+_HOST = re.sub(r"\W", "_", socket.gethostname())
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that an earlier one is never half overwritten."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder and the folder entries themselves to the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Set files to 0666 and folders to 0777 less the umask: safetensors writes 0600 whatever the umask is."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    folder.chmod(0o777 & ~umask)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`; when the block ends well it is flushed and renamed to `folder`.
+
+    When the block fails the temporary folder is removed. What a killed process left is removed by the next one.
+
+    Raises:
+        UserError: `folder` exists already.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; nothing was changed. Choose another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.aside-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:6]}")
+    aside.mkdir()
+    try:
+        yield aside
+        give_usual_modes(aside)
+        sync_folder(aside)
+        os.rename(aside, folder)
+        _fsync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what earlier, killed writers of `folder` left beside it; returns what was removed.
+
+    Only folders of this machine whose process is gone are touched, judged by the names of both in theirs.
+    """
+    removed = []
+    for path in folder.parent.glob(f".{folder.name}.aside-{_HOST}-*"):
+        number = path.name.rsplit("-", 2)[-2]
+        if number.isdigit() and not _alive(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

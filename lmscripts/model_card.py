@@ -1,0 +1,129 @@
+"""The model card: what was trained, what was measured, how to use it, where it ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from lmscripts.packing import Rows, read_rows
+from lmscripts.pretraining import PretrainingData
+from lmscripts.tracking import read_log, versions
+
+
+def model_card(title: str, pipeline: str, rows: dict[str, str], options_yaml: str, examples: list[str]) -> str:
+    """Text of a model card.
+
+    Args:
+        title: heading.
+        pipeline: task name of transformers' pipeline.
+        rows: table of what was measured, name to value.
+        options_yaml: the options that repeat the run.
+        examples: lines to show, such as fill-mask answers.
+    """
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    shown = "\n".join(f"- {example}" for example in examples)
+    return f"""---
+library_name: transformers
+pipeline_tag: {pipeline}
+---
+
+# {title}
+
+Trained from scratch on raw text. Every number below was measured in this run.
+
+| what | value |
+|---|---|
+{table}
+
+## Examples
+
+{shown}
+
+## Use
+
+```python
+from transformers import pipeline
+
+model = pipeline("{pipeline}", model="PATH/TO/THIS/FOLDER")
+```
+
+## Limits
+
+The biases and gaps of the text are those of the model. The held-out text comes from the same corpus: how well the model
+does on other text was not measured.
+
+## How it was made
+
+{used}; {sys.platform}
+
+```yaml
+{options_yaml.strip()}
+```
+"""
+
+
+def mlm_card(title: str, data: PretrainingData, log_file: Path, options_yaml: str, model_dir: Path) -> str:
+    """Model card of a masked language model from its folder and the log of its run.
+
+    Args:
+        title: heading.
+        data: of the run.
+        log_file: log.jsonl of the run.
+        options_yaml: the options that repeat it.
+        model_dir: folder with model and tokenizer.
+    """
+    model = AutoModelForMaskedLM.from_pretrained(model_dir, local_files_only=True)
+    records = read_log(log_file)
+    trained = [record for record in records if "tokens_per_second" in record]
+    rows = {
+        "parameters": f"{model.num_parameters():,}",
+        "text": f"{data.train[1].real_tokens:,} tokens",
+        "training": f"{data.num_steps:,} steps of {data.batch_size} rows of {data.layout.sequence_length} tokens",
+        "real tokens seen": f"{trained[-1]['tokens']:,.0f}" if trained else "0",
+        "speed": f"{median(record['tokens_per_second'] for record in trained):,.0f} real tokens/s" if trained else "",
+    }
+    for record in [record for record in records if "eval_loss" in record][-1:]:
+        rows["held-out loss"] = f"{record['eval_loss']:.4f} nats per masked token"
+        rows["held-out accuracy"] = f"{record['eval_accuracy']:.2%} of the masked tokens"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    part, index = data.held_out or data.train
+    shown = read_rows(part, index, np.arange(min(3, index.num_rows)), data.layout)
+    examples = fill_mask_examples(model, tokenizer, data, shown)
+    return model_card(title, "fill-mask", rows, options_yaml, examples)
+
+
+def fill_mask_examples(
+    model: Any, tokenizer: PreTrainedTokenizerBase, data: PretrainingData, rows: Rows, most_tokens: int = 40
+) -> list[str]:
+    """For the first segment of each row, the model's three best answers for one of its words.
+
+    Args:
+        model: a masked language model from transformers.
+        tokenizer: of the model.
+        data: says which ids are special.
+        rows: B rows of held-out text.
+        most_tokens: tokens of each row to show.
+    """
+    examples = []
+    device = next(model.parameters()).device
+    for ids, content, segments in zip(rows.ids, rows.content, rows.segments, strict=True):
+        text = [int(i) for i in ids[content & (segments == 0)][:most_tokens]]
+        if len(text) < 5:
+            continue
+        place = len(text) // 2
+        answer, text[place] = text[place], data.masking.mask_id
+        begin = [] if data.layout.begin_id is None else [data.layout.begin_id]
+        inputs = torch.tensor([[*begin, *text, data.layout.end_id]], device=device)
+        with torch.no_grad():
+            logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, len(begin) + place]
+        best = tokenizer.convert_ids_to_tokens(logits.topk(3).indices.tolist())
+        right = tokenizer.convert_ids_to_tokens(answer)
+        examples.append(f"{tokenizer.decode(text)} → {', '.join(best)} (the text has {right})")
+    return examples

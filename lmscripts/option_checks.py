@@ -1,0 +1,86 @@
+"""Numbers and combinations of options that make no sense, refused before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lmscripts.errors import UserError
+
+# Options of run_pretraining.py by the bounds of their values.
+POSITIVE: tuple[str, ...] = (
+    "batch_size",
+    "micro_batch_size",
+    "max_steps",
+    "epochs",
+    "save_steps",
+    "logging_steps",
+    "eval_every",
+)
+POSITIVE += ("stop_at_step", "learning_rate", "sequence_length", "decay_steps", "expected_processes", "timeout")
+POSITIVE += ("num_workers",)
+NOT_NEGATIVE = ("warmup_steps", "eval_rows", "keep_last", "keep_every", "weight_decay", "epsilon", "max_grad_norm")
+BELOW_ONE = ("hidden_dropout", "attention_dropout", "beta1", "beta2", "final_lr_ratio", "validation_fraction")
+
+
+def check_numbers(
+    values: Mapping[str, Any],
+    *,
+    positive: Iterable[str] = (),
+    not_negative: Iterable[str] = (),
+    below_one: Iterable[str] = (),
+) -> None:
+    """Check options by name; None is always fine.
+
+    Args:
+        values: option names and values.
+        positive: must be greater than 0.
+        not_negative: must be at least 0.
+        below_one: must be at least 0 and less than 1.
+
+    Raises:
+        UserError: names the option, its bounds and its value.
+    """
+    limits: tuple[tuple[Iterable[str], str, Callable[[float], bool]], ...] = (
+        (positive, "greater than 0", lambda value: value > 0),
+        (not_negative, "at least 0", lambda value: value >= 0),
+        (below_one, "at least 0 and less than 1", lambda value: 0 <= value < 1),
+    )
+    for names, bounds, fits in limits:
+        for name in names:
+            if values[name] is not None and not fits(values[name]):
+                raise UserError(f"--{name} must be {bounds}, got {values[name]}")
+
+
+def check_useless(values: Mapping[str, Any], why: str, *names: str) -> None:
+    """Refuse options that were given although they would have no effect.
+
+    Raises:
+        UserError: names the option and why.
+    """
+    for name in names:
+        if values[name] not in (None, ()):
+            raise UserError(f"--{name} {values[name]} has no effect {why}")
+
+
+def check_pretraining(values: Mapping[str, Any]) -> None:
+    """Check the options of run_pretraining.py by themselves, before preset and text are known.
+
+    Raises:
+        UserError: a number out of its bounds, options that contradict each other, or one that would be ignored.
+    """
+    check_numbers(values, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
+    max_steps, epochs, decay_steps = (values[name] for name in ("max_steps", "epochs", "decay_steps"))
+    if max_steps is not None and epochs is not None:
+        raise UserError(f"--max_steps {max_steps} and --epochs {epochs} both say how long: give one")
+    if (decay_steps is not None) != (values["schedule"] == "wsd"):
+        raise UserError(f"--decay_steps {decay_steps} is not for --schedule {values['schedule']}; wsd needs it")
+    if values["attention"] == "varlen" and values["attention_dropout"] > 0:
+        raise UserError(f"--attention varlen has no dropout, but --attention_dropout is {values['attention_dropout']}")
+    shares = values["process_shares"]
+    if shares and (min(shares) < 0 or sum(shares) == 0):
+        raise UserError(f"--process_shares must be at least 0 and not all 0, got {' '.join(map(str, shares))}")
+    if values["schedule"] == "constant":
+        check_useless(values, "with --schedule constant", "final_lr_ratio")
+    if values["dataset_dir"] is not None:
+        check_useless(values, "with --dataset_dir", "validation_fraction", "num_workers")

@@ -1,0 +1,139 @@
+"""From text files and a tokenizer to a token store, or to the one that was made of them before."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lmscripts.corpus import Span, TextReport, batches, find_files, read_documents, source_fingerprint
+from lmscripts.errors import UserError
+from lmscripts.files import remove_leftovers
+from lmscripts.token_store import Documents, TokenStore, build_store, open_store, store_fingerprint
+from lmscripts.tokenization import load_encoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a store is made of.
+
+    Attributes:
+        input_files: files, globs or folders of text.
+        tokenizer_dir: tokenizer folder.
+        validation_fraction: share of documents held out by hash; ignored when there are validation files.
+        validation_files: text of its own for the validation part.
+        max_documents: read no more than so many documents of the input.
+        document_per_line: .txt files hold one document a line instead of one sentence.
+        text_column: column of tables and JSON lines.
+    """
+
+    input_files: tuple[str, ...]
+    tokenizer_dir: Path
+    validation_fraction: float = 0.01
+    validation_files: tuple[str, ...] = ()
+    max_documents: int | None = None
+    document_per_line: bool = False
+    text_column: str = "text"
+
+    def options(self) -> dict[str, Any]:
+        """The options that change the content of the store."""
+        return {
+            "validation_fraction": 0.0 if self.validation_files else self.validation_fraction,
+            "max_documents": self.max_documents,
+            "document_per_line": self.document_per_line,
+            "text_column": self.text_column,
+        }
+
+
+def describe_source(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Fingerprint of the store that a source would give, and the facts of its text and tokenizer.
+
+    Raises:
+        UserError: a file is missing or unreadable, the tokenizer does not load, the fraction is not in [0, 1).
+    """
+    if not 0 <= source.validation_fraction < 1:
+        raise UserError(f"--validation_fraction must be at least 0 and less than 1, got {source.validation_fraction}")
+    train = find_files(source.input_files)
+    held_out = find_files(source.validation_files) if source.validation_files else []
+    encoder = load_encoder(str(source.tokenizer_dir))
+    texts = [source_fingerprint(files) for files in (train, held_out) if files]
+    text: dict[str, Any] = {
+        "fingerprint": texts[0] if len(texts) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest(),
+        "files": [path.name for path in train],
+        "validation_files": [path.name for path in held_out],
+    }
+    tokenizer = {
+        "fingerprint": encoder.fingerprint,
+        "description": encoder.description,
+        "vocab_size": encoder.vocab_size,
+    }
+    return store_fingerprint(text["fingerprint"], encoder.fingerprint, source.options()), text, tokenizer
+
+
+def _documents(files: Sequence[Path], source: Source, report: TextReport) -> Iterator[Documents]:
+    documents = read_documents(
+        [Span(str(path)) for path in files],
+        report,
+        document_per_line=source.document_per_line,
+        text_column=source.text_column,
+    )
+    return batches(islice(documents, source.max_documents))
+
+
+def prepare_store(
+    source: Source, folder: Path, num_workers: int, progress: Callable[[int], None] = lambda _: None
+) -> TokenStore:
+    """Build the store of a source in `folder`, or open it if it stands there already.
+
+    Raises:
+        UserError: another store or anything else is at `folder`, or the source is unusable.
+    """
+    if not source.tokenizer_dir.is_dir():
+        raise UserError(f"{source.tokenizer_dir} is not a tokenizer folder; make one with train_tokenizer.py")
+    fingerprint, text, tokenizer = describe_source(source)
+    if folder.exists():
+        store = open_store(folder, tokenizer["fingerprint"])
+        if store.fingerprint != fingerprint:
+            raise UserError(
+                f"the store {folder} was made from another text or with other options (its fingerprint is "
+                f"{store.fingerprint[:16]}, this text and these options give {fingerprint[:16]}); choose another folder"
+            )
+        return store
+    remove_leftovers(folder)
+    report = TextReport()
+    held_out = find_files(source.validation_files) if source.validation_files else None
+    return build_store(
+        folder,
+        _documents(find_files(source.input_files), source, report),
+        tokenizer_dir=source.tokenizer_dir,
+        tokenizer_facts=tokenizer,
+        source_facts=text,
+        options=source.options(),
+        validation_batches=None if held_out is None else _documents(held_out, source, report),
+        num_workers=num_workers,
+        text_report=report.as_dict,
+        progress=progress,
+    )
+
+
+def prepare_beside(source: Source, run_dir: Path, num_workers: int) -> TokenStore:
+    """The store of a source, beside a run's folder under a name with its fingerprint.
+
+    Called before the processes join, by all of them: the first of each machine builds and the others wait for the
+    folder to appear, so that no collective operation is waiting meanwhile.
+    """
+    folder = run_dir.parent / f"token_store-{describe_source(source)[0][:12]}"
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            return prepare_store(source, folder, num_workers)
+        except (UserError, OSError):
+            if not folder.exists():
+                raise
+    while not folder.exists():
+        time.sleep(0.2)
+    return open_store(folder)

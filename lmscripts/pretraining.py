@@ -1,0 +1,246 @@
+"""The data side of a pretraining run: which rows each process computes in each step, and the fixed held-out rows."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
+
+from lmscripts.attention import AttentionPath, segment_ends
+from lmscripts.distributed import micro_batches
+from lmscripts.errors import UserError
+from lmscripts.loader import pin
+from lmscripts.masking import MaskingPlan, expand_ranges, prediction_slots
+from lmscripts.objectives import masked_batches
+from lmscripts.optim import lr_at
+from lmscripts.order import rows_at, stream_key
+from lmscripts.packing import Layout, Packing, RowIndex, read_rows, row_index
+from lmscripts.token_store import Part, TokenStore
+from lmscripts.tokenizer_folder import read_record
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = dict[str, Tensor]
+Counts = dict[str, float]
+_UNUSED = re.compile(r"[\[<]unused\d+[\]>]")
+_TOKENS_AT_ONCE = 1 << 17  # tokens laid out and masked together
+_EVAL_SEED = 0x5EED  # held-out masks are the same for every run, whatever its seed
+
+
+@dataclass(frozen=True)
+class PretrainingData:
+    """Rows of a run as a function of the step.
+
+    Attributes:
+        train: training part and the index of its rows. held_out: the same of the validation part, if it has any rows.
+        layout: how documents lie in rows.
+        masking: what is masked.
+        attention: the path, which decides what a batch must bring.
+        seed: decides order and masks.
+        batch_size: rows of an optimizer step over all processes.
+        shares: rows of each process in a full step.
+        micro_batch_size: most rows of one forward pass.
+        total_rows: rows of the whole schedule; the last step may be smaller than the others.
+        most_eval_rows: held-out rows to evaluate on, at most.
+        pin_memory: put batches where a GPU can fetch them without blocking.
+    """
+
+    train: tuple[Part, RowIndex]
+    held_out: tuple[Part, RowIndex] | None
+    layout: Layout
+    masking: MaskingPlan
+    attention: AttentionPath
+    seed: int
+    batch_size: int
+    shares: list[int]
+    micro_batch_size: int
+    total_rows: int
+    most_eval_rows: int
+    pin_memory: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole schedule."""
+        return -(-self.total_rows // self.batch_size)
+
+    @property
+    def num_eval_rows(self) -> int:
+        """Held-out rows to evaluate on; 0 without a validation part."""
+        return 0 if self.held_out is None else min(self.most_eval_rows, self.held_out[1].num_rows)
+
+    def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
+        """Micro-batches of one process for the steps [first, stop), with the counts of their targets.
+
+        A process without rows in a step gets one row of weight 0, so that the collective operations stay aligned.
+        """
+        pieces = self._pieces(first, stop, process)
+        for _, group in groupby(self._batches(pieces), key=lambda piece: piece[0]):
+            made = [(batch, counts) for _, batch, counts in group]
+            counts = {name: sum(c[name] for _, c in made) for name in made[0][1]}
+            yield [batch for batch, _ in made], counts
+
+    def _pieces(self, first: int, stop: int, process: int) -> Iterator[tuple[int, int, int]]:
+        """Micro-batches as (step, position of the first row, rows); no rows for an idle process."""
+        before = sum(self.shares[:process])
+        for step in range(first, stop):
+            begin = step * self.batch_size
+            left = max(0, min(self.batch_size, self.total_rows - begin) - before)
+            position = begin + before
+            for size in micro_batches(min(self.shares[process], left), self.micro_batch_size) or [0]:
+                yield step, position, size
+                position += size
+
+    def _batches(self, pieces: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, Batch, Counts]]:
+        """The batches of the pieces. Many are laid out and masked at once, which is several times faster."""
+        at_once = max(1, _TOKENS_AT_ONCE // (self.layout.sequence_length * self.micro_batch_size))
+        while chunk := list(islice(pieces, at_once)):
+            sizes = [max(1, size) for _, _, size in chunk]
+            starts = np.array([position for _, position, _ in chunk])
+            positions = expand_ranges(starts, np.array(sizes))
+            rows, epochs = rows_at(positions, self.train[1].num_rows, self.seed)
+            made = self._masked(self.train, rows, epochs, self.seed, sizes)
+            for (step, _, size), (batch, counts) in zip(chunk, made, strict=True):
+                if size == 0:
+                    batch["weights"].zero_()
+                yield step, batch, (counts if size else dict.fromkeys(counts, 0.0))
+
+    def eval_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, Counts]:
+        """Held-out rows by number, with masks that never change."""
+        assert self.held_out is not None
+        return self._masked(self.held_out, rows, np.zeros_like(rows), _EVAL_SEED, [rows.size])[0]
+
+    def _masked(
+        self,
+        part: tuple[Part, RowIndex],
+        rows: NDArray[np.int64],
+        epochs: NDArray[np.int64],
+        seed: int,
+        sizes: list[int],
+    ) -> list[tuple[Batch, Counts]]:
+        laid_out = read_rows(*part, rows, self.layout)
+        made = masked_batches(laid_out, rows, epochs, stream_key(seed, 0x3A5C), self.masking, sizes)
+        if self.attention == "varlen":
+            most, begin = int(np.diff(part[1].first_segment).max()) + 1, 0
+            for (batch, _), size in zip(made, sizes, strict=True):
+                segments = from_numpy(laid_out.segments[begin : begin + size])
+                batch["segment_ends"] = segment_ends(segments, size * most + 1)
+                begin += size
+        return [(pin(batch), counts) for batch, counts in made] if self.pin_memory else made
+
+
+def special_ids(tokenizer: Any, needed: tuple[str, ...] = ("pad", "cls", "sep", "mask")) -> dict[str, int]:
+    """Ids of the special tokens that an objective needs.
+
+    Raises:
+        UserError: the tokenizer lacks one.
+    """
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in needed}
+    if missing := [name for name, number in ids.items() if number is None]:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no {missing[0]} token, which this objective needs")
+    return ids
+
+
+def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
+    """Compare options that describe the tokenizer with the tokenizer there is.
+
+    Args:
+        tokenizer: from transformers.
+        wanted: tokenizer_type and mecab_dic as the user gave them; None is not checked.
+
+    Raises:
+        UserError: they differ.
+    """
+    settings = tokenizer.init_kwargs
+    kind = (read_record(Path(tokenizer.name_or_path)) or {}).get("tokenizer_type")  # of a tokenizer of ours
+    kind = kind or settings.get("subword_tokenizer_type")
+    if kind is None and tokenizer.is_fast:
+        kind = type(tokenizer.backend_tokenizer.model).__name__.lower()
+    found = {"tokenizer_type": "unigram" if kind == "sentencepiece" else kind}
+    found["mecab_dic"] = (settings.get("mecab_kwargs") or {}).get("mecab_dic")
+    for name, value in wanted.items():
+        if value is not None and value != found[name]:
+            raise UserError(f"--{name} is {value}, but the tokenizer says {found[name]}")
+
+
+def replacement_ids(tokenizer: Any) -> NDArray[np.int32]:
+    """Ids that a masked token may be replaced by: the vocabulary without special and reserved tokens."""
+    special = set(tokenizer.all_special_ids)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    ids = sorted(i for token, i in vocabulary.items() if i not in special and not _UNUSED.fullmatch(token))
+    return np.array(ids, np.int32)
+
+
+def open_rows(store: TokenStore, part_name: str, layout: Layout) -> tuple[Part, RowIndex] | None:
+    """One part of a store with the index of its rows, built on first use; None when the part is empty.
+
+    The index is kept in `rows/` inside the store or, where the store may not be written, among the temporary files.
+    """
+    part = store.part(part_name)
+    if part.tokens.size == 0:
+        return None
+    cache_dir = store.folder / "rows"
+    if not os.access(store.folder, os.W_OK):
+        cache_dir = Path(tempfile.gettempdir()) / f"lmscripts_rows_{store.fingerprint[:16]}"
+    return part, row_index(part, store.fingerprint, layout, cache_dir)
+
+
+def mlm_layout(tokenizer: Any, sequence_length: int, packing: Packing) -> Layout:
+    """Rows of [CLS] text [SEP].
+
+    Raises:
+        UserError: the tokenizer lacks a special token.
+    """
+    ids = special_ids(tokenizer)
+    return Layout(sequence_length, packing, begin_id=ids["cls"], end_id=ids["sep"], pad_id=ids["pad"])
+
+
+def total_rows(train: tuple[Part, RowIndex], batch_size: int, max_steps: int | None, epochs: float | None) -> int:
+    """Rows of a schedule given in steps or else in passes over the training rows."""
+    return batch_size * max_steps if max_steps else max(1, round((epochs or 0) * train[1].num_rows))
+
+
+def mlm_masking(tokenizer: Any, layout: Layout, probability: float, whole_words: bool) -> MaskingPlan:
+    """BERT's corruption with a fixed number of slots per row.
+
+    Raises:
+        UserError: the probability is not in (0, 1).
+    """
+    if not 0 < probability < 1:
+        raise UserError(f"--mask_probability must lie between 0 and 1, got {probability}")
+    slots = prediction_slots(probability, layout.most_real_tokens)
+    return MaskingPlan(probability, slots, tokenizer.mask_token_id, replacement_ids(tokenizer), whole_words)
+
+
+def plan_text(data: PretrainingData, schedule: dict[str, Any], accelerator: Accelerator, parameters: int) -> str:
+    """The plan of a run in words: model, rows, steps, rates, processes, memory, disk."""
+    index, layout, masking = data.train[1], data.layout, data.masking
+    last = data.num_steps - 1
+    corners = sorted({0, min(schedule["warmup_steps"], last), last // 2, last})
+    rates = ", ".join(f"step {step + 1:,} {lr_at(step, **schedule):.2e}" for step in corners)
+    if schedule["warmup_steps"] > last:
+        rates += f"; the warmup of {schedule['warmup_steps']:,} steps is longer than the run"
+    unit = "whole words" if masking.whole_words else "single tokens"
+    lines = {
+        "model": f"{parameters:,} parameters",
+        "text": f"{index.real_tokens:,} tokens in {index.num_rows:,} rows of {layout.sequence_length}, "
+        f"{index.fill(layout):.2%} full, {layout.packing}; {data.num_eval_rows:,} rows held out",
+        "objective": f"{masking.probability:.0%} of the tokens masked as {unit}, {masking.slots} slots a row",
+        "steps": f"{data.num_steps:,} of {data.batch_size} rows, {data.total_rows / index.num_rows:.2f} epochs of "
+        f"{index.num_rows / data.batch_size:,.1f} steps",
+        "rates": f"{schedule['schedule']}: {rates}",
+        "processes": f"{accelerator.num_processes} on {accelerator.device.type}; rows of a step {data.shares}, at most "
+        f"{data.micro_batch_size} at once; precision {accelerator.mixed_precision}, attention {data.attention}",
+        "memory": f"about {16 * parameters / 2**20:,.0f} MiB per process for weights, gradients and moments",
+        "disk": f"about {12 * parameters / 2**20:,.0f} MiB a checkpoint",
+    }
+    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())

@@ -1,0 +1,378 @@
+"""Training of vocabularies from files of words (joined by single spaces, one sentence a line) or of plain text.
+
+Each function gives the same result in every process: whatever depends on the order of a hash table or on the number
+of threads inside the training libraries is fixed here beforehand. Memory grows with the number of different words,
+not with the text; text that is not cut into words is sampled instead.
+
+The vocabulary always starts with [PAD] [UNK] [CLS] [SEP] [MASK] (ids 0 to 4) and [unused0] ... [unusedN-1].
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from lmscripts.errors import UserError
+
+TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_WORD_CHARACTERS = 100  # WordPiece gives [UNK] for longer words
+
+MAX_COUNTED_WORDS = 8_000_000
+MAX_SAMPLE_BYTES = 1 << 26
+MAX_SAMPLE_LINE = 4096
+# The result of sentencepiece depends on the number of threads, so it is not taken from the machine.
+_SENTENCEPIECE_THREADS = 4
+
+
+@dataclass(frozen=True)
+class VocabularySettings:
+    """What a vocabulary is to be.
+
+    Attributes:
+        size: entries, special and unused ones included.
+        min_frequency: pairs (wordpiece, bpe) or characters (character) that are rarer are left out.
+        limit_alphabet: number of different characters that are kept, the most frequent ones.
+        num_unused: number of [unusedN] entries behind the special tokens.
+        multiple: the size is filled up to a multiple of this with further [unusedN]; 0 leaves it.
+    """
+
+    size: int = 32768
+    min_frequency: int = 2
+    limit_alphabet: int = 6129
+    num_unused: int = 10
+    multiple: int = 64
+
+    def reserved(self) -> list[str]:
+        """The special and unused entries at the beginning."""
+        return [*SPECIAL_TOKENS, *(f"[unused{number}]" for number in range(self.num_unused))]
+
+    def fill_up(self, num_entries: int) -> list[str]:
+        """The [unusedN] entries that bring `num_entries` to a multiple."""
+        missing = -num_entries % self.multiple if self.multiple else 0
+        return [f"[unused{self.num_unused + number}]" for number in range(missing)]
+
+    def room(self) -> int:
+        """Entries that are left for text.
+
+        Raises:
+            UserError: there is no room, or another number makes no sense.
+        """
+        least = {"min_frequency": 1, "limit_alphabet": 1, "num_unused": 0, "multiple": 0}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise UserError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
+        room = self.size - len(SPECIAL_TOKENS) - self.num_unused
+        if room < 1:
+            raise UserError(
+                f"a vocabulary of {self.size} entries has no room beside {len(SPECIAL_TOKENS)} special tokens and "
+                f"{self.num_unused} unused ones; give a larger --vocab_size"
+            )
+        return room
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained vocabulary.
+
+    Attributes:
+        pieces: all entries in the order of their ids, special, unused and fill-up entries included.
+        merges: for bpe, the pairs in the order in which they are joined.
+        scores: for unigram, one logarithm of a probability per entry (0 for reserved ones).
+        sentencepiece: for unigram, the model in sentencepiece's own format.
+        num_characters: different characters that are kept, and how many the text has.
+        num_text_characters: different characters in the text.
+    """
+
+    pieces: list[str]
+    merges: list[tuple[str, str]] | None = None
+    scores: list[float] | None = None
+    sentencepiece: bytes | None = None
+    num_characters: int = 0
+    num_text_characters: int = 0
+
+    def remarks(self, settings: VocabularySettings) -> list[str]:
+        """Sentences about where the vocabulary differs from what was asked for."""
+        full_size = settings.size + len(settings.fill_up(settings.size))
+        sentences = []
+        if len(self.pieces) < full_size:
+            sentences.append(
+                f"the vocabulary has {len(self.pieces):,} entries, not {full_size:,}: the text, the minimum frequency "
+                "and the limit of the alphabet support no more"
+            )
+        if self.num_characters < self.num_text_characters:
+            sentences.append(
+                f"the vocabulary keeps the {self.num_characters:,} most frequent of the {self.num_text_characters:,} "
+                "different characters of the text"
+            )
+        return sentences
+
+
+# ---- counting ----
+
+
+def read_lines(files: Sequence[Path]) -> Iterator[str]:
+    """Lines of the files without their line feed."""
+    for path in files:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line.rstrip("\n")
+
+
+def count_words(files: Sequence[Path]) -> Counter[str]:
+    """How often each word occurs, words being separated by white space.
+
+    Beyond MAX_COUNTED_WORDS different words those seen once so far are forgotten; as the lines come in the order of
+    the corpus, that does not depend on how it was split into files.
+    """
+    counts: Counter[str] = Counter()
+    for line in read_lines(files):
+        counts.update(line.split())
+        if len(counts) > MAX_COUNTED_WORDS:
+            counts = Counter({word: count for word, count in counts.items() if count > 1})
+    _require_text(counts)
+    return counts
+
+
+def count_characters(words: Counter[str]) -> tuple[Counter[str], set[str]]:
+    """How often each character occurs, and those that occur behind the first place of a word."""
+    counts: Counter[str] = Counter()
+    inside: set[str] = set()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+        inside.update(word[1:])
+    return counts, inside
+
+
+def most_frequent(counts: Counter[str], number: int) -> list[str]:
+    """The `number` most frequent entries; equal counts in the order of their code points."""
+    return [entry for entry, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]]
+
+
+def _require_text(counts: Counter[str]) -> None:
+    if not counts:
+        raise UserError("the input holds no text: every file is empty or blank")
+
+
+# ---- the four kinds ----
+
+
+def train_vocabulary(
+    tokenizer_type: TokenizerType, files: Sequence[Path], settings: VocabularySettings, *, segmented: bool
+) -> Trained:
+    """Train one of the four kinds; `segmented` says that the lines are words joined by spaces.
+
+    Raises:
+        UserError: no text, or no such vocabulary can be made from it.
+    """
+    if tokenizer_type == "unigram":
+        return train_unigram(files, settings, segmented=segmented)
+    trainers_by_type = {"wordpiece": train_wordpiece, "character": train_character, "bpe": train_bpe}
+    return trainers_by_type[tokenizer_type](files, settings)
+
+
+def train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Trained:
+    """WordPiece: joins of pairs by frequency, `##` before whatever continues a word.
+
+    The trainer of `tokenizers` numbers the `##` characters in the order of a hash table and so gives another
+    vocabulary in each run; here they are numbered beforehand.
+
+    Raises:
+        UserError: no text, or no room in the vocabulary.
+    """
+    room = settings.room()
+    words = count_words(files)
+    characters, inside = count_characters(words)
+    alphabet = most_frequent(characters, settings.limit_alphabet)
+    # Each character takes an entry, and another one where it continues a word.
+    entries = itertools.accumulate(1 + (character in inside) for character in alphabet)
+    alphabet = sorted(alphabet[: sum(number <= room for number in entries)])
+    continued = sorted("##" + character for character in alphabet if character in inside)
+    fixed = [*settings.reserved(), *alphabet, *continued]
+
+    model = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=settings.size,
+        min_frequency=settings.min_frequency,
+        special_tokens=fixed,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    model.train([str(path) for path in files if path.stat().st_size], trainer)
+    trained = _in_order(model.get_vocab())
+    return Trained(
+        [*trained, *settings.fill_up(len(trained))],
+        num_characters=len(alphabet),
+        num_text_characters=len(characters),
+    )
+
+
+def train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
+    """One entry for each of the most frequent characters.
+
+    Raises:
+        UserError: no text, or no room in the vocabulary.
+    """
+    characters, _ = count_characters(count_words(files))
+    frequent = Counter({key: count for key, count in characters.items() if count >= settings.min_frequency})
+    alphabet = most_frequent(frequent, min(settings.limit_alphabet, settings.room()))
+    pieces = [*settings.reserved(), *alphabet]
+    return Trained(
+        [*pieces, *settings.fill_up(len(pieces))],
+        num_characters=len(alphabet),
+        num_text_characters=len(characters),
+    )
+
+
+def train_bpe(files: Sequence[Path], settings: VocabularySettings) -> Trained:
+    """Byte-level BPE as in GPT-2: no text is unknown, and decoding gives it back.
+
+    Raises:
+        UserError: no text, or a vocabulary without room for the 256 bytes.
+    """
+    if settings.room() < 256:
+        raise UserError(
+            f"byte-level BPE needs {settings.size - settings.room() + 256} entries for the 256 bytes and the special "
+            f"tokens; --vocab_size is {settings.size}"
+        )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.size,
+        min_frequency=settings.min_frequency,
+        special_tokens=[*settings.reserved(), *alphabet],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    model.train_from_iterator(sampled_lines(files), trainer)
+    pieces = _in_order(model.get_vocab())
+    merges = [tuple(merge) for merge in json.loads(model.to_str())["model"]["merges"]]
+    return Trained([*pieces, *settings.fill_up(len(pieces))], merges=merges)
+
+
+def train_unigram(files: Sequence[Path], settings: VocabularySettings, *, segmented: bool) -> Trained:
+    """Unigram language model of sentencepiece, trained on word counts, or on a sample of lines of unsegmented text.
+
+    Args:
+        files: text, UTF-8, one sentence a line.
+        settings: size and alphabet; `min_frequency` has no meaning here.
+        segmented: the lines are words joined by spaces and no piece crosses a word. Otherwise white space is all that
+            separates.
+
+    Raises:
+        UserError: no text, or sentencepiece cannot make such a vocabulary from it.
+    """
+    units = count_words(files) if segmented else Counter(sampled_lines(files))
+    units = _as_sentencepiece_sees(units)
+    _require_text(units)
+    characters, _ = count_characters(units)
+    # The mark of a word's beginning takes an entry too.
+    alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
+    covered = sum(characters[character] for character in alphabet) / characters.total()
+    model = _run_sentencepiece(units, settings, coverage=1.0 if len(alphabet) == len(characters) else covered)
+
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model)  # noqa: B009 (made at run time)
+    for entry in settings.fill_up(len(proto.pieces)):
+        proto.pieces.add(piece=entry, score=0.0, type=proto.SentencePiece.CONTROL)
+    # Names of temporary files would make the file differ from run to run.
+    proto.trainer_spec.ClearField("input")
+    proto.trainer_spec.ClearField("model_prefix")
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return Trained(
+        [entry.piece for entry in proto.pieces],
+        scores=[entry.score for entry in proto.pieces],
+        sentencepiece=proto.SerializeToString(deterministic=True),
+        num_characters=len(alphabet),
+        num_text_characters=len(characters),
+    )
+
+
+def _as_sentencepiece_sees(units: Counter[str]) -> Counter[str]:
+    """The units after what transformers does to a word before sentencepiece."""
+    seen: Counter[str] = Counter()
+    for unit, count in units.items():
+        text = " ".join(unit.split()).replace("``", '"').replace("''", '"')
+        if text:
+            seen[text] += count
+    return seen
+
+
+def _run_sentencepiece(units: Counter[str], settings: VocabularySettings, coverage: float) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder, "counts.tsv")
+        with table.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{unit}\t{count}\n" for unit, count in sorted(units.items()))
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                input=str(table),
+                input_format="tsv",
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=settings.size,
+                hard_vocab_limit=False,
+                character_coverage=coverage,
+                normalization_rule_name="identity",
+                max_sentence_length=4 * MAX_SAMPLE_LINE + 16,
+                num_threads=_SENTENCEPIECE_THREADS,
+                pad_id=0,
+                unk_id=1,
+                bos_id=2,
+                eos_id=3,
+                pad_piece="[PAD]",
+                unk_piece="[UNK]",
+                bos_piece="[CLS]",
+                eos_piece="[SEP]",
+                control_symbols=settings.reserved()[4:],
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text ({error})"
+            ) from error
+    return model.getvalue()
+
+
+def sampled_lines(files: Sequence[Path]) -> Iterable[str]:
+    """Non-empty lines, cut at MAX_SAMPLE_LINE characters; of a large text, a fixed sample of about MAX_SAMPLE_BYTES.
+
+    A line is chosen by its own hash, so the sample does not depend on the files or their number.
+
+    Raises:
+        UserError: there is no text.
+    """
+    total = sum(path.stat().st_size for path in files)
+    share = min(1.0, MAX_SAMPLE_BYTES / max(total, 1))
+    found = False
+    for line in read_lines(files):
+        if line and zlib.crc32(line.encode()) < share * 2**32:
+            found = True
+            for start in range(0, len(line), MAX_SAMPLE_LINE):
+                yield line[start : start + MAX_SAMPLE_LINE]
+    if not found:
+        _require_text(Counter())
+
+
+def _in_order(vocabulary: dict[str, int]) -> list[str]:
+    return sorted(vocabulary, key=vocabulary.__getitem__)

@@ -1,0 +1,350 @@
+"""Train a tokenizer from raw text: a folder that AutoTokenizer loads, checked and measured.
+
+The text is split at document ends, segmented in parallel into files, and a vocabulary is trained on them. A stopped run
+with --intermediate_dir goes on where it was. The result does not depend on the number of splits or processes.
+
+    python scripts/train_tokenizer.py --input_file corpus.txt --model_dir tokenizer
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmscripts.config import option, parse_options_with_origin
+from lmscripts.errors import UserError, user_errors
+
+if TYPE_CHECKING:
+    from lmscripts.segmentation import WordTokenizer
+    from lmscripts.text_report import TextReport
+    from lmscripts.tokenizer_training import Trained, VocabularySettings
+    from lmscripts.training_text import SplitTask
+
+CHECKED_LINES = 2_000
+MEASURED_LINES = 20_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """One field is one option and one key of the YAML file."""
+
+    input_file: tuple[str, ...] = option(
+        help="text: files, patterns, folders, or hub:NAME[:CONFIG][:SPLIT][:COLUMN]; "
+        "txt, jsonl, csv, tsv, parquet, each also .gz .xz .bz2 .zst",
+        group="text",
+    )
+    document_format: Literal["blank_line", "line"] = option(
+        "blank_line",
+        help="in plain text: a sentence a line and a blank line between documents, or a document a line",
+        group="text",
+    )
+    text_column: str = option("text", help="column or key of the text in jsonl, csv, tsv and parquet", group="text")
+    on_bad_line: Literal["skip", "fail"] = option(
+        "skip", help="a record that cannot be read is left out and counted, or ends the program", group="text"
+    )
+
+    word_tokenizer: Literal["mecab", "sudachi", "whitespace", "none"] = option(
+        "mecab",
+        help="what cuts a line into words: mecab or sudachi for Japanese; whitespace (and punctuation marks) for "
+        "languages with spaces; none takes the text as it is",
+        group="words",
+    )
+    mecab_dic: str = option(
+        "ipadic", help="ipadic, unidic_lite, unidic or a compiled dictionary's folder", group="words"
+    )
+    mecab_option: str = option("", help='further options of MeCab, for example "-u user.dic"', group="words")
+    sudachi_split_mode: Literal["A", "B", "C"] = option("A", help="short (A) to long (C) words", group="words")
+    sudachi_dict: Literal["small", "core", "full"] = option("core", help="dictionary of Sudachi", group="words")
+    normalization: Literal["nfkc", "none"] = option("nfkc", help="of training and encoding", group="words")
+
+    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character"] = option(
+        "wordpiece", help="how words are cut into pieces", group="vocabulary"
+    )
+    vocab_size: int = option(32768, help="entries, special and unused ones included", group="vocabulary")
+    min_frequency: int = option(2, help="of a pair (wordpiece, bpe) or a character (character)", group="vocabulary")
+    limit_alphabet: int = option(6129, help="different characters that are kept; not for bpe", group="vocabulary")
+    num_unused_tokens: int = option(10, help="entries [unusedN] left free for fine-tuning", group="vocabulary")
+    pad_vocab_to_multiple_of: int = option(
+        64, help="the vocabulary is filled up to a multiple of this with [unusedN]; 0 leaves it", group="vocabulary"
+    )
+    model_max_length: int = option(512, help="tokens beyond which transformers warns", group="vocabulary")
+
+    model_dir: str = option(help="folder of the tokenizer", group="output")
+    overwrite: bool = option(False, help="replace another tokenizer that is in model_dir", group="output")
+    intermediate_dir: str = option(
+        "", help="folder for the segmented splits, kept; without it they are removed at the end", group="output"
+    )
+    num_files: int = option(0, help="number of splits; 0: one for each worker process", group="output")
+    num_workers: int = option(0, help="worker processes; 0: one for each CPU", group="output")
+
+
+RENAMED = {
+    "mecab_dic_type": "mecab_dic",
+    "word_tokenizer_type": "word_tokenizer",
+    "subword_tokenizer_type": "tokenizer_type",
+    "sudachi_dict_type": "sudachi_dict",
+}
+RENAMED_VALUES = {"tokenizer_type": {"sentencepiece": "unigram"}, "word_tokenizer": {"basic": "whitespace"}}
+ACCEPTED_UNUSED = {
+    "language": "--word_tokenizer says how the text is cut into words, whatever the language",
+    "pretokenized_prefix": "segmented text is written to --intermediate_dir only",
+    "ignore_max_byte_error": "lines beyond Sudachi's limit are cut at sentence ends",
+    "disable_tqdm": "without a terminal plain lines are printed",
+}
+
+
+# ---- checks before any work ----
+
+
+def refuse_ignored(options: Options, origins: dict[str, str], paths: Sequence[Path]) -> None:
+    """Refuse options that were given but would change nothing."""
+    from lmscripts.corpus import HUB
+    from lmscripts.text_reading import format_of
+
+    def refuse(name: str, reason: str) -> None:
+        if origins[name] != "default":
+            raise UserError(f"--{name} has no effect {reason}; leave it out")
+
+    for owner in ("mecab", "sudachi"):
+        for name in [name for name in origins if name.startswith(f"{owner}_")]:
+            if options.word_tokenizer != owner:
+                refuse(name, f"with --word_tokenizer {options.word_tokenizer}")
+    # The defaults themselves are let through: older command lines give them with every type.
+    if options.tokenizer_type == "unigram" and options.min_frequency != Options.min_frequency:
+        refuse("min_frequency", "with --tokenizer_type unigram")
+    if options.tokenizer_type == "bpe" and options.limit_alphabet != Options.limit_alphabet:
+        refuse("limit_alphabet", "with --tokenizer_type bpe")
+    plain = [not str(path).startswith(HUB) and format_of(path)[0] == "txt" for path in paths]
+    if all(plain):
+        refuse("text_column", "where all input is plain text")
+        refuse("on_bad_line", "where all input is plain text")
+    if not any(plain):
+        refuse("document_format", "where no input is plain text")
+
+
+def word_settings(options: Options) -> WordTokenizer:
+    """How lines are cut into words; tried once here, so that a missing dictionary is known at once."""
+    from lmscripts.segmentation import WordTokenizer, make_segmenter
+    from lmscripts.tokenizer_folder import check_combination
+
+    words = WordTokenizer(
+        kind=options.word_tokenizer,
+        dictionary=options.mecab_dic,
+        option=options.mecab_option,
+        sudachi_split_mode=options.sudachi_split_mode,
+        sudachi_dictionary=options.sudachi_dict,
+        normalization=options.normalization,
+    )
+    check_combination(options.tokenizer_type, words)
+    make_segmenter(words)
+    return words
+
+
+def vocabulary_settings(options: Options) -> VocabularySettings:
+    """What the vocabulary is to be."""
+    from lmscripts.tokenizer_training import VocabularySettings
+
+    settings = VocabularySettings(
+        size=options.vocab_size,
+        min_frequency=options.min_frequency,
+        limit_alphabet=options.limit_alphabet,
+        num_unused=options.num_unused_tokens,
+        multiple=options.pad_vocab_to_multiple_of,
+    )
+    settings.room()
+    for name, least in (("num_files", 0), ("num_workers", 0), ("model_max_length", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(options, name)}")
+    return settings
+
+
+def request_of(options: Options, source: str, words: WordTokenizer) -> str:
+    """Hash of all that decides the tokenizer: text, options, dictionary and libraries, not folders or processes."""
+    from lmscripts.tokenizer_folder import library_versions
+
+    elsewhere = ("input_file", "model_dir", "overwrite", "intermediate_dir", "num_files", "num_workers")
+    chosen = {name: value for name, value in asdict(options).items() if name not in elsewhere}
+    facts = [source, chosen, words.description(), library_versions(words)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# ---- progress ----
+
+
+class Progress:
+    """A bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, num_splits: int, total_bytes: int | None) -> None:
+        self.num_splits, self.total_bytes = num_splits, total_bytes
+        self.started = self.last_line = time.monotonic()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="segmenting")
+
+    def __call__(self, done_bytes: int, done_splits: int) -> None:
+        """Show what is done by now."""
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(done_bytes - self.bar.n)
+        elif now - self.last_line >= 10:
+            self.last_line = now
+            rate = done_bytes / (now - self.started) / 1e6
+            of_total = f" of {self.total_bytes / 1e6:.0f}" if self.total_bytes else ""
+            print(
+                f"segmenting: {done_bytes / 1e6:.0f}{of_total} MB, {done_splits} of {self.num_splits} splits, "
+                f"{rate:.1f} MB/s",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ---- the steps ----
+
+
+@contextmanager
+def segmented_folder(options: Options) -> Iterator[Path]:
+    """The folder for the splits; a temporary one beside the tokenizer is removed again."""
+    if options.intermediate_dir:
+        folder = Path(options.intermediate_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    target = Path(options.model_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.words-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path]) -> TextReport:
+    """Write the splits that are not there yet and say what was found in the text."""
+    from lmscripts.text_report import TextReport
+    from lmscripts.training_text import numeral_run_warning, write_splits
+
+    plain = all(path.suffix == ".txt" and path.is_file() for path in paths)
+    progress = Progress(len(tasks), sum(path.stat().st_size for path in paths) if plain else None)
+    started = time.monotonic()
+    try:
+        results = write_splits(tasks, num_workers, progress)
+    finally:
+        progress.close()
+    if kept := sum(result.was_there for result in results):
+        print(f"{kept} of {len(tasks)} splits were finished by an earlier run and are used again")
+    report = TextReport()
+    for result in results:
+        report.merge(result.report)
+    print("\n".join(report.sentences()))
+    print(f"segmented {len(tasks) - kept} splits in {time.monotonic() - started:.1f} s", flush=True)
+    if warning := numeral_run_warning(results):
+        print(f"warning: {warning}")
+    if not report.num_documents:
+        raise UserError("the input holds no text: every file is empty or blank")
+    return report
+
+
+def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
+    """Train the vocabulary and say where it differs from what was asked for."""
+    from lmscripts.tokenizer_training import train_vocabulary
+
+    started = time.monotonic()
+    files = [task.text_file for task in tasks]
+    trained = train_vocabulary(options.tokenizer_type, files, settings, segmented=tasks[0].segmented)
+    print(f"trained {len(trained.pieces):,} entries ({options.tokenizer_type}) in {time.monotonic() - started:.1f} s")
+    print("".join(f"{sentence}\n" for sentence in trained.remarks(settings)), end="", flush=True)
+    return trained
+
+
+def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer) -> None:
+    """Compare the fast path with AutoTokenizer on a sample, and print and write the tokenizer report."""
+    from lmscripts.tokenization import load_encoder
+    from lmscripts.tokenizer_folder import REPORT_FILE, write_json
+    from lmscripts.tokenizer_report import check_encoder, report_table, tokenizer_report
+
+    encoder = load_encoder(folder)
+    step = max(1, len(lines) // CHECKED_LINES)
+    checked = lines[::step][:CHECKED_LINES]
+    check_encoder(encoder, checked)
+    print(f"checked: {len(checked):,} lines have the same ids through AutoTokenizer")
+    report = tokenizer_report(encoder, lines)
+    write_json(folder / REPORT_FILE, report)
+    print(report_table(report))
+    if (report["unknown_rate"] or 0) > 0.01:
+        advice = "raise --limit_alphabet or --vocab_size, or lower --min_frequency"
+        if words.kind == "none":
+            advice += ", or let a --word_tokenizer cut the text into words"
+        print(f"warning: {report['unknown_rate']:.1%} of the tokens are unknown: {advice}")
+
+
+def main() -> None:
+    options, origins = parse_options_with_origin(
+        Options,
+        description=(__doc__ or "").rsplit("\n\n", 1)[0],
+        renamed=RENAMED,
+        renamed_values=RENAMED_VALUES,
+        accepted_unused=ACCEPTED_UNUSED,
+    )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with user_errors():
+        run(options, origins)
+
+
+def run(options: Options, origins: dict[str, str]) -> None:
+    """Everything after the options were read."""
+    from lmscripts.corpus import find_files, plan_spans, source_fingerprint, spread_sample
+    from lmscripts.tokenizer_folder import check_target, needs_words, read_record, replaced_folder, write_tokenizer
+    from lmscripts.training_text import SplitTask
+
+    target = Path(options.model_dir)
+    settings = vocabulary_settings(options)
+    paths = find_files(options.input_file)
+    refuse_ignored(options, origins, paths)
+    words = word_settings(options)
+    source = source_fingerprint(paths)
+    request = request_of(options, source, words)
+    if (read_record(target) or {}).get("request") == request:
+        print(f"{target} holds this tokenizer already: same text, same settings; nothing to do")
+        return
+    check_target(target, options.overwrite)
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = options.num_workers or cpus or 1
+    per_line = options.document_format == "line"
+    spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line)
+    segmented = needs_words(options.tokenizer_type, words)
+    with segmented_folder(options) as folder:
+        reading = (per_line, options.text_column, options.on_bad_line)
+        tasks = [SplitTask(i, tuple(part), folder, source, words, segmented, *reading) for i, part in enumerate(spans)]
+        report = segment(tasks, workers, paths)
+        trained = train(options, tasks, settings)
+    lines = spread_sample(paths, MEASURED_LINES, document_per_line=per_line, text_column=options.text_column)
+    record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": asdict(settings)}
+    del record["text"]["examples"]  # names of files
+    length = options.model_max_length
+    with replaced_folder(target, options.overwrite) as aside:
+        write_tokenizer(aside, trained, options.tokenizer_type, words, model_max_length=length, record=record)
+        check_and_measure(aside, lines, words)
+    inputs = shlex.join(["--input_file", *options.input_file, "--tokenizer_dir", str(target)])
+    print(f"the tokenizer is in {target}; next:\n  python scripts/prepare_corpus.py {inputs} --output_dir store")
+
+
+if __name__ == "__main__":
+    main()

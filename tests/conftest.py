@@ -1,0 +1,87 @@
+"""Shared fixtures: no network, whole commands, and small artefacts made once per session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "sample_data"
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def run_script(name, *arguments, cwd=None, check=True, timeout=300, env=None, prefix=()):
+    """Run scripts/NAME as a user would; returns the finished process with its output."""
+    command = [*prefix, sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
+    )
+    assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def launch(config, name, *arguments, processes=None, cwd=None, check=True, timeout=300, env=None):
+    """Run scripts/NAME through accelerate launch with a file of accelerate_configs/."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / config)]
+    if processes is not None:
+        command += ["--num_processes", str(processes)]
+    command += [str(ROOT / "scripts" / name), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
+    )
+    assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A folder for artefacts that several tests read and none changes."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(workspace):
+    """A small Japanese wordpiece tokenizer of the sample articles."""
+    folder = workspace / "tokenizer"
+    run_script(
+        "train_tokenizer.py", "--input_file", SAMPLE / "articles.txt", "--model_dir", folder, "--vocab_size", 2048
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store_dir(workspace, tokenizer_dir):
+    """A token store of the sample articles with a tenth of them held out."""
+    folder = workspace / "store"
+    arguments = ["--input_file", SAMPLE / "articles.txt", "--tokenizer_dir", tokenizer_dir, "--output_dir", folder]
+    run_script("prepare_corpus.py", *arguments, "--validation_fraction", 0.1, "--num_workers", 1)
+    return folder
+
+
+TINY_PRESET = {
+    "number-of-layers": 2,
+    "hidden-size": 32,
+    "sequence-length": 64,
+    "ffn-inner-hidden-size": 64,
+    "attention-heads": 2,
+    "warmup-steps": 3,
+    "learning-rate": 1e-3,
+    "batch-size": {"-1": 8},
+    "train-steps": 12,
+    "save-steps": 5,
+    "logging-steps": 1,
+    "fp16-type": 0,
+    "bf16": False,
+}
+
+
+@pytest.fixture(scope="session")
+def parameter_file():
+    """The presets that the project ships."""
+    return ROOT / "parameter.json"

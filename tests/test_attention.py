@@ -1,0 +1,147 @@
+"""A document in a packed row gives the same logits as alone, on every attention path that runs on a CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from lmscripts.attention import additive_mask, attention_inputs, choose_attention, segment_ends, use_attention
+from lmscripts.models import FAMILIES, build
+from lmscripts.packing import Layout
+from lmscripts.presets import load_preset
+
+LAYOUT = Layout(64, "isolated", begin_id=2, end_id=3, pad_id=0)
+
+
+def make_model(parameter_file, family, path):
+    preset = load_preset(parameter_file, f"{family}-tiny")
+    model = build(
+        preset,
+        seed=1,
+        attn_implementation=use_attention(path),
+        vocab_size=512,
+        layout=LAYOUT,
+        hidden_dropout=0.1,
+        attention_dropout=0.0,
+    )
+    with torch.no_grad():  # larger weights, so that a leak would show
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model.eval()
+
+
+def make_batch(lengths):
+    """Two rows with the same documents in another order, and an empty end."""
+    random = np.random.default_rng(0)
+    documents = [random.integers(10, 500, n) for n in lengths]
+    ids, segments, positions = (np.zeros((2, 64), np.int64) for _ in range(3))
+    segments[:] = -1
+    for row, order in enumerate([range(len(lengths)), reversed(range(len(lengths)))]):
+        at = 0
+        for number, document in enumerate(order):
+            n = lengths[document]
+            ids[row, at : at + n] = documents[document]
+            segments[row, at : at + n] = number
+            positions[row, at : at + n] = np.arange(n)
+            at += n
+    batch = {"input_ids": ids, "segments": segments, "position_ids": positions}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}, documents
+
+
+def logits_of(model, family, path, batch):
+    if path == "varlen":
+        batch = {**batch, "segment_ends": segment_ends(batch["segments"], 30)}
+    attention = attention_inputs(path, batch, torch.float32)
+    family = FAMILIES[family]
+    hidden = family.encode(model, batch["input_ids"], batch["position_ids"], attention)
+    return family.predict(model, hidden)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
+def test_packed_equals_separate(family, path, parameter_file):
+    model = make_model(parameter_file, family, path)
+    lengths = [7, 20, 1, 30]
+    batch, documents = make_batch(lengths)
+    with torch.no_grad():
+        packed = logits_of(model, family, path, batch)
+        plain = make_model(parameter_file, family, "sdpa")
+        for row, order in enumerate([range(4), reversed(range(4))]):
+            at = 0
+            for document in order:
+                n = lengths[document]
+                # Alone, as any user of the saved model would call it: no position ids, no mask.
+                alone = plain(input_ids=torch.from_numpy(documents[document])[None]).logits[0]
+                assert (packed[row, at : at + n] - alone).abs().max() < 1e-5
+                at += n
+
+
+@pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
+def test_neighbours_do_not_change_a_document_and_would_without_the_mask(path, parameter_file):
+    model = make_model(parameter_file, "bert", path)
+    batch, _ = make_batch([7, 20, 30])
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][:, 7:27] = 11
+    with torch.no_grad():
+        before, after = (logits_of(model, "bert", path, b)[0, :7] for b in (batch, changed))
+        assert torch.equal(before, after)
+        if path != "varlen":
+            leaking = [
+                FAMILIES["bert"].encode(model, b["input_ids"], b["position_ids"], {"attention_mask": None})[0, :7]
+                for b in (batch, changed)
+            ]
+            assert (leaking[0] - leaking[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
+def test_gradients_agree_between_paths(path, parameter_file):
+    gradients = []
+    for way in (path, "eager"):
+        model = make_model(parameter_file, "bert", way)
+        batch, _ = make_batch([7, 20, 30])
+        logits_of(model, "bert", way, batch).square().mean().backward()
+        gradients.append(model.bert.embeddings.word_embeddings.weight.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+def test_segment_ends_have_a_fixed_shape():
+    segments = torch.tensor([[0, 0, 1, -1], [0, 1, 2, 2]])
+    assert segment_ends(segments, 10).tolist() == [0, 2, 3, 4, 5, 6, 8, 8, 8, 8]
+
+
+def test_additive_mask_is_finite_and_has_no_empty_row():
+    mask = additive_mask(torch.tensor([[0, 0, 1, -1]]), torch.float16)
+    assert torch.isfinite(mask).all()
+    assert (mask == 0).any(-1).all()
+
+
+def test_choice_of_the_path():
+    assert choose_attention("auto", "cuda", "bf16", 0.0) == "varlen"
+    assert choose_attention("auto", "cuda", "bf16", 0.1) == "sdpa"
+    assert choose_attention("auto", "cpu", "no", 0.0) == "sdpa"
+    with pytest.raises(ValueError, match="flash"):
+        choose_attention("flash", "cpu", "no", 0.0)
+
+
+def test_varlen_refuses_attention_dropout(parameter_file):
+    model = make_model(parameter_file, "bert", "varlen").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    batch, _ = make_batch([7, 20])
+    with pytest.raises(ValueError, match="dropout"):
+        logits_of(model, "bert", "varlen", batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs where there is a CUDA device")
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_varlen_kernel_equals_mask_on_a_gpu(family, parameter_file):
+    batch, _ = make_batch([7, 20, 1, 30])
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        kernel, masked = (
+            logits_of(make_model(parameter_file, family, path).cuda(), family, path, batch).float()
+            for path in ("varlen", "sdpa")
+        )
+    real = batch["segments"] >= 0
+    assert (kernel - masked)[real].abs().max() / masked[real].abs().max() < 0.02

@@ -1,0 +1,160 @@
+import os
+import stat
+
+import pytest
+import torch
+from torch import nn
+
+from lmscripts import checkpoint as checkpoints
+from lmscripts.errors import UserError
+from lmscripts.files import _HOST, new_folder
+
+
+def write_model(folder):
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(os.urandom(5000))
+    (folder / "model.safetensors").chmod(0o600)
+
+
+def save(run_dir, step):
+    return checkpoints.save_checkpoint(run_dir, step, write_model, {"a/exp_avg": torch.rand(100)}, {"step": step})
+
+
+FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "training_state.json", "checksums.json"]
+
+
+def missing(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeroed(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [missing, empty, truncated, zeroed, one_bit])
+def test_every_damage_is_found_and_the_one_before_taken(tmp_path, file, damage):
+    before, newest = save(tmp_path, 5), save(tmp_path, 10)
+    damage(newest / file)
+    found, sentences = checkpoints.newest_whole_checkpoint(tmp_path)
+    assert found == before
+    assert len(sentences) == 1
+    assert "checkpoint-10" in sentences[0]
+    # A bit of the list of checksums itself may have been the name of another file.
+    assert file in sentences[0] or file == "checksums.json"
+    assert (tmp_path / "checkpoint-10.damaged").is_dir()
+    assert save(tmp_path, 10).is_dir()  # the step can be saved again
+
+
+def test_newest_is_by_number_and_other_folders_are_ignored(tmp_path):
+    for step in (5, 20, 100):
+        save(tmp_path, step)
+    for name in ("checkpoint-x", "checkpoint-", "tmp", ".checkpoint-300.aside-1-abc", "checkpoint-200.damaged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-500").write_text("a file", encoding="utf-8")
+    assert checkpoints.newest_whole_checkpoint(tmp_path)[0].name == "checkpoint-100"
+
+
+def test_files_get_the_usual_modes(tmp_path):
+    folder = save(tmp_path, 1)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((folder / "optimizer.safetensors").stat().st_mode) == 0o666 & ~umask
+
+
+def test_pruning_keeps_the_newest_and_the_multiples(tmp_path):
+    for step in range(5, 65, 5):
+        save(tmp_path, step)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every=20)
+    assert [checkpoints.checkpoint_step(p) for p in checkpoints.list_checkpoints(tmp_path)] == [20, 40, 55, 60]
+    checkpoints.prune_checkpoints(tmp_path, keep_last=0)
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-60"]
+
+
+def test_a_failing_save_leaves_the_earlier_ones(tmp_path):
+    save(tmp_path, 5)
+
+    def full(folder):
+        write_model(folder)
+        raise OSError(28, "No space left on device", str(folder / "model.safetensors"))
+
+    with pytest.raises(UserError, match=r"checkpoint-10.*No space left.*bytes are free"):
+        checkpoints.save_checkpoint(tmp_path, 10, full, {}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert checkpoints.find_damage(tmp_path / "checkpoint-5") is None
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    import subprocess
+    import sys
+
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    leftover = tmp_path / f".checkpoint-5.aside-{_HOST}-{int(dead.stdout)}-abcdef"
+    leftover.mkdir()
+    mine = tmp_path / f".checkpoint-5.aside-{_HOST}-{os.getpid()}-abcdef"
+    other = tmp_path / f".checkpoint-5.aside-elsewhere-{int(dead.stdout)}-abcdef"
+    mine.mkdir()
+    other.mkdir()
+    save(tmp_path, 5)
+    assert not leftover.exists()
+    assert mine.exists()
+    assert other.exists()  # of another machine, where that process may live
+
+
+def test_a_reader_never_sees_a_half_written_folder(tmp_path):
+    with new_folder(tmp_path / "out") as aside:
+        (aside / "a").write_text("1", encoding="utf-8")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").exists()
+    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "out"):
+        pass
+
+
+def trained(name, steps, state=None):
+    """A model stepped a few times; optionally its optimizer comes from saved state."""
+    from lmscripts.optim import build_optimizer
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    optimizer = build_optimizer(name, model, learning_rate=0.01, betas=(0.9, 0.99), epsilon=1e-6, weight_decay=0.1)
+    if state is not None:
+        model.load_state_dict(state[0])
+        checkpoints.load_optimizer_state(optimizer, model, *state[1:])
+    for step in steps:
+        torch.manual_seed(step)
+        model(torch.rand(4, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_optimizer_state_comes_back_bit_for_bit(tmp_path, name):
+    import json
+
+    from safetensors.torch import save_file
+
+    whole, _ = trained(name, range(10))
+    half, optimizer = trained(name, range(5))
+    tensors, groups = checkpoints.optimizer_state(optimizer, half)
+    save_file(tensors, tmp_path / "o.safetensors")
+    groups = json.loads(json.dumps(groups))
+    state = ({k: v.clone() for k, v in half.state_dict().items()}, tmp_path / "o.safetensors", groups)
+    resumed, _ = trained(name, range(5, 10), state)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)

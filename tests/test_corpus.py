@@ -1,0 +1,343 @@
+"""Text in: files, splits, repairs."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from lmscripts.corpus import (
+    Span,
+    TextReport,
+    batches,
+    find_files,
+    plan_spans,
+    read_documents,
+    source_fingerprint,
+    spread_sample,
+)
+from lmscripts.errors import UserError, user_errors
+
+SAMPLE = Path(__file__).parent.parent / "sample_data"
+DOCUMENTS = [[f"文書{number}の文{line}。" for line in range(number % 4 + 1)] for number in range(30)]
+TEXT = "\n\n".join("\n".join(document) for document in DOCUMENTS) + "\n"
+
+
+def read(path, report=None, **options):
+    return list(read_documents([Span(str(path))], report or TextReport(), **options))
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---- which files ----
+
+
+def test_files_patterns_and_folders(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.jsonl.gz", "sub/.hidden.txt", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "x")
+    names = [path.relative_to(tmp_path).as_posix() for path in find_files([str(tmp_path)])]
+    assert names == ["a.txt", "b.txt", "sub/c.jsonl.gz"]
+    assert [path.name for path in find_files([str(tmp_path / "*.txt"), str(tmp_path / "b.txt")])] == ["a.txt", "b.txt"]
+    assert [path.name for path in find_files([str(tmp_path / "notes.md")])] == ["notes.md"]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("missing.txt", "*.csv", "empty"):
+        with pytest.raises(UserError, match=name.replace("*", r"\*")):
+            find_files([str(tmp_path / name)])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file_is_named(tmp_path):
+    write(tmp_path / "secret.txt", "x").chmod(0)
+    with pytest.raises(UserError, match=r"secret\.txt cannot be read"):
+        find_files([str(tmp_path / "secret.txt")])
+
+
+def test_fingerprint_follows_content_and_cuts(tmp_path):
+    first, second = write(tmp_path / "1.txt", "ab"), write(tmp_path / "2.txt", "c")
+    before = source_fingerprint([first, second])
+    assert before == source_fingerprint([str(first), str(second)])
+    write(first, "a"), write(second, "bc")
+    assert source_fingerprint([first, second]) != before
+
+
+# ---- splits ----
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 20, 200])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_splits_together_are_the_whole(tmp_path, num_splits, line_end):
+    cut = len(TEXT) // 3
+    cut = TEXT.index("\n\n", cut) + 2
+    paths = [write(tmp_path / "a.txt", TEXT[:cut].replace("\n", line_end)), write(tmp_path / "b.txt", "")]
+    paths.append(tmp_path / "c.txt.gz")
+    paths[-1].write_bytes(gzip.compress(TEXT[cut:].encode()))
+    paths.append(write(tmp_path / "d.txt", TEXT.replace("\n", line_end)))
+    plan = plan_spans(paths, num_splits)
+    assert len(plan) == num_splits
+    parts = [list(read_documents(spans, TextReport())) for spans in plan]
+    assert [document for part in parts for document in part] == DOCUMENTS + DOCUMENTS
+
+
+def test_splits_have_about_equal_bytes(tmp_path):
+    path = write(tmp_path / "a.txt", TEXT * 100)
+    sizes = [sum(span.end - span.start for span in spans) for spans in plan_spans([path], 4)]
+    assert sum(sizes) == path.stat().st_size
+    assert max(sizes) - min(sizes) < 400
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 50])
+def test_document_per_line(tmp_path, num_splits):
+    path = write(tmp_path / "a.txt", "一つ。\n二つ。\n\n三つ。\n四つ。")
+    plan = plan_spans([path], num_splits, document_per_line=True)
+    report = TextReport()
+    documents = [document for spans in plan for document in read_documents(spans, report, document_per_line=True)]
+    assert documents == [["一つ。"], ["二つ。"], ["三つ。"], ["四つ。"]]
+    assert (report.num_files, report.num_documents, report.num_sentences) == (1, 4, 4)
+
+
+def test_splits_of_files_without_text(tmp_path):
+    paths = [write(tmp_path / "a.txt", ""), write(tmp_path / "b.txt", "\n \n\n")]
+    assert [list(read_documents(spans, TextReport())) for spans in plan_spans(paths, 3)] == [[], [], []]
+
+
+def test_sample_data_splits():
+    path = SAMPLE / "articles.txt"
+    whole = read(path)
+    for num_splits in (2, 13):
+        parts = [read_documents(spans, TextReport()) for spans in plan_spans([path], num_splits)]
+        assert [document for part in parts for document in part] == whole
+    sample = spread_sample([path], 100)
+    lines = [line for document in whole for line in document]
+    assert len(sample) == 100
+    assert [line for line in lines if line in set(sample)] == sample
+    assert len(spread_sample([path], 10**6)) == len(lines)
+
+
+# ---- formats ----
+
+
+def compress(path, data):
+    return {
+        ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress,
+    }[path.suffix](data)  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".bz2", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv", "parquet"])
+def test_every_format(tmp_path, kind, suffix):
+    plain = tmp_path / f"a.{kind}"
+    texts = ["\n".join(document) for document in DOCUMENTS]
+    if kind == "txt":
+        write(plain, TEXT)
+    elif kind == "jsonl":
+        write(plain, "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": texts}), plain)
+    else:
+        with plain.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, dialect="excel-tab" if kind == "tsv" else "excel")
+            writer.writerows([["id", "text"], *([1, text] for text in texts)])
+    path = plain
+    if suffix:
+        path = plain.with_name(plain.name + suffix)
+        path.write_bytes(compress(path, plain.read_bytes()))
+    assert read(path) == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_truncated_archive_is_named(tmp_path, suffix):
+    path = tmp_path / f"cut.txt{suffix}"
+    noise = "\n".join(json.dumps(os.urandom(50).hex()) for _ in range(3000))
+    data = compress(path, noise.encode())
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"cut\.txt.* damaged"):
+        read(path)
+    path.write_bytes(b"this is no archive" * 10)
+    with pytest.raises(UserError, match=r"cut\.txt.* damaged"):
+        read(path)
+
+
+def test_two_zstandard_frames(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress("一\n\n".encode()) + zstandard.compress("二\n".encode()))
+    assert read(path) == [["一"], ["二"]]
+
+
+def test_csv_keeps_na_and_null(tmp_path):
+    path = write(tmp_path / "a.csv", 'text,label\nNA,1\nnull,2\n"a, ""b""\nc",3\n')
+    assert read(path) == [["NA"], ["null"], ['a, "b"', "c"]]
+
+
+def test_missing_column_names_the_columns(tmp_path):
+    for name, content in (("a.csv", "id,body\n1,x\n"), ("a.jsonl", '{"id": 1, "body": "x"}\n')):
+        path = write(tmp_path / name, content)
+        with pytest.raises(UserError, match=r"'text'.*'body'"):
+            read(path)
+        assert read(path, text_column="body") == [["x"]]
+
+
+def test_bad_records(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", '{"text": "x"}\n{"text": \n\n[1]\n{"text": 5}\n{"text": null}\n{"text": "\\ud800y"}\n'
+    )
+    report = TextReport()
+    assert read(path, report) == [["x"], ["\ufffdy"]]
+    assert report.changes == {"bad_records_dropped": 3, "records_without_text": 1, "invalid_utf8_lines": 1}
+    assert f"{path}:2" in "\n".join(report.sentences())
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not a JSON record"):
+        read(path, on_bad_line="fail")
+
+
+def test_hub_name(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return [{"body": "一。\n二。"}, {"body": None}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    paths = find_files(["hub:someone/texts:ja:test:body"])
+    plan = plan_spans(paths, 3)
+    assert [d for spans in plan for d in read_documents(spans, TextReport())] == [["一。", "二。"]]
+    assert asked == [(("someone/texts", "ja"), {"split": "test", "streaming": True})]
+
+
+# ---- hostile text ----
+
+
+def test_byte_order_mark_line_ends_and_control_characters(tmp_path):
+    path = write(tmp_path / "a.txt", "\ufeff一\x00つ。\r\n二\x01つ\tx。\r\r三つ。\n \u3000\n四つ。".encode())
+    report = TextReport()
+    assert read(path, report) == [["一つ。", "二 つ\tx。"], ["三つ。"], ["四つ。"]]
+    assert report.changes == {"byte_order_marks": 1, "nul_characters": 1, "control_characters": 1}
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_line_ends(tmp_path, line_end):
+    assert read(write(tmp_path / "a.txt", TEXT.replace("\n", line_end))) == DOCUMENTS
+
+
+def test_line_ends_across_blocks(tmp_path, monkeypatch):
+    from lmscripts import text_reading
+
+    path = write(tmp_path / "a.txt", TEXT.replace("\n", "\r\n"))
+    for limit in (50, 51, 52, 53):
+        with path.open("rb") as file:
+            lines = [line for line, _ in text_reading.raw_lines(file, limit=limit)]
+        assert b"\n".join(lines).decode() == TEXT.rstrip("\n")
+
+
+def test_invalid_utf8_is_repaired_and_placed(tmp_path):
+    lines = [f"よい文です{number}。".encode() for number in range(100)]
+    lines[70] = b"\xe3\x81abc\xff"
+    path = write(tmp_path / "a.txt", b"\n".join(lines) + b"\n\n" + b"\n".join(lines))
+    reports = []
+    for spans in plan_spans([path], 2):
+        reports.append(TextReport())
+        list(read_documents(spans, reports[-1]))
+    reports[0].merge(reports[1])
+    assert reports[0].changes == {"invalid_utf8_lines": 2}
+    assert reports[0].examples["invalid_utf8_lines"] == [f"{path}:71", f"{path}:172"]
+    assert read(path)[0][70] == "\ufffdabc\ufffd"
+    restored = TextReport.from_dict(json.loads(json.dumps(reports[0].as_dict())))
+    assert restored.sentences() == reports[0].sentences()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp932", "euc-jp"])
+def test_other_encodings_are_refused(tmp_path, encoding):
+    path = write(tmp_path / "old.txt", ("これは古い文字コードのテキストです。\n" * 20).encode(encoding))
+    with pytest.raises(UserError, match=r"old\.txt.*iconv -f"):
+        read(path)
+
+
+def test_huge_line_is_cut_at_sentence_ends(tmp_path):
+    sentence = "とても長い行の中の一文です。"
+    path = write(tmp_path / "a.txt", sentence * 60_000 + "\n次の行。\n\n" + "x" * (1 << 20) + "あ" * 10)
+    report = TextReport()
+    first, second = read(path, report)
+    assert all(line.endswith("。") for line in first)
+    assert "".join(first) == sentence * 60_000 + "次の行。"
+    assert "".join(second) == "x" * (1 << 20) + "あ" * 10
+    assert max(len(line.encode()) for line in first + second) <= 1 << 20
+    assert report.changes["long_lines_cut"] == 3
+    assert "\ufffd" not in "".join(second)
+
+
+def test_huge_document_goes_on_as_a_new_one(tmp_path):
+    line = "あ" * 5000 + "\n"
+    path = write(tmp_path / "a.txt", line * 1500)
+    report = TextReport()
+    documents = read(path, report)
+    assert [sum(map(len, document)) * 3 <= 1 << 24 for document in documents] == [True, True]
+    assert sum(map(len, documents)) == 1500
+    assert report.changes == {"long_documents_cut": 1}
+    table = write(tmp_path / "a.jsonl", json.dumps({"text": line * 1500}))
+    assert read(table) == documents
+
+
+def test_memory_stays_flat(tmp_path):
+    """A 50 MB line and 50 MB of short documents are read within a few megabytes."""
+    path = tmp_path / "a.txt"
+    with path.open("wb") as file:
+        for _ in range(50):
+            file.write(b"x" * 1_000_000)
+        for _ in range(500):
+            file.write(b"\n\n" + b"word " * 20_000)
+    program = (
+        "import resource, sys; from lmscripts.corpus import *\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "count = sum(1 for _ in read_documents([Span(sys.argv[1])], TextReport()))\n"
+        "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    output = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    count, kilobytes = map(int, output.stdout.split())
+    assert count == 503  # the line is a document of 48 lines, in three pieces
+    assert kilobytes < 70_000
+
+
+def test_batches():
+    grouped = list(batches(iter(DOCUMENTS), batch_bytes=200))
+    assert [document for group in grouped for document in group] == DOCUMENTS
+    sizes = [sum(len(line.encode()) for document in group for line in document) for group in grouped]
+    assert min(sizes[:-1]) >= 200
+    assert max(sizes) < 320
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (UserError("two\nlines"), "two lines"),
+        (FileNotFoundError(2, "No such file or directory", "/x/y"), "/x/y: No such file or directory"),
+        (OSError(28, "No space left on device", "/x/y"), "/x/y: No space left on device"),
+        (KeyboardInterrupt(), "stopped from the keyboard"),
+    ],
+)
+def test_user_errors_end_in_one_sentence(capsys, error, sentence):
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise error
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), user_errors():
+        _ = 1 // 0

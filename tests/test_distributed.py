@@ -1,0 +1,104 @@
+import os
+import signal
+
+import pytest
+import torch
+
+from lmscripts.distributed import StopRequest, choose_precision, micro_batches, parse_duration, process_shares
+from lmscripts.errors import UserError
+from lmscripts.run_folder import TrainingState
+
+
+def test_equal_shares_by_default():
+    assert process_shares(32, [0, 0, 0, 0]) == [8, 8, 8, 8]
+    assert process_shares(10, [0, 0, 1]) == [3, 4, 3]
+
+
+def test_node_map_is_divided_over_the_processes_of_each_node():
+    assert process_shares(256, [0, 1, 2, 3], {0: 80, 1: 80, 2: 48, 3: 48}) == [80, 80, 48, 48]
+    assert process_shares(256, [0, 0, 0, 1, 2, 2], {0: 100, 1: 100, 2: 56}) == [33, 34, 33, 100, 28, 28]
+    # 100 rows over 3 processes: none is lost, as the older int() lost one.
+    assert sum(process_shares(100, [0, 0, 0], {0: 100})) == 100
+
+
+def test_node_map_follows_another_batch_size():
+    assert process_shares(512, [0, 1, 2, 3], {0: 80, 1: 80, 2: 48, 3: 48}) == [160, 160, 96, 96]
+
+
+def test_node_map_for_other_nodes_is_refused():
+    with pytest.raises(UserError, match=r"\[0, 1\].*\[0\]"):
+        process_shares(256, [0, 0], {0: 100, 1: 156})
+
+
+def test_weights():
+    assert process_shares(32, [0, 0], weights=[3, 1]) == [24, 8]
+    assert process_shares(3, [0, 0, 0], weights=[1, 0, 2]) == [1, 0, 2]
+    with pytest.raises(UserError, match="3 process shares were given for 2"):
+        process_shares(32, [0, 0], weights=[1, 1, 1])
+
+
+def test_micro_batches_are_few_and_even():
+    assert micro_batches(100, 32) == [25, 25, 25, 25]
+    assert micro_batches(32, 32) == [32]
+    assert micro_batches(33, 32) in ([16, 17], [17, 16])
+    assert micro_batches(0, 32) == []
+    for rows in range(1, 200):
+        cut = micro_batches(rows, 7)
+        assert sum(cut) == rows
+        assert max(cut) <= 7
+        assert max(cut) - min(cut) <= 1
+
+
+def test_precision(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert choose_precision(None, 0, False) is None
+    assert choose_precision(None, 1, False) == "fp16"
+    assert choose_precision(None, 0, True) == "bf16"
+    assert choose_precision(2, 0, False) == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert choose_precision(0, 1, False) == "bf16"
+    with pytest.raises(UserError, match="bf16"):
+        choose_precision(1, 0, False)
+    with pytest.raises(UserError, match="got 4"):
+        choose_precision(4, 0, False)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("2m", 120), ("1h30m", 5400), ("2d", 172800)])
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:30", "-5", "3 h"])
+def test_wrong_durations(text):
+    with pytest.raises(UserError, match="90m"):
+        parse_duration(text)
+
+
+def test_stop_request_remembers_signals_and_time():
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        stop = StopRequest()
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop()
+        assert stop.reason == "SIGUSR1"
+        late = StopRequest(deadline=0.0)
+        assert late()
+        assert late.reason == "--max_time"
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def test_five_steps_without_a_finite_gradient_stop_the_run():
+    state = TrainingState()
+    bad = torch.tensor(float("nan"))
+    for _ in range(4):
+        assert not state.judge(bad, has_scaler=False)
+    assert state.judge(torch.tensor(1.0), has_scaler=False)
+    assert state.nonfinite_streak == 0
+    assert state.skipped_steps == 4
+    for _ in range(4):
+        state.judge(torch.tensor(float("inf")), has_scaler=False)
+    with pytest.raises(UserError, match="5 steps in a row"):
+        state.judge(bad, has_scaler=False)

@@ -1,0 +1,299 @@
+"""Hostile input to whole commands: handled and counted, or one sentence and exit code 2; nothing lost."""
+
+import json
+import os
+import resource
+import shutil
+
+import pytest
+from conftest import SAMPLE, TINY_PRESET, run_script
+
+TEXT = (SAMPLE / "articles.txt").read_text(encoding="utf-8")
+FEW = TEXT[: TEXT.index("\n\n", 4000)] + "\n"
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} if folder.exists() else {}
+
+
+def sentence_of(done):
+    """The one sentence of a refusal."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def prepare(tokenizer_dir, output, *more, check=False, **settings):
+    return run_script(
+        "prepare_corpus.py",
+        *("--tokenizer_dir", tokenizer_dir, "--output_dir", output, "--num_workers", 1, *more),
+        check=check,
+        **settings,
+    )
+
+
+# ---- text that is repaired and counted ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("invalid UTF-8", FEW.encode() + b"\xe3\x81 broken \xff here\n", "1 lines held bytes that are not UTF-8"),
+        ("NUL bytes", FEW.replace("。", "。\0", 3).encode(), "3 NUL characters were removed"),
+        ("CRLF", FEW.replace("\n", "\r\n").encode(), None),
+        ("CR", FEW.replace("\n", "\r").encode(), None),
+        ("BOM", b"\xef\xbb\xbf" + FEW.encode(), "1 byte order marks"),
+        ("control characters", FEW.replace("、", "、\x07", 2).encode(), "2 control characters"),
+        ("no newline at the end", FEW.rstrip().encode(), None),
+        ("many blank lines", ("\n\n\n" + FEW.replace("\n\n", "\n\n\n\n") + "\n\n").encode(), None),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 25 else "",
+)
+def test_repaired_text_gives_the_clean_text(name, data, said, tokenizer_dir, tmp_path):
+    (tmp_path / "clean.txt").write_text(FEW, encoding="utf-8")
+    (tmp_path / "dirty.txt").write_bytes(data)
+    stores = {}
+    for kind in ("clean", "dirty"):
+        done = prepare(tokenizer_dir, tmp_path / kind, "--input_file", tmp_path / f"{kind}.txt", check=True)
+        stores[kind] = (done.stdout, (tmp_path / kind / "train" / "tokens.bin").read_bytes())
+    assert said is None or said in stores["dirty"][0]
+    if name not in ("invalid UTF-8", "control characters"):  # these add a line, and spaces between words
+        assert stores["clean"][1] == stores["dirty"][1]
+
+
+def test_one_line_of_50_megabytes_is_cut_and_memory_stays_small(tokenizer_dir, tmp_path):
+    line = FEW.replace("\n", "")
+    with open(tmp_path / "long.txt", "w", encoding="utf-8") as file:
+        for _ in range(50_000_000 // len(line.encode())):
+            file.write(line)
+
+    def limit():  # 4 GB of addresses: a reader that holds the line in several copies passes it
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+    import subprocess
+    import sys
+
+    program = (
+        "from lmscripts.corpus import *\n"
+        "from lmscripts.text_report import TextReport\n"
+        f"report = TextReport()\nn = sum(len(l) for d in read_documents([Span({str(tmp_path / 'long.txt')!r})], report)"
+        " for l in d)\nimport resource\nprint(n, report.changes['long_lines_cut'],"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, preexec_fn=limit)
+    characters, cuts, kilobytes = map(int, done.stdout.split())
+    assert characters == (tmp_path / "long.txt").stat().st_size // len(line.encode()) * len(line)
+    assert cuts >= 47
+    assert kilobytes < 400_000
+
+
+# ---- text that is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("empty.txt", b"", ["no training token"]),
+        ("blank.txt", b"\n  \n\n\t\n" * 50, ["no training token"]),
+        ("sjis.txt", FEW.encode("cp932", "ignore"), ["sjis.txt", "iconv"]),
+        ("utf16.txt", FEW.encode("utf-16"), ["utf16.txt", "iconv"]),
+        ("cut.txt.gz", __import__("gzip").compress(FEW.encode())[:-200], ["cut.txt.gz"]),
+        ("text.docx", b"PK\x03\x04" + bytes(range(1, 256)) * 40, ["text.docx"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unusable_text_is_refused_by_name(name, data, words, tokenizer_dir, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    sentence = sentence_of(prepare(tokenizer_dir, tmp_path / "store", "--input_file", tmp_path / name))
+    assert all(word in sentence for word in words), sentence
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+
+
+def test_missing_file_and_missing_tokenizer(tokenizer_dir, tmp_path):
+    sentence = sentence_of(prepare(tokenizer_dir, tmp_path / "store", "--input_file", tmp_path / "nowhere.txt"))
+    assert "nowhere.txt" in sentence
+    sentence = sentence_of(prepare(tmp_path / "no_tokenizer", tmp_path / "s", "--input_file", SAMPLE / "articles.txt"))
+    assert "no_tokenizer" in sentence
+
+
+# What root has to give up to be refused like anybody else.
+ORDINARY = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+
+
+@pytest.mark.skipif(
+    bool(ORDINARY) and shutil.which("setpriv") is None, reason="runs for ordinary users or with setpriv"
+)
+def test_directory_without_read_permission(tokenizer_dir, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (closed / "a.txt").write_text(FEW, encoding="utf-8")
+    closed.chmod(0)
+    try:
+        sentence = sentence_of(prepare(tokenizer_dir, tmp_path / "store", "--input_file", closed, prefix=ORDINARY))
+    finally:
+        closed.chmod(0o700)
+    assert "closed" in sentence
+
+
+def test_used_output_folder_keeps_its_content(tokenizer_dir, tmp_path):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "thesis.tex").write_text("ten years of work", encoding="utf-8")
+    before = contents(used)
+    assert "used" in sentence_of(prepare(tokenizer_dir, used, "--input_file", SAMPLE / "articles.txt"))
+    arguments = ["--input_file", SAMPLE / "articles.txt", "--model_dir", used, "--vocab_size", 1000]
+    assert "used" in sentence_of(run_script("train_tokenizer.py", *arguments, check=False))
+    assert contents(used) == before
+
+
+def test_vocabulary_larger_than_the_text_supports(tmp_path):
+    (tmp_path / "small.txt").write_text(FEW, encoding="utf-8")
+    arguments = ["--input_file", tmp_path / "small.txt", "--model_dir", tmp_path / "tokenizer"]
+    done = run_script("train_tokenizer.py", *arguments, "--vocab_size", "100000")
+    assert "not 100,0" in done.stdout
+    size = len((tmp_path / "tokenizer" / "vocab.txt").read_text(encoding="utf-8").splitlines())
+    assert f"{size:,}" in done.stdout
+    assert size % 64 == 0
+
+
+# ---- runs that are refused ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(store_dir, tmp_path):
+    """Starts a run of a tiny preset, with changes to the preset and more arguments."""
+
+    def start(*more, preset=None, check=False, **settings):
+        file = tmp_path / "presets.json"
+        file.write_text(json.dumps({"bert-test": {**TINY_PRESET, **(preset or {})}}), encoding="utf-8")
+        arguments = ["--parameter_file", file, "--model_dir", tmp_path / "run", "--tracker", "none"]
+        if "--model_type" not in more:
+            arguments += ["--model_type", "bert-test"]
+        if "--dataset_dir" not in more:
+            arguments += ["--dataset_dir", store_dir]
+        return run_script("run_pretraining.py", *arguments, *more, check=check, **settings)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model_type", "bert-tset"], ["bert-tset", "bert-test"]),
+        (["--lerning_rate", "1"], ["lerning_rate", "learning_rate"]),
+        (["--learning_rate", "fast"], ["learning_rate", "fast"]),
+        (["--packing", "tight"], ["packing", "tight", "isolated"]),
+        (["--mask_probability", "1.5"], ["mask_probability", "1.5"]),
+        (["--sequence_length", "6"], ["6"]),
+        (["--max_time", "soon"], ["soon"]),
+        (["--process_shares", "1", "1"], ["2 process shares", "1 processes"]),
+        (["--fp16_type", "1"], ["fp16", "CPU"]),
+        (["--expected_processes", "4"], ["4 processes", "1 were"]),
+        (["--mecab_dic", "unidic"], ["unidic", "ipadic"]),
+        (["--batch_size", "0"], ["batch_size", "0"]),
+        (["--micro_batch_size", "-3"], ["micro_batch_size", "-3"]),
+        (["--max_steps", "0"], ["max_steps", "0"]),
+        (["--max_steps", "10", "--epochs", "1"], ["max_steps", "epochs"]),
+        (["--decay_steps", "5"], ["decay_steps", "wsd"]),
+        (["--attention", "varlen", "--attention_dropout", "0.1"], ["varlen", "0.1"]),
+        (["--input_file", "x.txt"], ["dataset_dir", "input_file"]),
+        (["--validation_fraction", "0.1"], ["validation_fraction", "dataset_dir"]),
+        (["--hidden_dropout", "1.5"], ["hidden_dropout", "1.5"]),
+        (["--process_shares", "0"], ["process_shares", "0"]),
+        (["--beta1", "1.0"], ["beta1", "1.0"]),
+        (["--warmup_steps", "-5"], ["warmup_steps", "-5"]),
+        (["--schedule", "wsd", "--decay_steps", "20", "--max_steps", "10"], ["20", "10"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_wrong_options_are_named(run, tmp_path, more, words):
+    sentence = sentence_of(run(*more))
+    assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_and_missing_keys_of_a_preset_are_named_together(run, tmp_path):
+    file = tmp_path / "presets.json"
+    preset = {**TINY_PRESET, "lerning-rate": 1, "batchsize": 3}
+    del preset["learning-rate"]
+    sentence = sentence_of(run(preset={"lerning-rate": 1, "batchsize": 3}))
+    assert "lerning-rate" in sentence
+    assert "batchsize" in sentence
+    file.write_text(json.dumps({"bert-test": preset}), encoding="utf-8")
+    done = run_script(
+        "run_pretraining.py",
+        *("--parameter_file", file, "--model_type", "bert-test", "--model_dir", tmp_path / "run", "--dataset_dir", "x"),
+        check=False,
+    )
+    sentence = sentence_of(done)
+    assert all(word in sentence for word in ("lerning-rate", "batchsize", "learning-rate"))
+
+
+def test_batch_that_does_not_divide_is_planned_and_trained(run):
+    done = run("--batch_size", "7", "--micro_batch_size", "3", "--max_steps", "2", check=True)
+    assert "rows of a step [7]" in done.stdout
+
+
+def test_store_of_another_tokenizer(run, tmp_path):
+    other = tmp_path / "other"
+    arguments = ["--input_file", SAMPLE / "articles.txt", "--model_dir", other, "--vocab_size", "1500"]
+    run_script("train_tokenizer.py", *arguments)
+    sentence = sentence_of(run("--tokenizer_dir", other))
+    assert "was made with the tokenizer" in sentence
+
+
+def test_truncated_store(run, store_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(store_dir, broken)
+    file = broken / "train" / "tokens.bin"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "tokens.bin" in sentence_of(run("--dataset_dir", broken))
+    (broken / "manifest.json").write_text("{", encoding="utf-8")
+    assert "manifest.json" in sentence_of(run("--dataset_dir", broken))
+
+
+def test_used_run_folder_and_other_settings(run, tmp_path):
+    run("--max_steps", "2", "--logging_steps", "100", check=True)
+    before = contents(tmp_path / "run")
+    assert "--do_continue" in sentence_of(run("--max_steps", "2"))
+    sentence = sentence_of(run("--max_steps", "4", "--do_continue", "--seed", "7"))
+    assert "seed: 42 then, 7 now" in sentence
+    sentence = sentence_of(run("--max_steps", "4", "--do_continue", "--weight_decay", "0.5"))
+    assert "weight_decay: 0.01 then, 0.5 now" in sentence
+    assert contents(tmp_path / "run") == before
+
+
+def test_accumulation_in_the_accelerate_config(run):
+    sentence = sentence_of(run(env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}))
+    assert "gradient_accumulation_steps is 8" in sentence
+
+
+def test_frozen_layers_are_not_ignored(run):
+    assert "freezes layers" in sentence_of(run(preset={"frozen-layers": 1}))
+
+
+def test_disk_that_fills_up_while_saving(run, tmp_path):
+    """No file may grow past 300 kB after the first checkpoint: as good as a full disk, for any user."""
+    run("--max_steps", "8", "--stop_at_step", "2", check=True)
+    before = contents(tmp_path / "run" / "checkpoint-2")
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    command = [sys.executable, str(ROOT / "scripts" / "run_pretraining.py"), "--model_dir", str(tmp_path / "run")]
+    command += ["--config", str(tmp_path / "run" / "config.yaml"), "--do_continue", "--stop_at_step", "6"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert "could not save" in sentence_of(done)
+    assert "bytes are free" in done.stderr
+    assert contents(tmp_path / "run" / "checkpoint-2") == before
+    assert not any(path.name.startswith(".checkpoint") for path in (tmp_path / "run").iterdir())
+    done = run("--max_steps", "8", "--do_continue", check=True)
+    assert "the model is in" in done.stdout

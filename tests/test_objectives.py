@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+
+from lmscripts.attention import use_attention
+from lmscripts.masking import MaskingPlan, prediction_slots
+from lmscripts.models import FAMILIES, build
+from lmscripts.objectives import MaskedLanguageModel, masked_batches
+from lmscripts.packing import Layout, Rows
+from lmscripts.presets import load_preset
+
+LENGTH = 64
+LAYOUT = Layout(LENGTH, "isolated", begin_id=2, end_id=3, pad_id=0)
+PLAN = MaskingPlan(0.15, prediction_slots(0.15, LENGTH - 2), 4, np.arange(10, 512, dtype=np.int32), True)
+
+
+def make_rows(num_rows, segments=1, seed=0):
+    random = np.random.default_rng(seed)
+    ids = random.integers(10, 512, (num_rows, LENGTH)).astype(np.int32)
+    segment = np.tile(np.arange(LENGTH) * segments // LENGTH, (num_rows, 1)).astype(np.int32)
+    position = np.concatenate([np.arange(n) for n in np.bincount(segment[0])]).astype(np.int32)
+    content = np.ones((num_rows, LENGTH), bool)
+    content[:, [0, -1]] = False
+    starts = (random.random(ids.shape) < 0.7) & content
+    starts[:, 1] = True
+    return Rows(ids, content, starts, segment, np.tile(position, (num_rows, 1)))
+
+
+def make_objective(parameter_file, family="bert", dropout=0.0):
+    preset = load_preset(parameter_file, f"{family}-tiny")
+    model = build(
+        preset,
+        seed=3,
+        attn_implementation=use_attention("sdpa"),
+        vocab_size=512,
+        layout=LAYOUT,
+        hidden_dropout=dropout,
+        attention_dropout=0.0,
+    )
+    return MaskedLanguageModel(model, family, "sdpa")
+
+
+def batch_of(rows, seed=1):
+    numbers = np.arange(len(rows.ids))
+    return masked_batches(rows, numbers, np.zeros_like(numbers), seed, PLAN, [numbers.size])[0]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_loss_and_gradient_equal_the_plain_model_with_full_logits(parameter_file, family):
+    objective = make_objective(parameter_file, family)
+    batch, counts = batch_of(make_rows(4))
+    labels = torch.full((4, LENGTH), -100)
+    used = batch["weights"] > 0
+    labels.view(-1)[batch["slots"][used]] = batch["labels"][used]
+    plain = objective.model(input_ids=batch["input_ids"], labels=labels)
+    plain.loss.backward()
+    expected = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    sums = objective(batch)
+    assert counts["mlm"] == used.sum()
+    loss = sums["mlm"] / counts["mlm"]
+    assert abs(loss.item() - plain.loss.item()) < 1e-5
+    loss.backward()
+    for name, parameter in objective.named_parameters():
+        if name in expected:
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_unused_slots_have_no_weight_and_no_gradient(parameter_file):
+    objective = make_objective(parameter_file)
+    batch, _ = batch_of(make_rows(2))
+    batch["labels"][batch["weights"] == 0] = 77
+    first = objective(batch)["mlm"]
+    batch["labels"][batch["weights"] == 0] = 99
+    assert torch.equal(first, objective(batch)["mlm"])
+    batch["weights"].zero_()
+    loss = objective(batch)["mlm"]
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad is None) or (p.grad == 0).all() for p in objective.parameters())
+
+
+def test_a_batch_cut_in_two_has_the_same_sum(parameter_file):
+    objective = make_objective(parameter_file)
+    rows = make_rows(6, segments=2)
+    whole, counts = batch_of(rows)
+    total = objective(whole)["mlm"]
+    numbers = np.arange(6)
+    cut = masked_batches(rows, numbers, np.zeros_like(numbers), 1, PLAN, [2, 4])
+    parts = [objective(batch)["mlm"] for batch, _ in cut]
+    assert sum(part_counts["mlm"] for _, part_counts in cut) == counts["mlm"]
+    assert abs(sum(parts) - total).item() / total.item() < 1e-6
+    assert counts["tokens"] == rows.content.sum()
+
+
+def test_accuracy_is_counted_in_eval_mode_only(parameter_file):
+    objective = make_objective(parameter_file)
+    batch, counts = batch_of(make_rows(3))
+    assert "mlm_correct" not in objective.train()(batch)
+    logits = objective.model.eval()(input_ids=batch["input_ids"]).logits.view(-1, 512)[batch["slots"]]
+    right = ((logits.argmax(-1) == batch["labels"]).float() * batch["weights"]).sum()
+    assert objective.eval()(batch)["mlm_correct"] == right
+    assert 0 <= right <= counts["mlm"]
+
+
+def test_full_rows_of_one_document_need_no_mask():
+    rows = make_rows(3)
+    assert "segments" not in batch_of(rows)[0]
+    assert "segments" in batch_of(make_rows(3, segments=2))[0]

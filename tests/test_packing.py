@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmscripts.errors import UserError
+from lmscripts.packing import Layout, build_row_index, read_rows, row_index
+from lmscripts.token_store import Part
+
+BEGIN, END, PAD = 2, 3, 0
+
+
+def make_part(document_lengths, seed=0, word_share=0.8):
+    random = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(document_lengths)]).astype(np.int64)
+    tokens = random.integers(10, 30000, offsets[-1]).astype(np.uint16)
+    starts = random.random(offsets[-1]) < word_share
+    starts[offsets[:-1]] = True
+    lengths = np.zeros(len(document_lengths), np.int64)
+    bits = np.packbits(starts, bitorder="little")
+    return Part(Path("train"), tokens, bits, np.zeros(0, np.uint32), offsets, offsets, lengths), starts
+
+
+CORPORA = {
+    "mixed": np.random.default_rng(1).integers(1, 400, 300),
+    "short": np.random.default_rng(2).integers(1, 40, 2000),
+    "one long": np.array([20_000, 5, 3]),
+    "tiny": np.array([1]),
+}
+
+
+def expected_row(part, index, row, layout):
+    """One row written out segment by segment."""
+    ids, segments, positions = [], [], []
+    if layout.lead_of_row:
+        ids, segments, positions = [BEGIN], [0], [0]
+    for number, segment in enumerate(range(index.first_segment[row], index.first_segment[row + 1])):
+        start, size = index.segment_start[segment], index.segment_length[segment]
+        piece = [BEGIN] * layout.lead_of_segment + part.tokens[start : start + size].tolist() + [END]
+        isolated = layout.packing == "isolated"
+        positions += range(len(piece)) if isolated else range(len(ids), len(ids) + len(piece))
+        segments += [number if isolated else 0] * len(piece)
+        ids += piece
+    return ids, segments, positions
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+@pytest.mark.parametrize("packing", ["isolated", "contiguous"])
+@pytest.mark.parametrize("length", [16, 64, 128])
+@pytest.mark.parametrize("begin", [BEGIN, None])
+def test_rows_hold_every_token_once_in_the_right_place(tmp_path, corpus, packing, length, begin):
+    part, _ = make_part(CORPORA[corpus])
+    layout = Layout(length, packing, begin, END, PAD)
+    index = build_row_index(part, layout, tmp_path / "index")
+    rows = read_rows(part, index, np.arange(index.num_rows), layout)
+    assert np.array_equal(rows.ids[rows.content], part.tokens)
+    assert index.real_tokens == part.tokens.size
+    for row in range(0, index.num_rows, max(1, index.num_rows // 40)):
+        ids, segments, positions = expected_row(part, index, row, layout)
+        used = len(ids)
+        assert used <= length
+        assert rows.ids[row].tolist() == ids + [PAD] * (length - used)
+        assert rows.segments[row].tolist() == segments + [-1] * (length - used)
+        assert rows.positions[row, :used].tolist() == positions
+        assert index.fill(layout) == pytest.approx((rows.segments >= 0).mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize("corpus", ["mixed", "one long"])
+def test_rows_are_full_and_no_word_is_cut(tmp_path, corpus):
+    part, starts = make_part(CORPORA[corpus])
+    layout = Layout(128, "isolated", BEGIN, END, PAD)
+    index = build_row_index(part, layout, tmp_path / "index")
+    assert index.fill(layout) > 0.98
+    assert starts[index.segment_start].all()
+    rows = read_rows(part, index, np.arange(index.num_rows), layout)
+    assert np.array_equal(rows.word_starts[rows.content], starts)
+
+
+def test_a_word_longer_than_a_row_is_cut_and_nothing_is_lost(tmp_path):
+    part, _ = make_part(np.array([500, 3]), word_share=0.0)
+    layout = Layout(32, "isolated", BEGIN, END, PAD)
+    index = build_row_index(part, layout, tmp_path / "index")
+    rows = read_rows(part, index, np.arange(index.num_rows), layout)
+    assert np.array_equal(rows.ids[rows.content], part.tokens)
+    first_of_segment = rows.content & (rows.positions == 1)
+    assert rows.word_starts[first_of_segment].all()
+
+
+def test_order_of_rows_does_not_matter(tmp_path):
+    part, _ = make_part(CORPORA["mixed"])
+    layout = Layout(64, "isolated", BEGIN, END, PAD)
+    index = build_row_index(part, layout, tmp_path / "index")
+    order = np.random.default_rng(0).permutation(index.num_rows)[:50]
+    together = read_rows(part, index, order, layout)
+    for place, row in enumerate(order):
+        alone = read_rows(part, index, np.array([row]), layout)
+        assert np.array_equal(alone.ids[0], together.ids[place])
+        assert np.array_equal(alone.segments[0], together.segments[place])
+
+
+def test_index_is_built_once_and_reused(tmp_path):
+    part, _ = make_part(CORPORA["short"])
+    layout = Layout(64, "isolated", BEGIN, END, PAD)
+    first = row_index(part, "fingerprint", layout, tmp_path)
+    made = sorted(tmp_path.iterdir())
+    again = row_index(part, "fingerprint", layout, tmp_path)
+    assert sorted(tmp_path.iterdir()) == made
+    assert np.array_equal(first.segment_start, again.segment_start)
+    row_index(part, "another store", layout, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_too_short_rows_are_refused(tmp_path):
+    part, _ = make_part(CORPORA["tiny"])
+    with pytest.raises(UserError, match="sequence length 6"):
+        build_row_index(part, Layout(6, "isolated", BEGIN, END, PAD), tmp_path / "index")
