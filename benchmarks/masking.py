@@ -39,7 +39,7 @@ def measure(options: argparse.Namespace, num_rows: int, length: int) -> None:
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
     part, index = opened
-    plan = mlm_masking(tokenizer, layout, probability=0.15, whole_words=True)
+    plan = mlm_masking(tokenizer, layout, probability=0.15, unit="word")
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, return_tensors="pt")
 
     numbers = range(options.pairs * options.batches)

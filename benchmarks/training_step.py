@@ -48,7 +48,7 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
         first = index.first_segment[rows]
         alone = index.first_segment[rows + 1] - first == 1
         rows = rows[alone & (index.segment_length[first] == layout.most_real_tokens)]
-    plan = mlm_masking(tokenizer, layout, probability=0.15, whole_words=True)
+    plan = mlm_masking(tokenizer, layout, probability=0.15, unit="word")
 
     def batch(taken: NDArray[np.int64]) -> Batch:
         laid_out = read_rows(part, index, taken, layout)

@@ -68,7 +68,7 @@ def our_data(material: Material) -> PretrainingData:
         train=train,
         held_out=None,
         layout=layout,
-        masking=mlm_masking(material.tokenizer, layout, probability=0.15, whole_words=False),
+        masking=mlm_masking(material.tokenizer, layout, probability=0.15, unit="token"),
         attention="sdpa",
         seed=material.seed,
         batch_size=ROWS["ours"],

@@ -111,6 +111,36 @@ def _varlen_forward(
     return out.transpose(1, 2), None
 
 
+def attend_from(
+    module: Any, hidden: Tensor, at_slots: Tensor, slots: Tensor, mask: Tensor | None, given: dict[str, Any]
+) -> Tensor:
+    """Self-attention of BERT's encoder with queries at some positions only; keys and values at all.
+
+    Args:
+        module: the self-attention module, with `query`, `key`, `value` and its sizes.
+        hidden: (B, T, H).
+        at_slots: (B * K, H) the rows of `hidden` at the slots.
+        slots: (B * K,) flat positions, K of each row in the order of the rows.
+        mask: (B, 1, T, T) additive, or None.
+        given: what else `attention_inputs` gave; with segment ends every query is computed, by the varlen kernel.
+
+    Returns:
+        (B * K, H).
+    """
+    if "cu_seq_lens_q" in given:
+        everywhere: Tensor = module(hidden, mask, **given)[0]
+        return everywhere.flatten(0, 1).index_select(0, slots)
+    rows, length, _ = hidden.shape
+    heads = (module.num_attention_heads, module.attention_head_size)
+    query = module.query(at_slots).view(rows, -1, *heads).transpose(1, 2)
+    key, value = (project(hidden).view(rows, length, *heads).transpose(1, 2) for project in (module.key, module.value))
+    if mask is not None:
+        mask = mask.expand(rows, 1, length, length).flatten(0, 2).index_select(0, slots).view(rows, 1, -1, length)
+    dropout = module.dropout.p if module.training else 0.0
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 def use_attention(path: AttentionPath) -> str:
     """The name to give as `attn_implementation` when a model is built; registers "varlen" with transformers."""
     if path != "varlen":

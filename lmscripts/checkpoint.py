@@ -157,9 +157,21 @@ def optimizer_state(
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, file: Path, groups: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    file: Path,
+    groups: list[dict[str, Any]],
+    *,
+    may_lengthen: bool = False,
 ) -> None:
     """Put a saved state back; parameters that had none (never stepped) keep none.
+
+    Args:
+        optimizer: of the same kind as the one that was saved.
+        model: its parameters.
+        file: tensors from `optimizer_state`.
+        groups: numbers from `optimizer_state`.
+        may_lengthen: where a parameter has more rows than its state (position embeddings), the others begin at 0.
 
     Raises:
         UserError: the file names other parameters than the model has.
@@ -171,11 +183,26 @@ def load_optimizer_state(
     parameters = dict(model.named_parameters())
     if unknown := sorted(set(saved) - set(parameters)):
         raise UserError(f"{file} holds state of the parameter {unknown[0]}, which the model has not")
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, state in saved.items():
         parameter = parameters[name]
-        optimizer.state[parameter] = {key: _placed(value, parameter) for key, value in state.items()}
+        if may_lengthen:
+            state = {key: _lengthened(value, parameter) for key, value in state.items()}
+        counts_on_device = group_of[parameter].get("fused") or group_of[parameter].get("capturable")
+        optimizer.state[parameter] = {
+            # Fused kernels want their step counter on the device; for all others that would be a wait in every step.
+            key: value if key == "step" and not counts_on_device else _placed(value, parameter)
+            for key, value in state.items()
+        }
+    if len(groups) != len(optimizer.param_groups):
+        raise UserError(f"{file} was saved by another optimizer: it has {len(groups)} groups of parameters")
     for group, numbers in zip(optimizer.param_groups, groups, strict=True):
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()})
+
+
+def _lengthened(tensor: Tensor, parameter: Tensor) -> Tensor:
+    missing = parameter.shape[0] - tensor.shape[0] if tensor.ndim == parameter.ndim > 1 else 0
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing > 0 else tensor
 
 
 def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -185,5 +212,4 @@ def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
 
         assert isinstance(parameter, DTensor)
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    # A step counter stays where the fused kernels want it: on the parameter's device.
     return tensor.to(parameter.device)

@@ -210,17 +210,29 @@ def micro_batches(rows: int, micro_batch_size: int) -> list[int]:
     return split_shares(rows, [1] * -(-rows // micro_batch_size)) if rows else []
 
 
-def check_even(accelerator: Accelerator, shares: Sequence[int], batch_size: int, total_rows: int) -> None:
-    """Sharded models (FSDP) exchange weights in every forward pass, so all processes must make equally many.
+def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]]) -> None:
+    """Refuse what a sharded model (FSDP) cannot do.
+
+    It exchanges weights in every forward pass, so all processes must make equally many.
+
+    Args:
+        accelerator: the running processes.
+        optimizer: name of the optimizer.
+        batches: rows of each process in a step, rows of a step, and rows in all; of each phase.
 
     Raises:
-        UserError: the model is sharded and the rows do not divide evenly.
+        UserError: the model is sharded and the rows do not divide evenly, or the optimizer does not know shards.
     """
-    if str(accelerator.distributed_type.value) == "FSDP" and (len(set(shares)) > 1 or total_rows % batch_size):
-        raise UserError(
-            f"with FSDP every process needs the same rows in every step, but the shares are {list(shares)} of "
-            f"{batch_size} rows and {total_rows} rows in all: choose sizes that divide, and --max_steps"
-        )
+    if str(accelerator.distributed_type.value) != "FSDP":
+        return
+    if optimizer == "lamb":
+        raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use DDP")
+    for shares, batch_size, total_rows in batches:
+        if len(set(shares)) > 1 or total_rows % batch_size:
+            raise UserError(
+                f"with FSDP every process needs the same rows in every step, but the shares are {list(shares)} of "
+                f"{batch_size} rows and {total_rows} rows in all: choose sizes that divide, and --max_steps"
+            )
 
 
 class StopRequest:

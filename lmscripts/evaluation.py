@@ -16,7 +16,7 @@ from lmscripts.order import split_shares
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lmscripts.objectives import MaskedLanguageModel
+    from lmscripts.objectives import MaskedLanguageModel, ReplacedTokenDetection
 
 # Rows of the given numbers as a masked batch with its counts; an empty list of numbers gives None.
 MakeBatch = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]]], tuple[Batch, dict[str, float]]]
@@ -24,13 +24,13 @@ MakeBatch = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]]], tuple[Batch, 
 
 def evaluate(
     accelerator: Accelerator,
-    objective: MaskedLanguageModel,
+    objective: MaskedLanguageModel | ReplacedTokenDetection,
     make_batch: MakeBatch,
     num_rows: int,
     micro_batch_size: int,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean loss per target and accuracy over held-out rows, the same for any number of processes.
+    """What the objective measures on held-out rows, the same for any number of processes.
 
     Every process runs the same number of forward passes, with an unweighted row where it has none left, so that a
     sharded model stays aligned and a request to stop is seen by all after the same pass.
@@ -44,7 +44,7 @@ def evaluate(
         stop_requested: asked on each process after each pass.
 
     Returns:
-        "loss", "accuracy" and "targets"; None when a process was asked to stop before the end.
+        The objective's metrics, empty without a single target; None when a process was asked to stop before the end.
     """
     shares = split_shares(num_rows, [1] * accelerator.num_processes)
     first = sum(shares[: accelerator.process_index])
@@ -52,18 +52,22 @@ def evaluate(
     passes = -(-max(shares) // micro_batch_size)
     was_training = objective.training
     objective.eval()
-    totals = np.zeros(3)
+    totals: dict[tuple[str, str], float] = {}
     try:
         with torch.no_grad(), accelerator.autocast():
             for number in range(passes):
                 rows = mine[number * micro_batch_size : (number + 1) * micro_batch_size]
                 batch, counts = make_batch(rows if rows.size else np.zeros(1, np.int64))
-                sums = objective(to_device(batch, accelerator.device))
-                if rows.size:
-                    totals += [float(sums["mlm"]), float(sums["mlm_correct"]), counts["mlm"]]
+                found = objective(to_device(batch, accelerator.device))
+                # One key for each sum and each count, on every process the same.
+                both = {("sum", name): value for name, value in found.items()}
+                both |= {("count", name): value for name, value in counts.items()}
+                for key, value in both.items():
+                    totals[key] = totals.get(key, 0.0) + (float(value) if rows.size else 0.0)
                 if sum_over_processes(accelerator, [float(stop_requested())])[0]:
                     return None
     finally:
         objective.train(was_training)
-    loss, correct, targets = sum_over_processes(accelerator, totals.tolist())
-    return {"loss": loss / max(1.0, targets), "accuracy": correct / max(1.0, targets), "targets": targets}
+    together = dict(zip(totals, sum_over_processes(accelerator, list(totals.values())), strict=True))
+    sums, targets = ({n: v for (kind, n), v in together.items() if kind == wanted} for wanted in ("sum", "count"))
+    return objective.metrics(sums, targets) if targets["mlm"] else {}

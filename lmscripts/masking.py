@@ -1,13 +1,15 @@
 """Choice of the tokens that a masked language model has to predict, and what the model sees in their place.
 
-BERT's corruption (arXiv:1810.04805, section 3.1) over whole words (the whole-word models released with
-BERT, 2019): of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay. Words are given by stored
-word starts, never guessed from the look of a token, so wordpiece, unigram and character vocabularies behave alike.
+BERT's corruption (arXiv:1810.04805, section 3.1): of the chosen tokens 80 % become [MASK], 10 % a random token, 10 %
+stay. Chosen are tokens, whole words (the whole-word models released with BERT, 2019) or spans of whole words (SpanBERT,
+arXiv:1907.10529, section 3.1). Words are given by stored word starts, never guessed from the look of a token, so
+wordpiece, unigram and character vocabularies behave alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +19,20 @@ from lmscripts.order import U64, hash32, hash_counters, small_permutations, stre
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int32]
 IntArray64 = NDArray[np.int64]
+Unit = Literal["token", "word", "span"]
 
 # Purposes of the hashes: the same (seed, epoch, row) never feeds two decisions with the same numbers.
 _WORDS, _CORRUPTION = np.uint64(stream_key(1)), np.uint64(stream_key(2))
-_BUDGET = np.array([stream_key(3)], np.uint64)
+_BUDGET, _SIDE = np.array([[stream_key(3)], [stream_key(7)]], np.uint64)
+_SPANS, _REPLACEMENTS, _DRAWS = (np.uint64(stream_key(purpose)) for purpose in (4, 5, 6))
+
+_MOST_WORDS, _SPAN_END = 10, 0.2  # words of the longest span, and parameter of the geometric distribution
+# Quantiles of the words in a span: entry i is the length at the share i / 65536 of all spans.
+_SPAN_SHARES = 1 - (1 - _SPAN_END) ** np.arange(_MOST_WORDS + 1)
+_SPAN_WORDS = np.repeat(
+    np.arange(1, _MOST_WORDS + 1, dtype=np.int32),
+    np.diff(np.round(_SPAN_SHARES / _SPAN_SHARES[-1] * 65536).astype(np.int64)),
+)
 
 
 @dataclass(frozen=True)
@@ -32,18 +44,27 @@ class MaskingPlan:
         slots: prediction slots per row, K; fixed so that batches keep one shape.
         mask_id: id of [MASK].
         replacement_ids: (R,) ids a random replacement is drawn from (no special or unused tokens).
-        whole_words: choose whole words (True) or single tokens.
+        unit: what is chosen: single tokens, whole words, or spans of whole words.
         mask_share: share of the chosen tokens that become [MASK].
         random_share: share of the chosen tokens that become a random token.
+        draws: also give a uniform random number for every slot.
+
+    Raises:
+        ValueError: there is no such unit.
     """
 
     probability: float
     slots: int
     mask_id: int
     replacement_ids: IntArray
-    whole_words: bool
+    unit: Unit = "word"
     mask_share: float = 0.8
     random_share: float = 0.1
+    draws: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("token", "word", "span"):
+            raise ValueError(f"masks are chosen by token, word or span, not by {self.unit!r}")
 
 
 @dataclass(frozen=True)
@@ -55,12 +76,15 @@ class Masks:
         positions: (B, K) int32, chosen positions in [0, T), in no special order; unused slots hold 0.
         labels: (B, K) int32, the original ids at the positions.
         weights: (B, K) float32, 1 for used slots and 0 for unused.
+        draws: (B, K) float32 in [0, 1), the random number of the token at that position, whatever the batch; None
+            where the plan asks for none.
     """
 
     input_ids: IntArray
     positions: IntArray
     labels: IntArray
     weights: NDArray[np.float32]
+    draws: NDArray[np.float32] | None = None
 
 
 def prediction_slots(probability: float, real_tokens: int) -> int:
@@ -81,6 +105,12 @@ def mask_rows(ids: IntArray, content: BoolArray, word_starts: BoolArray, keys: U
     are taken in random order while they fit; a word longer than what is left of the budget is passed over. Only
     when no word is short enough does a row stay below its budget. No word is ever masked in part.
 
+    With spans the words are taken span by span, in random order of the spans, so it is the last span that is cut short
+    and the words behind it that fill what is left. What the model sees is decided once per span: all of it [MASK], all
+    of it random tokens, or all of it unchanged. Deviation from SpanBERT: there spans are drawn with replacement and may
+    overlap or touch; here each row is first divided into spans, of the same lengths (geometric with p = 0.2 up to 10
+    words, mean 3.8), that end with their document at the latest, and each is taken at most once.
+
     Args:
         ids: (B, T) original ids.
         content: (B, T) True at real text tokens (not at [CLS], [SEP], padding).
@@ -93,18 +123,27 @@ def mask_rows(ids: IntArray, content: BoolArray, word_starts: BoolArray, keys: U
     """
     if ids.shape[1] > 1 << 16:
         raise ValueError(f"rows may have at most 65536 tokens, got {ids.shape[1]}")
-    starts = word_starts & content if plan.whole_words else content
-    word, size, used = _choose_words(starts, content, keys, plan)
+    starts = content if plan.unit == "token" else word_starts & content
+    spans = _divide_into_spans(starts, content, keys) if plan.unit == "span" else None
+    word, size, used = _choose_words(starts, content, spans, keys, plan)
     length = ids.shape[1]
-    weights = np.arange(plan.slots) < used[:, None]
-    flat = np.repeat(np.arange(0, ids.size, length), plan.slots).reshape(weights.shape)
-    flat[weights] = expand_ranges(word, size)
-    positions = flat - np.arange(0, ids.size, length)[:, None]
+    weights = np.arange(plan.slots, dtype=np.int32) < used[:, None]
+    first = np.arange(0, ids.size, length)[:, None]
+    flat = np.repeat(first, plan.slots, axis=1)
+    flat[weights] = chosen = expand_ranges(word, size)
+    positions = (flat - first).astype(np.uint32)
     labels = ids.take(flat)
-    seen = _corrupt(labels, keys, positions.astype(np.uint32), plan)
+    if spans is None:
+        seen = _corrupt(labels, keys, positions, None, plan)
+    else:
+        begin = np.maximum.accumulate(np.where(spans.reshape(-1), np.arange(ids.size), 0))
+        seen = _corrupt(labels, keys, (begin.take(flat) - first).astype(np.uint32), positions, plan)
     corrupted = ids.copy()
-    corrupted.reshape(-1)[flat[weights]] = seen[weights]
-    return Masks(corrupted, positions.astype(np.int32), labels, weights.astype(np.float32))
+    corrupted.reshape(-1)[chosen] = seen[weights]
+    draws = None
+    if plan.draws:
+        draws = (hash32((keys ^ _DRAWS)[:, None], positions) >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+    return Masks(corrupted, positions.view(np.int32), labels, weights.astype(np.float32), draws)
 
 
 def expand_ranges(start: IntArray64, length: IntArray64) -> IntArray64:
@@ -113,29 +152,51 @@ def expand_ranges(start: IntArray64, length: IntArray64) -> IntArray64:
     return np.repeat(start - end + length, length) + np.arange(end[-1] if end.size else 0)
 
 
+def _divide_into_spans(starts: BoolArray, content: BoolArray, keys: U64) -> BoolArray:
+    """(B, T) True at the first token of each span: words in a row, of lengths drawn one after the other."""
+    words = starts.sum(1)
+    number = np.arange(words.max(initial=0), dtype=np.uint32)
+    size = _SPAN_WORDS.take(hash32((keys ^ _SPANS)[:, None], number) >> np.uint32(16))
+    first = np.cumsum(size, axis=1) - size
+    inside = first < words[:, None]
+    before = np.cumsum(words) - words
+    spans = content.copy()
+    spans[:, 1:] &= ~content[:, :-1]  # where a document begins
+    spans.reshape(-1)[np.flatnonzero(starts)[(first + before[:, None])[inside]]] = True
+    return spans
+
+
 def _choose_words(
-    starts: BoolArray, content: BoolArray, keys: U64, plan: MaskingPlan
+    starts: BoolArray, content: BoolArray, spans: BoolArray | None, keys: U64, plan: MaskingPlan
 ) -> tuple[IntArray64, IntArray64, IntArray]:
     """Choose words for each row's budget.
 
-    The positions of a row are tried in a random order; those where a word starts propose that word. The first few
-    positions fill nearly every budget; for the other rows all positions are tried.
+    The positions of a row are tried in a random order; those where a word starts propose that word, or those where a
+    span starts the words of that span. The first few positions fill nearly every budget; for the other rows all
+    positions are tried.
 
     Returns:
         Flat starts and lengths of the chosen words, row by row; and (B,) the tokens chosen in each row.
     """
     length = starts.shape[1]
-    budget = plan.probability * content.view(np.uint8).sum(1, dtype=np.uint32)
+    budget = plan.probability * np.bitwise_count(np.packbits(content, axis=1)).sum(1, dtype=np.uint32)
     budget = (budget + unit_interval(hash_counters(keys, _BUDGET))).astype(np.int32)
-    ends = np.ones(starts.size + 1, np.bool_)  # where a word cannot go on
-    np.logical_or(starts.reshape(-1), ~content.reshape(-1), out=ends[:-1])
-    tries = min(plan.slots * 5 // 4 + 8, length)
+    ends = np.ones(starts.size + 1, np.bool_)  # where a word cannot go on: at its next start, or where content ends
+    np.less_equal(content.reshape(-1), starts.reshape(-1), out=ends[:-1])
+    # Spans are few and of very different lengths, so more positions are needed to fill a budget.
+    tries = min(plan.slots * 5 // 4 + 8 if spans is None else plan.slots * 3 // 2 + 24, length)
     rows = np.arange(len(starts))
-    word, size, used = _try_positions(rows, tries, starts, ends, keys, budget)
+
+    def propose(rows: IntArray64, tries: int, keys: U64) -> tuple[IntArray64, IntArray]:
+        tried = small_permutations(keys ^ _WORDS, (length - 1).bit_length(), tries)
+        if spans is None:
+            return _words_at(rows, tried, starts, ends)
+        return _words_of_spans(rows, tried, starts, content, spans, keys)
+
+    word, size, used = _take_words(*propose(rows, tries, keys), budget)
     short = np.flatnonzero(used < budget)
     if short.size:
-        every = 1 << (length - 1).bit_length()
-        more = _try_positions(short, every, starts, ends, keys[short], budget[short])
+        more = _take_words(*propose(short, 1 << (length - 1).bit_length(), keys[short]), budget[short])
         full = np.repeat(used == budget, np.bincount(word // length, minlength=rows.size))
         word, size = np.concatenate([word[full], more[0]]), np.concatenate([size[full], more[1]])
         by_row = np.argsort(word // length, kind="stable")
@@ -143,28 +204,60 @@ def _choose_words(
     return word, size, used
 
 
-def _try_positions(
-    rows: IntArray64, tries: int, starts: BoolArray, ends: BoolArray, keys: U64, budget: IntArray
-) -> tuple[IntArray64, IntArray64, IntArray]:
-    """Take the words that start at the first `tries` positions of each row's order, while they fit its budget.
-
-    Returns:
-        As `_choose_words`, for `rows`.
-    """
+def _words_at(
+    rows: IntArray64, tried: NDArray[np.uint16], starts: BoolArray, ends: BoolArray
+) -> tuple[IntArray64, IntArray]:
+    """(B, N) flat positions tried in each of `rows`, and the lengths of the words that start there; 0 for none."""
     length = starts.shape[1]
-    tried = small_permutations(keys ^ _WORDS, (length - 1).bit_length(), tries).astype(np.int64)
     flat = tried + (rows * length)[:, None]
-    size = starts.take(flat, mode="clip").astype(np.int32)
+    least = starts.view(np.uint8) + (starts > ends[1:].reshape(starts.shape))  # 2 for all longer words
+    size = least.take(flat, mode="wrap").astype(np.int32)
     if length & (length - 1):
         size[tried >= length] = 0
-    longer = np.flatnonzero((size > 0) & ~ends.take(flat + 1, mode="clip"))
+    longer = np.flatnonzero(size > 1)
     reach = 2
     while longer.size:
         size.reshape(-1)[longer] = reach
         longer = longer[~ends[flat.reshape(-1)[longer] + reach]]
         reach += 1
+    return flat, size
+
+
+def _words_of_spans(
+    rows: IntArray64, tried: NDArray[np.uint16], starts: BoolArray, content: BoolArray, spans: BoolArray, keys: U64
+) -> tuple[IntArray64, IntArray]:
+    """(B, N) flat starts and lengths of the words of the spans that start at the positions tried; 0 for none.
+
+    In half of the rows the words of a span come in the order of the text, in the other half backwards: what is cut off
+    the last span is then no more often its end than its beginning.
+    """
+    length = starts.shape[1]
+    flat = tried + (rows * length)[:, None]
+    proposed = spans.take(flat, mode="clip") & (tried < length)
+    word_at, span_at = np.flatnonzero(starts), np.flatnonzero(spans)
+    word_size = np.add.reduceat(content.reshape(-1), word_at, dtype=np.int32)
+    num_words = np.add.reduceat(starts.reshape(-1), span_at, dtype=np.int64)
+    span = np.searchsorted(span_at, flat[proposed])
+    row = np.nonzero(proposed)[0]
+    first, count = (np.cumsum(num_words) - num_words)[span], num_words[span]
+    words = expand_ranges(first, count)
+    backwards = (hash_counters(keys, _SIDE) >> np.uint64(63)).astype(np.bool_)[row]
+    words = np.where(np.repeat(backwards, count), np.repeat(2 * first + count - 1, count) - words, words)
+    # The words of a row side by side, in the order of their spans.
+    row = np.repeat(row, count)
+    in_row = np.bincount(row, minlength=rows.size)
+    column = np.arange(row.size) - (np.cumsum(in_row) - in_row)[row]
+    flat = np.zeros((rows.size, max(1, in_row.max(initial=0))), np.int64)
+    size = np.zeros(flat.shape, np.int32)
+    flat[row, column], size[row, column] = word_at[words], word_size[words]
+    return flat, size
+
+
+def _take_words(flat: IntArray64, size: IntArray, budget: IntArray) -> tuple[IntArray64, IntArray64, IntArray]:
+    """As `_choose_words`, of the proposed words."""
     taken, used = _fit(size, budget)
-    return flat[taken], size[taken].astype(np.int64), used
+    words = np.flatnonzero(taken)
+    return flat.take(words), size.take(words).astype(np.int64), used
 
 
 def _fit(size: IntArray, budget: IntArray) -> tuple[BoolArray, IntArray]:
@@ -177,10 +270,15 @@ def _fit(size: IntArray, budget: IntArray) -> tuple[BoolArray, IntArray]:
     Returns:
         (B, N) True for the words taken, and (B,) the tokens taken.
     """
-    total = np.cumsum(size, axis=1, dtype=np.int32)
-    taken = (total <= budget[:, None]) & (size > 0)
-    used = (total * taken).max(1)
+    total = np.cumsum(size, dtype=np.int32).reshape(size.shape)
+    total -= total[:, :1] - size[:, :1]
+    word = size > 0
+    taken = (total <= budget[:, None]) & word
+    used = np.zeros_like(budget)
+    full = np.flatnonzero((total == budget[:, None]) & word) // size.shape[1]
+    used[full] = budget[full]
     rows = np.flatnonzero(used < budget)
+    used[rows] = (total[rows] * taken[rows]).max(1)
     while rows.size:
         # What did not fit is passed over; behind it the next words that are short enough are taken.
         left = (budget - used)[rows, None]
@@ -194,11 +292,30 @@ def _fit(size: IntArray, budget: IntArray) -> tuple[BoolArray, IntArray]:
     return taken, used
 
 
-def _corrupt(original: IntArray, keys: U64, positions: NDArray[np.uint32], plan: MaskingPlan) -> IntArray:
-    """(B, K) what the model sees at the chosen positions, decided token by token."""
-    draw = hash32((keys ^ _CORRUPTION)[:, None], positions)
+def _corrupt(
+    original: IntArray,
+    keys: U64,
+    decided_at: NDArray[np.uint32],
+    positions: NDArray[np.uint32] | None,
+    plan: MaskingPlan,
+) -> IntArray:
+    """(B, K) what the model sees at the chosen positions.
+
+    Args:
+        original: (B, K) ids.
+        keys: (B,).
+        decided_at: (B, K) position whose random number decides: of the token, or of the first one of its span.
+        positions: (B, K) of the tokens, for a random replacement of its own for each; None where it is `decided_at`.
+        plan: the settings.
+    """
+    draw = hash32((keys ^ _CORRUPTION)[:, None], decided_at)
     begin, end = int(plan.mask_share * 2**32), int((plan.mask_share + plan.random_share) * 2**32)
-    # Where a draw falls between begin and end, its place there is the second random number.
-    which = (draw - np.uint32(begin)).astype(np.float64) * (plan.replacement_ids.size / max(1, end - begin))
-    seen = np.where(draw < end, plan.replacement_ids.take(which.astype(np.int64), mode="clip"), original)
-    return np.where(draw < begin, np.int32(plan.mask_id), seen)
+    seen = original + (np.int32(plan.mask_id) - original) * (draw < begin)  # quicker than a choice where it is random
+    random = np.flatnonzero((draw >= begin) & (draw < end))
+    if positions is None:
+        # Where a draw falls between begin and end, its place there is the second random number.
+        share = (draw.take(random) - np.float64(begin)) / max(1, end - begin)
+    else:
+        share = hash32((keys ^ _REPLACEMENTS)[:, None], positions).take(random) * np.float64(2.0**-32)
+    seen.reshape(-1)[random] = plan.replacement_ids.take((share * plan.replacement_ids.size).astype(np.int64))
+    return seen

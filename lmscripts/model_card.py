@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
 
 from lmscripts.packing import Rows, read_rows
+from lmscripts.phases import PhasedData
 from lmscripts.pretraining import PretrainingData
-from lmscripts.tracking import read_log, versions
+from lmscripts.tracking import SHARES, read_log, versions
 
 
-def model_card(title: str, pipeline: str, rows: dict[str, str], options_yaml: str, examples: list[str]) -> str:
+def model_card(
+    title: str, origin: str, pipeline: str, rows: dict[str, str], options_yaml: str, examples: list[str]
+) -> str:
     """Text of a model card.
 
     Args:
         title: heading.
+        origin: what the training began with; empty for nothing.
         pipeline: task name of transformers' pipeline.
         rows: table of what was measured, name to value.
         options_yaml: the options that repeat the run.
@@ -29,6 +33,7 @@ def model_card(title: str, pipeline: str, rows: dict[str, str], options_yaml: st
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     shown = "\n".join(f"- {example}" for example in examples)
+    began = f"Trained further from {origin}" if origin else "Trained from scratch"
     return f"""---
 library_name: transformers
 pipeline_tag: {pipeline}
@@ -36,7 +41,7 @@ pipeline_tag: {pipeline}
 
 # {title}
 
-Trained from scratch on raw text. Every number below was measured in this run.
+{began} on raw text. Every number below was measured in this run.
 
 | what | value |
 |---|---|
@@ -69,34 +74,50 @@ does on other text was not measured.
 """
 
 
-def mlm_card(title: str, data: PretrainingData, log_file: Path, options_yaml: str, model_dir: Path) -> str:
-    """Model card of a masked language model from its folder and the log of its run.
+def pretraining_card(
+    title: str, origin: str, family: str, data: PhasedData, log_file: Path, options_yaml: str, model_dir: Path
+) -> str:
+    """Model card of a pretrained model from its folder and the log of its run.
 
     Args:
         title: heading.
+        origin: model or run that the training began with; empty for none.
+        family: of the model.
         data: of the run.
         log_file: log.jsonl of the run.
         options_yaml: the options that repeat it.
         model_dir: folder with model and tokenizer.
     """
-    model = AutoModelForMaskedLM.from_pretrained(model_dir, local_files_only=True)
+    filler_dir = model_dir / "generator" if family == "electra" else model_dir
+    model = AutoModelForMaskedLM.from_pretrained(filler_dir, local_files_only=True)
     records = read_log(log_file)
     trained = [record for record in records if "tokens_per_second" in record]
-    rows = {
-        "parameters": f"{model.num_parameters():,}",
-        "text": f"{data.train[1].real_tokens:,} tokens",
-        "training": f"{data.num_steps:,} steps of {data.batch_size} rows of {data.layout.sequence_length} tokens",
-        "real tokens seen": f"{trained[-1]['tokens']:,.0f}" if trained else "0",
-        "speed": f"{median(record['tokens_per_second'] for record in trained):,.0f} real tokens/s" if trained else "",
-    }
+    rows = {"parameters": f"{model.num_parameters():,}"}
+    if family == "electra":
+        discriminator = AutoModelForPreTraining.from_pretrained(model_dir, local_files_only=True)
+        rows = {"parameters of the discriminator": f"{discriminator.num_parameters():,}"}
+        rows["parameters of the generator"] = f"{model.num_parameters():,} (the embeddings are the same)"
+    for number, phase in enumerate(data.phases):
+        name = f" of phase {number + 1}" if len(data.phases) > 1 else ""
+        rows[f"text{name}"] = f"{phase.train[1].real_tokens:,} tokens"
+        shape = f"{phase.batch_size} rows of {phase.layout.sequence_length} tokens"
+        rows[f"training{name}"] = f"{phase.num_steps:,} steps of {shape}"
+    if trained:
+        rows["real tokens seen"] = f"{trained[-1]['tokens']:,.0f}"
+        rows["speed"] = f"{median(record['tokens_per_second'] for record in trained):,.0f} real tokens/s"
     for record in [record for record in records if "eval_loss" in record][-1:]:
-        rows["held-out loss"] = f"{record['eval_loss']:.4f} nats per masked token"
-        rows["held-out accuracy"] = f"{record['eval_accuracy']:.2%} of the masked tokens"
+        for name in (name for name in record if name.startswith("eval_")):
+            rows[f"held-out {name.removeprefix('eval_').replace('_', ' ')}"] = _shown(name, record[name])
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    part, index = data.held_out or data.train
-    shown = read_rows(part, index, np.arange(min(3, index.num_rows)), data.layout)
-    examples = fill_mask_examples(model, tokenizer, data, shown)
-    return model_card(title, "fill-mask", rows, options_yaml, examples)
+    last = data.phases[-1]
+    part, index = last.held_out or last.train
+    shown = read_rows(part, index, np.arange(min(3, index.num_rows)), last.layout)
+    examples = fill_mask_examples(model, tokenizer, last, shown)
+    return model_card(title, origin, "fill-mask", rows, options_yaml, examples)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.2%}" if name.endswith(SHARES) else f"{value:.4f} nats per target"
 
 
 def fill_mask_examples(

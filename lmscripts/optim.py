@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 from lmscripts.errors import UserError
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
+OptimizerName = Literal["adamw", "adam", "radam", "sgd", "lamb", "muon"]
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
 
 def lr_at(
@@ -60,9 +63,18 @@ def check_schedule(
         raise UserError(f"warmup {warmup_steps} and decay {decay_steps} are more than the {max_steps} steps of the run")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices (embeddings included) decay, vectors (biases, norms) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, leave_out: Iterable[nn.Parameter] = ()
+) -> list[dict[str, object]]:
+    """Two groups: matrices (embeddings included) decay, vectors (biases, norms) do not; frozen parameters are in none.
+
+    Args:
+        model: a parameter that several of its modules share is counted once.
+        weight_decay: of the matrices.
+        leave_out: parameters that belong to no group.
+    """
+    left_out = set(leave_out)
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in left_out]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -78,29 +90,122 @@ def build_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) or LAMB (arXiv:1904.00962), with weight decay on matrices only.
+    """An optimizer over the parameters that are not frozen, with weight decay on matrices only.
+
+    - "adamw" (arXiv:1711.05101): each step takes learning rate x decay x weight off the weight, beside Adam's update.
+      BERT's own optimizer is this one without the correction of the moments' bias.
+    - "adam" (arXiv:1412.6980): the decay is a penalty instead: decay x weight is added to the gradient before the
+      moments are taken, so that Adam rescales it as it rescales the gradient. With decay 0 it is adamw with decay 0.
+    - "radam" (arXiv:1908.03265): Adam without a second moment until that has seen enough; decay as in adamw.
+    - "sgd": momentum betas[0], without dampening or Nesterov; decay x weight is added to the gradient. The second beta
+      and epsilon are not used, and its learning rate is on another scale than that of the others.
+    - "lamb" (arXiv:1904.00962): for very large batches.
+    - "muon" (arXiv:2502.16982): see `muon_and_adamw`.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        model: what is trained.
+        learning_rate: until the loop assigns another to `param_groups`.
+        betas: decay of the first and the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: of matrices, embeddings included.
 
     Raises:
-        UserError: an unknown name, or the package that holds the optimizer is not installed.
+        UserError: an unknown name, the package that holds the optimizer is missing or too old, or it has nothing to do.
     """
+    adam: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": epsilon}
     groups = parameter_groups(model, weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
-    if name == "lamb":
-        try:
-            from pytorch_optimizer import Lamb
-        except ImportError:
-            raise UserError("--optimizer lamb needs: pip install pytorch_optimizer") from None
-        # As in the paper: decay is part of the update that the trust ratio scales, and the step size is not
-        # enlarged early on (adam_debias says the opposite of its name). The loop clips gradients itself.
-        optimizer: torch.optim.Optimizer = Lamb(
-            groups,
-            lr=learning_rate,
-            betas=betas,
-            eps=epsilon,
-            weight_decouple=False,
-            max_grad_norm=0.0,
-            adam_debias=True,
-        )
-        return optimizer
-    raise UserError(f"optimizer must be adamw or lamb, got {name}")
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw": lambda: torch.optim.AdamW(groups, **adam, fused=True),
+        "adam": lambda: torch.optim.Adam(groups, **adam, fused=True),
+        "radam": lambda: torch.optim.RAdam(groups, **adam, decoupled_weight_decay=True),
+        "sgd": lambda: torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0]),
+        "lamb": lambda: _lamb(groups, adam),
+        "muon": lambda: muon_and_adamw(model, weight_decay, adam),
+    }
+    if name not in makers:
+        raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name}")
+    return makers[name]()
+
+
+def _lamb(groups: list[dict[str, object]], adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """LAMB as in the paper: its version without correction of the bias."""
+    try:
+        from pytorch_optimizer import Lamb
+    except ImportError:
+        raise UserError("--optimizer lamb needs: pip install pytorch_optimizer") from None
+    # As in the paper: decay is part of the update that the trust ratio scales, and the step size is not
+    # enlarged early on (adam_debias says the opposite of its name). The loop clips gradients itself.
+    optimizer: torch.optim.Optimizer = Lamb(groups, **adam, weight_decouple=False, max_grad_norm=0.0, adam_debias=True)
+    return optimizer
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of the stacked layers, which are what Muon was made for.
+
+    Layers are what lies in an nn.ModuleList, as in every family of transformers. So embeddings, output heads (tied or
+    not, over the vocabulary or over labels), and the single layers between them and the stack are no hidden matrices;
+    nor is an embedding within a layer.
+    """
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    stacked = {parameter for stack in stacks for parameter in stack.parameters()} - tables
+    return [p for p in model.parameters() if p in stacked and p.ndim == 2 and p.requires_grad]
+
+
+def muon_and_adamw(model: nn.Module, weight_decay: float, adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """Muon for the hidden matrices, AdamW for the rest, under one learning rate and one weight decay.
+
+    Muon (https://kellerjordan.github.io/posts/muon/, arXiv:2502.16982) makes each matrix's momentum (0.95, Nesterov)
+    nearly orthogonal. The update is scaled by 0.2 x sqrt(longer side) to the size of an update of AdamW (section 2.2
+    of the paper), so that AdamW's learning rate and decay fit. Queries, keys and values are orthogonalised together
+    where a model keeps them in one matrix (GPT-2, ModernBERT).
+
+    The products are computed in bfloat16 by every process for itself. On GPUs of different kinds they round
+    differently, and the copies of the weights drift apart: give Muon machines of one kind.
+
+    Args:
+        model: what is trained.
+        weight_decay: of matrices.
+        adam: lr, betas and eps of AdamW; Muon takes the lr.
+
+    Raises:
+        UserError: this torch has no Muon, or the model has no hidden matrix to train.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}")
+    hidden = hidden_matrices(model)
+    if not hidden:
+        raise UserError("--optimizer muon found no matrix to train in the layers of the model; use adamw")
+    matrices = [{"params": hidden, "weight_decay": weight_decay}]
+    rest = parameter_groups(model, weight_decay, leave_out=hidden)
+    return _TwoOptimizers(
+        torch.optim.Muon(matrices, lr=adam["lr"], momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, **adam, fused=True),
+    )
+
+
+class _TwoOptimizers(torch.optim.Optimizer):
+    """Two optimizers over different parameters that pass for one: one list of groups, one state.
+
+    `param_groups` holds the very dicts of the two. Whoever loads a state may put new dicts in their place
+    (`Optimizer.load_state_dict`, which Accelerate calls when it prepares an optimizer), so each step hands the two
+    what is here now.
+    """
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
+        self._two = (first, second)
+        super().__init__([*first.param_groups, *second.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = iter(self.param_groups)
+        for optimizer in self._two:
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            optimizer.state = self.state
+            optimizer.step()
+        return loss

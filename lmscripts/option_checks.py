@@ -18,8 +18,17 @@ POSITIVE: tuple[str, ...] = (
     "eval_every",
 )
 POSITIVE += ("stop_at_step", "learning_rate", "sequence_length", "decay_steps", "expected_processes", "timeout")
-POSITIVE += ("num_workers",)
-NOT_NEGATIVE = ("warmup_steps", "eval_rows", "keep_last", "keep_every", "weight_decay", "epsilon", "max_grad_norm")
+POSITIVE += ("num_workers", "phase_steps")
+NOT_NEGATIVE: tuple[str, ...] = (
+    "warmup_steps",
+    "eval_rows",
+    "keep_last",
+    "keep_every",
+    "weight_decay",
+    "epsilon",
+    "max_grad_norm",
+)
+NOT_NEGATIVE += ("generator_weight", "discriminator_weight")
 BELOW_ONE = ("hidden_dropout", "attention_dropout", "beta1", "beta2", "final_lr_ratio", "validation_fraction")
 
 
@@ -48,8 +57,10 @@ def check_numbers(
     )
     for names, bounds, fits in limits:
         for name in names:
-            if values[name] is not None and not fits(values[name]):
-                raise UserError(f"--{name} must be {bounds}, got {values[name]}")
+            given = values[name] if isinstance(values[name], tuple) else (values[name],)
+            for value in given:
+                if value is not None and not fits(value):
+                    raise UserError(f"--{name} must be {bounds}, got {value}")
 
 
 def check_useless(values: Mapping[str, Any], why: str, *names: str) -> None:
@@ -73,6 +84,18 @@ def check_pretraining(values: Mapping[str, Any]) -> None:
     max_steps, epochs, decay_steps = (values[name] for name in ("max_steps", "epochs", "decay_steps"))
     if max_steps is not None and epochs is not None:
         raise UserError(f"--max_steps {max_steps} and --epochs {epochs} both say how long: give one")
+    if values["phase_steps"]:
+        check_useless(values, "with --phase_steps, which says how long", "max_steps", "epochs")
+    if values["do_whole_word_mask"] and values["mask_unit"] not in (None, "word"):
+        raise UserError(f"--do_whole_word_mask and --mask_unit {values['mask_unit']} contradict each other: give one")
+    if values["frozen_layers"] is not None and values["frozen_layers"] < -1:
+        raise UserError(f"--frozen_layers must be at least -1 (none), got {values['frozen_layers']}")
+    if values["start_from"] is not None and values["carry_over"] is None:
+        raise UserError(f"--start_from {values['start_from']} needs --carry_over weights, moments or everything")
+    if values["start_from"] is None:
+        check_useless(values, "without --start_from", "carry_over")
+    if values["ema_decay"] is not None and not 0 < values["ema_decay"] < 1:
+        raise UserError(f"--ema_decay must lie between 0 and 1, got {values['ema_decay']}")
     if (decay_steps is not None) != (values["schedule"] == "wsd"):
         raise UserError(f"--decay_steps {decay_steps} is not for --schedule {values['schedule']}; wsd needs it")
     if values["attention"] == "varlen" and values["attention_dropout"] > 0:
@@ -82,5 +105,5 @@ def check_pretraining(values: Mapping[str, Any]) -> None:
         raise UserError(f"--process_shares must be at least 0 and not all 0, got {' '.join(map(str, shares))}")
     if values["schedule"] == "constant":
         check_useless(values, "with --schedule constant", "final_lr_ratio")
-    if values["dataset_dir"] is not None:
+    if values["dataset_dir"]:
         check_useless(values, "with --dataset_dir", "validation_fraction", "num_workers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,13 +78,16 @@ def small_permutations(keys: U64, bits: int, count: int) -> NDArray[np.uint16]:
     """
     mask, fold = np.uint16((1 << bits) - 1), np.uint16((bits + 1) // 2)
     rounds = hash_counters(keys[:, None], np.arange(2, dtype=np.uint64)).view(np.uint16)  # (N, 8)
-    images = np.broadcast_to(np.arange(count, dtype=np.uint16), (keys.size, count))
+    added, factors = np.ascontiguousarray(rounds[:, ::2].T), np.ascontiguousarray(rounds[:, 1::2].T) | np.uint16(1)
+    # Keys side by side: `count` is small, so loops over the keys are the longer ones.
+    images = np.arange(count, dtype=np.uint16)[:, None] + added[0]
     for number in range(4):
-        images = images + rounds[:, 2 * number, None]
-        images *= rounds[:, 2 * number + 1, None] | np.uint16(1)
+        if number:
+            images += added[number]
+        images *= factors[number]
         images &= mask
         images ^= images >> fold
-    return images
+    return np.ascontiguousarray(images.T)
 
 
 def unit_interval(bits: U64) -> NDArray[np.float64]:
@@ -94,9 +98,10 @@ def unit_interval(bits: U64) -> NDArray[np.float64]:
 def permute(indices: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     """Pseudorandom permutation of range(size) without a table.
 
-    A balanced Feistel network over the smallest even number of bits that holds `size`, with cycle walking for
-    the values outside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Memory and time per
-    index are constant, so any position of any epoch can be asked for directly.
+    A Feistel network on the digits of an index to two bases, about the square root of `size` each, with cycle walking
+    for the values outside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", generalized Feistel). Fewer
+    than one value in sqrt(size) is outside, so nearly every index takes one pass. Memory and time per index are
+    constant, and any position of any epoch can be asked for directly.
 
     Args:
         indices: (N,) positions in [0, size).
@@ -108,18 +113,30 @@ def permute(indices: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64
     """
     if size < 1:
         raise ValueError(f"a permutation needs a positive size, got {size}")
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low_mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    round_keys = _round_keys(key)
-    values = np.asarray(indices, np.int64).astype(np.uint64)
-    pending = np.arange(values.size)
-    while pending.size:
-        left, right = values[pending] >> shift, values[pending] & low_mask
-        for round_key in round_keys:
-            left, right = right, left ^ (hash_counters(round_key, right) & low_mask)
-        values[pending] = (left << shift) | right
-        pending = pending[values[pending] >= size]
+    bases = _bases(size)
+    values = _feistel(np.asarray(indices, np.int64).astype(np.uint64), *bases, key)
+    while (outside := np.flatnonzero(values >= size)).size:
+        values[outside] = _feistel(values[outside], *bases, key)
     return values.astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _bases(size: int) -> tuple[np.uint64, np.uint64]:
+    """Two numbers near sqrt(size) whose product is at least `size` and hardly more."""
+    root = isqrt(size - 1) + 1
+    low = min(range(root, root + root // 4 + 1)[:64], key=lambda base: -size % base)
+    return np.uint64(low), np.uint64(-(-size // low))
+
+
+def _feistel(values: U64, low_base: np.uint64, high_base: np.uint64, key: int) -> U64:
+    """One pass over values in [0, low_base * high_base), both bases below 2**32."""
+    left, right = np.divmod(values, low_base)[::-1]
+    for number, round_key in enumerate(_round_keys(key)):
+        base = (low_base, high_base)[number % 2]  # of `left`
+        left += ((splitmix64(right + round_key) >> np.uint64(32)) * base) >> np.uint64(32)
+        left -= base * (left >= base)
+        left, right = right, left
+    return right * low_base + left
 
 
 @lru_cache(maxsize=64)
@@ -141,11 +158,11 @@ def rows_at(positions: NDArray[np.int64], num_rows: int, seed: int) -> tuple[NDA
     Returns:
         (N,) row numbers and (N,) the epoch each belongs to.
     """
-    epochs = positions // num_rows
-    rows = np.empty(positions.size, np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permute(positions[here] % num_rows, num_rows, stream_key(seed, int(epoch), 0x0DE))
+    epochs, rows = np.divmod(positions, num_rows)
+    several = (epochs != epochs[:1]).any()
+    for epoch in np.unique(epochs) if several else epochs[:1]:
+        here = epochs == epoch if several else slice(None)
+        rows[here] = permute(rows[here], num_rows, stream_key(seed, int(epoch), 0x0DE))
     return rows, epochs
 
 

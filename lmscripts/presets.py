@@ -28,7 +28,7 @@ FAMILIES = {
     "bert-": "bert",
     "gpt2-": "gpt2",
 }
-BUILT_FAMILIES = ("bert", "roberta")
+BUILT_FAMILIES = ("bert", "roberta", "electra")
 
 _SIZE_KEYS = ("number-of-layers", "hidden-size", "ffn-inner-hidden-size", "attention-heads")
 _ELECTRA_SIZE_KEYS = ("embedding-size", "generator-size")
@@ -88,16 +88,13 @@ class Preset:
         """Sizes of the encoder under transformers' names.
 
         Raises:
-            UserError: the preset continues a pretrained model or freezes layers.
+            UserError: the preset has none, as it goes on from a pretrained model.
         """
-        if self.frozen_layers >= 0:
-            raise UserError(f"the preset {self.name} freezes layers, which is not built yet")
         sizes = {"num_hidden_layers": self.layers, "hidden_size": self.hidden_size}
         sizes |= {"num_attention_heads": self.heads, "intermediate_size": self.ffn_size}
-        known = {name: size for name, size in sizes.items() if size is not None}
-        if len(known) < len(sizes):
-            raise UserError(f"the preset {self.name} continues a pretrained model, which is not built yet")
-        return known
+        if None in sizes.values():
+            raise UserError(f"the preset {self.name} has no sizes: it goes on from a pretrained model")
+        return sizes
 
 
 def family_of(name: str) -> str:

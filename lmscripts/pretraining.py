@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,12 @@ from lmscripts.attention import AttentionPath, segment_ends
 from lmscripts.distributed import micro_batches
 from lmscripts.errors import UserError
 from lmscripts.loader import pin
-from lmscripts.masking import MaskingPlan, expand_ranges, prediction_slots
+from lmscripts.masking import MaskingPlan, Unit, expand_ranges, prediction_slots
 from lmscripts.objectives import masked_batches
-from lmscripts.optim import lr_at
 from lmscripts.order import rows_at, stream_key
 from lmscripts.packing import Layout, Packing, RowIndex, read_rows, row_index
 from lmscripts.token_store import Part, TokenStore
 from lmscripts.tokenizer_folder import read_record
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Batch = dict[str, Tensor]
 Counts = dict[str, float]
@@ -74,6 +70,16 @@ class PretrainingData:
         return -(-self.total_rows // self.batch_size)
 
     @property
+    def positions(self) -> int:
+        """Positions of a full optimizer step over all processes."""
+        return self.batch_size * self.layout.sequence_length
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and prediction slots of a row."""
+        return self.layout.sequence_length, self.masking.slots
+
+    @property
     def num_eval_rows(self) -> int:
         """Held-out rows to evaluate on; 0 without a validation part."""
         return 0 if self.held_out is None else min(self.most_eval_rows, self.held_out[1].num_rows)
@@ -111,7 +117,8 @@ class PretrainingData:
             made = self._masked(self.train, rows, epochs, self.seed, sizes)
             for (step, _, size), (batch, counts) in zip(chunk, made, strict=True):
                 if size == 0:
-                    batch["weights"].zero_()
+                    for name in batch.keys() & {"weights", "row_weights"}:
+                        batch[name].zero_()
                 yield step, batch, (counts if size else dict.fromkeys(counts, 0.0))
 
     def eval_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, Counts]:
@@ -204,13 +211,15 @@ def mlm_layout(tokenizer: Any, sequence_length: int, packing: Packing) -> Layout
     return Layout(sequence_length, packing, begin_id=ids["cls"], end_id=ids["sep"], pad_id=ids["pad"])
 
 
-def total_rows(train: tuple[Part, RowIndex], batch_size: int, max_steps: int | None, epochs: float | None) -> int:
-    """Rows of a schedule given in steps or else in passes over the training rows."""
-    return batch_size * max_steps if max_steps else max(1, round((epochs or 0) * train[1].num_rows))
+def mlm_masking(tokenizer: Any, layout: Layout, probability: float, unit: Unit, **corruption: Any) -> MaskingPlan:
+    """A corruption with a fixed number of slots per row.
 
-
-def mlm_masking(tokenizer: Any, layout: Layout, probability: float, whole_words: bool) -> MaskingPlan:
-    """BERT's corruption with a fixed number of slots per row.
+    Args:
+        tokenizer: from transformers.
+        layout: of the rows.
+        probability: share of the text tokens to predict.
+        unit: what is masked as a whole.
+        corruption: other fields of the plan, see `lmscripts.objectives.CORRUPTION`.
 
     Raises:
         UserError: the probability is not in (0, 1).
@@ -218,29 +227,4 @@ def mlm_masking(tokenizer: Any, layout: Layout, probability: float, whole_words:
     if not 0 < probability < 1:
         raise UserError(f"--mask_probability must lie between 0 and 1, got {probability}")
     slots = prediction_slots(probability, layout.most_real_tokens)
-    return MaskingPlan(probability, slots, tokenizer.mask_token_id, replacement_ids(tokenizer), whole_words)
-
-
-def plan_text(data: PretrainingData, schedule: dict[str, Any], accelerator: Accelerator, parameters: int) -> str:
-    """The plan of a run in words: model, rows, steps, rates, processes, memory, disk."""
-    index, layout, masking = data.train[1], data.layout, data.masking
-    last = data.num_steps - 1
-    corners = sorted({0, min(schedule["warmup_steps"], last), last // 2, last})
-    rates = ", ".join(f"step {step + 1:,} {lr_at(step, **schedule):.2e}" for step in corners)
-    if schedule["warmup_steps"] > last:
-        rates += f"; the warmup of {schedule['warmup_steps']:,} steps is longer than the run"
-    unit = "whole words" if masking.whole_words else "single tokens"
-    lines = {
-        "model": f"{parameters:,} parameters",
-        "text": f"{index.real_tokens:,} tokens in {index.num_rows:,} rows of {layout.sequence_length}, "
-        f"{index.fill(layout):.2%} full, {layout.packing}; {data.num_eval_rows:,} rows held out",
-        "objective": f"{masking.probability:.0%} of the tokens masked as {unit}, {masking.slots} slots a row",
-        "steps": f"{data.num_steps:,} of {data.batch_size} rows, {data.total_rows / index.num_rows:.2f} epochs of "
-        f"{index.num_rows / data.batch_size:,.1f} steps",
-        "rates": f"{schedule['schedule']}: {rates}",
-        "processes": f"{accelerator.num_processes} on {accelerator.device.type}; rows of a step {data.shares}, at most "
-        f"{data.micro_batch_size} at once; precision {accelerator.mixed_precision}, attention {data.attention}",
-        "memory": f"about {16 * parameters / 2**20:,.0f} MiB per process for weights, gradients and moments",
-        "disk": f"about {12 * parameters / 2**20:,.0f} MiB a checkpoint",
-    }
-    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+    return MaskingPlan(probability, slots, tokenizer.mask_token_id, replacement_ids(tokenizer), unit, **corruption)

@@ -6,24 +6,34 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmscripts import averaging
 from lmscripts import checkpoint as checkpoints
 from lmscripts.distributed import sum_over_processes
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder, write_text
+from lmscripts.pretrained import repeat_positions
+from lmscripts.tokenizer_folder import copy_tokenizer
 from lmscripts.tracking import versions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.optim.swa_utils import AveragedModel
+
+    from lmscripts.objectives import MaskedLanguageModel, ReplacedTokenDetection
+
+    Objective = MaskedLanguageModel | ReplacedTokenDetection
+
+AVERAGE = "average.safetensors"
 
 
 @dataclass
@@ -36,8 +46,8 @@ class TrainingState:
         skipped_steps: steps whose gradient was not finite, so that the weights were left alone.
         nonfinite_streak: how many of them came last in a row.
         real_tokens: text tokens seen.
-        window_loss: sum of losses since the last log line, over all processes.
-        window_targets: targets of those losses.
+        window_sums: sums of the objective since the last log line, over all processes.
+        window_counts: their counts.
     """
 
     step: int = 0
@@ -45,8 +55,12 @@ class TrainingState:
     skipped_steps: int = 0
     nonfinite_streak: int = 0
     real_tokens: float = 0.0
-    window_loss: float = 0.0
-    window_targets: float = 0.0
+    window_sums: dict[str, float] = field(default_factory=dict)
+    window_counts: dict[str, float] = field(default_factory=dict)
+
+    def open_window(self, process: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and counts to go on with; the sums belong to the first process, as they are over all of them."""
+        return {name: value * (process == 0) for name, value in self.window_sums.items()}, dict(self.window_counts)
 
     def judge(self, gradient_norm: Tensor | float, has_scaler: bool) -> bool:
         """Whether a step may be applied; the global norm is the same on all processes, so all decide alike.
@@ -89,7 +103,7 @@ class RunFolder:
         self.path = path
         self._tokenizer_dir = tokenizer_dir
         self._sequence_length = sequence_length
-        self._fixed = fixed
+        self._fixed: dict[str, Any] = json.loads(json.dumps(fixed))  # as it will be read back
         self._lock: TextIO | None = None
 
     def claim(self, do_continue: bool, options_yaml: str) -> tuple[Path | None, list[str]]:
@@ -138,66 +152,73 @@ class RunFolder:
     def save(
         self,
         accelerator: Accelerator,
-        model: PreTrainedModel,
-        trained: nn.Module,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
+        average: AveragedModel | None,
         state: TrainingState,
     ) -> None:
         """Save a checkpoint; every process calls it and learns whether it worked.
 
         Args:
             accelerator: the running processes.
-            model: what `save_pretrained` is called on.
-            trained: the module whose parameters the optimizer steps.
+            objective: the module whose parameters the optimizer steps; its models are saved.
             optimizer: the optimizer.
+            average: moving average of the weights, if there is one.
             state: where the run stands.
 
         Raises:
             UserError: it could not be written; earlier checkpoints are as they were.
         """
         problem: UserError | None = None
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in trained.parameters())
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in objective.parameters())
         if accelerator.is_main_process or sharded:
-            weights = checkpoints.model_state(model) if sharded else None
-            tensors, groups = checkpoints.optimizer_state(optimizer, trained)
+            models = {n: (m, checkpoints.model_state(m) if sharded else None) for n, m in objective.models.items()}
+            tensors, groups = checkpoints.optimizer_state(optimizer, objective)
         if accelerator.is_main_process and not (self.path / f"checkpoint-{state.step}").exists():
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": asdict(state), "groups": groups, "scaler": scaler}
             facts |= {"processes": accelerator.num_processes, "versions": versions(), "saved_at": time.time()}
+
+            def write(aside: Path) -> None:
+                self._write_tokenizer(aside)
+                for subfolder, (model, weights) in models.items():
+                    _write_weights(aside / subfolder, model, weights)
+                if average is not None:
+                    save_file(averaging.state(average), aside / AVERAGE)
+
             try:
-                checkpoints.save_checkpoint(
-                    self.path, state.step, lambda aside: self._write_model(aside, model, weights), tensors, facts
-                )
+                checkpoints.save_checkpoint(self.path, state.step, write, tensors, facts)
             except UserError as error:
                 problem = error
         if sum_over_processes(accelerator, [float(problem is not None)])[0]:
             raise problem or UserError("the main process could not save a checkpoint")
 
-    def _write_model(self, folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None) -> None:
-        """Model and tokenizer as AutoModel and AutoTokenizer load them."""
-        if weights is None:
-            model.save_pretrained(folder)
-        else:
-            tied = set(model.all_tied_weights_keys)
-            model.save_pretrained(folder, state_dict={k: v for k, v in weights.items() if k not in tied})
-        shutil.copytree(self._tokenizer_dir, folder, dirs_exist_ok=True)
+    def _write_tokenizer(self, folder: Path) -> None:
+        """The tokenizer as AutoTokenizer loads it, with the length that the model reads."""
+        copy_tokenizer(self._tokenizer_dir, folder)
         settings = folder / "tokenizer_config.json"
-        facts = json.loads(settings.read_text(encoding="utf-8"))
+        facts = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
         facts["model_max_length"] = self._sequence_length
         settings.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def export(self, step: int, describe: Callable[[Path], str]) -> Path:
+    def export(
+        self, step: int, averages: Mapping[str, PreTrainedModel] | None, describe: Callable[[Path], str]
+    ) -> Path:
         """Write final/ from the checkpoint of the last step: model, tokenizer and card. Called by the main process.
 
         Args:
             step: of the checkpoint.
+            averages: models to write instead of those of the checkpoint, by subfolder.
             describe: gives the text of the card, once model and tokenizer are in the folder it is given.
         """
         final, new, old = (self.path / name for name in ("final", ".final.new", ".final.old"))
         shutil.rmtree(new, ignore_errors=True)
         with new_folder(new) as aside:
-            training_only = shutil.ignore_patterns("optimizer.safetensors", "training_state.json", "checksums.json")
-            shutil.copytree(self.path / f"checkpoint-{step}", aside, ignore=training_only, dirs_exist_ok=True)
+            training_only = ("optimizer.safetensors", "training_state.json", "checksums.json", AVERAGE)
+            ignored = shutil.ignore_patterns(*training_only)
+            shutil.copytree(self.path / f"checkpoint-{step}", aside, ignore=ignored, dirs_exist_ok=True)
+            for subfolder, model in (averages or {}).items():
+                _write_weights(aside / subfolder, model, None)
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
         if final.exists():  # from an earlier, shorter schedule
             shutil.rmtree(old, ignore_errors=True)
@@ -213,32 +234,109 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Load a checkpoint's weights into a model of the same shape.
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest whole one of a run's folder.
+
+    Raises:
+        UserError: it is neither, or it is damaged.
+    """
+    if checkpoints.list_checkpoints(path):
+        whole = [folder for folder in checkpoints.list_checkpoints(path) if checkpoints.find_damage(folder) is None]
+        if not whole:
+            raise UserError(f"every checkpoint in {path} is damaged")
+        return whole[-1]
+    if not (path / "training_state.json").is_file():
+        raise UserError(f"{path} is no checkpoint and holds none")
+    if damage := checkpoints.find_damage(path):
+        raise UserError(f"the checkpoint {path} is damaged: {damage}")
+    return path
+
+
+def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, may_lengthen: bool = False) -> None:
+    """Load a checkpoint's weights into models of the same shape.
+
+    Args:
+        models: by subfolder. Tensors that two of them share must be equal in the checkpoint.
+        checkpoint: folder of the checkpoint.
+        may_lengthen: let models with more positions than the checkpoint repeat its position embeddings.
 
     Raises:
         UserError: names or shapes differ.
     """
-    try:
-        missing, unexpected = model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
-    absent = set(missing) - set(model.all_tied_weights_keys)
-    if absent or unexpected:
-        raise UserError(f"{checkpoint} does not fit the model: {sorted(absent | set(unexpected))[0]}")
+    first: dict[int, Tensor] = {}
+    for subfolder, model in models.items():
+        file = checkpoint / subfolder / "model.safetensors"
+        if not file.is_file():
+            raise UserError(f"{checkpoint} holds no {subfolder or 'model'}: {file.relative_to(checkpoint)} is missing")
+        saved = load_file(file)
+        if may_lengthen:
+            _repeat_positions(model, saved)
+        try:
+            missing, unexpected = model.load_state_dict(saved, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{checkpoint} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+        absent = set(missing) - set(model.all_tied_weights_keys)
+        if absent or unexpected:
+            raise UserError(f"{checkpoint} does not fit the model: {sorted(absent | set(unexpected))[0]}")
+        for name, parameter in model.named_parameters():
+            if name in saved and not torch.equal(saved[name], first.setdefault(id(parameter), saved[name])):
+                raise UserError(
+                    f"{checkpoint}: {name} of the {subfolder} is shared, but differs from the other model's"
+                )
 
 
 def restore(
-    accelerator: Accelerator, trained: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None
+    accelerator: Accelerator,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    source: Path | None,
+    carry_over: str | None,
 ) -> TrainingState:
-    """Put optimizer, loss scaler and progress back; the weights are loaded before the model is prepared.
+    """Put optimizer, loss scaler, average and progress back; the weights are loaded before the model is prepared.
 
-    Without a checkpoint nothing is touched and the state is that of a beginning.
+    Args:
+        accelerator: the running processes.
+        objective: the module whose parameters the optimizer steps.
+        optimizer: the optimizer.
+        average: moving average of the weights, if there is one.
+        source: checkpoint; None for a run that begins: nothing is touched and the state is that of a beginning.
+        carry_over: of the checkpoint of another run, what is taken: "weights"; "moments": the optimizer's state as
+            well, counting steps anew; "everything": also the step, so that the schedule goes on. None for a
+            checkpoint of this run.
+
+    Raises:
+        UserError: the checkpoint does not fit.
     """
-    if checkpoint is None:
+    if source is None or carry_over == "weights":
         return TrainingState()
-    facts = read_state(checkpoint)
-    checkpoints.load_optimizer_state(optimizer, trained, checkpoint / "optimizer.safetensors", facts["groups"])
+    facts = read_state(source)
+    checkpoints.load_optimizer_state(
+        optimizer, objective, source / "optimizer.safetensors", facts["groups"], may_lengthen=carry_over is not None
+    )
     if accelerator.scaler is not None and facts["scaler"] is not None:
         accelerator.scaler.load_state_dict(facts["scaler"])
-    return TrainingState(**facts["progress"])
+    if carry_over == "moments":
+        return TrainingState()
+    if average is not None and (source / AVERAGE).is_file():
+        averaging.load(average, load_file(source / AVERAGE))
+    state = TrainingState(**facts["progress"])
+    if carry_over is not None:
+        state.evaluated_step, state.window_sums, state.window_counts = -1, {}, {}
+    return state
+
+
+def _repeat_positions(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
+    """Repeat saved position embeddings until they are as many as the model's."""
+    name = f"{model.base_model_prefix}.embeddings.position_embeddings.weight"
+    table: Any = model.get_submodule(name.removesuffix(".weight"))
+    saved[name] = repeat_positions(saved[name], table.num_embeddings, table.padding_idx)
+
+
+def _write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None) -> None:
+    """A model as the Auto classes load it; `weights` if they had to be gathered."""
+    if weights is None:
+        model.save_pretrained(folder)
+    else:
+        tied = set(model.all_tied_weights_keys)
+        model.save_pretrained(folder, state_dict={k: v for k, v in weights.items() if k not in tied})

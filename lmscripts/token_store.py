@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256, new_folder
+from lmscripts.tokenizer_folder import copy_tokenizer
 
 FORMAT_VERSION = 1
 _FILES = ("tokens", "word_starts", "sentence_lengths", "document_tokens", "document_sentences", "document_bytes")
@@ -378,7 +378,7 @@ def build_store(
         parts = {"train": train.close(), "validation": validation.close()}
         if parts["train"]["tokens"] == 0:
             raise UserError("the text gives no training token: it is empty, or all of it fell to the validation part")
-        shutil.copytree(tokenizer_dir, aside / "tokenizer")
+        copy_tokenizer(tokenizer_dir, aside / "tokenizer")
         manifest = {
             "format": "lmscripts token store",
             "format_version": FORMAT_VERSION,

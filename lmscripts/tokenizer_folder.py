@@ -126,6 +126,20 @@ def library_versions(words: WordTokenizer) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files into a folder; of a model's folder that serves as tokenizer no weights and no state.
+
+    `config.json` is among them, as it may be what says which tokenizer this is; a model's own is written afterwards.
+    """
+    weights = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx*", "*.ckpt*", "*.gguf")
+    state = ("training_state.json", "checksums.json", "log.jsonl", "README.md", ".*")
+    target.mkdir(parents=True, exist_ok=True)
+    ignored = shutil.ignore_patterns(*weights, *state)(str(source), [path.name for path in source.iterdir()])
+    for path in source.iterdir():
+        if path.is_file() and path.name not in ignored:
+            shutil.copy2(path, target / path.name)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write plain values as readable JSON."""
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lmscripts.config import dump_options, option, parse_options
-from lmscripts.errors import UserError, user_errors
+from lmscripts.errors import user_errors
 from lmscripts.option_checks import check_pretraining
 
-if TYPE_CHECKING:
-    from lmscripts.presets import Preset
-    from lmscripts.token_store import TokenStore
-
+STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 PRESETS = Path(__file__).resolve().parent.parent / "parameter.json"
 Packing = Literal["isolated", "contiguous"]
 Attention = Literal["auto", "sdpa", "eager", "varlen"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
+Unit = Literal["token", "word", "span"]
+Optimizer = Literal["adamw", "adam", "radam", "lamb", "sgd", "muon"]
+CarryOver = Literal["weights", "moments", "everything"]
 TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
+PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_size"
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
@@ -41,6 +42,8 @@ class Options:
     model_dir: str = option(help="folder of the run", required=True, group="run")
     do_continue: bool = option(False, help="go on from the newest whole checkpoint in --model_dir", group="run")
     dry_run: bool = option(False, help="print the plan and exit", group="run")
+    start_from: str | None = option(None, help="checkpoint (or run) of another run to begin with", group="run")
+    carry_over: CarryOver | None = option(None, help="of --start_from; moments = weights too, new steps", group="run")
     stop_at_step: int | None = option(None, help="end this job after so many steps, checkpoint saved", group="run")
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
     save_steps: int | None = option(None, help="steps between checkpoints; default: the preset's", group="run")
@@ -52,27 +55,35 @@ class Options:
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
     seed: int = option(42, help="decides the initial weights, the order, the masks and the dropout", group="run")
 
-    dataset_dir: str | None = option(None, help="token store made by prepare_corpus.py", group="data")
+    dataset_dir: tuple[str, ...] = option((), help="token store made by prepare_corpus.py", group="data")
     input_file: tuple[str, ...] = option((), help="text files instead of a store", group="data")
     tokenizer_dir: str | None = option(None, help="tokenizer folder; must be the store's", group="data")
     validation_fraction: float | None = option(None, help="share of documents held out (0.01)", group="data")
     num_workers: int | None = option(None, help="processes that tokenise --input_file (2)", group="data")
-    sequence_length: int | None = option(None, help="tokens per row; default: the preset's", group="data")
+    sequence_length: tuple[int, ...] = option((), help="tokens per row; default: the preset's", group="data")
     packing: Packing = option("isolated", help="documents of a row see only themselves, or the whole row", group="data")
 
     parameter_file: str | None = option(None, help="presets; default: the project's parameter.json", group="model")
     model_type: str = option(help="preset in the parameter file", required=True, group="model")
+    pretrained_model_name_or_path: str | None = option(None, help="go on from it; or the preset's", group="model")
+    pretrained_generator_model_name_or_path: str | None = option(None, help="the same, ELECTRA", group="model")
+    pretrained_discriminator_model_name_or_path: str | None = option(None, help="the same, ELECTRA", group="model")
+    frozen_layers: int | None = option(None, help="freeze embeddings and so many layers; -1 = none", group="model")
     hidden_dropout: float = option(0.1, help="dropout of the hidden states", group="model")
     attention_dropout: float = option(0.0, help="dropout of the attention weights; not with varlen", group="model")
     attention: Attention = option("auto", help="auto = varlen on CUDA in half precision, else sdpa", group="model")
 
-    do_whole_word_mask: bool = option(False, help="mask whole words, not single tokens", group="objective")
-    mask_probability: float | None = option(None, help="share of tokens to predict; or the preset's", group="objective")
+    do_whole_word_mask: bool = option(False, help="the same as --mask_unit word", group="objective")
+    mask_unit: Unit | None = option(None, help="mask single tokens (default), words or spans", group="objective")
+    mask_probability: tuple[float, ...] = option((), help="share to predict; or the preset's", group="objective")
+    generator_weight: float | None = option(None, help="ELECTRA: of the generator's loss (1)", group="objective")
+    discriminator_weight: float | None = option(None, help="ELECTRA: of the discriminator's (50)", group="objective")
 
-    batch_size: int | None = option(None, help="rows per step over all processes; or the preset's", group="optimizer")
-    micro_batch_size: int = option(32, help="rows of one forward pass on one process, at most", group="optimizer")
+    phase_steps: tuple[int, ...] = option((), help=f"several phases: steps of each; {PER_PHASE}", group="optimizer")
+    batch_size: tuple[int, ...] = option((), help="rows per step, all processes; or the preset's", group="optimizer")
+    micro_batch_size: tuple[int, ...] = option((32,), help="rows of one forward pass on one process", group="optimizer")
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="optimizer")
-    optimizer: Literal["adamw", "lamb"] = option("adamw", help="optimizer", group="optimizer")
+    optimizer: Optimizer = option("adamw", help="muon is for the layers' matrices, with adamw", group="optimizer")
     learning_rate: float | None = option(None, help="peak; default: the preset's", group="optimizer")
     schedule: Schedule = option("linear", help="after the warmup; wsd = stable, then decay", group="optimizer")
     warmup_steps: int | None = option(None, help="default: the preset's", group="optimizer")
@@ -84,6 +95,7 @@ class Options:
     beta1: float = option(0.9, help="decay of the first moment", group="optimizer")
     beta2: float | None = option(None, help="of the second; default 0.999, RoBERTa 0.98", group="optimizer")
     epsilon: float = option(1e-6, help="added to the root of the second moment", group="optimizer")
+    ema_decay: float | None = option(None, help="evaluate and export an average of the weights", group="optimizer")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 = never", group="optimizer")
 
     compile: bool = option(False, help="torch.compile the model", group="machine")
@@ -107,11 +119,10 @@ NOT_NEEDED = {
     "local_rank": "the launcher tells each process its place",
     "run_name": "the run is named by --model_dir",
 }
-# What the preset decides where no option does, and what must stay as it was when a run is continued.
-FROM_PRESET = ("sequence_length", "mask_probability", "batch_size", "learning_rate")
-FROM_PRESET += ("warmup_steps", "save_steps", "logging_steps")
-NOT_TO_CHANGE = ("model_type", "seed", "sequence_length", "packing", "do_whole_word_mask", "mask_probability")
-NOT_TO_CHANGE += ("batch_size", "optimizer", "weight_decay", "beta1", "beta2", "epsilon")
+# What must stay as it was when a run is continued.
+NOT_TO_CHANGE = ("model_type", "seed", "sequence_length", "packing", "mask_unit", "mask_probability", "phase_steps")
+NOT_TO_CHANGE += ("batch_size", "optimizer", "weight_decay", "beta1", "beta2", "epsilon", "ema_decay", "frozen_layers")
+NOT_TO_CHANGE += ("generator_weight", "discriminator_weight")
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
@@ -133,21 +144,36 @@ def main() -> None:
 def run(options: Options) -> int:
     """The whole run; returns the exit code."""
     import torch
-    from tqdm import tqdm
     from transformers import AutoTokenizer, logging
 
-    from lmscripts import attention, distributed, model_card, models, optim, pretraining, run_folder, tracking
+    from lmscripts import (
+        attention,
+        averaging,
+        distributed,
+        inputs,
+        model_card,
+        models,
+        objectives,
+        optim,
+        phases,
+        run_folder,
+        tracking,
+    )
     from lmscripts.checkpoint import prune_checkpoints
     from lmscripts.evaluation import evaluate
     from lmscripts.loader import Prefetcher, to_device
-    from lmscripts.objectives import MaskedLanguageModel
     from lmscripts.order import stream_key
+    from lmscripts.pretraining import check_tokenizer
 
     # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save
-    deadline = monotonic() + (distributed.parse_duration(options.max_time) if options.max_time else inf)
+    deadline = STARTED + (distributed.parse_duration(options.max_time) if options.max_time else inf)
     saved_options, run_dir = dump_options(options), Path(options.model_dir)
-    options, preset, store = open_inputs(options)
+    options, preset, stretches = inputs.open_inputs(options, Path(options.parameter_file or PRESETS))
+    tokenizer_dir = stretches[0].store.tokenizer_dir
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    check_tokenizer(tokenizer, tokenizer_type=options.tokenizer_type, mecab_dic=options.mecab_dic)
+    rows = phases.index_rows(stretches, tokenizer, options.packing)
     accelerator = distributed.start_processes(
         mixed_precision=distributed.choose_precision(options.fp16_type, preset.fp16_type, preset.bf16),
         expected_processes=options.expected_processes,
@@ -156,103 +182,93 @@ def run(options: Options) -> int:
         project_dir=options.model_dir,
     )
     say, world, rank = accelerator.print, accelerator.num_processes, accelerator.process_index
-    distributed.check_agreement({"token store": store.fingerprint} | {n: getattr(options, n) for n in NOT_TO_CHANGE})
-    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
-    pretraining.check_tokenizer(tokenizer, tokenizer_type=options.tokenizer_type, mecab_dic=options.mecab_dic)
-    layout = pretraining.mlm_layout(tokenizer, options.sequence_length, options.packing)
-    with accelerator.local_main_process_first():  # the first of each machine indexes the rows
-        rows = [pretraining.open_rows(store, part, layout) for part in ("train", "validation")]
-    nodes, weights = distributed.nodes_of_processes(accelerator, options.node_rank), options.process_shares or None
+    fixed = {name: getattr(options, name) for name in NOT_TO_CHANGE}
+    fixed |= {"token store": [stretch.store.fingerprint for stretch in stretches]}
+    distributed.check_agreement(fixed)
     device, precision = accelerator.device.type, accelerator.mixed_precision
-    data = pretraining.PretrainingData(
-        *rows,
-        layout=layout,
-        masking=pretraining.mlm_masking(tokenizer, layout, options.mask_probability, options.do_whole_word_mask),
-        attention=attention.choose_attention(options.attention, device, precision, options.attention_dropout),
+    path = attention.choose_attention(options.attention, device, precision, options.attention_dropout)
+    data = phases.open_phases(
+        stretches,
+        rows,
+        tokenizer,
+        preset.family,
+        accelerator,
+        unit=options.mask_unit,
+        attention=path,
         seed=options.seed,
-        batch_size=options.batch_size,
-        shares=distributed.process_shares(options.batch_size, nodes, preset.node_batch_sizes, weights),
-        micro_batch_size=options.micro_batch_size,
-        total_rows=pretraining.total_rows(rows[0], options.batch_size, options.max_steps, options.epochs),
         most_eval_rows=options.eval_rows,
-        pin_memory=device == "cuda",
+        node_rank=options.node_rank,
+        node_batch_sizes=preset.node_batch_sizes,
+        weights=options.process_shares or None,
     )
     schedule = {"schedule": options.schedule, "peak": options.learning_rate, "warmup_steps": options.warmup_steps}
-    schedule |= {
-        "max_steps": data.num_steps,
-        "decay_steps": options.decay_steps,
-        "final_ratio": options.final_lr_ratio or 0.0,
-    }
-
+    schedule |= {"max_steps": data.num_steps, "decay_steps": options.decay_steps}
+    schedule |= {"final_ratio": options.final_lr_ratio or 0.0}
     optim.check_schedule(**schedule)
-    distributed.check_even(accelerator, data.shares, data.batch_size, data.total_rows)
+    batches = [(phase.shares, phase.batch_size, phase.total_rows) for phase in data.phases]
+    distributed.check_sharded(accelerator, options.optimizer, batches)
 
-    # ---- model, from the beginning or from a checkpoint
-    network = models.build(
+    # ---- model, from the beginning, from another model or from a checkpoint
+    networks, notices = models.build(
         preset,
+        tokenizer,
+        data.longest.layout,
         seed=options.seed,
-        attn_implementation=attention.use_attention(data.attention),
-        vocab_size=len(tokenizer),
-        layout=data.layout,
+        attn_implementation=attention.use_attention(path),
         hidden_dropout=options.hidden_dropout,
         attention_dropout=options.attention_dropout,
     )
-    say(pretraining.plan_text(data, schedule, accelerator, network.num_parameters()), flush=True)
+    say(
+        "\n".join([phases.plan_text(data, schedule, accelerator, models.num_parameters(networks)), *notices]),
+        flush=True,
+    )
     if options.dry_run:
         return 0
-    fixed = {name: getattr(options, name) for name in NOT_TO_CHANGE} | {"token store": store.fingerprint}
-    folder = run_folder.RunFolder(run_dir, store.tokenizer_dir, options.sequence_length, fixed)
+    folder = run_folder.RunFolder(run_dir, tokenizer_dir, data.longest.layout.sequence_length, fixed)
     checkpoint, notices = distributed.from_main(accelerator, partial(folder.claim, options.do_continue, saved_options))
     distributed.check_agreement({"checkpoint found": checkpoint is None or checkpoint.is_dir()})
-    for notice in notices:
-        say(notice)
-    if checkpoint is not None:
-        run_folder.load_weights(network, checkpoint)
+    say("\n".join(notices), end="\n" * bool(notices))
+    carry_over = None if checkpoint else options.carry_over
+    source = checkpoint or (options.start_from and run_folder.find_checkpoint(Path(options.start_from)))
+    if source:
+        run_folder.load_weights(networks, source, may_lengthen=bool(carry_over))
+    objective = objectives.build(preset.family, networks, path, **inputs.loss_weights(options, preset))
     if options.activation_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    objective = MaskedLanguageModel(network, preset.family, data.attention)
+        for network in networks.values():
+            network.gradient_checkpointing_enable({"use_reentrant": False})
     if options.compile:
         objective.compile(dynamic=False)
     optimizer = optim.build_optimizer(
         options.optimizer,
-        network,
+        objective,
         learning_rate=options.learning_rate,
         betas=(options.beta1, options.beta2),
         epsilon=options.epsilon,
         weight_decay=options.weight_decay,
     )
     model, optimizer = accelerator.prepare(objective, optimizer)
-    state = run_folder.restore(accelerator, objective, optimizer, checkpoint)
+    average = averaging.start(objective, options.ema_decay)
+    state = run_folder.restore(accelerator, objective, optimizer, average, source, carry_over)
 
     # ---- what is shown and written down
     stop_asked = distributed.StopRequest(deadline)
     stop_step = min(data.num_steps, options.stop_at_step or data.num_steps)
-    log_file = tracking.RunLog(run_dir, state.step if checkpoint else None) if rank == 0 else None
-    accelerator.init_trackers("tensorboard")
-    bar = tqdm(total=stop_step, initial=state.step, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
-    flops = tracking.flops_per_token(network.config, options.sequence_length, data.masking.slots)
-    meter = tracking.Meter(flops, accelerator.device, state.window_loss if rank == 0 else 0.0, state.window_targets)
-
-    def log(record: dict[str, float], sentence: str) -> None:
-        if log_file is not None:
-            log_file.write({"step": state.step, **record})
-        accelerator.log(record, step=state.step)
-        bar.set_postfix_str(sentence)
-        if bar.disable:
-            say(f"step {state.step:,}/{stop_step:,}  {sentence}", flush=True)
+    meter = tracking.Meter(accelerator.device, *state.open_window(rank))
+    log = tracking.Reporter(accelerator, run_dir, state.step, stop_step, continued=checkpoint is not None)
+    judged = average.module if average else objective
 
     def stopped_while_evaluating() -> bool:
-        if data.num_eval_rows == 0 or state.evaluated_step == state.step:
+        phase = data.of_step(state.step - 1)
+        if phase.num_eval_rows == 0 or state.evaluated_step == state.step:
             return False
         if state.step % options.eval_every and state.step != data.num_steps:
             return False
-        held_out = (data.eval_batch, data.num_eval_rows, options.micro_batch_size)
+        held_out = (phase.eval_batch, phase.num_eval_rows, phase.micro_batch_size)
         with meter.paused():
-            result = evaluate(accelerator, objective, *held_out, stop_asked)
+            result = evaluate(accelerator, judged, *held_out, stop_asked)
         state.evaluated_step = state.evaluated_step if result is None else state.step
-        if result is not None and result["targets"]:
-            sentence = f"held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.2%}"
-            log({"eval_loss": result["loss"], "eval_accuracy": result["accuracy"]}, sentence)
+        if result:
+            log(state.step, {f"eval_{name}": v for name, v in result.items()}, f"held-out {tracking.in_words(result)}")
         return result is None
 
     # ---- loop
@@ -261,8 +277,8 @@ def run(options: Options) -> int:
     stopped = stopped_while_evaluating()
     while state.step < stop_step and not stopped:
         micro_batches, counts = next(batches)
-        mine = [counts["mlm"], counts["tokens"], float(stop_asked())]
-        targets, tokens, stops = distributed.sum_over_processes(accelerator, mine)
+        *totals, stops = distributed.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
+        targets = dict(zip(counts, totals, strict=True))
         learning_rate = optim.lr_at(state.step, **schedule)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -272,78 +288,51 @@ def run(options: Options) -> int:
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                 sums = model(to_device(batch, accelerator.device))
                 # DDP takes the mean of the gradients over the processes; wanted is the sum over all targets.
-                accelerator.backward(sums["mlm"] * (world / max(targets, 1.0)))
-            meter.add_loss(sums["mlm"].detach())
+                accelerator.backward(objectives.total_loss(objective.weights, sums, targets) * world)
+            meter.add_sums(sums)
         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
         if state.judge(norm, has_scaler=accelerator.scaler is not None) or accelerator.scaler is not None:
             optimizer.step()
+            if average:
+                averaging.update(average, objective)
         optimizer.zero_grad(set_to_none=True)
+        phase = data.of_step(state.step)
         state.step += 1
-        state.real_tokens += tokens
-        meter.add_step(targets, tokens, data.batch_size * options.sequence_length)
-        bar.update()
+        state.real_tokens += targets["tokens"]
+        meter.add_step(targets, phase.positions * objective.flops_per_position(*phase.shape))
+        log.bar.update()
 
         if state.step % options.logging_steps == 0 or state.step == stop_step:
-            record = meter.read(accelerator)
+            record = meter.read(accelerator, objective.metrics)
+            words = f"{tracking.in_words(record)}, {record['tokens_per_second']:,.0f} tokens/s"
             record |= {"learning_rate": learning_rate, "gradient_norm": float(norm), "tokens": state.real_tokens}
-            record |= {"skipped_steps": state.skipped_steps}
-            log(record, f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s")
+            log(state.step, record | {"skipped_steps": state.skipped_steps}, words)
         stopped = stops > 0 or stopped_while_evaluating()
         if stopped or state.step == stop_step or state.step % options.save_steps == 0:
-            state.window_loss, state.window_targets = meter.open_window(accelerator)
+            state.window_sums, state.window_counts = meter.open_window(accelerator)
             with meter.paused():
-                folder.save(accelerator, network, objective, optimizer, state)
+                folder.save(accelerator, objective, optimizer, average, state)
             if rank == 0:
                 prune_checkpoints(run_dir, options.keep_last, options.keep_every)
     batches.close()
-    bar.close()
+    log.bar.close()
 
     # ---- end
     if rank == 0:
-        tracking.draw_curves(run_dir / "log.jsonl", run_dir / "curves.png")
+        tracking.draw_curves(log.file, run_dir / "curves.png")
     if stopped:
         reason = stop_asked.reason or "a signal to another process"
         say(f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
     elif state.step < data.num_steps:
         say(f"--stop_at_step {stop_step} is reached; go on with --do_continue")
     elif rank == 0:
-        log_path, title = run_dir / "log.jsonl", f"{run_dir.name}: {options.model_type}"
-        final = folder.export(state.step, partial(model_card.mlm_card, title, data, log_path, saved_options))
-        say(f"the model is in {final}, the curves in {run_dir / 'curves.png'}, the numbers in {log_path}")
+        title, origin = f"{run_dir.name}: {options.model_type}", options.start_from or models.origin(preset)
+        describe = partial(model_card.pretraining_card, title, origin, preset.family, data, log.file, saved_options)
+        final = folder.export(state.step, average and average.module.models, describe)
+        say(f"the model is in {final}, the curves in {run_dir / 'curves.png'}, the numbers in {log.file}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return distributed.STOPPED_EARLY if stopped else 0
-
-
-def open_inputs(options: Options) -> tuple[Options, Preset, TokenStore]:
-    """The preset, the options with its values where none were given, and the store.
-
-    The store is built here from text if need be: before the processes join, as it may take long.
-    """
-    from lmscripts.preparation import Source, prepare_beside
-    from lmscripts.presets import load_preset
-    from lmscripts.token_store import open_store
-    from lmscripts.tokenization import load_encoder
-
-    preset = load_preset(options.parameter_file or PRESETS, options.model_type)
-    preset.layer_sizes()  # complains about a preset without
-    of_preset = {name: getattr(preset, name) for name in FROM_PRESET}
-    of_preset |= {"beta2": 0.98 if preset.family == "roberta" else 0.999}
-    of_preset |= {"max_steps": None if options.epochs else preset.train_steps}
-    of_preset |= {"eval_every": options.save_steps or preset.save_steps}
-    of_preset["batch_size"] *= preset.accumulation_steps  # the older way to say it
-    options = replace(options, **{name: v for name, v in of_preset.items() if getattr(options, name) is None})
-    if (options.dataset_dir is None) == (not options.input_file):
-        raise UserError("give either --dataset_dir (a token store) or --input_file with --tokenizer_dir")
-    if options.dataset_dir is not None:
-        wanted = load_encoder(options.tokenizer_dir).fingerprint if options.tokenizer_dir else None
-        return options, preset, open_store(Path(options.dataset_dir), wanted)
-    if options.tokenizer_dir is None:
-        raise UserError("--input_file needs --tokenizer_dir")
-    if options.dry_run:
-        raise UserError("--dry_run reads a token store: give --dataset_dir (prepare_corpus.py makes one)")
-    source = Source(options.input_file, Path(options.tokenizer_dir), options.validation_fraction or 0.01)
-    return options, preset, prepare_beside(source, Path(options.model_dir), options.num_workers or 2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 The text is split at document ends, segmented in parallel into files, and a vocabulary is trained on them. A stopped run
 with --intermediate_dir goes on where it was. The result does not depend on the number of splits or processes.
 
+With --extend_tokenizer_dir new words take the place of the unused tokens of a tokenizer instead.
+
     python scripts/train_tokenizer.py --input_file corpus.txt --model_dir tokenizer
+    python scripts/train_tokenizer.py --extend_tokenizer_dir tokenizer --new_words_file words.txt --model_dir extended
 """
 
 from __future__ import annotations
@@ -13,14 +16,13 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lmscripts.config import option, parse_options_with_origin
 from lmscripts.errors import UserError, user_errors
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lmscripts.tokenizer_training import Trained, VocabularySettings
     from lmscripts.training_text import SplitTask
 
+EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
 CHECKED_LINES = 2_000
 MEASURED_LINES = 20_000
 
@@ -40,29 +43,21 @@ class Options:
     """One field is one option and one key of the YAML file."""
 
     input_file: tuple[str, ...] = option(
-        help="text: files, patterns, folders, or hub:NAME[:CONFIG][:SPLIT][:COLUMN]; "
+        (),
+        help="text to train on: files, patterns, folders, or hub:NAME[:CONFIG][:SPLIT][:COLUMN]; "
         "txt, jsonl, csv, tsv, parquet, each also .gz .xz .bz2 .zst",
         group="text",
     )
     document_format: Literal["blank_line", "line"] = option(
-        "blank_line",
-        help="in plain text: a sentence a line and a blank line between documents, or a document a line",
-        group="text",
+        "blank_line", help="of txt: sentences with a blank line after a document, or a document a line", group="text"
     )
     text_column: str = option("text", help="column or key of the text in jsonl, csv, tsv and parquet", group="text")
-    on_bad_line: Literal["skip", "fail"] = option(
-        "skip", help="a record that cannot be read is left out and counted, or ends the program", group="text"
-    )
+    on_bad_line: Literal["skip", "fail"] = option("skip", help="leave out bad records, counted; or stop", group="text")
 
     word_tokenizer: Literal["mecab", "sudachi", "whitespace", "none"] = option(
-        "mecab",
-        help="what cuts a line into words: mecab or sudachi for Japanese; whitespace (and punctuation marks) for "
-        "languages with spaces; none takes the text as it is",
-        group="words",
+        "mecab", help="mecab or sudachi: Japanese; whitespace (and punctuation): others; none: as it is", group="words"
     )
-    mecab_dic: str = option(
-        "ipadic", help="ipadic, unidic_lite, unidic or a compiled dictionary's folder", group="words"
-    )
+    mecab_dic: str = option("ipadic", help="ipadic, unidic_lite, unidic or the folder of a dictionary", group="words")
     mecab_option: str = option("", help='further options of MeCab, for example "-u user.dic"', group="words")
     sudachi_split_mode: Literal["A", "B", "C"] = option("A", help="short (A) to long (C) words", group="words")
     sudachi_dict: Literal["small", "core", "full"] = option("core", help="dictionary of Sudachi", group="words")
@@ -75,18 +70,17 @@ class Options:
     min_frequency: int = option(2, help="of a pair (wordpiece, bpe) or a character (character)", group="vocabulary")
     limit_alphabet: int = option(6129, help="different characters that are kept; not for bpe", group="vocabulary")
     num_unused_tokens: int = option(10, help="entries [unusedN] left free for fine-tuning", group="vocabulary")
-    pad_vocab_to_multiple_of: int = option(
-        64, help="the vocabulary is filled up to a multiple of this with [unusedN]; 0 leaves it", group="vocabulary"
-    )
+    pad_vocab_to_multiple_of: int = option(64, help="filled up with [unusedN]; 0: left as it is", group="vocabulary")
     model_max_length: int = option(512, help="tokens beyond which transformers warns", group="vocabulary")
 
     model_dir: str = option(help="folder of the tokenizer", group="output")
     overwrite: bool = option(False, help="replace another tokenizer that is in model_dir", group="output")
-    intermediate_dir: str = option(
-        "", help="folder for the segmented splits, kept; without it they are removed at the end", group="output"
-    )
+    intermediate_dir: str = option("", help="folder that keeps the segmented splits; else removed", group="output")
     num_files: int = option(0, help="number of splits; 0: one for each worker process", group="output")
     num_workers: int = option(0, help="worker processes; 0: one for each CPU", group="output")
+
+    extend_tokenizer_dir: str = option("", help="tokenizer to extend instead of training one", group="extension")
+    new_words_file: str = option("", help="a new word a line, each for an unused token", group="extension")
 
 
 RENAMED = {
@@ -107,30 +101,31 @@ ACCEPTED_UNUSED = {
 # ---- checks before any work ----
 
 
+def refuse(origins: dict[str, str], why: str, *names: str) -> None:
+    """Refuse options that were given although they would change nothing."""
+    for name in names:
+        if origins[name] != "default":
+            raise UserError(f"--{name} has no effect {why}; leave it out")
+
+
 def refuse_ignored(options: Options, origins: dict[str, str], paths: Sequence[Path]) -> None:
-    """Refuse options that were given but would change nothing."""
+    """Refuse options of the training that the other options leave without effect."""
     from lmscripts.corpus import HUB
     from lmscripts.text_reading import format_of
 
-    def refuse(name: str, reason: str) -> None:
-        if origins[name] != "default":
-            raise UserError(f"--{name} has no effect {reason}; leave it out")
-
-    for owner in ("mecab", "sudachi"):
-        for name in [name for name in origins if name.startswith(f"{owner}_")]:
-            if options.word_tokenizer != owner:
-                refuse(name, f"with --word_tokenizer {options.word_tokenizer}")
+    for analyser in ("mecab", "sudachi"):
+        if options.word_tokenizer != analyser:
+            names = [name for name in origins if name.startswith(f"{analyser}_")]
+            refuse(origins, f"with --word_tokenizer {options.word_tokenizer}", *names)
     # The defaults themselves are let through: older command lines give them with every type.
-    if options.tokenizer_type == "unigram" and options.min_frequency != Options.min_frequency:
-        refuse("min_frequency", "with --tokenizer_type unigram")
-    if options.tokenizer_type == "bpe" and options.limit_alphabet != Options.limit_alphabet:
-        refuse("limit_alphabet", "with --tokenizer_type bpe")
+    for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
+        if options.tokenizer_type == kind and getattr(options, name) != getattr(Options, name):
+            refuse(origins, f"with --tokenizer_type {kind}", name)
     plain = [not str(path).startswith(HUB) and format_of(path)[0] == "txt" for path in paths]
     if all(plain):
-        refuse("text_column", "where all input is plain text")
-        refuse("on_bad_line", "where all input is plain text")
+        refuse(origins, "where all input is plain text", "text_column", "on_bad_line")
     if not any(plain):
-        refuse("document_format", "where no input is plain text")
+        refuse(origins, "where no input is plain text", "document_format")
 
 
 def word_settings(options: Options) -> WordTokenizer:
@@ -153,8 +148,10 @@ def word_settings(options: Options) -> WordTokenizer:
 
 def vocabulary_settings(options: Options) -> VocabularySettings:
     """What the vocabulary is to be."""
+    from lmscripts.option_checks import check_numbers
     from lmscripts.tokenizer_training import VocabularySettings
 
+    check_numbers(vars(options), positive=("model_max_length",), not_negative=("num_files", "num_workers"))
     settings = VocabularySettings(
         size=options.vocab_size,
         min_frequency=options.min_frequency,
@@ -163,9 +160,6 @@ def vocabulary_settings(options: Options) -> VocabularySettings:
         multiple=options.pad_vocab_to_multiple_of,
     )
     settings.room()
-    for name, least in (("num_files", 0), ("num_workers", 0), ("model_max_length", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(options, name)}")
     return settings
 
 
@@ -173,49 +167,34 @@ def request_of(options: Options, source: str, words: WordTokenizer) -> str:
     """Hash of all that decides the tokenizer: text, options, dictionary and libraries, not folders or processes."""
     from lmscripts.tokenizer_folder import library_versions
 
-    elsewhere = ("input_file", "model_dir", "overwrite", "intermediate_dir", "num_files", "num_workers")
+    elsewhere = ("input_file", "intermediate_dir", "num_files", "num_workers", *EXTENDING)
     chosen = {name: value for name, value in asdict(options).items() if name not in elsewhere}
     facts = [source, chosen, words.description(), library_versions(words)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-# ---- progress ----
+# ---- the steps ----
 
 
 class Progress:
     """A bar on a terminal, a plain line every ten seconds elsewhere."""
 
     def __init__(self, num_splits: int, total_bytes: int | None) -> None:
-        self.num_splits, self.total_bytes = num_splits, total_bytes
-        self.started = self.last_line = time.monotonic()
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            self.bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="segmenting")
+        self.num_splits = num_splits
+        self.of_total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
+        self.started = self.last_line = time.monotonic()
+        self.bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="segmenting", disable=None)
 
     def __call__(self, done_bytes: int, done_splits: int) -> None:
         """Show what is done by now."""
         now = time.monotonic()
-        if self.bar is not None:
-            self.bar.update(done_bytes - self.bar.n)
-        elif now - self.last_line >= 10:
+        self.bar.update(done_bytes - self.bar.n)
+        if self.bar.disable and now - self.last_line >= 10:  # there is no terminal
             self.last_line = now
-            rate = done_bytes / (now - self.started) / 1e6
-            of_total = f" of {self.total_bytes / 1e6:.0f}" if self.total_bytes else ""
-            print(
-                f"segmenting: {done_bytes / 1e6:.0f}{of_total} MB, {done_splits} of {self.num_splits} splits, "
-                f"{rate:.1f} MB/s",
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-# ---- the steps ----
+            done = f"{done_bytes / 1e6:.0f}{self.of_total} MB, {done_splits} of {self.num_splits} splits"
+            print(f"segmenting: {done}, {done_bytes / (now - self.started) / 1e6:.1f} MB/s", flush=True)
 
 
 @contextmanager
@@ -243,10 +222,8 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path])
     plain = all(path.suffix == ".txt" and path.is_file() for path in paths)
     progress = Progress(len(tasks), sum(path.stat().st_size for path in paths) if plain else None)
     started = time.monotonic()
-    try:
+    with progress.bar:
         results = write_splits(tasks, num_workers, progress)
-    finally:
-        progress.close()
     if kept := sum(result.was_there for result in results):
         print(f"{kept} of {len(tasks)} splits were finished by an earlier run and are used again")
     report = TextReport()
@@ -303,16 +280,37 @@ def main() -> None:
         accepted_unused=ACCEPTED_UNUSED,
     )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    steps = extend if options.extend_tokenizer_dir or options.new_words_file else run
     with user_errors():
-        run(options, origins)
+        steps(options, origins)
+
+
+def extend(options: Options, origins: dict[str, str]) -> None:
+    """Write a copy of a tokenizer in which new words stand where unused tokens stood."""
+    from lmscripts.tokenizer_extension import plan_extension, write_extension
+    from lmscripts.tokenizer_folder import read_record, replaced_folder
+
+    if missing := [name for name in EXTENDING[:2] if not getattr(options, name)]:
+        raise UserError(f"missing --{missing[0]}: --extend_tokenizer_dir and --new_words_file belong together")
+    refuse(origins, "with --extend_tokenizer_dir", *[name for name in origins if name not in EXTENDING])
+    target = Path(options.model_dir)
+    extension = plan_extension(Path(options.extend_tokenizer_dir), Path(options.new_words_file))
+    if (read_record(target) or {}).get("request") == extension.request:
+        print(f"{target} holds this tokenizer already: same tokenizer, same words; nothing to do")
+        return
+    with replaced_folder(target, options.overwrite) as aside:
+        print("\n".join(write_extension(extension, aside)))
+    print(f"the tokenizer is in {target}; make a new token store with --tokenizer_dir {shlex.quote(str(target))}")
 
 
 def run(options: Options, origins: dict[str, str]) -> None:
-    """Everything after the options were read."""
+    """Train a tokenizer: everything after the options were read."""
     from lmscripts.corpus import find_files, plan_spans, source_fingerprint, spread_sample
     from lmscripts.tokenizer_folder import check_target, needs_words, read_record, replaced_folder, write_tokenizer
     from lmscripts.training_text import SplitTask
 
+    if not options.input_file:
+        raise UserError("missing --input_file (on the line or in the file of --config)")
     target = Path(options.model_dir)
     settings = vocabulary_settings(options)
     paths = find_files(options.input_file)

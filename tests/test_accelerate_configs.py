@@ -20,6 +20,7 @@ EXPECTED = {
     "gpu4_fp16.yaml": ("MULTI_GPU", 4, "fp16"),
     "gpu4_bf16.yaml": ("MULTI_GPU", 4, "bf16"),
     "gpu8_bf16.yaml": ("MULTI_GPU", 8, "bf16"),
+    "gpu8_fp16.yaml": ("MULTI_GPU", 8, "fp16"),
     "fsdp2_bf16.yaml": ("FSDP", 8, "bf16"),
     "two_nodes/rank0_4gpu_fp16.yaml": ("MULTI_GPU", 8, "fp16"),
     "two_nodes/rank1_2gpu_fp16.yaml": ("MULTI_GPU", 4, "fp16"),

@@ -6,6 +6,7 @@ import torch
 
 from lmscripts.attention import additive_mask, attention_inputs, choose_attention, segment_ends, use_attention
 from lmscripts.models import FAMILIES, build
+from lmscripts.models.encoder import narrow_last_layer
 from lmscripts.packing import Layout
 from lmscripts.presets import load_preset
 
@@ -14,15 +15,16 @@ LAYOUT = Layout(64, "isolated", begin_id=2, end_id=3, pad_id=0)
 
 def make_model(parameter_file, family, path):
     preset = load_preset(parameter_file, f"{family}-tiny")
-    model = build(
+    models, _ = build(
         preset,
+        range(512),
+        LAYOUT,
         seed=1,
         attn_implementation=use_attention(path),
-        vocab_size=512,
-        layout=LAYOUT,
         hidden_dropout=0.1,
         attention_dropout=0.0,
     )
+    model = models.get("generator", models[""])
     with torch.no_grad():  # larger weights, so that a leak would show
         for parameter in model.parameters():
             parameter.mul_(3.0)
@@ -47,13 +49,37 @@ def make_batch(lengths):
     return {name: torch.from_numpy(array) for name, array in batch.items()}, documents
 
 
-def logits_of(model, family, path, batch):
+def logits_of(model, family, path, batch, slots=None):
     if path == "varlen":
         batch = {**batch, "segment_ends": segment_ends(batch["segments"], 30)}
     attention = attention_inputs(path, batch, torch.float32)
     family = FAMILIES[family]
-    hidden = family.encode(model, batch["input_ids"], batch["position_ids"], attention)
+    hidden = family.encode(model, batch["input_ids"], batch["position_ids"], attention, slots)
     return family.predict(model, hidden)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
+@pytest.mark.parametrize("one_document", [False, True])
+def test_a_narrow_last_layer_gives_the_same_logits_and_gradients_at_its_slots(
+    family, path, one_document, parameter_file
+):
+    batch, _ = make_batch([64] if one_document else [7, 20, 1, 30])
+    if one_document and path != "varlen":
+        batch.pop("segments")  # no mask at all
+    slots = torch.tensor([0, 5, 63, 33, 64 + 1, 64 + 2, 64 + 40, 64 + 40])
+    model = make_model(parameter_file, family, path)
+    full = logits_of(model, family, path, batch).flatten(0, 1)[slots]
+    full.logsumexp(-1).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    narrow_last_layer(FAMILIES[family].layers(model))
+    assert torch.equal(full, logits_of(model, family, path, batch).flatten(0, 1)[slots])
+    model.zero_grad()
+    narrow = logits_of(model, family, path, batch, slots)
+    assert (narrow - full).abs().max() < 1e-5
+    narrow.logsumexp(-1).sum().backward()
+    for name, gradient in expected.items():
+        assert torch.allclose(dict(model.named_parameters())[name].grad, gradient, rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -4,14 +4,14 @@ import torch
 
 from lmscripts.attention import use_attention
 from lmscripts.masking import MaskingPlan, prediction_slots
-from lmscripts.models import FAMILIES, build
+from lmscripts.models import build
 from lmscripts.objectives import MaskedLanguageModel, masked_batches
 from lmscripts.packing import Layout, Rows
 from lmscripts.presets import load_preset
 
 LENGTH = 64
 LAYOUT = Layout(LENGTH, "isolated", begin_id=2, end_id=3, pad_id=0)
-PLAN = MaskingPlan(0.15, prediction_slots(0.15, LENGTH - 2), 4, np.arange(10, 512, dtype=np.int32), True)
+PLAN = MaskingPlan(0.15, prediction_slots(0.15, LENGTH - 2), 4, np.arange(10, 512, dtype=np.int32), "word")
 
 
 def make_rows(num_rows, segments=1, seed=0):
@@ -28,16 +28,16 @@ def make_rows(num_rows, segments=1, seed=0):
 
 def make_objective(parameter_file, family="bert", dropout=0.0):
     preset = load_preset(parameter_file, f"{family}-tiny")
-    model = build(
+    models, _ = build(
         preset,
+        range(512),
+        LAYOUT,
         seed=3,
         attn_implementation=use_attention("sdpa"),
-        vocab_size=512,
-        layout=LAYOUT,
         hidden_dropout=dropout,
         attention_dropout=0.0,
     )
-    return MaskedLanguageModel(model, family, "sdpa")
+    return MaskedLanguageModel(models[""], family, "sdpa")
 
 
 def batch_of(rows, seed=1):
@@ -45,7 +45,7 @@ def batch_of(rows, seed=1):
     return masked_batches(rows, numbers, np.zeros_like(numbers), seed, PLAN, [numbers.size])[0]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_loss_and_gradient_equal_the_plain_model_with_full_logits(parameter_file, family):
     objective = make_objective(parameter_file, family)
     batch, counts = batch_of(make_rows(4))

@@ -1,11 +1,15 @@
+import copy
 import itertools
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from lmscripts.checkpoint import load_optimizer_state, optimizer_state
 from lmscripts.errors import UserError
-from lmscripts.optim import build_optimizer, lr_at, parameter_groups
+from lmscripts.optim import OPTIMIZERS, build_optimizer, hidden_matrices, lr_at, parameter_groups
 
 BASE = {"peak": 1.0, "warmup_steps": 10, "max_steps": 110}
 
@@ -72,6 +76,260 @@ def test_lamb_is_the_algorithm_of_the_paper():
         assert torch.allclose(after, weight - 0.01 * ratio * update, atol=1e-6)
 
 
-def test_unknown_optimizer_is_named():
-    with pytest.raises(UserError, match="sgdx"):
+def test_unknown_optimizer_is_named_with_the_choices():
+    with pytest.raises(UserError, match="adamw, adam, radam, sgd, lamb, muon, got sgdx"):
         build_optimizer("sgdx", model(), **settings())
+
+
+class Network(nn.Module):
+    """A language model in small: a tied head, stacked layers, an untied head over labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.between = nn.Linear(8, 8)
+        self.labels = nn.Linear(8, 3)
+        self.head = nn.Linear(8, 11)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        hidden = self.words(ids)
+        for layer, norm in zip(self.layers, self.norms):
+            hidden = norm(hidden + layer(hidden))
+        hidden = self.between(hidden)
+        return nn.functional.cross_entropy(self.head(hidden), (ids + 1) % 11) + self.labels(hidden).square().mean()
+
+
+def train(network, optimizer, steps):
+    losses = []
+    for step in steps:
+        ids = torch.randint(11, (32,), generator=torch.Generator().manual_seed(step))
+        loss = network(ids)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 / (1 + step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(network):
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_the_loss_and_moves_every_parameter(name):
+    network = Network()
+    before = weights(network)
+    losses = train(network, build_optimizer(name, network, **settings()), range(20))
+    assert losses[-1] < 0.98 * losses[0]
+    assert not any(torch.equal(before[key], after) for key, after in weights(network).items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_parameters_stay_bit_for_bit(name):
+    network = Network()
+    network.words.requires_grad_(False)
+    network.layers[0].requires_grad_(False)
+    before = weights(network)
+    optimizer = build_optimizer(name, network, **settings())
+    train(network, optimizer, range(3))
+    for key, parameter in network.named_parameters():
+        assert torch.equal(before[key], parameter) == (not parameter.requires_grad), key
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == sum(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_a_gradient_only_matrices_shrink(name):
+    network = Network()
+    before = weights(network)
+    optimizer = build_optimizer(name, network, **settings())
+    steps = 8 if name in ("adamw", "radam", "muon") else 1  # radam takes up its second moment at the sixth
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(steps):
+        optimizer.step()
+    for key, after in weights(network).items():
+        if after.ndim < 2:
+            assert torch.equal(after, before[key]), key
+        elif name == "adam":  # the decay is the whole gradient, and Adam makes a full step of any gradient
+            assert torch.allclose(after, before[key] - 0.01 * before[key].sign(), atol=1e-3), key
+        elif name == "lamb":  # the trust ratio makes any step as long as learning rate x weights
+            assert torch.allclose(after, before[key] * 0.99, atol=1e-5), key
+        else:
+            assert torch.allclose(after, before[key] * (1 - 0.01 * 0.1) ** steps, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_assigned_learning_rate_reaches_every_parameter(name):
+    network = Network()
+    optimizer = build_optimizer(name, network, **settings())
+    before = weights(network)
+    network(torch.arange(11)).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert same(before, weights(network))
+
+
+def resumed(name, network, file, groups, prepare=lambda optimizer: optimizer):
+    """A copy of a network with a new optimizer that carries a saved state."""
+    network = copy.deepcopy(network)
+    optimizer = prepare(build_optimizer(name, network, **settings()))
+    load_optimizer_state(optimizer, network, file, json.loads(json.dumps(groups)))
+    return network, optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_continued_with_saved_state_is_bit_for_bit_the_same(tmp_path, name):
+    network = Network()
+    optimizer = build_optimizer(name, network, **settings())
+    train(network, optimizer, range(3))
+    tensors, groups = optimizer_state(optimizer, network)
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    other, continued = resumed(name, network, tmp_path / "optimizer.safetensors", groups)
+    train(network, optimizer, range(3, 6))
+    train(other, continued, range(3, 6))
+    assert same(weights(network), weights(other))
+    ends = [optimizer_state(o, n)[0] for o, n in ((optimizer, network), (continued, other))]
+    assert same(*ends)
+    # Whatever steps has a state, each hidden matrix the momentum of Muon and nothing else.
+    assert {entry.rsplit("/", 1)[0] for entry in tensors} == set(weights(network))
+    if name == "muon":
+        hidden = set(hidden_matrices(network))
+        for key, parameter in network.named_parameters():
+            kept = {entry.rsplit("/", 1)[1] for entry in tensors if entry.rsplit("/", 1)[0] == key}
+            assert kept == ({"momentum_buffer"} if parameter in hidden else {"step", "exp_avg", "exp_avg_sq"}), key
+
+
+def test_muon_steps_are_orthogonal_and_the_rest_is_adamw():
+    network = Network()
+    other = copy.deepcopy(network)
+    optimizers = [build_optimizer(name, n, **settings()) for name, n in (("muon", network), ("adamw", other))]
+    hidden = set(hidden_matrices(network))
+    for step in range(3):
+        before = weights(network)
+        torch.manual_seed(step)
+        for mine, theirs in zip(network.parameters(), other.parameters()):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for (key, mine), theirs in zip(network.named_parameters(), other.parameters()):
+            if mine not in hidden:
+                assert torch.equal(mine, theirs), key
+                continue
+            moved = mine.detach() - before[key] * (1 - 0.01 * 0.1)
+            sizes = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(mine.shape) ** 0.5)
+            assert 0.5 < sizes.min() <= sizes.max() < 1.3, key
+            assert 0.1 < moved.square().mean().sqrt() / 0.01 < 0.3  # an update of AdamW has about 0.2
+
+
+def test_hidden_matrices_are_those_of_the_stacked_layers():
+    network = Network()
+    names = {parameter: key for key, parameter in network.named_parameters()}
+    assert [names[p] for p in hidden_matrices(network)] == [f"layers.{n}.{m}.weight" for n in (0, 1) for m in (0, 2)]
+    network.layers.append(nn.Embedding(5, 8))
+    network.layers.append(nn.Conv1d(8, 8, 3))
+    assert len(hidden_matrices(network)) == 4
+
+
+def electra_pair():
+    from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
+
+    sizes = dict(vocab_size=40, embedding_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    pair = nn.Module()
+    pair.generator = ElectraForMaskedLM(ElectraConfig(**sizes, hidden_size=8))
+    pair.discriminator = ElectraForPreTraining(ElectraConfig(**sizes, hidden_size=16))
+    pair.generator.electra.embeddings = pair.discriminator.electra.embeddings
+    pair.generator.generator_lm_head.weight = pair.discriminator.electra.embeddings.word_embeddings.weight
+    return pair
+
+
+def bert(**changes):
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return BertForMaskedLM(BertConfig(**sizes, **changes))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [(bert, 12), (lambda: bert(tie_word_embeddings=False), 12), (gpt2, 8), (electra_pair, 24)],
+    ids=["bert", "bert with its own head", "gpt2", "electra"],
+)
+def test_muon_takes_the_layers_of_transformers_models_and_no_parameter_twice(make, count):
+    network = make()
+    hidden = hidden_matrices(network)
+    assert len(hidden) == count
+    layer = (".layer.", ".h.")
+    assert all(any(part in key for part in layer) for key, p in network.named_parameters() if p in set(hidden))
+    optimizer = build_optimizer("muon", network, **settings())
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == set(network.parameters())
+
+
+def test_muon_without_hidden_matrices_or_in_an_old_torch_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="no matrix to train in the layers"):
+        build_optimizer("muon", model(), **settings())
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"torch 2\.9 or newer"):
+        build_optimizer("muon", Network(), **settings())
+
+
+@pytest.fixture
+def accelerator():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_accelerate_prepares_every_optimizer(tmp_path, accelerator, name):
+    plain, network = Network(), Network()
+    train(plain, build_optimizer(name, plain, **settings()), range(6))
+    optimizer = accelerator.prepare(build_optimizer(name, network, **settings()))
+    train(network, optimizer, range(3))
+    tensors, groups = optimizer_state(optimizer, network)
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    file = tmp_path / "optimizer.safetensors"
+    network, optimizer = resumed(name, network, file, groups, accelerator.prepare)
+    train(network, optimizer, range(3, 6))
+    assert same(weights(plain), weights(network))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_a_loss_scaler_unscales_every_gradient_and_skips_whole_steps(name):
+    plain, network = Network(), Network()
+    optimizers = [build_optimizer(name, n, **settings()) for n in (plain, network)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plain(torch.arange(11)).backward()
+    optimizers[0].step()
+    scaler.scale(network(torch.arange(11))).backward()
+    scaler.step(optimizers[1])
+    scaler.update()
+    for mine, theirs in zip(network.parameters(), plain.parameters()):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
+    before = weights(network)
+    network.head.bias.grad[0] = torch.inf
+    scaler.step(optimizers[1])
+    assert same(before, weights(network))

@@ -2,19 +2,25 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_PRESET, launch, run_script
-from safetensors.torch import load_file
-
-SCRIPT = str(ROOT / "scripts" / "run_pretraining.py")
+from conftest import SAMPLE, TINY_PRESET, launch, run_script
+from runs import (
+    kill_at_random_moments,
+    largest_difference,
+    log_of,
+    losses,
+    newest_step,
+    same_bits,
+    start,
+    wait_for_step,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +35,6 @@ def presets(workspace):
 def common(store_dir, presets):
     """Arguments of a short run."""
     return ["--dataset_dir", store_dir, "--parameter_file", presets, "--model_type", "bert-test", "--tracker", "none"]
-
-
-def weights(run_dir):
-    return load_file(run_dir / "final" / "model.safetensors")
-
-
-def log_of(run_dir):
-    return [json.loads(line) for line in open(run_dir / "log.jsonl", encoding="utf-8")]
-
-
-def losses(run_dir):
-    return {(r["step"], name): r[name] for r in log_of(run_dir) for name in ("loss", "eval_loss") if name in r}
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- the shape of the cluster ------------------------------------------------------------------------------------
@@ -72,18 +62,16 @@ def one_process(common, workspace):
 def test_result_does_not_depend_on_the_processes(common, workspace, one_process, processes, arguments, request):
     run_dir = workspace / request.node.name
     launch("cpu_2proc.yaml", "run_pretraining.py", *common, *UNEVEN, *arguments, "--model_dir", run_dir)
-    expected, found = weights(one_process), weights(run_dir)
-    assert max((expected[name] - found[name]).abs().max().item() for name in expected) < 1e-6
+    assert largest_difference(weights(one_process), weights(run_dir)) < 1e-6
     a, b = losses(one_process), losses(run_dir)
     assert a.keys() == b.keys()
-    assert max(abs(a[key] - b[key]) / a[key] for key in a) < 1e-6
+    assert all(abs(a[key] - b[key]) <= 1e-6 * a[key] for key in a)
 
 
 def test_result_does_not_depend_on_accumulation(common, workspace, one_process):
     run_dir = workspace / "accumulated"
     run_script("run_pretraining.py", *common, *UNEVEN, "--micro_batch_size", "3", "--model_dir", run_dir)
-    expected, found = weights(one_process), weights(run_dir)
-    assert max((expected[name] - found[name]).abs().max().item() for name in expected) < 1e-6
+    assert largest_difference(weights(one_process), weights(run_dir)) < 1e-6
 
 
 @pytest.mark.launch
@@ -92,8 +80,7 @@ def test_a_process_may_have_no_rows(common, workspace):
     few = ["--hidden_dropout", "0", "--max_steps", "4", "--batch_size", "1"]
     run_script("run_pretraining.py", *common, *few, "--model_dir", workspace / "idle1")
     launch("cpu_2proc.yaml", "run_pretraining.py", *common, *few, "--model_dir", workspace / "idle2")
-    a, b = weights(workspace / "idle1"), weights(workspace / "idle2")
-    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-6
+    assert largest_difference(weights(workspace / "idle1"), weights(workspace / "idle2")) < 1e-6
 
 
 @pytest.mark.launch
@@ -121,48 +108,14 @@ def uninterrupted(common, workspace):
     return workspace / "uninterrupted"
 
 
-def start(arguments, log):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
-
-
 def test_killed_at_random_moments_ends_with_the_same_bits(common, workspace, uninterrupted):
     """LMSCRIPTS_KILLS=20 kills more often than the default."""
     run_dir = workspace / "killed"
     arguments = [*common, *LONG, "--model_dir", run_dir, "--do_continue"]
-    moment = random.Random(5)
-    kills = 0
-    with open(workspace / "killed.txt", "w", encoding="utf-8") as log:
-        while kills < int(os.environ.get("LMSCRIPTS_KILLS", "4")):
-            process = start(arguments, log)
-            before = newest_step(run_dir)
-            # Somewhere in the loop or in a save, after a little progress; or at any time, often while starting.
-            deadline = time.monotonic() + (60 if moment.random() < 0.6 else moment.uniform(0.2, 5))
-            while newest_step(run_dir) == before and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(moment.random() * 0.08)
-            process.kill()
-            if process.wait() != -signal.SIGKILL:
-                break  # it had ended: the run is complete
-            kills += 1
-    assert kills >= 3
+    assert kill_at_random_moments(arguments, run_dir, workspace / "killed.txt") >= 3
     run_script("run_pretraining.py", *arguments)
     assert same_bits(weights(uninterrupted), weights(run_dir))
     assert losses(uninterrupted) == losses(run_dir)
-
-
-def wait_for_step(process, run_dir, step):
-    """Wait until a running process has saved a checkpoint of this step or a later one."""
-    deadline = time.monotonic() + 120
-    while newest_step(run_dir) < step:
-        assert process.poll() is None, f"the run ended before step {step}"
-        assert time.monotonic() < deadline, f"no checkpoint of step {step} in two minutes"
-        time.sleep(0.002)
-
-
-def newest_step(run_dir):
-    names = [p.name for p in run_dir.glob("checkpoint-*")] if run_dir.exists() else []
-    return max((int(name.split("-")[1]) for name in names if name.split("-")[1].isdigit()), default=-1)
 
 
 def test_damaged_newest_checkpoint_is_passed_over(common, workspace, uninterrupted):
@@ -296,6 +249,31 @@ assert tokenizer.model_max_length == 64
     assert (logits - expected)[real.bool()].abs().max() < 1e-5
 
 
+def test_a_model_folder_as_tokenizer_does_not_replace_the_trained_weights(common, store_dir, tokenizer_dir, tmp_path):
+    """An older version copied all of the tokenizer's folder over the checkpoint, another model's weights included."""
+    model_dir = tmp_path / "hub_style"
+    shutil.copytree(tokenizer_dir, model_dir)
+    for name in ("model.safetensors", "pytorch_model.bin", "optimizer.pt"):
+        (model_dir / name).write_bytes(b"weights of another model")
+    (model_dir / "config.json").write_text('{"model_type": "bert", "hidden_size": 999}', encoding="utf-8")
+    arguments = [
+        "--input_file",
+        SAMPLE / "finnish.txt",
+        "--tokenizer_dir",
+        model_dir,
+        "--output_dir",
+        tmp_path / "store",
+    ]
+    run_script("prepare_corpus.py", *arguments, "--num_workers", "1")
+    inside = {path.name for path in (tmp_path / "store" / "tokenizer").iterdir()}
+    assert not inside & {"model.safetensors", "pytorch_model.bin", "optimizer.pt"}
+    arguments = [tmp_path / "store" if argument == store_dir else argument for argument in common]
+    run_script("run_pretraining.py", *arguments, "--max_steps", "2", "--model_dir", tmp_path / "run")
+    assert weights(tmp_path / "run")["bert.encoder.layer.0.output.dense.weight"].shape == (32, 64)
+    config = json.loads((tmp_path / "run" / "final" / "config.json").read_text(encoding="utf-8"))
+    assert config["hidden_size"] == 32
+
+
 def test_run_folder_is_complete_and_repeats_itself(common, workspace, one_process):
     for name in ("config.yaml", "log.jsonl", "curves.png", "final/README.md", "final/config.json"):
         assert (one_process / name).stat().st_size > 0
@@ -342,8 +320,6 @@ def test_dry_run_touches_nothing(common, tmp_path):
 
 
 def test_text_gives_a_store_that_is_used_again(presets, tokenizer_dir, tmp_path):
-    from conftest import SAMPLE
-
     arguments = ["--input_file", SAMPLE / "articles.txt", "--tokenizer_dir", tokenizer_dir, "--tracker", "none"]
     arguments += ["--parameter_file", presets, "--model_type", "bert-test", "--max_steps", "2"]
     run_script("run_pretraining.py", *arguments, "--model_dir", tmp_path / "one")

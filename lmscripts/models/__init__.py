@@ -1,45 +1,125 @@
-"""Model families, one file each, all with the same four names: config, architecture, encode, predict."""
+"""Model families, one file each, all with the same names: config, architecture, num_positions, encode, layers, predict.
+
+A model is a dictionary of transformers models by the subfolder they are saved in: most families have one, "", while
+ELECTRA has the discriminator, "", and the generator, "generator".
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from lmscripts.models import bert, roberta
+from lmscripts import pretrained
+from lmscripts.errors import UserError
+from lmscripts.models import bert, electra, roberta
 from lmscripts.packing import Layout
 from lmscripts.presets import Preset
 
-FAMILIES: dict[str, ModuleType] = {"bert": bert, "roberta": roberta}
+FAMILIES: dict[str, ModuleType] = {"bert": bert, "roberta": roberta, "electra": electra}
+Models = dict[str, PreTrainedModel]
 
 
 def build(
     preset: Preset,
+    tokenizer: Any,
+    layout: Layout,
     *,
     seed: int,
     attn_implementation: str,
-    vocab_size: int,
-    layout: Layout,
     hidden_dropout: float,
     attention_dropout: float,
-) -> PreTrainedModel:
-    """A freshly initialised model.
+) -> tuple[Models, list[str]]:
+    """The models of a preset: freshly initialised, or loaded from where the preset says and made to fit.
 
     Args:
-        preset: sizes of the layers.
+        preset: sizes of the layers or names of pretrained models; layers to freeze.
+        tokenizer: of the text, from transformers.
+        layout: of the longest rows; decides the number of positions and the special ids.
         seed: decides the initial weights, on every process alike.
         attn_implementation: from `lmscripts.attention.use_attention`.
-        vocab_size: entries of the vocabulary.
-        layout: of the rows; decides the number of positions and the special ids.
         hidden_dropout: of the hidden states.
         attention_dropout: of the attention weights.
+
+    Returns:
+        The models by subfolder, and sentences for the user.
+
+    Raises:
+        UserError: a pretrained model cannot be loaded or does not fit the tokenizer; too many layers to freeze.
     """
-    family = FAMILIES[preset.family]
-    config = family.config(preset, vocab_size, layout)
-    config.hidden_dropout_prob = hidden_dropout
-    config.attention_probs_dropout_prob = attention_dropout
-    config._attn_implementation = attn_implementation
+    settings = {"attn_implementation": attn_implementation, "hidden_dropout": hidden_dropout}
+    settings["attention_dropout"] = attention_dropout  # type: ignore[assignment]
+    names = pretrained_names(preset)
     torch.manual_seed(seed)
-    model: PreTrainedModel = family.architecture(config)
-    return model
+    if names:
+        models, notices = _load(preset, names, tokenizer, layout, settings)
+    else:
+        models, notices = _new(preset, len(tokenizer), layout, settings), []
+    for subfolder, model in models.items():
+        if preset.frozen_layers >= 0:
+            frozen = pretrained.freeze(model, preset.frozen_layers)
+            who = subfolder or "the model"
+            notices.append(f"{frozen:,} parameters of {who} are frozen: embeddings and {preset.frozen_layers} layers")
+    return models, notices
+
+
+def pretrained_names(preset: Preset) -> dict[str, str]:
+    """Where each model of a preset is to be loaded from, by subfolder; empty for models that begin anew."""
+    names = {"generator": preset.pretrained_generator, "": preset.pretrained_discriminator or preset.pretrained_model}
+    return {subfolder: name for subfolder, name in names.items() if name}
+
+
+def origin(preset: Preset) -> str:
+    """The pretrained models that a preset begins with, in words; empty for none."""
+    return " and ".join(pretrained_names(preset).values())
+
+
+def num_parameters(models: Models) -> int:
+    """Parameters of all models, those that are shared counted once."""
+    return sum(p.numel() for p in {id(p): p for model in models.values() for p in model.parameters()}.values())
+
+
+def architectures(preset: Preset) -> dict[str, Any]:
+    """Classes of transformers by subfolder."""
+    family = FAMILIES[preset.family]
+    found = {"": family.architecture}
+    return found | ({"generator": family.generator_architecture} if preset.family == "electra" else {})
+
+
+def _new(preset: Preset, vocab_size: int, layout: Layout, settings: dict[str, Any]) -> Models:
+    family, models = FAMILIES[preset.family], {}
+    for subfolder, architecture in architectures(preset).items():
+        configure = family.generator_config if subfolder else family.config
+        config = configure(preset, vocab_size, layout)
+        config.hidden_dropout_prob = settings["hidden_dropout"]
+        config.attention_probs_dropout_prob = settings["attention_dropout"]
+        config._attn_implementation = settings["attn_implementation"]
+        models[subfolder] = architecture(config)
+    if "generator" in models:
+        electra.share_embeddings(models["generator"], models[""])
+    return models
+
+
+def _load(
+    preset: Preset, names: dict[str, str], tokenizer: Any, layout: Layout, settings: dict[str, Any]
+) -> tuple[Models, list[str]]:
+    models: dict[str, Any] = {
+        subfolder: pretrained.load_pretrained(names[subfolder], architecture, **settings)
+        for subfolder, architecture in architectures(preset).items()
+    }
+    positions, notices = FAMILIES[preset.family].num_positions(layout), []
+    if "generator" in models:
+        theirs, ours = (models[name].electra.embeddings.state_dict() for name in ("generator", ""))
+        if any(theirs[name].shape != tensor.shape for name, tensor in ours.items()):
+            raise UserError(f"{names['generator']} and {names['']} have embeddings of other shapes: no ELECTRA pair")
+        if not all(torch.equal(theirs[name], tensor) for name, tensor in ours.items()):
+            notices.append(f"the embeddings of {names['generator']} differ: those of {names['']} are taken for both")
+        electra.share_embeddings(models["generator"], models[""])
+    for model in models.values():
+        before = model.config.max_position_embeddings
+        if pretrained.lengthen_positions(model, positions):
+            notices.append(f"{before:,} position embeddings were lengthened to {positions:,}")
+    notices += pretrained.adopt_tokenizer([*models.values()], names[""], tokenizer)
+    return models, list(dict.fromkeys(notices))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
+from lmscripts.models.encoder import encode as encode_with
 from lmscripts.packing import Layout
 from lmscripts.presets import Preset
 
@@ -15,7 +16,7 @@ def config(preset: Preset, vocab_size: int, layout: Layout) -> RobertaConfig:
     """Model configuration of a preset; the dropouts are set by `lmscripts.models.build`."""
     return RobertaConfig(
         **preset.layer_sizes(),
-        max_position_embeddings=layout.sequence_length + layout.pad_id + 1,
+        max_position_embeddings=num_positions(layout),
         vocab_size=vocab_size,
         pad_token_id=layout.pad_id,
         bos_token_id=layout.begin_id,
@@ -27,11 +28,23 @@ def config(preset: Preset, vocab_size: int, layout: Layout) -> RobertaConfig:
 architecture = RobertaForMaskedLM
 
 
-def encode(model: Any, input_ids: Tensor, positions: Tensor, attention: dict[str, Any]) -> Tensor:
-    """(B, T, H) last hidden states of (B, T) ids; `positions` restart at 0 in each document."""
+def num_positions(layout: Layout) -> int:
+    """Position embeddings that rows of this layout need; those up to the padding id are never used."""
+    return layout.sequence_length + layout.pad_id + 1
+
+
+def encode(
+    model: Any, input_ids: Tensor, positions: Tensor, attention: dict[str, Any], slots: Tensor | None = None
+) -> Tensor:
+    """Last hidden states, see `lmscripts.models.encoder.encode`; `positions` restart at 0 in each document."""
     first = model.config.pad_token_id + 1
-    hidden: Tensor = model.roberta(input_ids=input_ids, position_ids=positions + first, **attention).last_hidden_state
-    return hidden
+    return encode_with(model.roberta, input_ids, positions + first, attention, slots)
+
+
+def layers(model: Any) -> nn.ModuleList:
+    """The layers of the encoder."""
+    found: nn.ModuleList = model.roberta.encoder.layer
+    return found
 
 
 def predict(model: Any, hidden: Tensor) -> Tensor:

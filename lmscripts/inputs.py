@@ -1,0 +1,129 @@
+"""What a pretraining run is given: preset, text and, where it goes on from another run, a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lmscripts.errors import UserError
+from lmscripts.option_checks import check_useless
+from lmscripts.phases import BY_PHASE, Phase, by_phase
+from lmscripts.preparation import Source, prepare_beside
+from lmscripts.presets import Preset, load_preset
+from lmscripts.token_store import TokenStore, open_store
+from lmscripts.tokenization import load_encoder
+
+Options = TypeVar("Options")
+# What the preset decides where no option does.
+_FROM_PRESET = ("learning_rate", "warmup_steps", "save_steps", "logging_steps", "frozen_layers")
+_PRETRAINED = {
+    "pretrained_model_name_or_path": "pretrained_model",
+    "pretrained_generator_model_name_or_path": "pretrained_generator",
+    "pretrained_discriminator_model_name_or_path": "pretrained_discriminator",
+}
+
+
+def open_inputs(options: Any, parameter_file: Path) -> tuple[Any, Preset, list[Phase]]:
+    """The options with the preset's values where none were given, the preset with those of the options, the phases.
+
+    A store is built here from text if need be: before the processes join, as it may take long.
+
+    Args:
+        options: of run_pretraining.py.
+        parameter_file: the presets.
+
+    Raises:
+        UserError: preset, text or store cannot be used, or options contradict each other.
+    """
+    preset = load_preset(parameter_file, options.model_type)
+    given = {field: getattr(options, name) for name, field in _PRETRAINED.items() if getattr(options, name)}
+    preset = replace(preset, **given)
+    if options.frozen_layers is not None:
+        preset = replace(preset, frozen_layers=options.frozen_layers)
+    _check_pretrained(preset)
+    values: dict[str, Any] = {name: getattr(preset, name) for name in _FROM_PRESET}
+    values |= {"beta2": 0.98 if preset.family == "roberta" else 0.999}
+    values |= {"eval_every": options.save_steps or preset.save_steps}
+    values |= {
+        "sequence_length": (preset.sequence_length or _longest_input(preset),),
+        "mask_probability": (preset.mask_probability,),
+    }
+    values |= {"batch_size": (preset.batch_size * preset.accumulation_steps,)}  # the older way to say it
+    if not options.phase_steps:
+        values |= {"max_steps": None if options.epochs else preset.train_steps}
+    values |= {"mask_unit": "word" if options.do_whole_word_mask else "token"}
+    options = replace(options, **{name: v for name, v in values.items() if getattr(options, name) in (None, ())})
+    return options, preset, _phases(options)
+
+
+def loss_weights(options: Any, preset: Preset) -> dict[str, float]:
+    """The weights of ELECTRA's loss terms (arXiv:2003.10555, section 3.3); none for a family with one term.
+
+    Raises:
+        UserError: a weight was given that would have no effect.
+    """
+    names = {"generator_weight": 1.0, "discriminator_weight": 50.0}
+    if preset.family != "electra":
+        check_useless(vars(options), f"on the family {preset.family}", *names)
+        return {}
+    return {n: default if getattr(options, n) is None else getattr(options, n) for n, default in names.items()}
+
+
+def _phases(options: Any) -> list[Phase]:
+    steps: Sequence[int | None] = options.phase_steps or (options.max_steps,)
+    settings = by_phase({name: getattr(options, name) for name in BY_PHASE}, len(steps))
+    stores = _open_stores(options)
+    if len({store.manifest["tokenizer"]["fingerprint"] for store in stores.values()}) > 1:
+        raise UserError(f"the stores {' and '.join(map(str, stores))} were made with different tokenizers")
+    phases = []
+    for setting, number in zip(settings, steps, strict=True):
+        store = stores[setting.pop("dataset_dir", "")]
+        phases.append(Phase(store=store, steps=number, epochs=options.epochs, **setting))
+    return phases
+
+
+def _open_stores(options: Any) -> dict[str, TokenStore]:
+    """The stores by the name that was given; "" for the one that is made of text here."""
+    if bool(options.dataset_dir) == bool(options.input_file):
+        raise UserError("give either --dataset_dir (a token store) or --input_file with --tokenizer_dir")
+    if options.dataset_dir:
+        wanted = load_encoder(options.tokenizer_dir).fingerprint if options.tokenizer_dir else None
+        return {name: open_store(Path(name), wanted) for name in dict.fromkeys(options.dataset_dir)}
+    if options.tokenizer_dir is None:
+        raise UserError("--input_file needs --tokenizer_dir")
+    if options.dry_run:
+        raise UserError("--dry_run reads a token store: give --dataset_dir (prepare_corpus.py makes one)")
+    source = Source(options.input_file, Path(options.tokenizer_dir), options.validation_fraction or 0.01)
+    return {"": prepare_beside(source, Path(options.model_dir), options.num_workers or 2)}
+
+
+def _longest_input(preset: Preset) -> int:
+    """Tokens that the pretrained model of a preset can read at once."""
+    from transformers import AutoConfig
+
+    name = preset.pretrained_discriminator or preset.pretrained_model or ""
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except (OSError, ValueError) as error:
+        raise UserError(f"the pretrained model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    before_text = config.pad_token_id + 1 if preset.family == "roberta" else 0
+    return int(config.max_position_embeddings) - before_text
+
+
+def _check_pretrained(preset: Preset) -> None:
+    """Refuse pretrained models that the family has no use for, and one half of a pair."""
+    electra = preset.family == "electra"
+    pair = (preset.pretrained_generator, preset.pretrained_discriminator)
+    if (preset.pretrained_model and electra) or (any(pair) and not electra):
+        raise UserError(
+            f"the preset {preset.name} is of the family {preset.family}: ELECTRA goes on from a pretrained generator "
+            "and discriminator, every other family from one pretrained model"
+        )
+    if any(pair) and not all(pair):
+        raise UserError("ELECTRA goes on from a pretrained generator and a pretrained discriminator: give both")
+    if not any((*pair, preset.pretrained_model)):
+        preset.layer_sizes()  # complains about what is missing
+        if preset.frozen_layers >= 0:
+            raise UserError(f"--frozen_layers {preset.frozen_layers} would freeze layers that were never trained")

@@ -1,0 +1,82 @@
+"""Looking at whole runs of scripts/run_pretraining.py, and killing them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+SCRIPT = str(ROOT / "scripts" / "run_pretraining.py")
+
+
+def weights(run_dir):
+    """All weights of the final folder, those of a generator as well."""
+    final = run_dir / "final"
+    found = load_file(final / "model.safetensors")
+    if (final / "generator").exists():
+        found |= {f"generator/{name}": t for name, t in load_file(final / "generator" / "model.safetensors").items()}
+    return found
+
+
+def log_of(run_dir):
+    return [json.loads(line) for line in open(run_dir / "log.jsonl", encoding="utf-8")]
+
+
+def losses(run_dir):
+    """Every loss and share that was logged, by step and name."""
+    kinds = ("loss", "accuracy", "precision", "recall")
+    return {(r["step"], name): value for r in log_of(run_dir) for name, value in r.items() if name.endswith(kinds)}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def start(arguments, log):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+
+
+def newest_step(run_dir):
+    names = [p.name for p in run_dir.glob("checkpoint-*")] if run_dir.exists() else []
+    return max((int(name.split("-")[1]) for name in names if name.split("-")[1].isdigit()), default=-1)
+
+
+def wait_for_step(process, run_dir, step):
+    """Wait until a running process has saved a checkpoint of this step or a later one."""
+    deadline = time.monotonic() + 120
+    while newest_step(run_dir) < step:
+        assert process.poll() is None, f"the run ended before step {step}"
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} in two minutes"
+        time.sleep(0.002)
+
+
+def kill_at_random_moments(arguments, run_dir, log_file, seed=5):
+    """Start a run again and again and kill it, LMSCRIPTS_KILLS times (4); returns how often it was killed."""
+    moment = random.Random(seed)
+    kills = 0
+    with open(log_file, "w", encoding="utf-8") as log:
+        while kills < int(os.environ.get("LMSCRIPTS_KILLS", "4")):
+            process = start(arguments, log)
+            before = newest_step(run_dir)
+            # Somewhere in the loop or in a save, after a little progress; or at any time, often while starting.
+            deadline = time.monotonic() + (60 if moment.random() < 0.6 else moment.uniform(0.2, 5))
+            while newest_step(run_dir) == before and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(moment.random() * 0.08)
+            process.kill()
+            if process.wait() != -signal.SIGKILL:
+                break  # it had ended: the run is complete
+            kills += 1
+    return kills
