@@ -40,7 +40,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
 
 FOLDS, INNER_FOLDS = 5, 4
 BOOTSTRAP_SAMPLES = 10_000
@@ -125,6 +125,18 @@ def architecture(model: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in model.config.to_dict().items() if name not in unimportant}
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that the folder names, else the one that belongs to the architecture.
+
+    Beside the configuration of an architecture without a tokenizer of its own (ModernBERT) AutoTokenizer does not
+    look for the named class if it has no tokenizer.json, as for Japanese. An empty configuration keeps it from this.
+    """
+    described = folder / "tokenizer_config.json"
+    named = described.is_file() and "tokenizer_class" in json.loads(described.read_text(encoding="utf-8"))
+    given = {"config": PretrainedConfig()} if named else {}
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **given)
+
+
 def cut(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
     """Equal parts, as few as can be, of at most `longest` ids."""
     bounds = np.linspace(0, len(ids), -(-len(ids) // longest) + 1).round().astype(int)
@@ -152,10 +164,12 @@ def windows_of(folder: Path, texts: Sequence[str]) -> Windows:
     """Cut texts into windows of the model's length.
 
     Raises:
-        SystemExit: a text gives no token.
+        SystemExit: a text gives no token, or the tokenizer is not that of the model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) > config.vocab_size:
+        raise SystemExit(f"{folder}: the tokenizer has {len(tokenizer)} entries, the model {config.vocab_size}")
     longest = min(config.max_position_embeddings, tokenizer.model_max_length)
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         longest = min(config.max_position_embeddings - config.pad_token_id - 1, longest)
@@ -169,6 +183,10 @@ def windows_of(folder: Path, texts: Sequence[str]) -> Windows:
         parts = cut(ids, longest - len(before) - len(behind))
         windows += [[*before, *part, *behind] for part in parts]
         owners += [number] * len(parts)
+    # With files missing, transformers may make up a vocabulary of a few entries and say nothing.
+    unknown = np.mean(np.concatenate(windows) == tokenizer.unk_token_id)
+    if unknown > 0.2:
+        raise SystemExit(f"{folder}: {unknown:.0%} of the tokens are unknown to the tokenizer")
     return Windows(windows, owners, len(before), len(behind))
 
 
@@ -296,6 +314,9 @@ def main() -> None:
     parser.add_argument("--label", default="label", help="column of the labels")
     parser.add_argument("--group", default="work", help="column that says which texts belong together")
     parser.add_argument("--seed", type=int, default=0, help="of folds, bootstrap and untrained weights")
+    parser.add_argument(
+        "--no_untrained", action="store_true", help="leave out the models before training, half the time"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output_file", type=Path, help="JSON with the results and the predictions")
@@ -333,7 +354,7 @@ def main() -> None:
         model, windows = load_model(folder, True, options.seed), windows_of(folder, table.texts)
         add(str(folder), lambda model=model, windows=windows: probe(model, windows))
         kind = (architecture(model), windows)
-        if kind not in untrained:
+        if not options.no_untrained and kind not in untrained:
             fresh = load_model(folder, False, options.seed)
             add(f"{folder}, untrained", lambda model=fresh, windows=windows: probe(model, windows))
             untrained.append(kind)

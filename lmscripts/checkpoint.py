@@ -22,7 +22,7 @@ from lmscripts.errors import UserError
 from lmscripts.files import file_sha256, new_folder, remove_leftovers
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
-_CHECKSUMS = "checksums.json"
+CHECKSUMS = "checksums.json"
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -73,13 +73,13 @@ def write_checksums(folder: Path) -> None:
     """Write size and sha256 of every file of a folder into checksums.json."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-    (folder / _CHECKSUMS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / CHECKSUMS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None when every file is as it was written."""
     try:
-        facts = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name, fact in facts.items():
             path = folder / name
             if not path.is_file():
@@ -89,9 +89,9 @@ def find_damage(folder: Path) -> str | None:
             if file_sha256(path) != fact["sha256"]:
                 return f"{name} has another content than was written"
     except FileNotFoundError:
-        return f"{_CHECKSUMS} is missing"
+        return f"{CHECKSUMS} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{_CHECKSUMS} is damaged"
+        return f"{CHECKSUMS} is damaged"
     return None
 
 

@@ -30,7 +30,7 @@ _MOST_WORDS, _SPAN_END = 10, 0.2  # words of the longest span, and parameter of 
 # Quantiles of the words in a span: entry i is the length at the share i / 65536 of all spans.
 _SPAN_SHARES = 1 - (1 - _SPAN_END) ** np.arange(_MOST_WORDS + 1)
 _SPAN_WORDS = np.repeat(
-    np.arange(1, _MOST_WORDS + 1, dtype=np.int32),
+    np.arange(1, _MOST_WORDS + 1, dtype=np.uint8),
     np.diff(np.round(_SPAN_SHARES / _SPAN_SHARES[-1] * 65536).astype(np.int64)),
 )
 
@@ -107,9 +107,9 @@ def mask_rows(ids: IntArray, content: BoolArray, word_starts: BoolArray, keys: U
 
     With spans the words are taken span by span, in random order of the spans, so it is the last span that is cut short
     and the words behind it that fill what is left. What the model sees is decided once per span: all of it [MASK], all
-    of it random tokens, or all of it unchanged. Deviation from SpanBERT: there spans are drawn with replacement and may
-    overlap or touch; here each row is first divided into spans, of the same lengths (geometric with p = 0.2 up to 10
-    words, mean 3.8), that end with their document at the latest, and each is taken at most once.
+    of it random tokens, or all of it unchanged. Deviation from SpanBERT: there spans are drawn one by one, anywhere in
+    the text, and may run into earlier ones; here each row is first divided into spans, of the same lengths (geometric
+    with p = 0.2 up to 10 words, mean 3.8) but ending with their document at the latest, and each is taken at most once.
 
     Args:
         ids: (B, T) original ids.
@@ -136,8 +136,8 @@ def mask_rows(ids: IntArray, content: BoolArray, word_starts: BoolArray, keys: U
     if spans is None:
         seen = _corrupt(labels, keys, positions, None, plan)
     else:
-        begin = np.maximum.accumulate(np.where(spans.reshape(-1), np.arange(ids.size), 0))
-        seen = _corrupt(labels, keys, (begin.take(flat) - first).astype(np.uint32), positions, plan)
+        span = np.cumsum(spans > 0, axis=1, dtype=np.uint32)  # number within the row
+        seen = _corrupt(labels, keys, span.take(flat), positions, plan)
     corrupted = ids.copy()
     corrupted.reshape(-1)[chosen] = seen[weights]
     draws = None
@@ -152,22 +152,24 @@ def expand_ranges(start: IntArray64, length: IntArray64) -> IntArray64:
     return np.repeat(start - end + length, length) + np.arange(end[-1] if end.size else 0)
 
 
-def _divide_into_spans(starts: BoolArray, content: BoolArray, keys: U64) -> BoolArray:
-    """(B, T) True at the first token of each span: words in a row, of lengths drawn one after the other."""
+def _divide_into_spans(starts: BoolArray, content: BoolArray, keys: U64) -> NDArray[np.uint8]:
+    """(B, T) words of the span that starts at each token, 0 for none; lengths are drawn one after the other."""
     words = starts.sum(1)
-    number = np.arange(words.max(initial=0), dtype=np.uint32)
-    size = _SPAN_WORDS.take(hash32((keys ^ _SPANS)[:, None], number) >> np.uint32(16))
-    first = np.cumsum(size, axis=1) - size
-    inside = first < words[:, None]
-    before = np.cumsum(words) - words
-    spans = content.copy()
-    spans[:, 1:] &= ~content[:, :-1]  # where a document begins
-    spans.reshape(-1)[np.flatnonzero(starts)[(first + before[:, None])[inside]]] = True
+    pairs = hash32((keys ^ _SPANS)[:, None], np.arange((words.max(initial=0) + 1) // 2, dtype=np.uint32))
+    end = np.cumsum(_SPAN_WORDS.take(pairs.view(np.uint16)), axis=1, dtype=np.int32)
+    word_at = np.flatnonzero(starts)
+    document = content.copy()  # where one begins
+    document[:, 1:] &= ~content[:, :-1]
+    begins = document.take(word_at)
+    begins[(end + (np.cumsum(words) - words)[:, None])[end < words[:, None]]] = True
+    first = np.flatnonzero(begins)
+    spans = np.zeros(starts.shape, np.uint8)
+    spans.reshape(-1)[word_at[first]] = np.diff(first, append=word_at.size)
     return spans
 
 
 def _choose_words(
-    starts: BoolArray, content: BoolArray, spans: BoolArray | None, keys: U64, plan: MaskingPlan
+    starts: BoolArray, content: BoolArray, spans: NDArray[np.uint8] | None, keys: U64, plan: MaskingPlan
 ) -> tuple[IntArray64, IntArray64, IntArray]:
     """Choose words for each row's budget.
 
@@ -184,19 +186,28 @@ def _choose_words(
     ends = np.ones(starts.size + 1, np.bool_)  # where a word cannot go on: at its next start, or where content ends
     np.less_equal(content.reshape(-1), starts.reshape(-1), out=ends[:-1])
     # Spans are few and of very different lengths, so more positions are needed to fill a budget.
-    tries = min(plan.slots * 5 // 4 + 8 if spans is None else plan.slots * 3 // 2 + 24, length)
+    tries = min(plan.slots * 5 // 4 + (8 if spans is None else 24), length)
     rows = np.arange(len(starts))
+    # Of the word that starts at each token: 1 where it is one token long, 2 where it is longer; 0 where none starts.
+    least = starts.reshape(-1).view(np.uint8) + (starts.reshape(-1) > ends[1:])
 
-    def propose(rows: IntArray64, tries: int, keys: U64) -> tuple[IntArray64, IntArray]:
+    def take(rows: IntArray64, tries: int, keys: U64, budget: IntArray) -> tuple[IntArray64, IntArray64, IntArray]:
         tried = small_permutations(keys ^ _WORDS, (length - 1).bit_length(), tries)
+        flat = tried + (rows * length)[:, None]
+        outside = tried >= length if length & (length - 1) else None
         if spans is None:
-            return _words_at(rows, tried, starts, ends)
-        return _words_of_spans(rows, tried, starts, content, spans, keys)
+            size = _word_sizes(flat, outside, least, ends)
+        else:
+            flat, outside = _words_of_spans(flat, outside, starts, spans, keys)
+            size = _word_sizes(flat, outside, least, ends)
+        taken, used = _fit(size, budget)
+        words = np.flatnonzero(taken)
+        return flat.take(words), size.take(words).astype(np.int64), used
 
-    word, size, used = _take_words(*propose(rows, tries, keys), budget)
+    word, size, used = take(rows, tries, keys, budget)
     short = np.flatnonzero(used < budget)
     if short.size:
-        more = _take_words(*propose(short, 1 << (length - 1).bit_length(), keys[short]), budget[short])
+        more = take(short, 1 << (length - 1).bit_length(), keys[short], budget[short])
         full = np.repeat(used == budget, np.bincount(word // length, minlength=rows.size))
         word, size = np.concatenate([word[full], more[0]]), np.concatenate([size[full], more[1]])
         by_row = np.argsort(word // length, kind="stable")
@@ -204,60 +215,45 @@ def _choose_words(
     return word, size, used
 
 
-def _words_at(
-    rows: IntArray64, tried: NDArray[np.uint16], starts: BoolArray, ends: BoolArray
-) -> tuple[IntArray64, IntArray]:
-    """(B, N) flat positions tried in each of `rows`, and the lengths of the words that start there; 0 for none."""
-    length = starts.shape[1]
-    flat = tried + (rows * length)[:, None]
-    least = starts.view(np.uint8) + (starts > ends[1:].reshape(starts.shape))  # 2 for all longer words
+def _word_sizes(flat: IntArray64, outside: BoolArray | None, least: NDArray[np.uint8], ends: BoolArray) -> IntArray:
+    """Lengths of the words that start at flat positions; 0 where none does, or `outside` says so."""
     size = least.take(flat, mode="wrap").astype(np.int32)
-    if length & (length - 1):
-        size[tried >= length] = 0
+    if outside is not None:
+        size[outside] = 0
     longer = np.flatnonzero(size > 1)
     reach = 2
     while longer.size:
         size.reshape(-1)[longer] = reach
         longer = longer[~ends[flat.reshape(-1)[longer] + reach]]
         reach += 1
-    return flat, size
+    return size
 
 
 def _words_of_spans(
-    rows: IntArray64, tried: NDArray[np.uint16], starts: BoolArray, content: BoolArray, spans: BoolArray, keys: U64
-) -> tuple[IntArray64, IntArray]:
-    """(B, N) flat starts and lengths of the words of the spans that start at the positions tried; 0 for none.
+    flat: IntArray64, outside: BoolArray | None, starts: BoolArray, spans: NDArray[np.uint8], keys: U64
+) -> tuple[IntArray64, BoolArray]:
+    """(B, N) flat starts of the words of the spans that start at (B, P) flat positions, and True where there is none.
 
     In half of the rows the words of a span come in the order of the text, in the other half backwards: what is cut off
     the last span is then no more often its end than its beginning.
     """
-    length = starts.shape[1]
-    flat = tried + (rows * length)[:, None]
-    proposed = spans.take(flat, mode="clip") & (tried < length)
-    word_at, span_at = np.flatnonzero(starts), np.flatnonzero(spans)
-    word_size = np.add.reduceat(content.reshape(-1), word_at, dtype=np.int32)
-    num_words = np.add.reduceat(starts.reshape(-1), span_at, dtype=np.int64)
-    span = np.searchsorted(span_at, flat[proposed])
-    row = np.nonzero(proposed)[0]
-    first, count = (np.cumsum(num_words) - num_words)[span], num_words[span]
-    words = expand_ranges(first, count)
-    backwards = (hash_counters(keys, _SIDE) >> np.uint64(63)).astype(np.bool_)[row]
-    words = np.where(np.repeat(backwards, count), np.repeat(2 * first + count - 1, count) - words, words)
+    num_words = spans.take(flat, mode="wrap").astype(np.int64)
+    if outside is not None:
+        num_words[outside] = 0
+    proposed = np.flatnonzero(num_words)
+    in_row, count = num_words.sum(1), num_words.take(proposed)
+    number = np.cumsum(starts.reshape(-1), dtype=np.int32)
+    word = number.take(flat.take(proposed)) - 1  # the first of each span
+    step = np.where(hash_counters(keys, _SIDE) >> np.uint64(63), -1, 1).take(proposed // flat.shape[1])
+    word += (step < 0) * (count - 1)
+    within = expand_ranges(np.zeros_like(count), count)
+    words: IntArray64 = np.flatnonzero(starts)[np.repeat(word, count) + np.repeat(step, count) * within]
     # The words of a row side by side, in the order of their spans.
-    row = np.repeat(row, count)
-    in_row = np.bincount(row, minlength=rows.size)
-    column = np.arange(row.size) - (np.cumsum(in_row) - in_row)[row]
-    flat = np.zeros((rows.size, max(1, in_row.max(initial=0))), np.int64)
-    size = np.zeros(flat.shape, np.int32)
-    flat[row, column], size[row, column] = word_at[words], word_size[words]
-    return flat, size
-
-
-def _take_words(flat: IntArray64, size: IntArray, budget: IntArray) -> tuple[IntArray64, IntArray64, IntArray]:
-    """As `_choose_words`, of the proposed words."""
-    taken, used = _fit(size, budget)
-    words = np.flatnonzero(taken)
-    return flat.take(words), size.take(words).astype(np.int64), used
+    width = max(1, int(in_row.max(initial=0)))
+    place = expand_ranges(np.arange(in_row.size) * width, in_row)
+    side_by_side = np.zeros((in_row.size, width), np.int64)
+    side_by_side.reshape(-1)[place] = words
+    return side_by_side, np.arange(width) >= in_row[:, None]
 
 
 def _fit(size: IntArray, budget: IntArray) -> tuple[BoolArray, IntArray]:
@@ -295,7 +291,7 @@ def _fit(size: IntArray, budget: IntArray) -> tuple[BoolArray, IntArray]:
 def _corrupt(
     original: IntArray,
     keys: U64,
-    decided_at: NDArray[np.uint32],
+    unit: NDArray[np.uint32],
     positions: NDArray[np.uint32] | None,
     plan: MaskingPlan,
 ) -> IntArray:
@@ -304,18 +300,19 @@ def _corrupt(
     Args:
         original: (B, K) ids.
         keys: (B,).
-        decided_at: (B, K) position whose random number decides: of the token, or of the first one of its span.
-        positions: (B, K) of the tokens, for a random replacement of its own for each; None where it is `decided_at`.
+        unit: (B, K) which random number of the row decides: position of the token, or number of its span.
+        positions: (B, K) of the tokens, for a random replacement of its own for each; None where that is `unit`.
         plan: the settings.
     """
-    draw = hash32((keys ^ _CORRUPTION)[:, None], decided_at)
+    draw = hash32((keys ^ _CORRUPTION)[:, None], unit)
     begin, end = int(plan.mask_share * 2**32), int((plan.mask_share + plan.random_share) * 2**32)
     seen = original + (np.int32(plan.mask_id) - original) * (draw < begin)  # quicker than a choice where it is random
     random = np.flatnonzero((draw >= begin) & (draw < end))
     if positions is None:
         # Where a draw falls between begin and end, its place there is the second random number.
-        share = (draw.take(random) - np.float64(begin)) / max(1, end - begin)
+        which, numbers = draw.take(random) - np.float64(begin), max(1, end - begin)
     else:
-        share = hash32((keys ^ _REPLACEMENTS)[:, None], positions).take(random) * np.float64(2.0**-32)
-    seen.reshape(-1)[random] = plan.replacement_ids.take((share * plan.replacement_ids.size).astype(np.int64))
+        which, numbers = hash32((keys ^ _REPLACEMENTS)[:, None], positions).take(random).astype(np.float64), 2**32
+    which *= plan.replacement_ids.size / numbers
+    seen.reshape(-1)[random] = plan.replacement_ids.take(which.astype(np.int64))
     return seen

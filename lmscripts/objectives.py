@@ -272,7 +272,7 @@ def masked_batches(
     """
     masks = mask_rows(rows.ids, rows.content, rows.word_starts, row_keys(seed, epochs, row_numbers), plan)
     labels = masks.labels.astype(np.int64)
-    several: np.ndarray[Any, Any] = np.any(rows.segments, axis=1)
+    several: np.ndarray[Any, Any] = rows.segments[:, -1] != 0  # else one segment fills the row
     batches, begin = [], 0
     for size in sizes:
         part = slice(begin, begin + size)

@@ -170,6 +170,7 @@ def run(options: Options) -> int:
     deadline = STARTED + (distributed.parse_duration(options.max_time) if options.max_time else inf)
     saved_options, run_dir = dump_options(options), Path(options.model_dir)
     options, preset, stretches = inputs.open_inputs(options, Path(options.parameter_file or PRESETS))
+    loss_weights = inputs.loss_weights(options, preset)
     tokenizer_dir = stretches[0].store.tokenizer_dir
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
     check_tokenizer(tokenizer, tokenizer_type=options.tokenizer_type, mecab_dic=options.mecab_dic)
@@ -232,7 +233,7 @@ def run(options: Options) -> int:
     source = checkpoint or (options.start_from and run_folder.find_checkpoint(Path(options.start_from)))
     if source:
         run_folder.load_weights(networks, source, may_lengthen=bool(carry_over))
-    objective = objectives.build(preset.family, networks, path, **inputs.loss_weights(options, preset))
+    objective = objectives.build(preset.family, networks, path, **loss_weights)
     if options.activation_checkpointing:
         for network in networks.values():
             network.gradient_checkpointing_enable({"use_reentrant": False})

@@ -54,6 +54,17 @@ python -m torch.distributed.launch \
 """
 
 
+EXTRACT = """
+python extract_electra_model.py \
+--input_dir ./model/electra/checkpoint-4 \
+--output_dir ./model/electra/extracted-4 \
+--parameter_file parameter.json \
+--model_type electra-small \
+--generator \
+--discriminator
+"""
+
+
 def run_as_written(text, folder, launcher=None):
     """Run a documented line in `folder`; the scripts are those of the project, found by their path."""
     words = shlex.split(re.sub(r"(\w+\.py)", lambda found: str(ROOT / "scripts" / found.group(1)), text))
@@ -71,7 +82,9 @@ def folder(tmp_path_factory):
     (folder / "share").mkdir()
     shutil.copy(SAMPLE / "articles.txt", folder / "share" / "corpus.txt")
     small = {**TINY_PRESET, "train-steps": 4}
-    (folder / "parameter.json").write_text(json.dumps({"bert-base": small}), encoding="utf-8")
+    electra = {**small, "embedding-size": 16, "generator-size": "1/1", "mask-percent": 15}
+    presets = {"bert-base": small, "electra-small": electra}
+    (folder / "parameter.json").write_text(json.dumps(presets), encoding="utf-8")
     done = run_as_written(TRAIN_TOKENIZER, folder)
     assert done.returncode == 0, done.stderr
     assert "--mecab_dic_type is now --mecab_dic" in done.stderr + done.stdout
@@ -119,3 +132,26 @@ def test_documented_node_map_decides_the_shares(folder):
     assert done.returncode == 2
     assert "[0, 1, 2]" in done.stderr
     assert "[0]" in done.stderr
+
+
+@pytest.mark.launch
+def test_electra_and_its_extraction(folder):
+    """Through a launcher; the halves of the checkpoint then load without this package."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")]
+    electra = PRETRAIN.replace("model/bert/", "model/electra/").replace("bert-base", "electra-small")
+    done = run_as_written(electra, folder, launcher)
+    assert done.returncode == 0, done.stderr
+    assert "processes    2" in done.stdout
+    done = run_as_written(EXTRACT, folder)
+    assert done.returncode == 0, done.stderr
+    program = """
+import sys
+sys.modules["lmscripts"] = None  # importing it would fail
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+batch = AutoTokenizer.from_pretrained("generator")("水は[MASK]。", return_tensors="pt")
+assert AutoModelForMaskedLM.from_pretrained("generator")(**batch).logits.shape[2] > 1000
+assert AutoModelForPreTraining.from_pretrained("discriminator")(**batch).logits.shape == batch["input_ids"].shape
+"""
+    where = folder / "model" / "electra" / "extracted-4"
+    subprocess.run([sys.executable, "-c", program], cwd=where, check=True, timeout=120)

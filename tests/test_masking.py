@@ -143,7 +143,7 @@ def spans_of(starts, content, row_keys):
     """(B, T) number of the span that each token is in."""
     from lmscripts import masking
 
-    begin = masking._divide_into_spans(starts, content, row_keys)
+    begin = masking._divide_into_spans(starts, content, row_keys) > 0
     return begin, np.cumsum(begin).reshape(begin.shape) - 1
 
 
@@ -236,26 +236,38 @@ def test_an_unknown_unit_is_an_error():
         plan(unit="words")
 
 
-def test_chosen_words_are_those_of_the_slow_definition():
-    """Positions in the row's order, each proposing the word that starts there: written out token by token."""
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+@pytest.mark.parametrize("length", [100, 128])
+def test_chosen_words_are_those_of_the_slow_definition(unit, length):
+    """Positions in the row's order, each proposing the word or span that starts there: written out token by token."""
     from lmscripts import masking
     from lmscripts.order import hash_counters, small_permutations, unit_interval
 
-    ids, content, starts = make_rows(300, 2.5)
+    ids, content, starts = make_text(300, length, "character")
     row_key = keys(300)
-    flags = chosen(mask_rows(ids, content, starts, row_key, plan()), ids.shape)
-    order = small_permutations(row_key ^ masking._WORDS, 7, LENGTH)
+    flags = chosen(mask_rows(ids, content, starts, row_key, plan(unit=unit)), ids.shape)
+    if unit == "token":
+        starts = content
+    span_begins, span = spans_of(starts, content, row_key)
+    order = small_permutations(row_key ^ masking._WORDS, 7, 128)
     draw = unit_interval(hash_counters(row_key, masking._BUDGET))
+    backwards = hash_counters(row_key, masking._SIDE) >> np.uint64(63)
     for row in range(300):
         left = int(np.floor(0.15 * content[row].sum() + draw[row]))
         expected = set()
-        for start in order[row].tolist():
-            end = start + 1
-            while end < LENGTH - 1 and not starts[row, end]:
-                end += 1
-            if starts[row, start] and end - start <= left:
-                expected |= set(range(start, end))
-                left -= end - start
+        for position in order[row].tolist():
+            words = []
+            if position < length and (span_begins if unit == "span" else starts)[row, position]:
+                words = [position]
+            if words and unit == "span":
+                words = np.flatnonzero(starts[row] & (span[row] == span[row, position])).tolist()
+            for start in reversed(words) if backwards[row] else words:
+                end = start + 1
+                while content[row, end] and not starts[row, end]:
+                    end += 1
+                if end - start <= left:
+                    expected |= set(range(start, end))
+                    left -= end - start
         assert expected == set(np.flatnonzero(flags[row]).tolist())
 
 

@@ -13,10 +13,19 @@ from lmscripts.order import (
 )
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 4097])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 97, 1000, 4097, 65_537, 99_991])
 def test_permute_is_a_permutation(size):
     images = permute(np.arange(size), size, key=11)
     assert sorted(images.tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [16, 97])
+def test_permute_sends_every_index_anywhere_alike(size):
+    images = np.array([permute(np.arange(size), size, key) for key in range(3_000)])
+    counts = np.array([np.bincount(column, minlength=size) for column in images.T])
+    wanted = 3_000 / size
+    # Chi-square over its degrees of freedom: 1 for a fair permutation, with a standard deviation below 0.1.
+    assert abs(((counts - wanted) ** 2 / wanted).sum() / (size - 1) ** 2 - 1) < 0.4
 
 
 def test_permute_depends_on_key_and_mixes_well():

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,11 +137,41 @@ def test_quiet_and_leaves_the_verbosity_alone(tmp_path, caplog):
     torch.manual_seed(0)
     folder = save(BertForPreTraining(BertConfig(vocab_size=64, **SIZES)), tmp_path)
     before = logging.get_verbosity()
+    logging.set_verbosity_info()
     logging.enable_propagation()
-    load(folder)
-    logging.disable_propagation()
-    assert logging.get_verbosity() == before
-    assert caplog.records == []
+    try:
+        load(folder)
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.disable_propagation()
+        logging.set_verbosity(before)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_model_and_tokenizer_from_the_cache_of_the_hub(model_dir, tmp_path):
+    """By its name, without network; then the same name with the weights alone."""
+    place = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = place / "snapshots" / ("0" * 40)
+    shutil.copytree(model_dir, snapshot)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    program = """
+import sys
+from transformers import AutoTokenizer, BertForMaskedLM
+from lmscripts.pretrained import adopt_tokenizer, load_pretrained
+dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+model = load_pretrained("someone/tiny", BertForMaskedLM, attn_implementation="sdpa", **dropout)
+print(adopt_tokenizer(model, "someone/tiny", AutoTokenizer.from_pretrained(sys.argv[1])))
+"""
+    command = [sys.executable, "-c", program, str(model_dir)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (snapshot / name).unlink()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "someone/tiny has no tokenizer beside it" in done.stdout, done.stderr
 
 
 def without_head(folder):
@@ -540,8 +573,6 @@ def test_fast_tokenizers(tmp_path):
 
 
 def test_japanese_and_fast_are_told_apart(tokenizer_dir, model_dir):
-    presets = json.loads((ROOT / "parameter.json").read_text(encoding="utf-8"))
-    assert any("pretrained" in key for preset in presets.values() for key in preset)  # what all this is for
     from transformers import BertTokenizer
 
     fast = BertTokenizer.from_pretrained(tokenizer_dir)

@@ -6,6 +6,7 @@ ELECTRA has the discriminator, "", and the generator, "generator".
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lmscripts import pretrained
+from lmscripts.checkpoint import CHECKSUMS, find_damage
 from lmscripts.errors import UserError
 from lmscripts.models import bert, electra, roberta
 from lmscripts.packing import Layout
@@ -60,8 +62,8 @@ def build(
     for subfolder, model in models.items():
         if preset.frozen_layers >= 0:
             frozen = pretrained.freeze(model, preset.frozen_layers)
-            who = subfolder or "the model"
-            notices.append(f"{frozen:,} parameters of {who} are frozen: embeddings and {preset.frozen_layers} layers")
+            parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
+            notices.append(f"{frozen:,} parameters of {subfolder or 'the model'} are frozen: {parts}")
     return models, notices
 
 
@@ -105,6 +107,9 @@ def _new(preset: Preset, vocab_size: int, layout: Layout, settings: dict[str, An
 def _load(
     preset: Preset, names: dict[str, str], tokenizer: Any, layout: Layout, settings: dict[str, Any]
 ) -> tuple[Models, list[str]]:
+    for name in names.values():
+        if (Path(name) / CHECKSUMS).is_file() and (damage := find_damage(Path(name))):
+            raise UserError(f"the pretrained model {name} is damaged: {damage}")
     models: dict[str, Any] = {
         subfolder: pretrained.load_pretrained(names[subfolder], architecture, **settings)
         for subfolder, architecture in architectures(preset).items()
