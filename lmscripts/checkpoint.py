@@ -162,7 +162,7 @@ def load_optimizer_state(
     file: Path,
     groups: list[dict[str, Any]],
     *,
-    may_lengthen: bool = False,
+    another_run: bool = False,
 ) -> None:
     """Put a saved state back; parameters that had none (never stepped) keep none.
 
@@ -171,7 +171,8 @@ def load_optimizer_state(
         model: its parameters.
         file: tensors from `optimizer_state`.
         groups: numbers from `optimizer_state`.
-        may_lengthen: where a parameter has more rows than its state (position embeddings), the others begin at 0.
+        another_run: the state is that of an earlier run. Where a parameter has more rows than its state (position
+            embeddings), the others begin at 0; of the groups only counted steps are taken, no rates or decays.
 
     Raises:
         UserError: the file names other parameters than the model has.
@@ -186,7 +187,7 @@ def load_optimizer_state(
     group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, state in saved.items():
         parameter = parameters[name]
-        if may_lengthen:
+        if another_run:
             state = {key: _lengthened(value, parameter) for key, value in state.items()}
         counts_on_device = group_of[parameter].get("fused") or group_of[parameter].get("capturable")
         optimizer.state[parameter] = {
@@ -197,7 +198,8 @@ def load_optimizer_state(
     if len(groups) != len(optimizer.param_groups):
         raise UserError(f"{file} was saved by another optimizer: it has {len(groups)} groups of parameters")
     for group, numbers in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in numbers.items()})
+        kept = {key: v for key, v in numbers.items() if key == "step" or not another_run}
+        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in kept.items()})
 
 
 def _lengthened(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from lmscripts.objectives import masked_batches
 from lmscripts.order import rows_at, stream_key
 from lmscripts.packing import Layout, Packing, RowIndex, read_rows, row_index
 from lmscripts.token_store import Part, TokenStore
+from lmscripts.tokenization import UNUSED
 from lmscripts.tokenizer_folder import read_record
 
 Batch = dict[str, Tensor]
 Counts = dict[str, float]
-_UNUSED = re.compile(r"[\[<]unused\d+[\]>]")
 _TOKENS_AT_ONCE = 1 << 17  # tokens laid out and masked together
 _EVAL_SEED = 0x5EED  # held-out masks are the same for every run, whatever its seed
 
@@ -183,7 +182,7 @@ def replacement_ids(tokenizer: Any) -> NDArray[np.int32]:
     """Ids that a masked token may be replaced by: the vocabulary without special and reserved tokens."""
     special = set(tokenizer.all_special_ids)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
-    ids = sorted(i for token, i in vocabulary.items() if i not in special and not _UNUSED.fullmatch(token))
+    ids = sorted(i for token, i in vocabulary.items() if i not in special and not UNUSED.fullmatch(token))
     return np.array(ids, np.int32)
 
 

@@ -21,7 +21,7 @@ from lmscripts import checkpoint as checkpoints
 from lmscripts.distributed import sum_over_processes
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder, write_text
-from lmscripts.pretrained import repeat_positions
+from lmscripts.pretrained import adopt_tokenizer, repeat_positions
 from lmscripts.tokenizer_folder import copy_tokenizer
 from lmscripts.tracking import versions
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Objective = MaskedLanguageModel | ReplacedTokenDetection
 
 AVERAGE = "average.safetensors"
+_FORMAT = 2
 
 
 @dataclass
@@ -103,7 +104,8 @@ class RunFolder:
         self.path = path
         self._tokenizer_dir = tokenizer_dir
         self._sequence_length = sequence_length
-        self._fixed: dict[str, Any] = json.loads(json.dumps(fixed))  # as it will be read back
+        # As it will be read back. The format grows when the same numbers would give other rows or another state.
+        self._fixed: dict[str, Any] = json.loads(json.dumps(fixed | {"format": _FORMAT}))
         self._lock: TextIO | None = None
 
     def claim(self, do_continue: bool, options_yaml: str) -> tuple[Path | None, list[str]]:
@@ -252,16 +254,20 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, may_lengthen: bool = False) -> None:
+def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, tokenizer: Any = None) -> list[str]:
     """Load a checkpoint's weights into models of the same shape.
 
     Args:
         models: by subfolder. Tensors that two of them share must be equal in the checkpoint.
         checkpoint: folder of the checkpoint.
-        may_lengthen: let models with more positions than the checkpoint repeat its position embeddings.
+        tokenizer: for a checkpoint of another run, the tokenizer of this one, which must fit; models with more
+            positions than the checkpoint then repeat its position embeddings.
+
+    Returns:
+        Sentences for the user.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names, shapes or tokenizers differ.
     """
     first: dict[int, Tensor] = {}
     for subfolder, model in models.items():
@@ -269,7 +275,7 @@ def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, may_le
         if not file.is_file():
             raise UserError(f"{checkpoint} holds no {subfolder or 'model'}: {file.relative_to(checkpoint)} is missing")
         saved = load_file(file)
-        if may_lengthen:
+        if tokenizer is not None:
             _repeat_positions(model, saved)
         try:
             missing, unexpected = model.load_state_dict(saved, strict=False)
@@ -283,12 +289,14 @@ def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, may_le
                 raise UserError(
                     f"{checkpoint}: {name} of the {subfolder} is shared, but differs from the other model's"
                 )
+    return [] if tokenizer is None else adopt_tokenizer([*models.values()], str(checkpoint), tokenizer)
 
 
 def restore(
     accelerator: Accelerator,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
+    optimizer_name: str,
     average: AveragedModel | None,
     source: Path | None,
     carry_over: str | None,
@@ -299,6 +307,7 @@ def restore(
         accelerator: the running processes.
         objective: the module whose parameters the optimizer steps.
         optimizer: the optimizer.
+        optimizer_name: as the options name it.
         average: moving average of the weights, if there is one.
         source: checkpoint; None for a run that begins: nothing is touched and the state is that of a beginning.
         carry_over: of the checkpoint of another run, what is taken: "weights"; "moments": the optimizer's state as
@@ -311,8 +320,13 @@ def restore(
     if source is None or carry_over == "weights":
         return TrainingState()
     facts = read_state(source)
+    if carry_over is not None and facts["fixed"].get("optimizer") != optimizer_name:
+        raise UserError(
+            f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use to "
+            f"{optimizer_name}: give --optimizer, or --carry_over weights"
+        )
     checkpoints.load_optimizer_state(
-        optimizer, objective, source / "optimizer.safetensors", facts["groups"], may_lengthen=carry_over is not None
+        optimizer, objective, source / "optimizer.safetensors", facts["groups"], another_run=carry_over is not None
     )
     if accelerator.scaler is not None and facts["scaler"] is not None:
         accelerator.scaler.load_state_dict(facts["scaler"])
@@ -329,6 +343,8 @@ def restore(
 def _repeat_positions(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
     """Repeat saved position embeddings until they are as many as the model's."""
     name = f"{model.base_model_prefix}.embeddings.position_embeddings.weight"
+    if name not in saved:
+        return  # of another family, which is said later
     table: Any = model.get_submodule(name.removesuffix(".weight"))
     saved[name] = repeat_positions(saved[name], table.num_embeddings, table.padding_idx)
 

@@ -38,7 +38,8 @@ from lmscripts.segmentation import (
 )
 
 MAX_CACHED_WORDS = 1_000_000
-_UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
+# Entries that no text gives, kept free for later words.
+UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
 # Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
@@ -92,7 +93,7 @@ class Encoder:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self.special_ids: tuple[int, ...] = tuple(sorted(set(tokenizer.all_special_ids)))
-        reserved = {number for piece, number in vocabulary.items() if _UNUSED.fullmatch(piece)}
+        reserved = {number for piece, number in vocabulary.items() if UNUSED.fullmatch(piece)}
         self.reserved_ids = tuple(sorted(reserved - set(self.special_ids)))
         self.num_reserved = len(self.reserved_ids)
         self.fingerprint = _fingerprint(tokenizer, vocabulary)

@@ -20,11 +20,10 @@ from typing import Any
 
 from lmscripts.errors import UserError
 from lmscripts.segmentation import mecab_dictionary_version
-from lmscripts.tokenization import Encoder, load_encoder
+from lmscripts.tokenization import UNUSED, Encoder, load_encoder
 from lmscripts.tokenizer_folder import FOLDER_FILES, RECORD_FILE, REPORT_FILE, read_record, write_json
 from lmscripts.tokenizer_report import check_encoder
 
-_LOOKS_RESERVED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>|##.*")
 # What transformers takes where the settings of an analyser are silent.
 _MECAB_DEFAULTS = {"mecab_dic": "unidic_lite", "mecab_option": None, "normalize_text": True}
 _SUDACHI_DEFAULTS = {"sudachi_split_mode": "A", "sudachi_dict_type": "core", "normalize_text": True}
@@ -126,7 +125,7 @@ def _as_encoded(tokenizer: Any, word: str, place: str, characters_only: bool) ->
     encoded = "".join(parts)
     if not encoded:
         raise UserError(f"{place}: nothing is left of {word!r} once it is normalised as text is")
-    if _LOOKS_RESERVED.fullmatch(encoded):
+    if UNUSED.fullmatch(encoded) or encoded.startswith("##"):
         raise UserError(f"{place}: {encoded} is written like an unused token or the rest of a word, not like a word")
     if characters_only and len(encoded) > 1:
         raise UserError(f"{place}: {encoded} can never be one token, as this tokenizer cuts text into characters")

@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -146,8 +146,14 @@ def in_words(metrics: Mapping[str, float]) -> str:
     return ", ".join(words)
 
 
-def draw_curves(log_file: Path, image: Path) -> None:
-    """Draw training and held-out losses, held-out shares and the learning rate over the steps, as a PNG."""
+def draw_curves(log_file: Path, image: Path, switches: Sequence[int] = ()) -> None:
+    """Draw training and held-out losses, held-out shares and the learning rate over the steps, as a PNG.
+
+    Args:
+        log_file: log.jsonl of a run.
+        image: file to write.
+        switches: steps at which a phase ends and the next begins.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,6 +183,8 @@ def draw_curves(log_file: Path, image: Path) -> None:
         panel.set_xlabel("optimizer step")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
+        for step in switches:
+            panel.axvline(step, color="gray", linestyle=":", linewidth=1)
     if len(losses) > 1:
         panels[0].set_yscale("log")
     figure.savefig(image, dpi=110)

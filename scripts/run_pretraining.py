@@ -225,14 +225,14 @@ def run(options: Options) -> int:
     )
     if options.dry_run:
         return 0
+    earlier = run_folder.find_checkpoint(Path(options.start_from)) if options.start_from else None
     folder = run_folder.RunFolder(run_dir, tokenizer_dir, data.longest.layout.sequence_length, fixed)
     checkpoint, notices = distributed.from_main(accelerator, partial(folder.claim, options.do_continue, saved_options))
     distributed.check_agreement({"checkpoint found": checkpoint is None or checkpoint.is_dir()})
-    say("\n".join(notices), end="\n" * bool(notices))
-    carry_over = None if checkpoint else options.carry_over
-    source = checkpoint or (options.start_from and run_folder.find_checkpoint(Path(options.start_from)))
+    source, carry_over = checkpoint or earlier, None if checkpoint else options.carry_over
     if source:
-        run_folder.load_weights(networks, source, may_lengthen=bool(carry_over))
+        notices = [*notices, *run_folder.load_weights(networks, source, tokenizer if carry_over else None)]
+    say("\n".join(notices), end="\n" * bool(notices))
     objective = objectives.build(preset.family, networks, path, **loss_weights)
     if options.activation_checkpointing:
         for network in networks.values():
@@ -249,7 +249,7 @@ def run(options: Options) -> int:
     )
     model, optimizer = accelerator.prepare(objective, optimizer)
     average = averaging.start(objective, options.ema_decay)
-    state = run_folder.restore(accelerator, objective, optimizer, average, source, carry_over)
+    state = run_folder.restore(accelerator, objective, optimizer, options.optimizer, average, source, carry_over)
 
     # ---- what is shown and written down
     stop_asked = distributed.StopRequest(deadline)
@@ -320,7 +320,7 @@ def run(options: Options) -> int:
 
     # ---- end
     if rank == 0:
-        tracking.draw_curves(log.file, run_dir / "curves.png")
+        tracking.draw_curves(log.file, run_dir / "curves.png", data.ends[:-1])
     if stopped:
         reason = stop_asked.reason or "a signal to another process"
         say(f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")

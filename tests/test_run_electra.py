@@ -182,6 +182,33 @@ def test_what_is_carried_over(common, tmp_path, short, carry_over):
     assert (new[name][64:] - old[name]).abs().max() < 0.01
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--carry_over", "moments", "--optimizer", "radam"], "was trained with the optimizer adamw"),
+        (["--carry_over", "weights", "--model_type", "bert-test"], "does not fit the model"),
+    ],
+    ids=["another optimizer", "another model"],
+)
+def test_what_cannot_be_carried_over(common, tmp_path, short, more, sentence):
+    arguments = [*common, "--start_from", short, "--model_dir", tmp_path / "run"]
+    if "--model_type" in more:
+        arguments = [a for a in arguments if a not in ("--model_type", "electra-test")]
+    done = run_script("run_pretraining.py", *arguments, *more, check=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_start_that_is_no_checkpoint_leaves_no_run(common, tmp_path):
+    (tmp_path / "empty").mkdir()
+    more = ["--start_from", tmp_path / "empty", "--carry_over", "weights", "--model_dir", tmp_path / "run"]
+    done = run_script("run_pretraining.py", *common, *more, check=False)
+    assert done.returncode == 2
+    assert "is no checkpoint and holds none" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_further_pretraining_of_a_pair(common, short, tmp_path):
     final = short / "final"
     more = ["--pretrained_generator_model_name_or_path", final / "generator", "--max_steps", "3"]
