@@ -23,7 +23,7 @@ def phases(way: str, material: Material, dataset: Dataset | None, num_steps: int
     """Microseconds per real token of each phase of a step, and what else a real token costs."""
     watch = Watch(lambda model: 0.0, 0.0)
     if dataset is None:
-        data, network = our_data(material), material.model()
+        data, network = our_data(material, way), material.model()
         objective = MaskedLanguageModel(network, "bert", data.attention).train()
         optimizer: Any = build_optimizer(
             "adamw", network, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0

@@ -4,9 +4,10 @@
 
 On a machine that others use, put OMP_WAIT_POLICY=passive in front: threads then wait without burning time.
 
-Three ways train the same BERT (2 layers x 128, 2 heads, ffn 512) from the same weights on the same documents:
+Four ways train the same BERT (2 layers x 128, 2 heads, ffn 512) from the same weights on the same documents:
 
     ours          the loop of run_pretraining.py: packed rows of 128, logits at masked tokens only
+    ours_by_line  the same on a store made with --document_per_line: no sentence sees another, as in line_by_line
     line_by_line  Trainer, a sentence a row, padded to the longest of the batch (run_mlm --line_by_line)
     group_texts   Trainer, sentences joined and cut into blocks of 128 (run_mlm without it)
 
@@ -35,7 +36,7 @@ import transformers
 from phases import phases
 from transformers import AutoTokenizer, BertConfig
 from turns import Scorer, Turns, Watch
-from ways import LENGTH, ROWS, WAYS, Lines, Material, run_mlm_dataset, train_ours, train_theirs
+from ways import LENGTH, OURS, ROWS, WAYS, Lines, Material, run_mlm_dataset, train_ours, train_theirs
 
 from lmscripts.corpus import Span, read_documents
 from lmscripts.preparation import Source, prepare_store
@@ -55,12 +56,14 @@ def prepare(options: argparse.Namespace) -> tuple[Material, Lines, dict[str, flo
     random.Random(0).shuffle(documents)
     sizes = np.cumsum([sum(len(line.encode()) + 1 for line in document) for document in documents])
     documents = documents[: int(np.searchsorted(sizes, options.megabytes * 1e6)) + 1]
-    sample.write_text("\n".join("".join(f"{line}\n" for line in document) for document in documents), encoding="utf-8")
+    write_documents(sample, documents)
+    train_only = options.work_dir / f"train_{options.megabytes}.txt"
+    write_documents(train_only, [document for document in documents if not in_validation(document, HELD_OUT)])
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_dir, local_files_only=True)
     cache = options.work_dir / f"lines_{options.megabytes}.npz"
     began, times = time.perf_counter(), {}
     source = Source((str(sample),), options.tokenizer_dir, validation_fraction=HELD_OUT)
-    store = prepare_store(source, options.work_dir / f"store_{options.megabytes}", num_workers=1)
+    stores = {"ours": prepare_store(source, options.work_dir / f"store_{options.megabytes}", num_workers=1)}
     if not cache.exists():
         times["ours"] = time.perf_counter() - began
         texts = [line for document in documents for line in document]
@@ -75,6 +78,8 @@ def prepare(options: argparse.Namespace) -> tuple[Material, Lines, dict[str, flo
     with np.load(cache) as saved:
         lines = [row.tolist() for row in np.split(saved["ids"].astype(np.int64), np.cumsum(saved["lengths"])[:-1])]
         held_out, times = saved["held_out"], json.loads(str(saved["times"]))
+    source = Source((str(train_only),), options.tokenizer_dir, validation_fraction=0.0, document_per_line=True)
+    stores["ours_by_line"] = prepare_store(source, options.work_dir / f"lines_{options.megabytes}", num_workers=1)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -88,8 +93,13 @@ def prepare(options: argparse.Namespace) -> tuple[Material, Lines, dict[str, flo
         attn_implementation="sdpa",
     )
     train = [line for line, out in zip(lines, held_out, strict=True) if line and not out]
-    material = Material(store, train, tokenizer, config)
+    material = Material(stores, train, tokenizer, config)
     return material, [line for line, out in zip(lines, held_out, strict=True) if line and out], times
+
+
+def write_documents(file: Path, documents: list[list[str]]) -> None:
+    """A sentence a line, a blank line between documents."""
+    file.write_text("\n".join("".join(f"{line}\n" for line in document) for document in documents), encoding="utf-8")
 
 
 def seconds_to(curve: list[dict[str, float]], target: float, clock: str) -> float:
@@ -105,7 +115,8 @@ def seconds_to(curve: list[dict[str, float]], target: float, clock: str) -> floa
 
 def summarise(runs: list[Run], targets_of: tuple[str, ...]) -> dict[str, object]:
     """For the best loss of each of the given ways: how long every way took with its best learning rate."""
-    best = {way: min(p["loss"] for run in runs if run["way"] == way for p in run["curve"]) for way in WAYS}
+    ways = [way for way in WAYS if any(run["way"] == way for run in runs)]
+    best = {way: min(p["loss"] for run in runs if run["way"] == way for p in run["curve"]) for way in ways}
     summary: dict[str, object] = {"best_loss": best}
     for way in targets_of:
         table = {}
@@ -116,11 +127,16 @@ def summarise(runs: list[Run], targets_of: tuple[str, ...]) -> dict[str, object]
                     for run in runs
                     if run["way"] == other
                 )
-                for other in WAYS
+                for other in ways
             }
             seconds = {other: pair for other, pair in seconds.items() if pair[0] < float("inf")}
-            ratios = {other: round(pair[0] / seconds["ours"][0], 2) for other, pair in seconds.items()}
-            table[clock] = {"seconds_and_rate": seconds, "ratio_to_ours": ratios}
+            ratios = {
+                f"{other} / {our}": round(seconds[other][0] / seconds[our][0], 2)
+                for other in seconds
+                for our in seconds
+                if our in OURS and other not in OURS
+            }
+            table[clock] = {"seconds_and_rate": seconds, "ratios": ratios}
         summary[f"to the best loss of {way} ({best[way]:.3f})"] = table
     return summary
 
@@ -163,9 +179,9 @@ def main() -> None:
     random.Random(1).shuffle(held_out)
     sentences = held_out[SENTENCES : 2 * SENTENCES] if options.tuning else held_out[:SENTENCES]
     score = Scorer(sentences, material.tokenizer, LENGTH)
-    datasets = {way: run_mlm_dataset(way, material) for way in WAYS[1:]}
+    datasets = {way: run_mlm_dataset(way, material) for way in WAYS if way not in OURS}
     print(f"{len(material.lines):,} lines to train on, {score.targets:,} masked tokens to score", flush=True)
-    minutes = dict.fromkeys(WAYS, options.minutes) | {"ours": options.ours_minutes}
+    minutes = dict.fromkeys(WAYS, options.minutes) | dict.fromkeys(OURS, options.ours_minutes)
     result: dict[str, object] = {
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -178,8 +194,8 @@ def main() -> None:
     watches = [Watch(score, 60 * minutes[way], turns, number) for number, (way, _) in enumerate(plan)]
 
     def job(way: str, rate: float, watch: Watch) -> None:
-        if way == "ours":
-            train_ours(material, rate, watch)
+        if way in OURS:
+            train_ours(way, material, rate, watch)
         else:
             train_theirs(way, datasets[way], material, rate, watch)
         print(f"{way} {rate:g}: {watch.curve[-1]}", flush=True)
@@ -190,7 +206,7 @@ def main() -> None:
     ]
     result["runs"] = runs
     result["phases"] = {way: phases(way, material, datasets.get(way), num_steps=20) for way in WAYS}
-    result["summary"] = summarise(runs, ("line_by_line", "group_texts")) if all(rates.values()) else {}
+    result["summary"] = summarise(runs, tuple(way for way in WAYS if way not in OURS and rates[way]))
     options.result.parent.mkdir(exist_ok=True)
     options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(result)

@@ -1,4 +1,4 @@
-"""The three ways of `time_to_loss.py`: what each trains on and how."""
+"""The ways of `time_to_loss.py`: what each trains on and how."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from lmscripts.token_store import TokenStore
 
 LENGTH = 128
 # Rows of a step: about 1,000 text tokens for each way, as a sentence is about 30.
-ROWS = {"ours": 8, "line_by_line": 32, "group_texts": 8}
+ROWS = {"ours": 8, "ours_by_line": 8, "line_by_line": 32, "group_texts": 8}
 WAYS = tuple(ROWS)
+OURS = ("ours", "ours_by_line")
 Lines = list[list[int]]
 
 
@@ -39,14 +40,14 @@ class Material:
     """What the ways need.
 
     Attributes:
-        store: token store of the training text.
+        stores: token stores of the training text for our ways: of documents, and of lines as documents.
         lines: ids of each training line, without special tokens.
         tokenizer: of transformers.
         config: of the model.
         seed: of everything random.
     """
 
-    store: TokenStore
+    stores: dict[str, TokenStore]
     lines: Lines
     tokenizer: Any
     config: BertConfig
@@ -58,10 +59,10 @@ class Material:
         return BertForMaskedLM(self.config)
 
 
-def our_data(material: Material) -> PretrainingData:
+def our_data(material: Material, way: str) -> PretrainingData:
     """Packed rows with single tokens masked, as the collator of transformers masks them."""
     layout = mlm_layout(material.tokenizer, LENGTH, "isolated")
-    train = open_rows(material.store, "train", layout)
+    train = open_rows(material.stores[way], "train", layout)
     if train is None:
         raise SystemExit("no training text")
     return PretrainingData(
@@ -71,17 +72,17 @@ def our_data(material: Material) -> PretrainingData:
         masking=mlm_masking(material.tokenizer, layout, probability=0.15, unit="token"),
         attention="sdpa",
         seed=material.seed,
-        batch_size=ROWS["ours"],
-        shares=[ROWS["ours"]],
-        micro_batch_size=ROWS["ours"],
-        total_rows=1_000_000 * ROWS["ours"],
+        batch_size=ROWS[way],
+        shares=[ROWS[way]],
+        micro_batch_size=ROWS[way],
+        total_rows=1_000_000 * ROWS[way],
         most_eval_rows=0,
     )
 
 
-def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
+def train_ours(way: str, material: Material, learning_rate: float, watch: Watch) -> None:
     """The loop of run_pretraining.py in one process, at a constant learning rate."""
-    data, network = our_data(material), material.model()
+    data, network = our_data(material, way), material.model()
     objective = MaskedLanguageModel(network, "bert", data.attention).train()
     optimizer = build_optimizer(
         "adamw", network, learning_rate=learning_rate, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0

@@ -46,7 +46,8 @@ def start(objective: nn.Module, decay: float | None) -> AveragedModel | None:
             raise UserError(f"an average of sharded weights (FSDP) is not kept, and {name} is sharded; use DDP")
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{name} is in {parameter.dtype}, too coarse for an average: keep the weights in float32")
-    average = AveragedModel(nn.Identity(), multi_avg_fn=_mover(decay))
+    average = AveragedModel(nn.Identity())
+    average.multi_avg_fn = _mover(decay, average.n_averaged)
     average.module = _copy(objective).requires_grad_(False).eval()
     return average
 
@@ -57,12 +58,16 @@ def _copy(objective: nn.Module) -> nn.Module:
     return copy.deepcopy(objective, {id(value): value for value in values if isinstance(value, ModuleType)})
 
 
-def _mover(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """What moves averages of `count` steps towards the weights after the next."""
+def _mover(decay: float, steps: Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """What moves averages of so many steps towards the weights after the next.
+
+    The steps are read from the average's own counter, on the CPU: the one that torch hands over is on the device, and
+    reading it would wait for the device.
+    """
 
     @torch.no_grad()
     def move(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
-        share = (1 - decay) / (1 - decay ** (int(count) + 1))
+        share = (1 - decay) / (1 - decay ** (int(steps) + 1))
         torch._foreach_lerp_(list(averages), list(weights), share)
 
     return move

@@ -23,6 +23,7 @@ from lmscripts.files import file_sha256, new_folder, remove_leftovers
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 CHECKSUMS = "checksums.json"
+AVERAGE = "average.safetensors"
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -118,6 +119,29 @@ def newest_whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, sentences
 
 
+def look_for_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """As `newest_whole_checkpoint`, but of a run that may be going on: nothing is renamed.
+
+    Returns:
+        The folder, None if there is none; a sentence for each damaged one passed over, and one where the checkpoint
+        has an average of its weights beside them.
+    """
+    sentences: list[str] = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        if damage := find_damage(folder):
+            sentences.append(f"{folder.name} is damaged ({damage}) and passed over")
+        else:
+            return folder, [*sentences, *average_notice(folder)]
+    return None, sentences
+
+
+def average_notice(checkpoint: Path) -> list[str]:
+    """What to know of a checkpoint of a run that also keeps a moving average of the weights."""
+    if not (checkpoint / AVERAGE).is_file():
+        return []
+    return [f"{checkpoint} holds the weights as trained; their moving average, which was evaluated, is in final/"]
+
+
 def prune_checkpoints(run_dir: Path, keep_last: int, keep_every: int = 0) -> None:
     """Remove old checkpoints, never the newest `keep_last` (at least one) nor those at multiples of `keep_every`."""
     for folder in list_checkpoints(run_dir)[: -max(1, keep_last)]:
@@ -171,8 +195,8 @@ def load_optimizer_state(
         model: its parameters.
         file: tensors from `optimizer_state`.
         groups: numbers from `optimizer_state`.
-        another_run: the state is that of an earlier run. Where a parameter has more rows than its state (position
-            embeddings), the others begin at 0; of the groups only counted steps are taken, no rates or decays.
+        another_run: the state is that of an earlier run. Parameters may have more or fewer rows than then (position
+            embeddings) or be frozen now; of the groups only counted steps are taken, no rates or decays.
 
     Raises:
         UserError: the file names other parameters than the model has.
@@ -187,8 +211,10 @@ def load_optimizer_state(
     group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, state in saved.items():
         parameter = parameters[name]
+        if parameter not in group_of:
+            continue  # trained in the other run, frozen in this one
         if another_run:
-            state = {key: _lengthened(value, parameter) for key, value in state.items()}
+            state = {key: _fitted(value, parameter) for key, value in state.items()}
         counts_on_device = group_of[parameter].get("fused") or group_of[parameter].get("capturable")
         optimizer.state[parameter] = {
             # Fused kernels want their step counter on the device; for all others that would be a wait in every step.
@@ -202,9 +228,12 @@ def load_optimizer_state(
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in kept.items()})
 
 
-def _lengthened(tensor: Tensor, parameter: Tensor) -> Tensor:
-    missing = parameter.shape[0] - tensor.shape[0] if tensor.ndim == parameter.ndim > 1 else 0
-    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing > 0 else tensor
+def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """State of as many rows as the parameter has: rows that are new begin at 0, rows that are gone are left out."""
+    if tensor.ndim != parameter.ndim or tensor.ndim < 2:
+        return tensor
+    missing = max(0, parameter.shape[0] - tensor.shape[0])
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])[: parameter.shape[0]].contiguous()
 
 
 def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:

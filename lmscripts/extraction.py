@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, ElectraConfig
 from transformers.utils import logging
 
-from lmscripts.checkpoint import checkpoint_step, find_damage, list_checkpoints
+from lmscripts.checkpoint import average_notice, checkpoint_step, find_damage, list_checkpoints, look_for_whole
 from lmscripts.errors import UserError, naming
 from lmscripts.files import file_sha256, new_folder, remove_leftovers, sync_folder
 from lmscripts.presets import Preset
@@ -108,14 +108,11 @@ def find_checkpoint(folder: Path) -> tuple[Path, list[str]]:
             raise UserError(f"{folder} is damaged ({damage}); take another checkpoint of the run")
         if not (folder / "config.json").exists() and (folder / "final" / "config.json").exists():
             return folder / "final", [f"{folder} is the folder of a run without checkpoints: final is taken"]
-        return folder, []
-    sentences: list[str] = []
-    for checkpoint in reversed(list_checkpoints(folder)):
-        damage = find_damage(checkpoint)
-        if damage is None:
-            return checkpoint, [*sentences, f"{folder} is the folder of a run: {checkpoint.name} is taken"]
-        sentences.append(f"{checkpoint.name} is damaged ({damage}) and passed over")
-    raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(sentences)}")
+        return folder, average_notice(folder)
+    newest, sentences = look_for_whole(folder)
+    if newest is None:
+        raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(sentences)}")
+    return newest, [*sentences, f"{folder} is the folder of a run: {newest.name} is taken"]
 
 
 def check_output(output_dir: Path, names: Sequence[str], source: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a pretraining run is given: preset, text and, where it goes on from another run, a checkpoint."""
+"""What a pretraining run is given: the preset and the text, put together with the options."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def open_inputs(options: Any, parameter_file: Path) -> tuple[Any, Preset, list[P
     preset = replace(preset, **given)
     if options.frozen_layers is not None:
         preset = replace(preset, frozen_layers=options.frozen_layers)
-    _check_pretrained(preset)
+    _check_pretrained(preset, options.start_from)
     values: dict[str, Any] = {name: getattr(preset, name) for name in _FROM_PRESET}
     values |= {"beta2": 0.98 if preset.family == "roberta" else 0.999}
     values |= {"eval_every": options.save_steps or preset.save_steps}
     values |= {
-        "sequence_length": (preset.sequence_length or _longest_input(preset),),
+        "sequence_length": options.sequence_length or (preset.sequence_length or _longest_input(preset),),
         "mask_probability": (preset.mask_probability,),
     }
     values |= {"batch_size": (preset.batch_size * preset.accumulation_steps,)}  # the older way to say it
@@ -108,12 +108,14 @@ def _longest_input(preset: Preset) -> int:
         config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         raise UserError(f"the pretrained model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    before_text = config.pad_token_id + 1 if preset.family == "roberta" else 0
-    return int(config.max_position_embeddings) - before_text
+    positions = getattr(config, "max_position_embeddings", None)
+    if config.model_type != preset.family or positions is None:
+        raise UserError(f"the pretrained model {name} is a {config.model_type}, not a {preset.family}")
+    return int(positions) - ((config.pad_token_id or 0) + 1 if preset.family == "roberta" else 0)
 
 
-def _check_pretrained(preset: Preset) -> None:
-    """Refuse pretrained models that the family has no use for, and one half of a pair."""
+def _check_pretrained(preset: Preset, start_from: str | None) -> None:
+    """Refuse pretrained models that the family has no use for, one half of a pair, and two beginnings at once."""
     electra = preset.family == "electra"
     pair = (preset.pretrained_generator, preset.pretrained_discriminator)
     if (preset.pretrained_model and electra) or (any(pair) and not electra):
@@ -123,6 +125,8 @@ def _check_pretrained(preset: Preset) -> None:
         )
     if any(pair) and not all(pair):
         raise UserError("ELECTRA goes on from a pretrained generator and a pretrained discriminator: give both")
+    if start_from is not None and any((*pair, preset.pretrained_model)):
+        raise UserError(f"--start_from {start_from} and a pretrained model are both a beginning: give one of them")
     if not any((*pair, preset.pretrained_model)):
         preset.layer_sizes()  # complains about what is missing
         if preset.frozen_layers >= 0:

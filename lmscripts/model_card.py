@@ -16,19 +16,29 @@ from lmscripts.phases import PhasedData
 from lmscripts.pretraining import PretrainingData
 from lmscripts.tracking import SHARES, read_log, versions
 
+_FILL_MASK = """from transformers import pipeline
+
+model = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")"""
+_PAIR = """from transformers import AutoModelForPreTraining, pipeline
+
+# A logit for each token, above 0 where it thinks that the token was replaced. This is the half to fine-tune.
+discriminator = AutoModelForPreTraining.from_pretrained("PATH/TO/THIS/FOLDER")
+generator = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER/generator")"""
+
 
 def model_card(
-    title: str, origin: str, pipeline: str, rows: dict[str, str], options_yaml: str, examples: list[str]
+    title: str, origin: str, use: str, rows: dict[str, str], options_yaml: str, examples: list[str], task: str = ""
 ) -> str:
     """Text of a model card.
 
     Args:
         title: heading.
         origin: what the training began with; empty for nothing.
-        pipeline: task name of transformers' pipeline.
+        use: Python lines that load it.
         rows: table of what was measured, name to value.
         options_yaml: the options that repeat the run.
         examples: lines to show, such as fill-mask answers.
+        task: name of the folder's task in transformers' pipeline; empty for none.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -36,7 +46,7 @@ def model_card(
     began = f"Trained further from {origin}" if origin else "Trained from scratch"
     return f"""---
 library_name: transformers
-pipeline_tag: {pipeline}
+{f"pipeline_tag: {task}" if task else "tags: [electra]"}
 ---
 
 # {title}
@@ -54,9 +64,7 @@ pipeline_tag: {pipeline}
 ## Use
 
 ```python
-from transformers import pipeline
-
-model = pipeline("{pipeline}", model="PATH/TO/THIS/FOLDER")
+{use}
 ```
 
 ## Limits
@@ -107,17 +115,22 @@ def pretraining_card(
         rows["speed"] = f"{median(record['tokens_per_second'] for record in trained):,.0f} real tokens/s"
     for record in [record for record in records if "eval_loss" in record][-1:]:
         for name in (name for name in record if name.startswith("eval_")):
-            rows[f"held-out {name.removeprefix('eval_').replace('_', ' ')}"] = _shown(name, record[name])
+            rows[f"held-out {name.removeprefix('eval_').replace('_', ' ')}"] = _shown(
+                name, record[name], family != "electra"
+            )
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     last = data.phases[-1]
     part, index = last.held_out or last.train
     shown = read_rows(part, index, np.arange(min(3, index.num_rows)), last.layout)
     examples = fill_mask_examples(model, tokenizer, last, shown)
-    return model_card(title, origin, "fill-mask", rows, options_yaml, examples)
+    use, task = (_PAIR, "") if family == "electra" else (_FILL_MASK, "fill-mask")
+    return model_card(title, origin, use, rows, options_yaml, examples, task)
 
 
-def _shown(name: str, value: float) -> str:
-    return f"{value:.2%}" if name.endswith(SHARES) else f"{value:.4f} nats per target"
+def _shown(name: str, value: float, single: bool) -> str:
+    if name.endswith(SHARES):
+        return f"{value:.2%}"
+    return f"{value:.4f} nats per target" if single or name != "eval_loss" else f"{value:.4f} (weighted sum)"
 
 
 def fill_mask_examples(

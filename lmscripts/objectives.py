@@ -190,7 +190,7 @@ def sample(logits: Tensor, draws: Tensor) -> Tensor:
     Returns:
         (N,) int64: the first id whose cumulative probability exceeds the draw.
     """
-    cumulative = logits.softmax(-1).cumsum(-1)
+    cumulative = logits.softmax(-1).cumsum_(-1)  # in place: with a large vocabulary this is the peak of memory
     wanted = draws[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
 

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,11 @@ class RowIndex:
     segment_start: NDArray[np.int64]
     segment_length: NDArray[np.int32]
     real_tokens: int
+
+    @cached_property
+    def most_segments(self) -> int:
+        """Segments of the row that has the most."""
+        return int(np.diff(self.first_segment).max())
 
     @property
     def num_rows(self) -> int:

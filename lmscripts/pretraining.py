@@ -136,7 +136,7 @@ class PretrainingData:
         laid_out = read_rows(*part, rows, self.layout)
         made = masked_batches(laid_out, rows, epochs, stream_key(seed, 0x3A5C), self.masking, sizes)
         if self.attention == "varlen":
-            most, begin = int(np.diff(part[1].first_segment).max()) + 1, 0
+            most, begin = part[1].most_segments + 1, 0
             for (batch, _), size in zip(made, sizes, strict=True):
                 segments = from_numpy(laid_out.segments[begin : begin + size])
                 batch["segment_ends"] = segment_ends(segments, size * most + 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +21,6 @@ from lmscripts import checkpoint as checkpoints
 from lmscripts.distributed import sum_over_processes
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder, write_text
-from lmscripts.pretrained import adopt_tokenizer, repeat_positions
 from lmscripts.tokenizer_folder import copy_tokenizer
 from lmscripts.tracking import versions
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     Objective = MaskedLanguageModel | ReplacedTokenDetection
 
-AVERAGE = "average.safetensors"
 _FORMAT = 2
 
 
@@ -49,6 +47,7 @@ class TrainingState:
         real_tokens: text tokens seen.
         window_sums: sums of the objective since the last log line, over all processes.
         window_counts: their counts.
+        origin: model or run that the training began with; empty for none.
     """
 
     step: int = 0
@@ -58,6 +57,7 @@ class TrainingState:
     real_tokens: float = 0.0
     window_sums: dict[str, float] = field(default_factory=dict)
     window_counts: dict[str, float] = field(default_factory=dict)
+    origin: str = ""
 
     def open_window(self, process: int) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and counts to go on with; the sums belong to the first process, as they are over all of them."""
@@ -108,16 +108,24 @@ class RunFolder:
         self._fixed: dict[str, Any] = json.loads(json.dumps(fixed | {"format": _FORMAT}))
         self._lock: TextIO | None = None
 
-    def claim(self, do_continue: bool, options_yaml: str) -> tuple[Path | None, list[str]]:
+    def claim(self, do_continue: bool, start_from: str | None) -> tuple[Path | None, bool, list[str]]:
         """Take the folder for this run; called by the main process.
 
+        Args:
+            do_continue: go on from the newest whole checkpoint of this run.
+            start_from: checkpoint or folder of another run to begin with, where this one has no checkpoint yet.
+
         Returns:
-            The checkpoint to go on from, and sentences for the user.
+            The checkpoint to go on from, whether it is of this run, and sentences for the user.
 
         Raises:
-            UserError: another process writes there, it holds a run that is not to be continued, or every checkpoint
-                is damaged.
+            UserError: another process writes there, it holds a run that is not to be continued, every checkpoint is
+                damaged, or there is none to start from.
         """
+        sentences: list[str] = []
+        earlier = None
+        if start_from is not None and not (do_continue and checkpoints.list_checkpoints(self.path)):
+            earlier, sentences = find_checkpoint(Path(start_from))
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
@@ -131,16 +139,19 @@ class RunFolder:
             raise UserError(f"{self.path} holds a run already: add --do_continue to go on, or choose another folder")
         for leftover in [*self.path.glob(".checkpoint-*"), *self.path.glob(".final.new*"), *self.path.glob("..final*")]:
             shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
-        checkpoint, sentences = checkpoints.newest_whole_checkpoint(self.path)
+        checkpoint, damaged = checkpoints.newest_whole_checkpoint(self.path)
         if checkpoint is None and any(self.path.glob("checkpoint-*.damaged*")):
-            raise UserError(f"every checkpoint in {self.path} is damaged; nothing was started. {' '.join(sentences)}")
+            raise UserError(f"every checkpoint in {self.path} is damaged; nothing was started. {' '.join(damaged)}")
         if do_continue and checkpoint is None:
             sentences.append(f"{self.path} holds no checkpoint yet: the run starts from the beginning")
         if checkpoint is not None:
-            sentences.append(f"going on from {checkpoint}")
             self._check_fixed(checkpoint)
+            return checkpoint, True, [*damaged, f"going on from {checkpoint}"]
+        return earlier, False, sentences
+
+    def write_options(self, options_yaml: str) -> None:
+        """Keep the options that repeat the run; from here on the folder counts as used."""
         write_text(self.path / "config.yaml", options_yaml)
-        return checkpoint, sentences
 
     def _check_fixed(self, checkpoint: Path) -> None:
         saved = read_state(checkpoint)["fixed"]
@@ -182,11 +193,11 @@ class RunFolder:
             facts |= {"processes": accelerator.num_processes, "versions": versions(), "saved_at": time.time()}
 
             def write(aside: Path) -> None:
-                self._write_tokenizer(aside)
                 for subfolder, (model, weights) in models.items():
+                    self._write_tokenizer(aside / subfolder)
                     _write_weights(aside / subfolder, model, weights)
                 if average is not None:
-                    save_file(averaging.state(average), aside / AVERAGE)
+                    save_file(averaging.state(average), aside / checkpoints.AVERAGE)
 
             try:
                 checkpoints.save_checkpoint(self.path, state.step, write, tensors, facts)
@@ -216,7 +227,7 @@ class RunFolder:
         final, new, old = (self.path / name for name in ("final", ".final.new", ".final.old"))
         shutil.rmtree(new, ignore_errors=True)
         with new_folder(new) as aside:
-            training_only = ("optimizer.safetensors", "training_state.json", "checksums.json", AVERAGE)
+            training_only = ("optimizer.safetensors", "training_state.json", "checksums.json", checkpoints.AVERAGE)
             ignored = shutil.ignore_patterns(*training_only)
             shutil.copytree(self.path / f"checkpoint-{step}", aside, ignore=ignored, dirs_exist_ok=True)
             for subfolder, model in (averages or {}).items():
@@ -236,117 +247,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path names: itself, or the newest whole one of a run's folder.
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that a path names: itself, or the newest whole one of a run's folder; nothing is changed.
+
+    Returns:
+        The checkpoint, and sentences for the user.
 
     Raises:
         UserError: it is neither, or it is damaged.
     """
-    if checkpoints.list_checkpoints(path):
-        whole = [folder for folder in checkpoints.list_checkpoints(path) if checkpoints.find_damage(folder) is None]
-        if not whole:
-            raise UserError(f"every checkpoint in {path} is damaged")
-        return whole[-1]
-    if not (path / "training_state.json").is_file():
-        raise UserError(f"{path} is no checkpoint and holds none")
-    if damage := checkpoints.find_damage(path):
-        raise UserError(f"the checkpoint {path} is damaged: {damage}")
-    return path
-
-
-def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, tokenizer: Any = None) -> list[str]:
-    """Load a checkpoint's weights into models of the same shape.
-
-    Args:
-        models: by subfolder. Tensors that two of them share must be equal in the checkpoint.
-        checkpoint: folder of the checkpoint.
-        tokenizer: for a checkpoint of another run, the tokenizer of this one, which must fit; models with more
-            positions than the checkpoint then repeat its position embeddings.
-
-    Returns:
-        Sentences for the user.
-
-    Raises:
-        UserError: names, shapes or tokenizers differ.
-    """
-    first: dict[int, Tensor] = {}
-    for subfolder, model in models.items():
-        file = checkpoint / subfolder / "model.safetensors"
-        if not file.is_file():
-            raise UserError(f"{checkpoint} holds no {subfolder or 'model'}: {file.relative_to(checkpoint)} is missing")
-        saved = load_file(file)
-        if tokenizer is not None:
-            _repeat_positions(model, saved)
-        try:
-            missing, unexpected = model.load_state_dict(saved, strict=False)
-        except RuntimeError as error:
-            raise UserError(f"{checkpoint} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
-        absent = set(missing) - set(model.all_tied_weights_keys)
-        if absent or unexpected:
-            raise UserError(f"{checkpoint} does not fit the model: {sorted(absent | set(unexpected))[0]}")
-        for name, parameter in model.named_parameters():
-            if name in saved and not torch.equal(saved[name], first.setdefault(id(parameter), saved[name])):
-                raise UserError(
-                    f"{checkpoint}: {name} of the {subfolder} is shared, but differs from the other model's"
-                )
-    return [] if tokenizer is None else adopt_tokenizer([*models.values()], str(checkpoint), tokenizer)
-
-
-def restore(
-    accelerator: Accelerator,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    optimizer_name: str,
-    average: AveragedModel | None,
-    source: Path | None,
-    carry_over: str | None,
-) -> TrainingState:
-    """Put optimizer, loss scaler, average and progress back; the weights are loaded before the model is prepared.
-
-    Args:
-        accelerator: the running processes.
-        objective: the module whose parameters the optimizer steps.
-        optimizer: the optimizer.
-        optimizer_name: as the options name it.
-        average: moving average of the weights, if there is one.
-        source: checkpoint; None for a run that begins: nothing is touched and the state is that of a beginning.
-        carry_over: of the checkpoint of another run, what is taken: "weights"; "moments": the optimizer's state as
-            well, counting steps anew; "everything": also the step, so that the schedule goes on. None for a
-            checkpoint of this run.
-
-    Raises:
-        UserError: the checkpoint does not fit.
-    """
-    if source is None or carry_over == "weights":
-        return TrainingState()
-    facts = read_state(source)
-    if carry_over is not None and facts["fixed"].get("optimizer") != optimizer_name:
-        raise UserError(
-            f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use to "
-            f"{optimizer_name}: give --optimizer, or --carry_over weights"
-        )
-    checkpoints.load_optimizer_state(
-        optimizer, objective, source / "optimizer.safetensors", facts["groups"], another_run=carry_over is not None
-    )
-    if accelerator.scaler is not None and facts["scaler"] is not None:
-        accelerator.scaler.load_state_dict(facts["scaler"])
-    if carry_over == "moments":
-        return TrainingState()
-    if average is not None and (source / AVERAGE).is_file():
-        averaging.load(average, load_file(source / AVERAGE))
-    state = TrainingState(**facts["progress"])
-    if carry_over is not None:
-        state.evaluated_step, state.window_sums, state.window_counts = -1, {}, {}
-    return state
-
-
-def _repeat_positions(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
-    """Repeat saved position embeddings until they are as many as the model's."""
-    name = f"{model.base_model_prefix}.embeddings.position_embeddings.weight"
-    if name not in saved:
-        return  # of another family, which is said later
-    table: Any = model.get_submodule(name.removesuffix(".weight"))
-    saved[name] = repeat_positions(saved[name], table.num_embeddings, table.padding_idx)
+    if (path / "training_state.json").is_file():
+        if damage := checkpoints.find_damage(path):
+            raise UserError(f"the checkpoint {path} is damaged: {damage}")
+        return path, [f"starting from {path}", *checkpoints.average_notice(path)]
+    checkpoint, sentences = checkpoints.look_for_whole(path)
+    if checkpoint is not None:
+        return checkpoint, [f"starting from {checkpoint}", *sentences]
+    if sentences:
+        raise UserError(f"every checkpoint in {path} is damaged: {'; '.join(sentences)}")
+    hint = ": give a model's folder as --pretrained_model_name_or_path" if (path / "config.json").is_file() else ""
+    raise UserError(f"{path} is no checkpoint and holds none{hint}")
 
 
 def _write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None) -> None:

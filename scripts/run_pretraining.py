@@ -156,6 +156,7 @@ def run(options: Options) -> int:
         objectives,
         optim,
         phases,
+        resume,
         run_folder,
         tracking,
     )
@@ -214,6 +215,7 @@ def run(options: Options) -> int:
         preset,
         tokenizer,
         data.longest.layout,
+        like=resume.newest_of(run_dir) if options.do_continue else None,
         seed=options.seed,
         attn_implementation=attention.use_attention(path),
         hidden_dropout=options.hidden_dropout,
@@ -225,19 +227,20 @@ def run(options: Options) -> int:
     )
     if options.dry_run:
         return 0
-    earlier = run_folder.find_checkpoint(Path(options.start_from)) if options.start_from else None
     folder = run_folder.RunFolder(run_dir, tokenizer_dir, data.longest.layout.sequence_length, fixed)
-    checkpoint, notices = distributed.from_main(accelerator, partial(folder.claim, options.do_continue, saved_options))
-    distributed.check_agreement({"checkpoint found": checkpoint is None or checkpoint.is_dir()})
-    source, carry_over = checkpoint or earlier, None if checkpoint else options.carry_over
+    claim = partial(folder.claim, options.do_continue, options.start_from)
+    source, continued, notices = distributed.from_main(accelerator, claim)
+    distributed.check_agreement({"checkpoint found": source is None or source.is_dir()})
+    carry_over = None if continued else options.carry_over
     if source:
-        notices = [*notices, *run_folder.load_weights(networks, source, tokenizer if carry_over else None)]
+        notices = [*notices, *resume.load_weights(networks, source, tokenizer if carry_over else None)]
     say("\n".join(notices), end="\n" * bool(notices))
     objective = objectives.build(preset.family, networks, path, **loss_weights)
     if options.activation_checkpointing:
         for network in networks.values():
             network.gradient_checkpointing_enable({"use_reentrant": False})
     if options.compile:
+        torch._dynamo.config.recompile_limit = 64  # a graph for each phase, size of batch, and evaluation
         objective.compile(dynamic=False)
     optimizer = optim.build_optimizer(
         options.optimizer,
@@ -249,13 +252,19 @@ def run(options: Options) -> int:
     )
     model, optimizer = accelerator.prepare(objective, optimizer)
     average = averaging.start(objective, options.ema_decay)
-    state = run_folder.restore(accelerator, objective, optimizer, options.optimizer, average, source, carry_over)
+    state = resume.restore(accelerator, objective, optimizer, options.optimizer, average, source, carry_over)
+
+    stop_step = min(data.num_steps, options.stop_at_step or data.num_steps)
+    if not continued:
+        resume.check_steps(state.step, stop_step)
+        state.origin = options.start_from or models.origin(preset)
+    if rank == 0:
+        folder.write_options(saved_options)
 
     # ---- what is shown and written down
     stop_asked = distributed.StopRequest(deadline)
-    stop_step = min(data.num_steps, options.stop_at_step or data.num_steps)
     meter = tracking.Meter(accelerator.device, *state.open_window(rank))
-    log = tracking.Reporter(accelerator, run_dir, state.step, stop_step, continued=checkpoint is not None)
+    log = tracking.Reporter(accelerator, run_dir, state.step, stop_step, continued)
     judged = average.module if average else objective
 
     def stopped_while_evaluating() -> bool:
@@ -292,10 +301,11 @@ def run(options: Options) -> int:
                 accelerator.backward(objectives.total_loss(objective.weights, sums, targets) * world)
             meter.add_sums(sums)
         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
-        if state.judge(norm, has_scaler=accelerator.scaler is not None) or accelerator.scaler is not None:
+        finite = state.judge(norm, has_scaler=accelerator.scaler is not None)
+        if finite or accelerator.scaler is not None:  # which has to see the others too, to find its scale
             optimizer.step()
-            if average:
-                averaging.update(average, objective)
+        if finite and average:
+            averaging.update(average, objective)
         optimizer.zero_grad(set_to_none=True)
         phase = data.of_step(state.step)
         state.step += 1
@@ -303,7 +313,7 @@ def run(options: Options) -> int:
         meter.add_step(targets, phase.positions * objective.flops_per_position(*phase.shape))
         log.bar.update()
 
-        if state.step % options.logging_steps == 0 or state.step == stop_step:
+        if state.step % options.logging_steps == 0 or state.step == data.num_steps:
             record = meter.read(accelerator, objective.metrics)
             words = f"{tracking.in_words(record)}, {record['tokens_per_second']:,.0f} tokens/s"
             record |= {"learning_rate": learning_rate, "gradient_norm": float(norm), "tokens": state.real_tokens}
@@ -327,8 +337,8 @@ def run(options: Options) -> int:
     elif state.step < data.num_steps:
         say(f"--stop_at_step {stop_step} is reached; go on with --do_continue")
     elif rank == 0:
-        title, origin = f"{run_dir.name}: {options.model_type}", options.start_from or models.origin(preset)
-        describe = partial(model_card.pretraining_card, title, origin, preset.family, data, log.file, saved_options)
+        what = (f"{run_dir.name}: {options.model_type}", state.origin, preset.family)
+        describe = partial(model_card.pretraining_card, *what, data, log.file, saved_options)
         final = folder.export(state.step, average and average.module.models, describe)
         say(f"the model is in {final}, the curves in {run_dir / 'curves.png'}, the numbers in {log.file}")
     accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """Looking at whole runs of scripts/run_pretraining.py, and killing them."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -43,9 +45,19 @@ def largest_difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def start(arguments, log):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
+def start(arguments, log, config=None):
+    """Start a run; with a file of accelerate_configs/ through `accelerate launch`."""
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    launcher = [] if config is None else [*launcher, str(ROOT / "accelerate_configs" / config)]
+    command = [sys.executable, *launcher, SCRIPT, *map(str, arguments)]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+
+
+def kill_tree(process):
+    """Kill -9 a process and all that it started, the processes of a launcher first."""
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            child.kill()
 
 
 def newest_step(run_dir):
@@ -62,20 +74,21 @@ def wait_for_step(process, run_dir, step):
         time.sleep(0.002)
 
 
-def kill_at_random_moments(arguments, run_dir, log_file, seed=5):
-    """Start a run again and again and kill it, LMSCRIPTS_KILLS times (4); returns how often it was killed."""
+def kill_at_random_moments(arguments, run_dir, log_file, config=None, times=4, seed=5):
+    """Start a run again and again and kill it, LMSCRIPTS_KILLS or `times` times; returns how often it was killed."""
     moment = random.Random(seed)
     kills = 0
     with open(log_file, "w", encoding="utf-8") as log:
-        while kills < int(os.environ.get("LMSCRIPTS_KILLS", "4")):
-            process = start(arguments, log)
+        while kills < int(os.environ.get("LMSCRIPTS_KILLS", times)):
+            process = start(arguments, log, config)
             before = newest_step(run_dir)
             # Somewhere in the loop or in a save, after a little progress; or at any time, often while starting.
             deadline = time.monotonic() + (60 if moment.random() < 0.6 else moment.uniform(0.2, 5))
             while newest_step(run_dir) == before and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
             time.sleep(moment.random() * 0.08)
-            process.kill()
+            if process.poll() is None:
+                kill_tree(process)
             if process.wait() != -signal.SIGKILL:
                 break  # it had ended: the run is complete
             kills += 1

@@ -172,7 +172,7 @@ def test_an_idle_process_adds_nothing(parameter_file):
 
 
 def test_embeddings_are_one_module_and_stay_shared(parameter_file, tmp_path):
-    from lmscripts.run_folder import load_weights
+    from lmscripts.resume import load_weights
 
     objective = make_pair(parameter_file)
     for subfolder, model in objective.models.items():
@@ -195,7 +195,7 @@ def test_embeddings_are_one_module_and_stay_shared(parameter_file, tmp_path):
 
 def test_a_pair_whose_halves_disagree_is_refused(parameter_file, tmp_path):
     from lmscripts.errors import UserError
-    from lmscripts.run_folder import load_weights
+    from lmscripts.resume import load_weights
 
     objective = make_pair(parameter_file)
     objective.discriminator.save_pretrained(tmp_path / "checkpoint")

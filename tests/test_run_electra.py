@@ -57,6 +57,26 @@ def test_result_does_not_depend_on_accumulation(common, workspace, one_process):
     assert_same_run(one_process, run_dir)
 
 
+LAUNCHED = ["--max_steps", "60", "--save_steps", "5", "--logging_steps", "10", "--batch_size", "6"]
+LAUNCHED += ["--learning_rate", "3e-3", "--do_whole_word_mask"]
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(900)
+def test_two_processes_killed_at_random_moments(common, workspace):
+    """Both processes and their launcher are killed; every bit is as without, and the run has learned something."""
+    run_dir, killed_dir = workspace / "electra_pair", workspace / "electra_pair_killed"
+    launch("cpu_2proc.yaml", "run_pretraining.py", *common, *LAUNCHED, "--eval_every", "1", "--model_dir", run_dir)
+    arguments = [*common, *LAUNCHED, "--eval_every", "1", "--model_dir", killed_dir, "--do_continue"]
+    kills = kill_at_random_moments(arguments, killed_dir, workspace / "pair.txt", config="cpu_2proc.yaml", times=2)
+    assert kills >= 2
+    launch("cpu_2proc.yaml", "run_pretraining.py", *arguments)
+    assert same_bits(weights(run_dir), weights(killed_dir))
+    found = losses(run_dir)
+    for name, better in [("generator_loss", -1), ("generator_accuracy", 1), ("discriminator_loss", -1)]:
+        assert (found[60, f"eval_{name}"] - found[1, f"eval_{name}"]) * better > 0, name
+
+
 # ---- phases ------------------------------------------------------------------------------------------------------
 
 PHASES = ["--phase_steps", "22", "18", "--sequence_length", "64", "128", "--batch_size", "4", "2", "--save_steps", "5"]

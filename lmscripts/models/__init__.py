@@ -29,6 +29,7 @@ def build(
     tokenizer: Any,
     layout: Layout,
     *,
+    like: Path | None = None,
     seed: int,
     attn_implementation: str,
     hidden_dropout: float,
@@ -40,6 +41,7 @@ def build(
         preset: sizes of the layers or names of pretrained models; layers to freeze.
         tokenizer: of the text, from transformers.
         layout: of the longest rows; decides the number of positions and the special ids.
+        like: checkpoint of a run that is continued: models with pretrained weights are only shaped like its own.
         seed: decides the initial weights, on every process alike.
         attn_implementation: from `lmscripts.attention.use_attention`.
         hidden_dropout: of the hidden states.
@@ -55,10 +57,13 @@ def build(
     settings["attention_dropout"] = attention_dropout  # type: ignore[assignment]
     names = pretrained_names(preset)
     torch.manual_seed(seed)
-    if names:
+    notices: list[str] = []
+    if names and like is not None:
+        models = _shaped(preset, like, settings)
+    elif names:
         models, notices = _load(preset, names, tokenizer, layout, settings)
     else:
-        models, notices = _new(preset, len(tokenizer), layout, settings), []
+        models = _new(preset, len(tokenizer), layout, settings)
     for subfolder, model in models.items():
         if preset.frozen_layers >= 0:
             frozen = pretrained.freeze(model, preset.frozen_layers)
@@ -94,14 +99,31 @@ def _new(preset: Preset, vocab_size: int, layout: Layout, settings: dict[str, An
     family, models = FAMILIES[preset.family], {}
     for subfolder, architecture in architectures(preset).items():
         configure = family.generator_config if subfolder else family.config
-        config = configure(preset, vocab_size, layout)
-        config.hidden_dropout_prob = settings["hidden_dropout"]
-        config.attention_probs_dropout_prob = settings["attention_dropout"]
-        config._attn_implementation = settings["attn_implementation"]
-        models[subfolder] = architecture(config)
+        models[subfolder] = architecture(_with_settings(configure(preset, vocab_size, layout), settings))
     if "generator" in models:
         electra.share_embeddings(models["generator"], models[""])
     return models
+
+
+def _shaped(preset: Preset, like: Path, settings: dict[str, Any]) -> Models:
+    """Models as in a checkpoint, whose weights are to be loaded later."""
+    models = {}
+    for subfolder, architecture in architectures(preset).items():
+        try:
+            config = architecture.config_class.from_pretrained(like / subfolder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{like} cannot be continued: {str(error).splitlines()[0]}") from None
+        models[subfolder] = architecture(_with_settings(config, settings))
+    if "generator" in models:
+        electra.share_embeddings(models["generator"], models[""])
+    return models
+
+
+def _with_settings(config: Any, settings: dict[str, Any]) -> Any:
+    config.hidden_dropout_prob = settings["hidden_dropout"]
+    config.attention_probs_dropout_prob = settings["attention_dropout"]
+    config._attn_implementation = settings["attn_implementation"]
+    return config
 
 
 def _load(
