@@ -164,7 +164,7 @@ class _Reader:
         """Types and help of every field; what is required is checked after line and file are merged."""
         usage = "%(prog)s [--config FILE.yaml] [--option VALUE ...]"
         parser = jsonargparse.ArgumentParser(usage=usage, add_help=False, exit_on_error=False)
-        parser.formatter_class = argparse.HelpFormatter  # jsonargparse's own repeats types and defaults
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter  # jsonargparse's own repeats types and defaults
         groups: dict[str, Any] = {}
         for name, field in {**self.fields, **self.built_in}.items():
             heading = field.metadata["group"] or "options"
@@ -185,7 +185,7 @@ class _Reader:
         self.parser.description = description
         older = [f"--{old} (now --{new})" for old, new in self.renamed.items()]
         if older := older + [f"--{old} (no effect any more)" for old in self.accepted_unused]:
-            self.parser.epilog = "Older names that are still accepted: " + ", ".join(older) + "."
+            self.parser.epilog = textwrap.fill("Older names that are still accepted: " + ", ".join(older) + ".", 78)
         return str(self.parser.format_help())
 
     def collect(self, entries: Sequence[Entry], origin: str) -> dict[str, _Given]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmscripts.config import option, parse_options
+from lmscripts.config import option, parse_options_with_origin
 from lmscripts.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -44,9 +44,12 @@ class Options:
 
 def main() -> None:
     """Parse, then build or inspect."""
-    options = parse_options(Options, description=__doc__ or "", renamed={"input_corpus": "input_file"})
+    renamed = {"input_corpus": "input_file"}
+    options, origins = parse_options_with_origin(Options, description=__doc__ or "", renamed=renamed)
     with user_errors():
         if options.inspect is not None:
+            if ignored := [n for n, origin in origins.items() if origin == "command line" and n != "inspect"]:
+                raise UserError(f"--{ignored[0]} has no effect with --inspect, which only looks")
             inspect(Path(options.inspect))
         else:
             build(options)

@@ -3,6 +3,7 @@ import stat
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lmscripts import checkpoint as checkpoints
@@ -158,3 +159,41 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, name):
     resumed, _ = trained(name, range(5, 10), state)
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [4, 6, 10])
+def test_state_of_another_run_is_fitted_to_the_rows_there_are(tmp_path, rows):
+    """Longer rows need more position embeddings; their moments begin at 0, and rates are those of the new run."""
+
+    def embedding(number, learning_rate):
+        torch.manual_seed(0)
+        table = nn.Embedding(number, 3)
+        return table, torch.optim.AdamW(table.parameters(), lr=learning_rate, weight_decay=0.5)
+
+    before, optimizer = embedding(6, 1.0)
+    before(torch.arange(6)).sum().backward()
+    optimizer.step()
+    tensors, groups = checkpoints.optimizer_state(optimizer, before)
+    save_file(tensors, tmp_path / "state.safetensors")
+    after, other = embedding(rows, 0.25)
+    checkpoints.load_optimizer_state(other, after, tmp_path / "state.safetensors", groups, another_run=True)
+    found, kept = other.state[after.weight]["exp_avg"], min(rows, 6)
+    assert found.shape == after.weight.shape
+    assert torch.equal(found[:kept], optimizer.state[before.weight]["exp_avg"][:kept])
+    assert (found[kept:] == 0).all()
+    assert other.param_groups[0]["lr"] == 0.25
+    after(torch.arange(rows)).sum().backward()
+    other.step()
+
+
+def test_state_of_a_parameter_that_is_frozen_now_is_left_out(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    tensors, groups = checkpoints.optimizer_state(optimizer, model)
+    save_file(tensors, tmp_path / "state.safetensors")
+    model[0].requires_grad_(False)
+    other = torch.optim.AdamW(model[1].parameters())
+    checkpoints.load_optimizer_state(other, model, tmp_path / "state.safetensors", groups, another_run=True)
+    assert set(other.state) == set(model[1].parameters())

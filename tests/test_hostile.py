@@ -270,8 +270,13 @@ def test_accumulation_in_the_accelerate_config(run):
     assert "gradient_accumulation_steps is 8" in sentence
 
 
+def test_options_beside_inspect(store_dir):
+    done = run_script("prepare_corpus.py", "--inspect", store_dir, "--num_workers", "2", check=False)
+    assert "--num_workers has no effect with --inspect" in sentence_of(done)
+
+
 def test_frozen_layers_are_not_ignored(run):
-    assert "freezes layers" in sentence_of(run(preset={"frozen-layers": 1}))
+    assert "layers that were never trained" in sentence_of(run(preset={"frozen-layers": 1}))
 
 
 def test_disk_that_fills_up_while_saving(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -220,6 +221,47 @@ def test_what_cannot_be_carried_over(common, tmp_path, short, more, sentence):
     assert "Traceback" not in done.stderr
 
 
+def test_a_mistake_does_not_block_the_folder(common, tmp_path, short):
+    """The corrected command runs in the folder in which the first one was refused."""
+    arguments = [*common, "--start_from", short, "--carry_over", "weights", "--max_steps", "1"]
+    wrong = [argument if argument != "electra-test" else "bert-test" for argument in arguments]
+    assert run_script("run_pretraining.py", *wrong, "--model_dir", tmp_path / "run", check=False).returncode == 2
+    done = run_script("run_pretraining.py", *arguments, "--model_dir", tmp_path / "run")
+    assert f"starting from {short / 'checkpoint-6'}" in done.stdout
+    assert f"Trained further from {short}" in (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+
+
+def test_nothing_is_left_to_do(common, tmp_path, short):
+    more = ["--start_from", short, "--carry_over", "everything", "--max_steps", "6", "--model_dir", tmp_path / "run"]
+    done = run_script("run_pretraining.py", *common, *more, check=False)
+    assert done.returncode == 2
+    assert "is at step 6, and this one ends at step 6" in done.stderr
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_damaged_checkpoint_of_another_run_is_passed_over_aloud(common, tmp_path, short):
+    other = tmp_path / "other"
+    shutil.copytree(short, other)
+    shutil.copytree(other / "checkpoint-6", other / "checkpoint-7")
+    (other / "checkpoint-7" / "model.safetensors").write_bytes(b"half")
+    more = ["--start_from", other, "--carry_over", "moments", "--max_steps", "1", "--model_dir", tmp_path / "run"]
+    done = run_script("run_pretraining.py", *common, *more)
+    assert "checkpoint-7 is damaged" in done.stdout
+    assert f"starting from {other / 'checkpoint-6'}" in done.stdout
+    assert (other / "checkpoint-7").exists()
+
+
+def test_the_card_of_a_pair_says_how_to_use_each_half(short, tmp_path):
+    from transformers import AutoModelForPreTraining, pipeline
+
+    final = short / "final"
+    card = (final / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag" not in card
+    assert 'pipeline("fill-mask", model="PATH/TO/THIS/FOLDER/generator")' in card
+    assert len(pipeline("fill-mask", model=str(final / "generator"))("水は[MASK]。")) == 5
+    AutoModelForPreTraining.from_pretrained(final)
+
+
 def test_a_start_that_is_no_checkpoint_leaves_no_run(common, tmp_path):
     (tmp_path / "empty").mkdir()
     more = ["--start_from", tmp_path / "empty", "--carry_over", "weights", "--model_dir", tmp_path / "run"]
@@ -252,6 +294,19 @@ def test_further_pretraining_of_a_pair(common, short, tmp_path):
             assert torch.equal(after[name], tensor) == frozen, name
 
 
+def test_a_further_run_is_continued_without_what_it_began_with(common, tmp_path):
+    arguments = [*common, "--max_steps", "4", "--hidden_dropout", "0"]
+    arguments[arguments.index("electra-test")] = "bert-test"
+    run_script("run_pretraining.py", *arguments, "--model_dir", tmp_path / "first")
+    more = ["--pretrained_model_name_or_path", tmp_path / "first" / "final", "--frozen_layers", "1"]
+    run_script("run_pretraining.py", *arguments, *more, "--model_dir", tmp_path / "whole")
+    run_script("run_pretraining.py", *arguments, *more, "--model_dir", tmp_path / "cut", "--stop_at_step", "2")
+    shutil.rmtree(tmp_path / "first")
+    run_script("run_pretraining.py", *arguments, *more, "--model_dir", tmp_path / "cut", "--do_continue")
+    assert same_bits(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
 def test_further_pretraining_of_a_masked_language_model(common, workspace, tmp_path):
     """Frozen layers keep every bit, the others move; a second run on a model that is no BERT is refused."""
     arguments = [*common, "--max_steps", "4"]
@@ -262,6 +317,10 @@ def test_further_pretraining_of_a_masked_language_model(common, workspace, tmp_p
     before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) == ("embeddings" in name or ".layer.0." in name), name
+    twice = [*arguments, *more[:2], "--start_from", tmp_path / "first", "--carry_over", "weights"]
+    done = run_script("run_pretraining.py", *twice, "--model_dir", tmp_path / "twice", check=False)
+    assert done.returncode == 2
+    assert "are both a beginning" in done.stderr
     wrong = [*common, "--pretrained_model_name_or_path", tmp_path / "first" / "final"]
     wrong[wrong.index("electra-test")] = "bert-test"
     (tmp_path / "first" / "final" / "config.json").write_text('{"model_type": "electra"}', encoding="utf-8")
