@@ -8,7 +8,6 @@ Writes config.yaml, checkpoint-STEP/, log.jsonl, curves.png, TensorBoard files, 
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -17,7 +16,7 @@ from time import monotonic
 from typing import Literal
 
 from lmscripts.config import dump_options, option, parse_options
-from lmscripts.errors import user_errors
+from lmscripts.errors import leave, user_errors
 from lmscripts.option_checks import check_pretraining
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
@@ -138,7 +137,7 @@ def main() -> None:
         accepted_unused=NOT_NEEDED,
     )
     with user_errors():
-        sys.exit(run(options))
+        leave(run(options))
 
 
 def run(options: Options) -> int:
