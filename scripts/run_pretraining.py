@@ -137,11 +137,11 @@ def main() -> None:
         accepted_unused=NOT_NEEDED,
     )
     with user_errors():
-        leave(run(options))
+        run(options)
 
 
-def run(options: Options) -> int:
-    """The whole run; returns the exit code."""
+def run(options: Options) -> None:
+    """The whole run; ends the process with its exit code."""
     import torch
     from transformers import AutoTokenizer, logging
 
@@ -225,7 +225,7 @@ def run(options: Options) -> int:
         flush=True,
     )
     if options.dry_run:
-        return 0
+        return
     folder = run_folder.RunFolder(run_dir, tokenizer_dir, data.longest.layout.sequence_length, fixed)
     claim = partial(folder.claim, options.do_continue, options.start_from)
     source, continued, notices = distributed.from_main(accelerator, claim)
@@ -342,7 +342,7 @@ def run(options: Options) -> int:
         say(f"the model is in {final}, the curves in {run_dir / 'curves.png'}, the numbers in {log.file}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return distributed.STOPPED_EARLY if stopped else 0
+    leave(distributed.STOPPED_EARLY if stopped else 0)  # here, where model and processes still stand
 
 
 if __name__ == "__main__":
