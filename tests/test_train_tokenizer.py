@@ -240,7 +240,7 @@ def test_interrupted_segmentation_goes_on(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_started_again(tmp_path, number):
     corpus = tmp_path / "corpus.txt"
-    corpus.write_bytes(b"\n".join([ARTICLES.read_bytes()] * 15))
+    corpus.write_bytes(b"\n".join([ARTICLES.read_bytes()] * 45))  # the signal must find it at work
     options = ["--input_file", corpus, "--vocab_size", 2000, "--intermediate_dir", tmp_path / "words"]
     options += ["--num_files", 12, "--num_workers", 1, "--model_dir", tmp_path / "t"]
     command = [sys.executable, str(SCRIPT), *map(str, options)]
