@@ -282,7 +282,7 @@ def main() -> None:
         help="width of the generator over that of the discriminator, such as 1/4",
     )
     parser.add_argument("--masked_rows", action="store_true", help="rows that need the 4-D mask, both ways")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=32, help="rows of a step; run_pretraining.py takes 32 at once")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
