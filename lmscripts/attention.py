@@ -16,26 +16,34 @@ AttentionPath = Literal["eager", "sdpa", "varlen"]
 VARLEN = "lmscripts_varlen"
 
 
-def additive_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(segments: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
     """(B, 1, T, T) mask: 0 where query and key lie in the same segment, the lowest number of `dtype` elsewhere.
 
     Args:
         segments: (B, T) integers; empty positions hold -1 and see each other, so no row of the softmax is empty.
         dtype: of the queries.
+        causal: hide what comes after the query as well.
     """
     apart = segments[:, None, :, None] != segments[:, None, None, :]
+    if causal:
+        at = torch.arange(segments.shape[1], device=segments.device)
+        apart = apart | (at[:, None] < at[None, :])
     mask = torch.zeros(apart.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(apart, torch.finfo(dtype).min)
 
 
-def attention_inputs(path: AttentionPath, batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments for an encoder's forward that isolate the segments of `batch`.
+def attention_inputs(
+    path: AttentionPath, batch: dict[str, Tensor], dtype: torch.dtype, causal: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments for the forward of an encoder or decoder that isolate the segments of `batch`.
 
     Args:
         path: how attention is computed; for "varlen" the model must have been built by `use_attention`.
         batch: holds "segments" (B, T) and, for "varlen", "segment_ends" (B * T + 1,), see `segment_ends`. A batch
-            without "segments" has one segment per row and no empty position: nothing needs masking.
+            without "segments" has one segment per row and no empty position: nothing needs masking, except what a
+            decoder hides by itself.
         dtype: dtype of the queries.
+        causal: for a decoder, whose own causal mask an explicit one takes the place of.
     """
     if path == "varlen":
         ends = batch["segment_ends"]
@@ -43,7 +51,7 @@ def attention_inputs(path: AttentionPath, batch: dict[str, Tensor], dtype: torch
         return {"attention_mask": None, "cu_seq_lens_q": ends, "max_length_q": length}
     if "segments" not in batch:
         return {"attention_mask": None}
-    return {"attention_mask": additive_mask(batch["segments"], dtype)}
+    return {"attention_mask": additive_mask(batch["segments"], dtype, causal)}
 
 
 def segment_ends(segments: Tensor, capacity: int) -> Tensor:
@@ -80,10 +88,10 @@ def _varlen_forward(
     """Transformers' attention interface over the flash varlen kernel; SDPA with a mask where there is none.
 
     Args:
-        module: not used.
+        module: a decoder's says `is_causal`.
         query: (B, heads, T, d).
-        key: the same.
-        value: the same.
+        key: the same, or fewer heads, each for a group of queries.
+        value: as key.
         attention_mask: not used; the segments are given by `cu_seq_lens_q`.
         cu_seq_lens_q: see `segment_ends`.
         max_length_q: T.
@@ -96,18 +104,21 @@ def _varlen_forward(
     if dropout:
         raise ValueError(f"varlen attention has no dropout, got {dropout}: set the attention dropout to 0")
     rows, heads, length, width = query.shape
+    causal = bool(getattr(module, "is_causal", False))
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x.transpose(1, 2).reshape(rows * length, heads, width) for x in (query, key, value))
-        ends = cu_seq_lens_q
-        out: Tensor = varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)  # type: ignore[assignment]
+        ends, longest = cu_seq_lens_q, max_length_q
+        window = (-1, 0 if causal else -1)
+        out: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window)  # type: ignore[assignment]
         return out.view(rows, length, heads, width), None
     at = torch.arange(rows * length, device=query.device)
     segments = torch.searchsorted(cu_seq_lens_q, at, right=True, out_int32=True).view(rows, length)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=additive_mask(segments, query.dtype), scale=scaling
-    )
+    mask = additive_mask(segments, query.dtype, causal)
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2), None
 
 

@@ -10,21 +10,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 import math
 import os
-import re
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar, Union
+from typing import Any, TextIO, TypeVar
 
 import jsonargparse
-import yaml
 
+from lmscripts.config_foreign import ForeignOptions, Translation, Written
+from lmscripts.config_yaml import (
+    Entry,
+    alternatives,
+    choices,
+    describe,
+    help_with_default,
+    is_tuple,
+    listed,
+    plain_value,
+    read_yaml,
+    shown,
+    to_yaml,
+)
 from lmscripts.errors import UserError
 
 MISSING = dataclasses.MISSING
@@ -32,11 +43,8 @@ OptionsType = TypeVar("OptionsType")
 Names = Mapping[str, str]
 RawValue = str | None  # None is a YAML null
 
-Entry = tuple[str, list[RawValue], str]  # name as spelt, values as written, the words for it in an error
-
 _LINE = "command line"
 _NONE: Mapping[str, Any] = types.MappingProxyType({})
-_NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def option(default: Any = MISSING, *, help: str, required: bool = False, group: str = "") -> Any:
@@ -60,6 +68,7 @@ def parse_options(
     renamed: Names = _NONE,
     renamed_values: Mapping[str, Names] = _NONE,
     accepted_unused: Names = _NONE,
+    foreign: Translation | None = None,
 ) -> OptionsType:
     """Options from the command line, over those of `--config file.yaml`, over the defaults.
 
@@ -72,9 +81,10 @@ def parse_options(
         renamed: older name -> its name now. `no_x` is the opposite of the boolean `x`.
         renamed_values: option (name now) -> {older value: its name now}.
         accepted_unused: older name -> a sentence that says why it is not needed any more.
+        foreign: a module that translates the keys of another system, as `lmscripts.lightning` does.
     """
-    older_names = {"renamed": renamed, "renamed_values": renamed_values, "accepted_unused": accepted_unused}
-    return parse_options_with_origin(options_class, description=description, argv=argv, **older_names)[0]
+    older: dict[str, Any] = {"renamed": renamed, "renamed_values": renamed_values, "accepted_unused": accepted_unused}
+    return parse_options_with_origin(options_class, description=description, argv=argv, foreign=foreign, **older)[0]
 
 
 def parse_options_with_origin(
@@ -82,7 +92,7 @@ def parse_options_with_origin(
     *,
     description: str,
     argv: Sequence[str] | None = None,
-    **older_names: Mapping[str, Any],
+    **older_names: Any,
 ) -> tuple[OptionsType, dict[str, str]]:
     """As `parse_options`, and for each option where it comes from: "command line", the file's name, or "default".
 
@@ -96,16 +106,18 @@ def parse_options_with_origin(
             sys.exit(0)
         given = reader.collect(_split_words(words), _LINE)
         built_in = {name: given.pop(name).value for name in reader.built_in if name in given}
-        if built_in.get("config") is not None:
-            given = {**reader.collect(_read_yaml(built_in["config"]), built_in["config"]), **given}
+        in_file: dict[str, _Given] = {}
+        if (file_name := built_in.get("config")) is not None:
+            in_file = reader.collect(read_yaml(file_name, reader.blocks), file_name)
+        given = reader.merge(given, in_file)
         _say("".join(f"{notice}\n" for notice in dict.fromkeys(reader.notices)), sys.stderr)
         values = {name: item.value for name, item in given.items()}
         if built_in.get("print_config"):
-            _say(_to_yaml(options_class, values), sys.stdout)
+            _say(to_yaml(options_class, values), sys.stdout)
             sys.exit(0)
         required = {name for name, field in reader.fields.items() if field.metadata["required"]}
         if missing := [f"--{name}" for name in reader.fields if name in required - given.keys()]:
-            raise UserError(f"missing {_listed(missing, 'and')} (on the line or in the file of --config)")
+            raise UserError(f"missing {listed(missing, 'and')} (on the line or in the file of --config)")
         origins = {name: given[name].origin if name in given else "default" for name in reader.fields}
         return options_class(**values), origins
     except UserError as error:
@@ -117,7 +129,7 @@ def parse_options_with_origin(
 def dump_options(options: Any) -> str:
     """YAML text of all options, each under its help as a comment; `--config` with that text gives them back."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return _to_yaml(type(options), values)
+    return to_yaml(type(options), values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +160,7 @@ class _Reader:
         renamed: Names = _NONE,
         renamed_values: Mapping[str, Names] = _NONE,
         accepted_unused: Names = _NONE,
+        foreign: Translation | None = None,
     ) -> None:
         self.fields = {field.name: field for field in dataclasses.fields(options_class)}
         self.built_in = {field.name: field for field in dataclasses.fields(_EveryScript)}
@@ -155,8 +168,14 @@ class _Reader:
         self.renamed = {_normal(old): _normal(new) for old, new in renamed.items()}
         self.renamed_values = {_normal(name): values for name, values in renamed_values.items()}
         self.accepted_unused = {_normal(name): reason for name, reason in accepted_unused.items()}
-        negations = [f"no_{name}" for name in self.fields if bool in _alternatives(self.hints[name])]
-        self.known = [*self.fields, *negations, *self.renamed, *self.accepted_unused]
+        self.foreign = foreign
+        foreign_keys = tuple(foreign.KEYS) if foreign else ()
+        self.blocks = {key.split(".")[0] for key in foreign_keys if "." in key}
+        self.foreign_given: dict[str, Written] = {}
+        self.foreign_in_file = False
+        negations = [f"no_{name}" for name in self.fields if bool in alternatives(self.hints[name])]
+        self.own = [*self.fields, *negations, *self.renamed, *self.accepted_unused]
+        self.known = [*self.own, *foreign_keys]
         self.notices: list[str] = []
         self.parser = self._typed_parser()
 
@@ -170,13 +189,13 @@ class _Reader:
             heading = field.metadata["group"] or "options"
             if heading not in groups:
                 groups[heading] = parser.add_argument_group(heading)
-            hint, text = self.hints[name], _help_with_default(field, self.hints[name]).replace("%", "%%")
+            hint, text = self.hints[name], help_with_default(field, self.hints[name]).replace("%", "%%")
             if hint is bool:
                 prefix: Any = None if name in self.built_in else "no_"
                 action = jsonargparse.ActionYesNo(no_prefix=prefix)
                 groups[heading].add_argument(f"--{name}", action=action, default=False, help=text)
             else:
-                metavar = f"{'CHOICE' if _choices(hint) else 'VALUE'}{' ...' if _is_tuple(hint) else ''}"
+                metavar = f"{'CHOICE' if choices(hint) else 'VALUE'}{' ...' if is_tuple(hint) else ''}"
                 groups[heading].add_argument(f"--{name}", type=hint, default=None, help=text, metavar=metavar)
         return parser
 
@@ -186,21 +205,66 @@ class _Reader:
         older = [f"--{old} (now --{new})" for old, new in self.renamed.items()]
         if older := older + [f"--{old} (no effect any more)" for old in self.accepted_unused]:
             self.parser.epilog = textwrap.fill("Older names that are still accepted: " + ", ".join(older) + ".", 78)
+        if self.foreign:
+            keys = listed(sorted({key.split(".")[0] + ".*" * ("." in key) for key in self.foreign.KEYS}), "and")
+            also = textwrap.fill(f"Files and options of {self.foreign.SYSTEM} are accepted too: {keys}.", 78)
+            self.parser.epilog = "\n\n".join(filter(None, (self.parser.epilog, also)))
         return str(self.parser.format_help())
 
     def collect(self, entries: Sequence[Entry], origin: str) -> dict[str, _Given]:
         """What stands on the command line, or in a file."""
         dashes, kind = ("--", "unknown option") if origin == _LINE else ("", f"{origin}: unknown key")
         known = [*self.known, *(self.built_in if origin == _LINE else ())]
-        unknown = [name for name in dict.fromkeys(entry[0] for entry in entries) if _normal(name) not in known]
+        unknown: dict[str, Entry] = {}
+        for entry in entries:
+            if _normal(entry.key) not in known:
+                unknown.setdefault(entry.key, entry)
         if unknown:
-            near = [_nearest(name, known, dashes) for name in unknown]
-            answers = [f"{dashes}{name}{hint and f' ({hint})'}" for name, hint in zip(unknown, near)]
-            raise UserError(f"{kind}{'s' if len(answers) > 1 else ''} {_listed(answers, 'and')}")
+            answers = []
+            for name, entry in unknown.items():
+                place, near = f" in line {entry.line}" if entry.line else "", _nearest(name, known, dashes)
+                answers.append(f"{dashes}{name}{place}{near and f' ({near})'}")
+            raise UserError(f"{kind}{'s' if len(answers) > 1 else ''} {listed(answers, 'and')}")
         given: dict[str, _Given] = {}
-        for spelled, raw, label in entries:
-            self._take(given, _normal(spelled), raw, origin, label)
+        for entry in entries:
+            spelled = _normal(entry.key)
+            if spelled in self.own or spelled in self.built_in:
+                self._take(given, spelled, entry.values, origin, entry.label)
+            else:
+                self._set_aside(spelled, entry, origin)
         return given
+
+    def merge(self, on_line: dict[str, _Given], in_file: dict[str, _Given]) -> dict[str, _Given]:
+        """The line over the file, each with what the keys of the other system mean, over that system's defaults."""
+        defaults: dict[str, _Given] = {}
+        if self.foreign and self.foreign_given:
+            own = {name: item.value for name, item in {**in_file, **on_line}.items()}
+            old = ForeignOptions(self.foreign_given, own, self.foreign_in_file)
+            self.foreign.translate(old)
+            self.notices += old.notices
+            for name, values, sources in old.meanings:
+                place = next((source for source in sources if source.origin == _LINE), sources[0])
+                value = self._convert(name, values, place.origin, place.label)
+                written = " and ".join(f"{source.key} {source.shown}" for source in sources)
+                self._keep(
+                    on_line if place.origin == _LINE else in_file, name, _Given("", written, value, place.origin)
+                )
+            for name, text in old.defaults.items():
+                defaults[name] = _Given("", text, self._convert(name, [text], "default", name), "default")
+        return {**defaults, **in_file, **on_line}
+
+    def _set_aside(self, key: str, entry: Entry, origin: str) -> None:
+        """Keeps a key of the other system for its translation; the line is read before the file and stays."""
+        values = entry.values or [None]
+        self.foreign_in_file |= origin != _LINE
+        if origin == _LINE:
+            values = [None if text == "null" else plain_value(text) for text in entry.values]
+            values = values[0] or [None] if len(values) == 1 and isinstance(values[0], list) else values
+        written, before = Written(key, values, entry.label, origin), self.foreign_given.get(key)
+        if before and before.origin == origin and before.values != values:
+            raise UserError(f"{key} is given twice: {before.shown} and {written.shown}; give one")
+        if before is None:
+            self.foreign_given[key] = written
 
     def _take(self, collected: dict[str, _Given], spelled: str, raw: list[RawValue], origin: str, label: str) -> None:
         """Adds one entry of the line or the file to what was collected from there."""
@@ -215,13 +279,18 @@ class _Reader:
         else:
             name = name.removeprefix("no_")
             value = not self._convert(name, raw, origin, label)
-        before, written = collected.get(name), " ".join([f"--{spelled}", *map(str, raw)])
-        if before is not None and _is_tuple(self.hints[name]) and before.spelled == spelled:
-            value = (before.value or ()) + (value or ())
-        elif before is not None and before.value != value:
-            place = "" if origin == _LINE else f"{origin}: "
-            raise UserError(f"{place}{name} is given twice: {before.written} and {written}; give one")
-        collected[name] = _Given(spelled, written, value, origin)
+        written = " ".join([f"--{spelled}", *("null" if item is None else item for item in raw)])
+        self._keep(collected, name, _Given(spelled, written, value, origin))
+
+    def _keep(self, collected: dict[str, _Given], name: str, item: _Given) -> None:
+        """Adds a value; one that is already there from the same place has to be the same, or goes on with a list."""
+        before = collected.get(name)
+        if before is not None and is_tuple(self.hints[name]) and before.spelled == item.spelled != "":
+            item = dataclasses.replace(item, value=(before.value or ()) + (item.value or ()))
+        elif before is not None and before.value != item.value:
+            place = "" if item.origin == _LINE else f"{item.origin}: "
+            raise UserError(f"{place}{name} is given twice: {before.written} and {item.written}; give one")
+        collected[name] = item
 
     def _convert(self, name: str, raw: list[RawValue], origin: str, label: str) -> Any:
         """Checks what was written against the type of the field."""
@@ -229,29 +298,29 @@ class _Reader:
         new_values: Mapping[Any, str] = self.renamed_values.get(name, {})
         self.notices += [f"--{name} {old} is now --{name} {new_values[old]}" for old in raw if old in new_values]
         raw = [new_values.get(item, item) for item in raw]
-        if types.NoneType in _alternatives(hint) and (raw == [None] or (on_line and raw == ["null"])):
+        if types.NoneType in alternatives(hint) and (raw == [None] or (on_line and raw == ["null"])):
             return None
-        if bool in _alternatives(hint) and on_line and not raw:
+        if bool in alternatives(hint) and on_line and not raw:
             return True
-        if not raw and (on_line or not _is_tuple(hint)):
+        if not raw and (on_line or not is_tuple(hint)):
             raise UserError(f"{label} needs a value")
-        if len(raw) > 1 and not _is_tuple(hint):
-            raise UserError(f"{label} takes one value, not {len(raw)} ({_listed(raw, 'and')})")
+        if len(raw) > 1 and not is_tuple(hint):
+            raise UserError(f"{label} takes one value, not {len(raw)} ({listed(raw, 'and')})")
         for item in raw:
-            if not self._typed(name, [item] if _is_tuple(hint) else item)[0]:
-                near = _nearest(str(item), [str(choice) for choice in _choices(hint)])
-                raise UserError(f"{label} must be {_describe(hint)}, not {_shown(item)}{near and f'; {near}'}")
-        return self._typed(name, raw if _is_tuple(hint) else raw[0])[1]
+            if not self._typed(name, [item] if is_tuple(hint) else item)[0]:
+                near = _nearest(str(item), [str(choice) for choice in choices(hint)])
+                raise UserError(f"{label} must be {describe(hint)}, not {shown(item)}{near and f'; {near}'}")
+        return self._typed(name, raw if is_tuple(hint) else raw[0])[1]
 
     def _typed(self, name: str, raw: RawValue | list[RawValue]) -> tuple[bool, Any]:
         """(accepted, value) of what jsonargparse makes of it."""
-        alternatives = _alternatives(self.hints[name])
+        kinds = alternatives(self.hints[name])
         written = raw if isinstance(raw, list) else [raw]
         if None in written:
             return False, None
-        if alternatives <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file
+        if kinds <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file
             return True, tuple(written) if isinstance(raw, list) else raw
-        if alternatives & {int, float} and any(":" in str(item) for item in written):
+        if kinds & {int, float} and any(":" in str(item) for item in written):
             return False, None  # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750
         try:
             value = self.parser.parse_object({name: raw}, defaults=False)[name]
@@ -271,118 +340,12 @@ def _split_words(words: Sequence[str]) -> list[Entry]:
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
-            entries.append((name, [value] if equals else [], f"--{name}"))
+            entries.append(Entry(name, [value] if equals else [], f"--{name}"))
         elif entries and word != "--":
-            entries[-1][1].append(word)
+            entries[-1].values.append(word)
         else:
             raise UserError(f"unexpected {word!r}: every option starts with two dashes")
     return entries
-
-
-def _read_yaml(file_name: str) -> list[Entry]:
-    """The lines `option: value` of a YAML file; a value may be a list.
-
-    The nodes are read instead of PyYAML's values, so that `1e-4` is a number, `no` a text and 12:30 not 750 when
-    the option says so: a value means the same in a file and on the command line.
-    """
-    try:
-        node = yaml.compose(Path(file_name).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not UTF-8 text")
-        raise UserError(f"--config {file_name} cannot be read: {reason}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", "a control character is not allowed")
-        raise UserError(f"{file_name}{place}: not valid YAML ({problem})") from error
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{file_name} must hold lines of the form `option: value`")
-    entries: dict[str, Entry] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        label = f"{file_name}, line {key_node.start_mark.line + 1}: {key}"
-        if key in ("compute_environment", "distributed_type"):
-            raise UserError(f"{file_name} is a file for Accelerate: give it to `accelerate launch --config_file`")
-        if key in entries:
-            raise UserError(f"{label} stands in the file a second time")
-        items = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
-        if not all(isinstance(item, yaml.ScalarNode) for item in items):
-            raise UserError(f"{label} must be a value or a list of values")
-        raw = [None if item.style is None and item.value in _NULLS else item.value for item in items]
-        entries[key] = (key, raw, label)
-    return list(entries.values())
-
-
-def _to_yaml(options_class: type[Any], values: Mapping[str, Any]) -> str:
-    """One commented line per option; a required option without a value stands there as a comment to fill in."""
-    hints = typing.get_type_hints(options_class)
-    lines, heading = [], "options"
-    for field in dataclasses.fields(options_class):
-        if (field.metadata["group"] or "options") != heading:
-            heading = field.metadata["group"] or "options"
-            lines += ["", f"# ---- {heading} ----"]
-        comment = _help_with_default(field, hints[field.name])
-        lines += ["", *textwrap.wrap(comment, 100, initial_indent="# ", subsequent_indent="# ")]
-        if field.name in values or not field.metadata["required"]:
-            lines.append(f"{field.name}: {_yaml_value(values.get(field.name, field.default))}")
-        else:
-            lines.append(f"# {field.name}:")
-    return "\n".join(lines).strip() + "\n"
-
-
-def _yaml_value(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_yaml_value(item) for item in value) + "]"
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./][\w./-]*", value):
-        return json.dumps(value, ensure_ascii=False)  # a JSON string is a YAML string
-    return str(yaml.safe_dump(value)).removesuffix("...\n").strip()
-
-
-def _is_tuple(hint: Any) -> bool:
-    return any(typing.get_origin(member) is tuple for member in (hint, *typing.get_args(hint)))
-
-
-def _alternatives(hint: Any) -> set[Any]:
-    """The types that one value may have: the members of a union, the elements of a tuple."""
-    if typing.get_origin(hint) in (Union, types.UnionType, tuple):
-        return set().union(*(_alternatives(member) for member in typing.get_args(hint) if member is not ...))
-    return {hint}
-
-
-def _choices(hint: Any) -> list[Any]:
-    literals = [member for member in _alternatives(hint) if typing.get_origin(member) is Literal]
-    return [choice for literal in literals for choice in typing.get_args(literal)]
-
-
-def _describe(hint: Any) -> str:
-    """What one value has to be, in words."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-    alternatives = _alternatives(hint)
-    names = [str(choice) for choice in _choices(hint)]
-    return _listed(names + [text for kind, text in words.items() if kind in alternatives], "or")
-
-
-def _help_with_default(field: dataclasses.Field[Any], hint: Any) -> str:
-    notes = [f"one of {', '.join(str(choice) for choice in _choices(hint))}"] if _choices(hint) else []
-    if field.metadata["required"]:
-        notes.append("required")
-    elif field.default not in (None, (), ""):
-        notes.append(f"default: {_shown(field.default)}")
-    return str(field.metadata["help"]) + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _shown(value: Any) -> str:
-    """A value as one would type it, in quotation marks only where it would be hard to see."""
-    if isinstance(value, str):
-        return value if value.split() == [value] else repr(value)
-    return " ".join(_shown(item) for item in value) if isinstance(value, tuple) else _yaml_value(value)
-
-
-def _listed(items: Iterable[Any], conjunction: str) -> str:
-    words = [str(item) for item in items]
-    return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _nearest(word: str, known: Iterable[str], dashes: str = "") -> str:

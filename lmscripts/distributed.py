@@ -128,20 +128,29 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
                 raise UserError(f"{name} is {everywhere[0][name]} on process 0 but {value} on process {rank}")
 
 
-def choose_precision(fp16_type: int | None, preset_fp16_type: int, preset_bf16: bool) -> str | None:
-    """Mixed precision: of the older --fp16_type, else of the Accelerate config, else of the preset.
+def choose_precision(
+    fp16_type: int | None, preset_fp16_type: int, preset_bf16: bool, precision: str | None = None
+) -> str | None:
+    """Mixed precision: of --precision or the older --fp16_type, else of the Accelerate config, else of the preset.
 
     Args:
         fp16_type: 0 leaves it to the config; 1, 2 and 3, once levels of Apex, all mean fp16.
         preset_fp16_type: the preset's, likewise.
         preset_bf16: the preset asks for bf16.
+        precision: no, fp16, bf16, or fp16_on_gpu: fp16 where there is a GPU, else full precision.
 
     Raises:
         UserError: no such type, or the config asks for another precision.
     """
+    if precision == "fp16_on_gpu":
+        precision = "fp16" if torch.cuda.is_available() else "no"
     if fp16_type not in (None, 0, 1, 2, 3):
         raise UserError(f"--fp16_type must be 0, 1, 2 or 3, got {fp16_type}")
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is not None:
+        if configured not in (None, "no", precision):
+            raise UserError(f"--precision is {precision}, but the Accelerate config asks for {configured}")
+        return precision
     if fp16_type:
         if configured not in (None, "no", "fp16"):
             raise UserError(f"--fp16_type {fp16_type} asks for fp16, the Accelerate config for {configured}")

@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmscripts.errors import UserError
+from lmscripts.models import DECODERS
 from lmscripts.option_checks import check_useless
 from lmscripts.phases import BY_PHASE, Phase, by_phase
 from lmscripts.preparation import Source, prepare_beside
 from lmscripts.presets import Preset, load_preset
+from lmscripts.resume import newest_of
+from lmscripts.run_folder import find_checkpoint, read_state
 from lmscripts.token_store import TokenStore, open_store
 from lmscripts.tokenization import load_encoder
 
 Options = TypeVar("Options")
 # What the preset decides where no option does.
 _FROM_PRESET = ("learning_rate", "warmup_steps", "save_steps", "logging_steps", "frozen_layers")
+_SIZES = {"n_layer": "layers", "n_head": "heads", "n_embd": "hidden_size"}
+_BETA2 = {"roberta": 0.98, "gpt2": 0.95}  # arXiv:1907.11692, section 3.1; arXiv:2005.14165, appendix B
+# What must stay as it was when a run is continued.
+_NOT_TO_CHANGE: tuple[str, ...] = ("model_type", "seed", "sequence_length", "packing", "mask_unit", "mask_probability")
+_NOT_TO_CHANGE += ("phase_steps",)
+_NOT_TO_CHANGE += ("batch_size", "optimizer", "weight_decay", "beta1", "beta2", "epsilon", "ema_decay", "frozen_layers")
+_NOT_TO_CHANGE += ("generator_weight", "discriminator_weight", "z_loss")
 _PRETRAINED = {
     "pretrained_model_name_or_path": "pretrained_model",
     "pretrained_generator_model_name_or_path": "pretrained_generator",
@@ -42,33 +52,102 @@ def open_inputs(options: Any, parameter_file: Path) -> tuple[Any, Preset, list[P
     preset = replace(preset, **given)
     if options.frozen_layers is not None:
         preset = replace(preset, frozen_layers=options.frozen_layers)
+    preset = _resized(preset, options)
     _check_pretrained(preset, options.start_from)
     values: dict[str, Any] = {name: getattr(preset, name) for name in _FROM_PRESET}
-    values |= {"beta2": 0.98 if preset.family == "roberta" else 0.999}
+    values |= {"beta2": _BETA2.get(preset.family, 0.999)}
     values |= {"eval_every": options.save_steps or preset.save_steps}
     values |= {
         "sequence_length": options.sequence_length or (preset.sequence_length or _longest_input(preset),),
         "mask_probability": (preset.mask_probability,),
     }
     values |= {"batch_size": (preset.batch_size * preset.accumulation_steps,)}  # the older way to say it
-    if not options.phase_steps:
+    if options.decay_from is not None:
+        options = _branched(options)
+    elif not options.phase_steps:
         values |= {"max_steps": None if options.epochs else preset.train_steps}
     values |= {"mask_unit": "word" if options.do_whole_word_mask else "token"}
     options = replace(options, **{name: v for name, v in values.items() if getattr(options, name) in (None, ())})
     return options, preset, _phases(options)
 
 
-def loss_weights(options: Any, preset: Preset) -> dict[str, float]:
-    """The weights of ELECTRA's loss terms (arXiv:2003.10555, section 3.3); none for a family with one term.
+def fixed_settings(options: Any, phases: Sequence[Phase]) -> dict[str, Any]:
+    """What must stay as it was when a run is continued, name to value."""
+    fixed = {name: getattr(options, name) for name in _NOT_TO_CHANGE}
+    return fixed | {"token store": [phase.store.fingerprint for phase in phases]}
+
+
+def objective_settings(options: Any, preset: Preset) -> dict[str, float]:
+    """Settings of the family's objective: the weights of ELECTRA's terms (arXiv:2003.10555, section 3.3), the z-loss.
 
     Raises:
-        UserError: a weight was given that would have no effect.
+        UserError: an option was given that would have no effect.
     """
-    names = {"generator_weight": 1.0, "discriminator_weight": 50.0}
-    if preset.family != "electra":
+    electra = {"generator_weight": 1.0, "discriminator_weight": 50.0}
+    causal = {"z_loss": 0.0}
+    values, why = vars(options), f"on the family {preset.family}"
+    if preset.family in DECODERS:
+        check_useless(values, why, *electra)
+        settings = causal
+    else:
+        check_useless(values, why, *causal, *(() if preset.family == "electra" else electra))
+        settings = electra if preset.family == "electra" else {}
+    return {n: default if values[n] is None else values[n] for n, default in settings.items()}
+
+
+def _resized(preset: Preset, options: Any) -> Preset:
+    """The preset of a decoder with the sizes that were given; its feed-forward layers are four times as wide."""
+    names = [name for name in _SIZES if getattr(options, name) is not None]
+    if preset.family not in DECODERS:
         check_useless(vars(options), f"on the family {preset.family}", *names)
-        return {}
-    return {n: default if getattr(options, n) is None else getattr(options, n) for n, default in names.items()}
+        return preset
+    masks = ("mask_unit", "mask_probability", "do_whole_word_mask")
+    for name in (name for name in masks if getattr(options, name) not in (None, (), False)):
+        raise UserError(f"--{name} has no effect on the family {preset.family}, which predicts every token")
+    if names and preset.pretrained_model:
+        raise UserError(f"--{names[0]} has no effect: the sizes are those of {preset.pretrained_model}")
+    preset = replace(preset, **{_SIZES[name]: getattr(options, name) for name in names})
+    if "n_embd" in names:
+        preset = replace(preset, ffn_size=4 * options.n_embd)
+    if preset.hidden_size and preset.heads and preset.hidden_size % preset.heads:
+        raise UserError(f"--n_embd {preset.hidden_size} is not divisible by --n_head {preset.heads}")
+    return preset
+
+
+def _branched(options: Any) -> Any:
+    """The options of a decay branch: everything of the checkpoint, and from its step on a rate that falls to its end.
+
+    A branch that is continued knows its schedule itself; the checkpoint that it left may be gone.
+
+    Raises:
+        UserError: the checkpoint was not saved while its rate was stable, or another rate is asked for.
+    """
+    own = newest_of(Path(options.model_dir)) if options.do_continue else None
+    checkpoint = own or find_checkpoint(Path(options.decay_from))[0]
+    state = read_state(checkpoint)
+    plan, step = state.get("schedule"), state["progress"]["step"]
+    if plan is None:
+        raise UserError(f"{checkpoint} does not say its schedule: it was saved by an older version")
+    decay = {"wsd": plan["decay_steps"] or 0, "constant": 0}.get(plan["schedule"])
+    if decay is None:
+        raise UserError(f"{checkpoint} was trained with --schedule {plan['schedule']}, whose rate is never stable")
+    begin, end = plan["warmup_steps"], plan["max_steps"] - decay
+    if own is None and not begin <= step <= end:
+        raise UserError(f"{checkpoint} is at step {step}, but its rate was stable from step {begin} to {end} only")
+    if options.learning_rate not in (None, plan["peak"]):
+        raise UserError(f"--learning_rate is {options.learning_rate}, but that of {checkpoint} is {plan['peak']}")
+    return replace(
+        options,
+        decay_from=None,
+        start_from=str(checkpoint),
+        carry_over="everything",
+        schedule="wsd",
+        learning_rate=plan["peak"],
+        warmup_steps=plan["warmup_steps"],
+        decay_steps=decay if own else options.decay_steps,
+        max_steps=plan["max_steps"] if own else step + options.decay_steps,
+        epochs=None,
+    )
 
 
 def _phases(options: Any) -> list[Phase]:
@@ -95,7 +174,12 @@ def _open_stores(options: Any) -> dict[str, TokenStore]:
         raise UserError("--input_file needs --tokenizer_dir")
     if options.dry_run:
         raise UserError("--dry_run reads a token store: give --dataset_dir (prepare_corpus.py makes one)")
-    source = Source(options.input_file, Path(options.tokenizer_dir), options.validation_fraction or 0.01)
+    source = Source(
+        options.input_file,
+        Path(options.tokenizer_dir),
+        options.validation_fraction or 0.01,
+        options.validation_file,
+    )
     return {"": prepare_beside(source, Path(options.model_dir), options.num_workers or 2)}
 
 
@@ -109,7 +193,7 @@ def _longest_input(preset: Preset) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"the pretrained model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     positions = getattr(config, "max_position_embeddings", None)
-    if config.model_type != preset.family or positions is None:
+    if (config.model_type != preset.family and preset.family not in DECODERS) or positions is None:
         raise UserError(f"the pretrained model {name} is a {config.model_type}, not a {preset.family}")
     return int(positions) - ((config.pad_token_id or 0) + 1 if preset.family == "roberta" else 0)
 

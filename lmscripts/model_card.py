@@ -9,9 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
-from lmscripts.packing import Rows, read_rows
+from lmscripts.models import DECODERS
+from lmscripts.packing import Rows
 from lmscripts.phases import PhasedData
 from lmscripts.pretraining import PretrainingData
 from lmscripts.tracking import SHARES, read_log, versions
@@ -19,6 +26,10 @@ from lmscripts.tracking import SHARES, read_log, versions
 _FILL_MASK = """from transformers import pipeline
 
 model = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")"""
+_GENERATE = """from transformers import pipeline
+
+model = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
+print(model("...", do_sample=True, top_k=50, max_new_tokens=40)[0]["generated_text"])"""
 _PAIR = """from transformers import AutoModelForPreTraining, pipeline
 
 # A logit for each token, above 0 where it thinks that the token was replaced. This is the half to fine-tune.
@@ -96,8 +107,10 @@ def pretraining_card(
         options_yaml: the options that repeat it.
         model_dir: folder with model and tokenizer.
     """
-    filler_dir = model_dir / "generator" if family == "electra" else model_dir
-    model = AutoModelForMaskedLM.from_pretrained(filler_dir, local_files_only=True)
+    causal = family in DECODERS
+    shown_dir = model_dir / "generator" if family == "electra" else model_dir
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    model: Any = auto.from_pretrained(shown_dir, local_files_only=True)
     records = read_log(log_file)
     trained = [record for record in records if "tokens_per_second" in record]
     rows = {"parameters": f"{model.num_parameters():,}"}
@@ -107,7 +120,7 @@ def pretraining_card(
         rows["parameters of the generator"] = f"{model.num_parameters():,} (the embeddings are the same)"
     for number, phase in enumerate(data.phases):
         name = f" of phase {number + 1}" if len(data.phases) > 1 else ""
-        rows[f"text{name}"] = f"{phase.train[1].real_tokens:,} tokens"
+        rows[f"text{name}"] = f"{phase.train.real_tokens:,} tokens"
         shape = f"{phase.batch_size} rows of {phase.layout.sequence_length} tokens"
         rows[f"training{name}"] = f"{phase.num_steps:,} steps of {shape}"
     if trained:
@@ -120,16 +133,21 @@ def pretraining_card(
             )
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     last = data.phases[-1]
-    part, index = last.held_out or last.train
-    shown = read_rows(part, index, np.arange(min(3, index.num_rows)), last.layout)
-    examples = fill_mask_examples(model, tokenizer, last, shown)
-    use, task = (_PAIR, "") if family == "electra" else (_FILL_MASK, "fill-mask")
+    source = last.held_out or last.train
+    shown = source.read(np.arange(min(3, source.num_rows)))
+    if causal:
+        examples, use, task = continuations(model, tokenizer, shown), _GENERATE, "text-generation"
+    else:
+        examples = fill_mask_examples(model, tokenizer, last, shown)
+        use, task = (_PAIR, "") if family == "electra" else (_FILL_MASK, "fill-mask")
     return model_card(title, origin, use, rows, options_yaml, examples, task)
 
 
 def _shown(name: str, value: float, single: bool) -> str:
     if name.endswith(SHARES):
         return f"{value:.2%}"
+    if not name.endswith("loss"):
+        return f"{value:,.4f}"
     return f"{value:.4f} nats per target" if single or name != "eval_loss" else f"{value:.4f} (weighted sum)"
 
 
@@ -145,6 +163,8 @@ def fill_mask_examples(
         rows: B rows of held-out text.
         most_tokens: tokens of each row to show.
     """
+    if data.masking is None:
+        raise ValueError("these rows are not masked")
     examples = []
     device = next(model.parameters()).device
     for ids, content, segments in zip(rows.ids, rows.content, rows.segments, strict=True):
@@ -160,4 +180,40 @@ def fill_mask_examples(
         best = tokenizer.convert_ids_to_tokens(logits.topk(3).indices.tolist())
         right = tokenizer.convert_ids_to_tokens(answer)
         examples.append(f"{tokenizer.decode(text)} → {', '.join(best)} (the text has {right})")
+    return examples
+
+
+def continuations(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    prompt_tokens: int = 12,
+    new_tokens: int = 40,
+    seed: int = 0,
+) -> list[str]:
+    """How the model goes on from the beginning of each row: sampled from its 50 likeliest tokens, always the same.
+
+    Args:
+        model: a causal language model from transformers.
+        tokenizer: of the model.
+        rows: B rows of text, of which the first tokens are the prompts.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens to sample, at most.
+        seed: of the sampling; the state of the generators outside is left alone.
+    """
+    examples = []
+    longest = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
+    for number, (ids, segments) in enumerate(zip(rows.ids, rows.segments, strict=True)):
+        prompt = torch.from_numpy(ids[segments == segments[0]][: min(prompt_tokens, longest // 2)].astype(np.int64))
+        length = min(prompt.numel() + new_tokens, longest)
+        inputs = prompt[None].to(next(model.parameters()).device)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed + number)
+            settings = {"do_sample": True, "top_k": 50, "max_length": length, "pad_token_id": tokenizer.pad_token_id}
+            written = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)[0].cpu()
+        begun, added = (
+            " ".join(str(tokenizer.decode(part, skip_special_tokens=True)).split())
+            for part in (prompt, written[prompt.numel() :])
+        )
+        examples.append(f"{begun} **{added}**")
     return examples

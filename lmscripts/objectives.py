@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmscripts.attention import AttentionPath, attention_inputs
+from lmscripts.causal import CausalLanguageModel
 from lmscripts.masking import MaskingPlan, mask_rows, row_keys
-from lmscripts.models import FAMILIES, electra
+from lmscripts.models import DECODERS, FAMILIES, electra
 from lmscripts.models.encoder import narrow_last_layer
 from lmscripts.packing import Rows
 from lmscripts.tracking import forward_backward_flops
@@ -215,19 +216,22 @@ def replace_tokens(batch: Batch, sampled: Tensor) -> tuple[Tensor, Tensor]:
     return seen.view_as(ids), replaced.view_as(ids)
 
 
-def build(
-    family: str, models: Mapping[str, PreTrainedModel], attention: AttentionPath, **weights: float
-) -> MaskedLanguageModel | ReplacedTokenDetection:
+Objective = MaskedLanguageModel | ReplacedTokenDetection | CausalLanguageModel
+
+
+def build(family: str, models: Mapping[str, PreTrainedModel], attention: AttentionPath, **settings: float) -> Objective:
     """The objective of a family.
 
     Args:
         family: of the preset.
         models: from `lmscripts.models.build`.
         attention: how attention is computed.
-        weights: generator_weight and discriminator_weight, for ELECTRA.
+        settings: generator_weight and discriminator_weight for ELECTRA, z_loss for a causal model.
     """
     if family == "electra":
-        return ReplacedTokenDetection(models["generator"], models[""], attention, **weights)
+        return ReplacedTokenDetection(models["generator"], models[""], attention, **settings)
+    if family in DECODERS:
+        return CausalLanguageModel(models[""], attention, **settings)
     return MaskedLanguageModel(models[""], family, attention)
 
 

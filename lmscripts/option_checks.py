@@ -18,7 +18,7 @@ POSITIVE: tuple[str, ...] = (
     "eval_every",
 )
 POSITIVE += ("stop_at_step", "learning_rate", "sequence_length", "decay_steps", "expected_processes", "timeout")
-POSITIVE += ("num_workers", "phase_steps")
+POSITIVE += ("num_workers", "phase_steps", "n_layer", "n_head", "n_embd")
 NOT_NEGATIVE: tuple[str, ...] = (
     "warmup_steps",
     "eval_rows",
@@ -28,8 +28,19 @@ NOT_NEGATIVE: tuple[str, ...] = (
     "epsilon",
     "max_grad_norm",
 )
-NOT_NEGATIVE += ("generator_weight", "discriminator_weight")
+NOT_NEGATIVE += ("generator_weight", "discriminator_weight", "z_loss")
 BELOW_ONE = ("hidden_dropout", "attention_dropout", "beta1", "beta2", "final_lr_ratio", "validation_fraction")
+# Names of older systems that run_pretraining.py still takes, as arguments of `lmscripts.config.parse_options`.
+OLDER_NAMES: dict[str, Mapping[str, Any]] = {
+    "renamed": {"mecab_dic_type": "mecab_dic", "block_size": "sequence_length"},
+    "renamed_values": {"tokenizer_type": {"sentencepiece": "unigram"}},
+    "accepted_unused": {
+        "disable_overwrite_cache": "a token store is reused whenever text, tokenizer and options are the same",
+        "overwrite_cache": "a token store is made anew whenever text, tokenizer or options changed",
+        "local_rank": "the launcher tells each process its place",
+        "run_name": "the run is named by --model_dir",
+    },
+}
 
 
 def check_numbers(
@@ -96,7 +107,11 @@ def check_pretraining(values: Mapping[str, Any]) -> None:
         check_useless(values, "without --start_from", "carry_over")
     if values["ema_decay"] is not None and not 0 < values["ema_decay"] < 1:
         raise UserError(f"--ema_decay must lie between 0 and 1, got {values['ema_decay']}")
-    if (decay_steps is not None) != (values["schedule"] == "wsd"):
+    if values["decay_from"] is not None:
+        check_useless(values, "with --decay_from, which takes everything", "start_from", "carry_over", "phase_steps")
+        if decay_steps is None:
+            raise UserError(f"--decay_from {values['decay_from']} needs --decay_steps")
+    elif (decay_steps is not None) != (values["schedule"] == "wsd"):
         raise UserError(f"--decay_steps {decay_steps} is not for --schedule {values['schedule']}; wsd needs it")
     if values["attention"] == "varlen" and values["attention_dropout"] > 0:
         raise UserError(f"--attention varlen has no dropout, but --attention_dropout is {values['attention_dropout']}")
@@ -106,4 +121,8 @@ def check_pretraining(values: Mapping[str, Any]) -> None:
     if values["schedule"] == "constant":
         check_useless(values, "with --schedule constant", "final_lr_ratio")
     if values["dataset_dir"]:
-        check_useless(values, "with --dataset_dir", "validation_fraction", "num_workers")
+        check_useless(values, "with --dataset_dir", "validation_fraction", "validation_file", "num_workers")
+    if values["validation_file"]:
+        check_useless(values, "with --validation_file, which is what is held out", "validation_fraction")
+    if values["fp16_type"] and values["precision"] not in (None, "fp16"):
+        raise UserError(f"--fp16_type {values['fp16_type']} and --precision {values['precision']} differ: give one")

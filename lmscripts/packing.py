@@ -93,12 +93,6 @@ class RowIndex:
         """Number of rows, R."""
         return int(self.first_segment.size - 1)
 
-    def fill(self, layout: Layout) -> float:
-        """Share of the positions that hold a text token or a special token that belongs to one."""
-        segments = self.segment_start.size
-        used = self.real_tokens + segments * (1 + layout.lead_of_segment) + self.num_rows * layout.lead_of_row
-        return used / (self.num_rows * layout.sequence_length)
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -110,6 +104,7 @@ class Rows:
         word_starts: (B, T) bool.
         segments: (B, T) int32, 0, 1, ... per row; what may attend to each other. Empty positions hold -1.
         positions: (B, T) int32, position within the segment.
+        targets: (B, T) int32, what a causal model is to predict at each position; None for rows of the other kind.
     """
 
     ids: NDArray[np.int32]
@@ -117,6 +112,42 @@ class Rows:
     word_starts: NDArray[np.bool_]
     segments: NDArray[np.int32]
     positions: NDArray[np.int32]
+    targets: NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The rows of a part of a store, as its index says."""
+
+    part: Part
+    index: RowIndex
+    layout: Layout
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.index.num_rows
+
+    @property
+    def real_tokens(self) -> int:
+        """Text tokens in all rows."""
+        return self.index.real_tokens
+
+    @property
+    def most_segments(self) -> int:
+        """Segments of the row that has the most, its empty end counted as one."""
+        return self.index.most_segments + 1
+
+    def fill(self) -> float:
+        """Share of the positions that hold a text token or a special token that belongs to one."""
+        index, layout = self.index, self.layout
+        segments = index.segment_start.size
+        used = index.real_tokens + segments * (1 + layout.lead_of_segment) + index.num_rows * layout.lead_of_row
+        return used / (index.num_rows * layout.sequence_length)
+
+    def read(self, rows: NDArray[np.int64]) -> Rows:
+        """Lay out (B,) rows, in any order."""
+        return read_rows(self.part, self.index, rows, self.layout)
 
 
 def _pieces(part: Part, layout: Layout) -> Iterator[tuple[int, int, bool]]:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from lmscripts.distributed import nodes_of_processes, process_shares
 from lmscripts.errors import UserError
+from lmscripts.models import DECODERS
 from lmscripts.objectives import CORRUPTION
 from lmscripts.optim import lr_at
 from lmscripts.order import stream_key
-from lmscripts.packing import Layout, RowIndex
-from lmscripts.pretraining import Batch, Counts, PretrainingData, mlm_layout, mlm_masking, open_rows
-from lmscripts.token_store import Part, TokenStore
+from lmscripts.pretraining import Batch, Counts, PretrainingData, RowSource, mlm_masking, open_family_rows
+from lmscripts.token_store import TokenStore
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,11 +112,11 @@ class PhasedData:
             begin = end
 
 
-Opened = tuple[Layout, tuple[Part, RowIndex], tuple[Part, RowIndex] | None]
+Opened = tuple[RowSource, RowSource | None]
 
 
-def index_rows(phases: Sequence[Phase], tokenizer: Any, packing: Packing) -> list[Opened]:
-    """Layout, training rows and held-out rows of every phase.
+def index_rows(phases: Sequence[Phase], tokenizer: Any, family: str, packing: Packing) -> list[Opened]:
+    """Training rows and held-out rows of every phase.
 
     Called before the processes join, by all of them: the first of each machine builds an index that is missing and
     the others wait for it to appear, so that no collective operation is waiting meanwhile.
@@ -124,6 +124,7 @@ def index_rows(phases: Sequence[Phase], tokenizer: Any, packing: Packing) -> lis
     Args:
         phases: what each phase is asked to be.
         tokenizer: from transformers.
+        family: of the model.
         packing: whether documents of a row see each other.
 
     Raises:
@@ -131,11 +132,11 @@ def index_rows(phases: Sequence[Phase], tokenizer: Any, packing: Packing) -> lis
     """
     opened = []
     for phase in phases:
-        layout = mlm_layout(tokenizer, phase.sequence_length, packing)
-        rows, held_out = (open_rows(phase.store, part, layout) for part in ("train", "validation"))
+        shape = (family, tokenizer, phase.sequence_length, packing)
+        rows, held_out = (open_family_rows(phase.store, part, *shape) for part in ("train", "validation"))
         if rows is None:
             raise UserError(f"{phase.store.folder} holds no training text")
-        opened.append((layout, rows, held_out))
+        opened.append((rows, held_out))
     return opened
 
 
@@ -160,7 +161,7 @@ def open_phases(
         phases: what each phase is asked to be.
         opened: their rows, from `index_rows`.
         tokenizer: from transformers.
-        family: of the model; decides the corruption.
+        family: of the model; decides what is predicted.
         accelerator: the running processes.
         unit: what is masked as a whole.
         attention: the path of attention.
@@ -174,19 +175,20 @@ def open_phases(
         UserError: shares or nodes do not match the processes.
     """
     nodes, made = nodes_of_processes(accelerator, node_rank), []
-    for number, (phase, (layout, rows, held_out)) in enumerate(zip(phases, opened, strict=True)):
-        steps = phase.steps
+    for number, (phase, (rows, held_out)) in enumerate(zip(phases, opened, strict=True)):
+        steps, masking = phase.steps, None
+        if family not in DECODERS:
+            masking = mlm_masking(tokenizer, rows.layout, phase.mask_probability, unit, **CORRUPTION.get(family, {}))
         data = PretrainingData(
             rows,
             held_out,
-            layout=layout,
-            masking=mlm_masking(tokenizer, layout, phase.mask_probability, unit, **CORRUPTION.get(family, {})),
+            masking=masking,
             attention=attention,
             seed=stream_key(seed, number) if number else seed,  # no phase repeats the order of another
             batch_size=phase.batch_size,
             shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
             micro_batch_size=phase.micro_batch_size,
-            total_rows=phase.batch_size * steps if steps else max(1, round((phase.epochs or 0) * rows[1].num_rows)),
+            total_rows=phase.batch_size * steps if steps else max(1, round((phase.epochs or 0) * rows.num_rows)),
             most_eval_rows=most_eval_rows,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -219,17 +221,20 @@ def plan_text(data: PhasedData, schedule: dict[str, Any], accelerator: Accelerat
 
 
 def _phase_lines(data: PretrainingData) -> list[tuple[str, str]]:
-    index, layout, masking = data.train[1], data.layout, data.masking
+    index, layout, masking = data.train, data.layout, data.masking
     positions = data.total_rows * layout.sequence_length
     epochs = data.total_rows / index.num_rows
     text = f"{index.real_tokens:,} tokens in {index.num_rows:,} rows of {layout.sequence_length}, "
-    text += f"{index.fill(layout):.2%} full, {layout.packing}; {data.num_eval_rows:,} rows held out"
-    unit = {"token": "single tokens", "word": "whole words", "span": "spans of words"}[masking.unit]
+    text += f"{index.fill():.2%} full, {layout.packing}; {data.num_eval_rows:,} rows held out"
+    objective = "every token and the end of every document predicted from what stands before it"
+    if masking is not None:
+        unit = {"token": "single tokens", "word": "whole words", "span": "spans of words"}[masking.unit]
+        objective = f"{masking.probability:.0%} of the tokens masked as {unit}, {masking.slots} slots a row"
     steps = f"{data.num_steps:,} of {data.batch_size} rows, {epochs:.2f} epochs of "
     steps += f"{index.num_rows / data.batch_size:,.1f} steps; {positions:,} positions, "
     return [
         ("text", text),
-        ("objective", f"{masking.probability:.0%} of the tokens masked as {unit}, {masking.slots} slots a row"),
+        ("objective", objective),
         ("steps", f"{steps}{epochs * index.real_tokens:,.0f} tokens"),
         ("shares", f"rows of a step {data.shares} by process, at most {data.micro_batch_size} at once"),
     ]

@@ -28,7 +28,7 @@ FAMILIES = {
     "bert-": "bert",
     "gpt2-": "gpt2",
 }
-BUILT_FAMILIES = ("bert", "roberta", "electra")
+BUILT_FAMILIES = ("bert", "roberta", "electra", "gpt2")
 
 _SIZE_KEYS = ("number-of-layers", "hidden-size", "ffn-inner-hidden-size", "attention-heads")
 _ELECTRA_SIZE_KEYS = ("embedding-size", "generator-size")

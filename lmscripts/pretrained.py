@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lmscripts.errors import UserError
@@ -48,7 +48,8 @@ def load_pretrained(
 
     Args:
         name_or_path: a folder that `save_pretrained` wrote, or a name on the Hub (from its cache when offline).
-        architecture: BertForMaskedLM, RobertaForMaskedLM, ElectraForMaskedLM or ElectraForPreTraining.
+        architecture: BertForMaskedLM, RobertaForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining, or
+            AutoModelForCausalLM for a decoder of any type.
         attn_implementation: from `lmscripts.attention.use_attention`.
         hidden_dropout: of the hidden states, whatever the saved configuration says.
         attention_dropout: of the attention weights, likewise.
@@ -62,8 +63,7 @@ def load_pretrained(
     source = str(place) if local else name_or_path
     loader: Any = architecture
     config = _config_of(source, architecture, local)
-    config.hidden_dropout_prob = hidden_dropout
-    config.attention_probs_dropout_prob = attention_dropout
+    set_dropout(config, hidden_dropout, attention_dropout)
     with _quiet():
         try:
             model, info = loader.from_pretrained(
@@ -82,8 +82,24 @@ def load_pretrained(
     return trainable
 
 
+def set_dropout(config: Any, hidden: float, attention: float) -> None:
+    """Set the dropouts of a configuration under whichever names its family has for them."""
+    hidden_names = ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "resid_dropout", "hidden_dropout")
+    attention_names = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
+    for names, value in ((hidden_names, hidden), (attention_names, attention)):
+        for name in names:
+            if hasattr(config, name):
+                setattr(config, name, value)
+
+
 def _config_of(source: str, architecture: type[PreTrainedModel], local: bool) -> PretrainedConfig:
-    config_class: Any = architecture.config_class
+    config_class: Any = getattr(architecture, "config_class", None)
+    if config_class is None:  # of AutoModelForCausalLM
+        try:
+            found: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
+            return found
+        except Exception as error:
+            raise UserError(_not_loaded(source, local, "config.json", error)) from error
     try:
         settings, _ = PretrainedConfig.get_config_dict(source, local_files_only=local)
     except Exception as error:
@@ -137,7 +153,11 @@ def _check_loaded(source: str, model: Any, info: Mapping[str, Any], config: Pret
             "model that was saved with them"
         )
     inside = [key.removeprefix(base) for key in info["unexpected_keys"] if not key.endswith("position_ids")]
-    if unused := sorted(key for key in inside if key.startswith(("encoder.", "embeddings."))):
+    own = ("encoder.", "embeddings.", *(f"{part}." for part, _ in model.base_model.named_children()))
+    inside = [
+        key for key in inside if not key.endswith((".attn.bias", ".attn.masked_bias"))
+    ]  # masks of old GPT-2 files
+    if unused := sorted(key for key in inside if key.startswith(own)):
         raise UserError(
             f"{source} holds tensors for which {name} has no place, {_some(unused)}: it would differ from it"
         )
@@ -145,86 +165,6 @@ def _check_loaded(source: str, model: Any, info: Mapping[str, Any], config: Pret
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# ---- positions ----
-
-
-def repeat_positions(rows: Tensor, total: int, padding_id: int | None) -> Tensor:
-    """(total, H) position embeddings: the (P, H) learned ones, then the same again from the first of the text on.
-
-    Args:
-        rows: (P, H), P at most `total`.
-        total: how many there shall be.
-        padding_id: positions of RoBERTa begin behind it, and up to there nothing was learned; None for other models.
-    """
-    learned = rows[0 if padding_id is None else padding_id + 1 :]
-    return torch.cat([rows, learned.repeat(-(-(total - len(rows)) // len(learned)), 1)])[:total]
-
-
-def lengthen_positions(model: PreTrainedModel, num_positions: int) -> bool:
-    """Give a model room for longer rows, before an optimizer knows its parameters; it is never shortened.
-
-    The new position embeddings repeat the learned ones from the first on (arXiv:2004.05150, section 5), so that text
-    beyond the learned length starts from what was learned about near neighbours. What the model says about rows that
-    fitted before does not change by a bit.
-
-    Args:
-        model: BERT, RoBERTa or ELECTRA. Of two models that share their embeddings, each has to be given: the
-            configuration belongs to one model.
-        num_positions: rows of the table of positions; for RoBERTa with the pad_token_id + 1 rows that no text uses.
-
-    Returns:
-        Whether anything was changed.
-    """
-    embeddings: Any = model.base_model.embeddings
-    table = embeddings.position_embeddings
-    rows = table.num_embeddings
-    total = max(rows, num_positions)
-    if total == rows == model.config.max_position_embeddings:
-        return False
-    table.weight.data = repeat_positions(table.weight.detach(), total, table.padding_idx)  # whoever shares it
-    table.num_embeddings = total
-    device = embeddings.position_ids.device
-    embeddings.position_ids = torch.arange(total, device=device).expand(1, -1)
-    embeddings.token_type_ids = torch.zeros(1, total, dtype=torch.long, device=device)
-    model.config.max_position_embeddings = total
-    return True
-
-
-# ---- freezing ----
-
-
-def freeze(model: PreTrainedModel, num_layers: int) -> int:
-    """Keep the embeddings and the first layers as they are.
-
-    ELECTRA's projection of the embeddings counts as embeddings. A head that is tied to the word embeddings keeps its
-    matrix too; its bias and transform are trained.
-
-    Args:
-        model: BERT, RoBERTa or ELECTRA.
-        num_layers: -1 freezes nothing, 0 the embeddings, n the embeddings and the first n layers.
-
-    Returns:
-        Number of frozen parameters; those that two models share are counted for each of them.
-
-    Raises:
-        UserError: the model has fewer layers, or the number is below -1.
-    """
-    base: Any = model.base_model
-    layers = base.encoder.layer
-    if not -1 <= num_layers <= len(layers):
-        raise UserError(
-            f"frozen-layers is {num_layers}, but the model has {len(layers)} layers: give -1 to {len(layers)}"
-        )
-    if num_layers == -1:
-        return 0
-    frozen = [base.embeddings, *layers[:num_layers]]
-    frozen += [base.embeddings_project] if hasattr(base, "embeddings_project") else []
-    parameters = [parameter for part in frozen for parameter in part.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    return sum(parameter.numel() for parameter in parameters)
 
 
 # ---- tokenizer ----
@@ -384,5 +324,5 @@ def _tables(models: Sequence[PreTrainedModel]) -> list[Tensor]:
     for model in models:
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         found = [_word_table(model), *([output.weight, output.bias] if output is not None else [])]
-        tables |= {id(tensor): tensor for tensor in found}
+        tables |= {id(tensor): tensor for tensor in found if tensor is not None}
     return list(tables.values())

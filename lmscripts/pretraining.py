@@ -15,19 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from lmscripts.attention import AttentionPath, segment_ends
+from lmscripts.causal import boundary_ids, causal_batches
 from lmscripts.distributed import micro_batches
 from lmscripts.errors import UserError
 from lmscripts.loader import pin
 from lmscripts.masking import MaskingPlan, Unit, expand_ranges, prediction_slots
+from lmscripts.models import DECODERS
 from lmscripts.objectives import masked_batches
 from lmscripts.order import rows_at, stream_key
-from lmscripts.packing import Layout, Packing, RowIndex, read_rows, row_index
-from lmscripts.token_store import Part, TokenStore
+from lmscripts.packing import Layout, PackedRows, Packing, row_index
+from lmscripts.stream import StreamRows
+from lmscripts.token_store import TokenStore
 from lmscripts.tokenization import UNUSED
 from lmscripts.tokenizer_folder import read_record
 
 Batch = dict[str, Tensor]
 Counts = dict[str, float]
+RowSource = PackedRows | StreamRows
 _TOKENS_AT_ONCE = 1 << 17  # tokens laid out and masked together
 _EVAL_SEED = 0x5EED  # held-out masks are the same for every run, whatever its seed
 
@@ -37,9 +41,8 @@ class PretrainingData:
     """Rows of a run as a function of the step.
 
     Attributes:
-        train: training part and the index of its rows. held_out: the same of the validation part, if it has any rows.
-        layout: how documents lie in rows.
-        masking: what is masked.
+        train: rows of the training part. held_out: those of the validation part, if it has any.
+        masking: what is masked; None for a causal model.
         attention: the path, which decides what a batch must bring.
         seed: decides order and masks.
         batch_size: rows of an optimizer step over all processes.
@@ -50,10 +53,9 @@ class PretrainingData:
         pin_memory: put batches where a GPU can fetch them without blocking.
     """
 
-    train: tuple[Part, RowIndex]
-    held_out: tuple[Part, RowIndex] | None
-    layout: Layout
-    masking: MaskingPlan
+    train: RowSource
+    held_out: RowSource | None
+    masking: MaskingPlan | None
     attention: AttentionPath
     seed: int
     batch_size: int
@@ -62,6 +64,11 @@ class PretrainingData:
     total_rows: int
     most_eval_rows: int
     pin_memory: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """How documents lie in rows."""
+        return self.train.layout
 
     @property
     def num_steps(self) -> int:
@@ -76,12 +83,13 @@ class PretrainingData:
     @property
     def shape(self) -> tuple[int, int]:
         """Tokens and prediction slots of a row."""
-        return self.layout.sequence_length, self.masking.slots
+        length = self.layout.sequence_length
+        return length, self.masking.slots if self.masking else length
 
     @property
     def num_eval_rows(self) -> int:
         """Held-out rows to evaluate on; 0 without a validation part."""
-        return 0 if self.held_out is None else min(self.most_eval_rows, self.held_out[1].num_rows)
+        return 0 if self.held_out is None else min(self.most_eval_rows, self.held_out.num_rows)
 
     def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
         """Micro-batches of one process for the steps [first, stop), with the counts of their targets.
@@ -112,8 +120,8 @@ class PretrainingData:
             sizes = [max(1, size) for _, _, size in chunk]
             starts = np.array([position for _, position, _ in chunk])
             positions = expand_ranges(starts, np.array(sizes))
-            rows, epochs = rows_at(positions, self.train[1].num_rows, self.seed)
-            made = self._masked(self.train, rows, epochs, self.seed, sizes)
+            rows, epochs = rows_at(positions, self.train.num_rows, self.seed)
+            made = self._made(self.train, rows, epochs, self.seed, sizes)
             for (step, _, size), (batch, counts) in zip(chunk, made, strict=True):
                 if size == 0:
                     for name in batch.keys() & {"weights", "row_weights"}:
@@ -123,23 +131,29 @@ class PretrainingData:
     def eval_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, Counts]:
         """Held-out rows by number, with masks that never change."""
         assert self.held_out is not None
-        return self._masked(self.held_out, rows, np.zeros_like(rows), _EVAL_SEED, [rows.size])[0]
+        return self._made(self.held_out, rows, np.zeros_like(rows), _EVAL_SEED, [rows.size])[0]
 
-    def _masked(
+    def _made(
         self,
-        part: tuple[Part, RowIndex],
+        source: RowSource,
         rows: NDArray[np.int64],
         epochs: NDArray[np.int64],
         seed: int,
         sizes: list[int],
     ) -> list[tuple[Batch, Counts]]:
-        laid_out = read_rows(*part, rows, self.layout)
-        made = masked_batches(laid_out, rows, epochs, stream_key(seed, 0x3A5C), self.masking, sizes)
+        laid_out = source.read(rows)
+        if self.masking is not None:
+            made = masked_batches(laid_out, rows, epochs, stream_key(seed, 0x3A5C), self.masking, sizes)
+        else:
+            made = causal_batches(laid_out, sizes)
+        if isinstance(source, StreamRows):
+            for _, counts in made:
+                counts["bytes"] = counts["clm"] * source.bytes_per_target
         if self.attention == "varlen":
-            most, begin = part[1].most_segments + 1, 0
+            begin = 0
             for (batch, _), size in zip(made, sizes, strict=True):
                 segments = from_numpy(laid_out.segments[begin : begin + size])
-                batch["segment_ends"] = segment_ends(segments, size * most + 1)
+                batch["segment_ends"] = segment_ends(segments, size * source.most_segments + 1)
                 begin += size
         return [(pin(batch), counts) for batch, counts in made] if self.pin_memory else made
 
@@ -186,8 +200,8 @@ def replacement_ids(tokenizer: Any) -> NDArray[np.int32]:
     return np.array(ids, np.int32)
 
 
-def open_rows(store: TokenStore, part_name: str, layout: Layout) -> tuple[Part, RowIndex] | None:
-    """One part of a store with the index of its rows, built on first use; None when the part is empty.
+def open_rows(store: TokenStore, part_name: str, layout: Layout) -> PackedRows | None:
+    """Rows of one part of a store by their index, which is built on first use; None when the part is empty.
 
     The index is kept in `rows/` inside the store or, where the store may not be written, among the temporary files.
     """
@@ -197,7 +211,30 @@ def open_rows(store: TokenStore, part_name: str, layout: Layout) -> tuple[Part, 
     cache_dir = store.folder / "rows"
     if not os.access(store.folder, os.W_OK):
         cache_dir = Path(tempfile.gettempdir()) / f"lmscripts_rows_{store.fingerprint[:16]}"
-    return part, row_index(part, store.fingerprint, layout, cache_dir)
+    return PackedRows(part, row_index(part, store.fingerprint, layout, cache_dir), layout)
+
+
+def open_stream(store: TokenStore, part_name: str, layout: Layout) -> StreamRows | None:
+    """One part of a store as a stream for a causal model; None when the part is empty."""
+    part = store.part(part_name)
+    if part.tokens.size == 0:
+        return None
+    return StreamRows(part, layout, int(store.manifest["parts"][part_name]["text_bytes"]))
+
+
+def open_family_rows(
+    store: TokenStore, part_name: str, family: str, tokenizer: Any, sequence_length: int, packing: Packing
+) -> RowSource | None:
+    """Rows of one part of a store as the models of a family read them; None when the part is empty.
+
+    Raises:
+        UserError: the tokenizer lacks a special token that the family needs.
+    """
+    if family in DECODERS:
+        begin, end = boundary_ids(tokenizer)
+        pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return open_stream(store, part_name, Layout(sequence_length, packing, begin, end, pad))
+    return open_rows(store, part_name, mlm_layout(tokenizer, sequence_length, packing))
 
 
 def mlm_layout(tokenizer: Any, sequence_length: int, packing: Packing) -> Layout:

@@ -14,16 +14,15 @@ from transformers import PreTrainedModel
 from lmscripts import averaging
 from lmscripts import checkpoint as checkpoints
 from lmscripts.errors import UserError
-from lmscripts.pretrained import adopt_tokenizer, repeat_positions
+from lmscripts.fitting import position_table, repeat_positions
+from lmscripts.pretrained import adopt_tokenizer
 from lmscripts.run_folder import TrainingState, read_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim.swa_utils import AveragedModel
 
-    from lmscripts.objectives import MaskedLanguageModel, ReplacedTokenDetection
-
-    Objective = MaskedLanguageModel | ReplacedTokenDetection
+    from lmscripts.objectives import Objective
 
 
 def newest_of(run_dir: Path) -> Path | None:
@@ -132,8 +131,9 @@ def restore(
 
 def _repeat_positions(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
     """Repeat saved position embeddings until they are as many as the model's."""
-    name = f"{model.base_model_prefix}.embeddings.position_embeddings.weight"
-    if name not in saved:
-        return  # of another family, which is said later
-    table: Any = model.get_submodule(name.removesuffix(".weight"))
+    place = position_table(model)
+    name = f"{place}.weight"
+    if place is None or name not in saved:
+        return  # none are learned, or the checkpoint is of another family, which is said later
+    table: Any = model.get_submodule(place)
     saved[name] = repeat_positions(saved[name], table.num_embeddings, table.padding_idx)

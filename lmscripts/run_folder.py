@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim.swa_utils import AveragedModel
 
-    from lmscripts.objectives import MaskedLanguageModel, ReplacedTokenDetection
+    from lmscripts.objectives import Objective
 
-    Objective = MaskedLanguageModel | ReplacedTokenDetection
 
 _FORMAT = 2
 
@@ -92,7 +91,9 @@ class RunFolder:
         path: the folder.
     """
 
-    def __init__(self, path: Path, tokenizer_dir: Path, sequence_length: int, fixed: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, tokenizer_dir: Path, sequence_length: int, fixed: dict[str, Any], schedule: dict[str, Any]
+    ) -> None:
         """Nothing is touched yet.
 
         Args:
@@ -100,20 +101,25 @@ class RunFolder:
             tokenizer_dir: copied into every checkpoint.
             sequence_length: written down as the tokenizer's longest input.
             fixed: what must not change when the run is continued, name to value.
+            schedule: arguments of `lmscripts.optim.lr_at`, written down for those who branch off.
         """
         self.path = path
         self._tokenizer_dir = tokenizer_dir
         self._sequence_length = sequence_length
         # As it will be read back. The format grows when the same numbers would give other rows or another state.
         self._fixed: dict[str, Any] = json.loads(json.dumps(fixed | {"format": _FORMAT}))
+        self._schedule = schedule
         self._lock: TextIO | None = None
 
-    def claim(self, do_continue: bool, start_from: str | None) -> tuple[Path | None, bool, list[str]]:
+    def claim(
+        self, do_continue: bool, start_from: str | None, branch: bool = False
+    ) -> tuple[Path | None, bool, list[str]]:
         """Take the folder for this run; called by the main process.
 
         Args:
             do_continue: go on from the newest whole checkpoint of this run.
             start_from: checkpoint or folder of another run to begin with, where this one has no checkpoint yet.
+            branch: this run goes on as that one would have: what must not change there must not change here.
 
         Returns:
             The checkpoint to go on from, whether it is of this run, and sentences for the user.
@@ -126,6 +132,8 @@ class RunFolder:
         earlier = None
         if start_from is not None and not (do_continue and checkpoints.list_checkpoints(self.path)):
             earlier, sentences = find_checkpoint(Path(start_from))
+            if branch:
+                self._check_fixed(earlier)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
@@ -190,6 +198,7 @@ class RunFolder:
         if accelerator.is_main_process and not (self.path / f"checkpoint-{state.step}").exists():
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": asdict(state), "groups": groups, "scaler": scaler}
+            facts |= {"schedule": self._schedule}
             facts |= {"processes": accelerator.num_processes, "versions": versions(), "saved_at": time.time()}
 
             def write(aside: Path) -> None:

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Metrics = Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
+_SPOKEN = ("loss", "perplexity", "per_byte")
 SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}  # dense bf16, from the makers' data sheets
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -126,6 +127,20 @@ def peak_flops(device_name: str) -> float | None:
     return next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
+def gpu_statistics(device: torch.device) -> dict[str, float]:
+    """Memory that this process held at most since the last call, in GiB, and how busy its GPU is, as a share.
+
+    The second is what NVML says, which needs the package nvidia-ml-py; it is left out without. Empty without a GPU.
+    """
+    if device.type != "cuda":
+        return {}
+    found = {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    torch.cuda.reset_peak_memory_stats(device)
+    with suppress(ModuleNotFoundError, RuntimeError):
+        found["gpu_utilization"] = torch.cuda.utilization(device) / 100
+    return found
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on."""
     found = {"python": platform.python_version()}
@@ -138,8 +153,8 @@ def in_words(metrics: Mapping[str, float]) -> str:
     """Losses and shares of a record as one line, such as "loss 2.1034, accuracy 54.20%"."""
     words, said = [], ""
     for name, value in metrics.items():
-        if name.endswith(("loss", *SHARES)):
-            owner, _, what = name.rpartition("_")
+        if name.endswith((*_SPOKEN, *SHARES)):
+            owner, _, what = ("", "", "bits per byte") if name == "bits_per_byte" else name.rpartition("_")
             words.append(f"{owner if owner != said else ''} {what} ".lstrip())
             words[-1] += f"{value:.2%}" if name.endswith(SHARES) else f"{value:.4f}"
             said = owner
@@ -208,6 +223,7 @@ class Meter:
             sums: of the steps since the last log line before the run was interrupted, on one process alone.
             counts: of those steps.
         """
+        self._device = device
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._reset()
         self._sums.update(sums or {})
@@ -256,6 +272,7 @@ class Meter:
         sums, counts = self.open_window(accelerator)
         seconds = max(1e-9, time.monotonic() - self._began)
         record = metrics(sums, counts) | {"tokens_per_second": self._tokens / seconds}
+        record |= gpu_statistics(self._device)
         if self._peak is not None:
             record["mfu"] = self._operations / seconds / (self._peak * accelerator.num_processes)
         self._reset()

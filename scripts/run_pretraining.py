@@ -15,9 +15,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Literal
 
+from lmscripts import lightning
 from lmscripts.config import dump_options, option, parse_options
 from lmscripts.errors import leave, user_errors
-from lmscripts.option_checks import check_pretraining
+from lmscripts.option_checks import OLDER_NAMES, check_pretraining
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 PRESETS = Path(__file__).resolve().parent.parent / "parameter.json"
@@ -26,6 +27,7 @@ Attention = Literal["auto", "sdpa", "eager", "varlen"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Unit = Literal["token", "word", "span"]
 Optimizer = Literal["adamw", "adam", "radam", "lamb", "sgd", "muon"]
+Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
 CarryOver = Literal["weights", "moments", "everything"]
 TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
 PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_size"
@@ -41,6 +43,7 @@ class Options:
     model_dir: str = option(help="folder of the run", required=True, group="run")
     do_continue: bool = option(False, help="go on from the newest whole checkpoint in --model_dir", group="run")
     dry_run: bool = option(False, help="print the plan and exit", group="run")
+    decay_from: str | None = option(None, help="branch off a wsd run's checkpoint: --decay_steps to 0", group="run")
     start_from: str | None = option(None, help="checkpoint (or run) of another run to begin with", group="run")
     carry_over: CarryOver | None = option(None, help="what to take; moments = weights too", group="run")
     stop_at_step: int | None = option(None, help="end this job after so many steps, checkpoint saved", group="run")
@@ -58,6 +61,7 @@ class Options:
     input_file: tuple[str, ...] = option((), help="text files instead of a store", group="data")
     tokenizer_dir: str | None = option(None, help="tokenizer folder; must be the store's", group="data")
     validation_fraction: float | None = option(None, help="share of documents held out (0.01)", group="data")
+    validation_file: tuple[str, ...] = option((), help="with --input_file: text held out instead", group="data")
     num_workers: int | None = option(None, help="processes that tokenise --input_file (2)", group="data")
     sequence_length: tuple[int, ...] = option((), help="tokens per row; default: the preset's", group="data")
     packing: Packing = option("isolated", help="documents of a row see only themselves, or the whole row", group="data")
@@ -67,6 +71,9 @@ class Options:
     pretrained_model_name_or_path: str | None = option(None, help="model to go on from", group="model")
     pretrained_generator_model_name_or_path: str | None = option(None, help="ELECTRA: generator", group="model")
     pretrained_discriminator_model_name_or_path: str | None = option(None, help="ELECTRA: the other", group="model")
+    n_layer: int | None = option(None, help="GPT-2: layers instead of the preset's", group="model")
+    n_head: int | None = option(None, help="GPT-2: attention heads", group="model")
+    n_embd: int | None = option(None, help="GPT-2: width; the feed-forward layers are 4 times as wide", group="model")
     frozen_layers: int | None = option(None, help="freeze embeddings and so many layers; -1 = none", group="model")
     hidden_dropout: float = option(0.1, help="dropout of the hidden states", group="model")
     attention_dropout: float = option(0.0, help="dropout of the attention weights; not with varlen", group="model")
@@ -77,6 +84,7 @@ class Options:
     mask_probability: tuple[float, ...] = option((), help="share to predict; or the preset's", group="objective")
     generator_weight: float | None = option(None, help="ELECTRA: of the generator's loss (1)", group="objective")
     discriminator_weight: float | None = option(None, help="ELECTRA: of the discriminator's (50)", group="objective")
+    z_loss: float | None = option(None, help="GPT-2: weight of log(Z)^2, such as 1e-4 (0)", group="objective")
 
     phase_steps: tuple[int, ...] = option((), help=f"several phases: steps of each; {PER_PHASE}", group="optimizer")
     batch_size: tuple[int, ...] = option((), help="rows per step, all processes; or the preset's", group="optimizer")
@@ -97,6 +105,8 @@ class Options:
     ema_decay: float | None = option(None, help="evaluate and export an average of the weights", group="optimizer")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 = never", group="optimizer")
 
+    precision: Precision | None = option(None, help="or the Accelerate config's, or the preset's", group="machine")
+    deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     compile: bool = option(False, help="torch.compile the model", group="machine")
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     fp16_type: int | None = option(None, help="older: 1 to 3 = fp16, 0 = the Accelerate config's", group="machine")
@@ -111,31 +121,12 @@ class Options:
         check_pretraining(vars(self))
 
 
-RENAMED = {"mecab_dic_type": "mecab_dic"}
-NOT_NEEDED = {
-    "disable_overwrite_cache": "a token store is reused whenever text, tokenizer and options are the same",
-    "overwrite_cache": "a token store is made anew whenever text, tokenizer or options changed",
-    "local_rank": "the launcher tells each process its place",
-    "run_name": "the run is named by --model_dir",
-}
-# What must stay as it was when a run is continued.
-NOT_TO_CHANGE = ("model_type", "seed", "sequence_length", "packing", "mask_unit", "mask_probability", "phase_steps")
-NOT_TO_CHANGE += ("batch_size", "optimizer", "weight_decay", "beta1", "beta2", "epsilon", "ema_decay", "frozen_layers")
-NOT_TO_CHANGE += ("generator_weight", "discriminator_weight")
-
-
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    options = parse_options(
-        Options,
-        description=__doc__ or "",
-        renamed=RENAMED,
-        renamed_values={"tokenizer_type": {"sentencepiece": "unigram"}},
-        accepted_unused=NOT_NEEDED,
-    )
+    options = parse_options(Options, description=__doc__ or "", foreign=lightning, **OLDER_NAMES)
     with user_errors():
         run(options)
 
@@ -168,24 +159,26 @@ def run(options: Options) -> None:
     # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save
     deadline = STARTED + (distributed.parse_duration(options.max_time) if options.max_time else inf)
-    saved_options, run_dir = dump_options(options), Path(options.model_dir)
+    saved_options, run_dir, branch = dump_options(options), Path(options.model_dir), bool(options.decay_from)
     options, preset, stretches = inputs.open_inputs(options, Path(options.parameter_file or PRESETS))
-    loss_weights = inputs.loss_weights(options, preset)
+    settings = inputs.objective_settings(options, preset)
     tokenizer_dir = stretches[0].store.tokenizer_dir
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
     check_tokenizer(tokenizer, tokenizer_type=options.tokenizer_type, mecab_dic=options.mecab_dic)
-    rows = phases.index_rows(stretches, tokenizer, options.packing)
+    rows = phases.index_rows(stretches, tokenizer, preset.family, options.packing)
     accelerator = distributed.start_processes(
-        mixed_precision=distributed.choose_precision(options.fp16_type, preset.fp16_type, preset.bf16),
+        mixed_precision=distributed.choose_precision(
+            options.fp16_type, preset.fp16_type, preset.bf16, options.precision
+        ),
         expected_processes=options.expected_processes,
         timeout_seconds=options.timeout,
         trackers=() if options.tracker == "none" else (options.tracker,),
         project_dir=options.model_dir,
     )
     say, world, rank = accelerator.print, accelerator.num_processes, accelerator.process_index
-    fixed = {name: getattr(options, name) for name in NOT_TO_CHANGE}
-    fixed |= {"token store": [stretch.store.fingerprint for stretch in stretches]}
+    fixed = inputs.fixed_settings(options, stretches)
     distributed.check_agreement(fixed)
+    torch.use_deterministic_algorithms(options.deterministic)
     device, precision = accelerator.device.type, accelerator.mixed_precision
     path = attention.choose_attention(options.attention, device, precision, options.attention_dropout)
     data = phases.open_phases(
@@ -226,15 +219,15 @@ def run(options: Options) -> None:
     )
     if options.dry_run:
         return
-    folder = run_folder.RunFolder(run_dir, tokenizer_dir, data.longest.layout.sequence_length, fixed)
-    claim = partial(folder.claim, options.do_continue, options.start_from)
+    folder = run_folder.RunFolder(run_dir, tokenizer_dir, data.longest.layout.sequence_length, fixed, schedule)
+    claim = partial(folder.claim, options.do_continue, options.start_from, branch)
     source, continued, notices = distributed.from_main(accelerator, claim)
     distributed.check_agreement({"checkpoint found": source is None or source.is_dir()})
     carry_over = None if continued else options.carry_over
     if source:
         notices = [*notices, *resume.load_weights(networks, source, tokenizer if carry_over else None)]
     say("\n".join(notices), end="\n" * bool(notices))
-    objective = objectives.build(preset.family, networks, path, **loss_weights)
+    objective = objectives.build(preset.family, networks, path, **settings)
     if options.activation_checkpointing:
         for network in networks.values():
             network.gradient_checkpointing_enable({"use_reentrant": False})

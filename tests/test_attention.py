@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lmscripts.attention import additive_mask, attention_inputs, choose_attention, segment_ends, use_attention
-from lmscripts.models import FAMILIES, build
+from lmscripts.models import DECODERS, FAMILIES, build
 from lmscripts.models.encoder import narrow_last_layer
 from lmscripts.packing import Layout
 from lmscripts.presets import load_preset
@@ -52,13 +52,13 @@ def make_batch(lengths):
 def logits_of(model, family, path, batch, slots=None):
     if path == "varlen":
         batch = {**batch, "segment_ends": segment_ends(batch["segments"], 30)}
-    attention = attention_inputs(path, batch, torch.float32)
+    attention = attention_inputs(path, batch, torch.float32, causal=family in DECODERS)
     family = FAMILIES[family]
     hidden = family.encode(model, batch["input_ids"], batch["position_ids"], attention, slots)
     return family.predict(model, hidden)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(DECODERS)))
 @pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
 @pytest.mark.parametrize("one_document", [False, True])
 def test_a_narrow_last_layer_gives_the_same_logits_and_gradients_at_its_slots(

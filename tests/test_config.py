@@ -206,7 +206,7 @@ def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("vocab_size: 1\nvocabsize: 3", ["options.yaml: unknown key vocabsize (did you mean vocab_size?)"]),
+        ("vocab_size: 1\nvocabsize: 3", ["options.yaml: unknown key vocabsize in line 2 (did you mean vocab_size?)"]),
         ("title: a\n\nvocab_size: abc", ["options.yaml, line 3: vocab_size must be a whole number, not abc"]),
         ("vocab_size:", ["vocab_size must be a whole number, not null"]),
         ("vocab_size: {a: 1}", ["options.yaml, line 1: vocab_size must be a value or a list of values"]),

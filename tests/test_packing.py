@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lmscripts.errors import UserError
-from lmscripts.packing import Layout, build_row_index, read_rows, row_index
+from lmscripts.packing import Layout, PackedRows, build_row_index, read_rows, row_index
 from lmscripts.token_store import Part
 
 BEGIN, END, PAD = 2, 3, 0
@@ -62,7 +62,7 @@ def test_rows_hold_every_token_once_in_the_right_place(tmp_path, corpus, packing
         assert rows.ids[row].tolist() == ids + [PAD] * (length - used)
         assert rows.segments[row].tolist() == segments + [-1] * (length - used)
         assert rows.positions[row, :used].tolist() == positions
-        assert index.fill(layout) == pytest.approx((rows.segments >= 0).mean(), abs=1e-12)
+        assert PackedRows(part, index, layout).fill() == pytest.approx((rows.segments >= 0).mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize("corpus", ["mixed", "one long"])
@@ -70,7 +70,7 @@ def test_rows_are_full_and_no_word_is_cut(tmp_path, corpus):
     part, starts = make_part(CORPORA[corpus])
     layout = Layout(128, "isolated", BEGIN, END, PAD)
     index = build_row_index(part, layout, tmp_path / "index")
-    assert index.fill(layout) > 0.98
+    assert PackedRows(part, index, layout).fill() > 0.98
     assert starts[index.segment_start].all()
     rows = read_rows(part, index, np.arange(index.num_rows), layout)
     assert np.array_equal(rows.word_starts[rows.content], starts)

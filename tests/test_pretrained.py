@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from lmscripts.attention import use_attention
 from lmscripts.errors import UserError
-from lmscripts.pretrained import adopt_tokenizer, freeze, lengthen_positions, load_pretrained
+from lmscripts.fitting import freeze, lengthen_positions
+from lmscripts.pretrained import adopt_tokenizer, load_pretrained
 from lmscripts.tokenizer_extension import plan_extension, write_extension
 
 FAMILIES = {

@@ -11,16 +11,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lmscripts import pretrained
+from lmscripts import fitting, pretrained
 from lmscripts.checkpoint import CHECKSUMS, find_damage
 from lmscripts.errors import UserError
-from lmscripts.models import bert, electra, roberta
+from lmscripts.models import bert, electra, gpt2, roberta
 from lmscripts.packing import Layout
 from lmscripts.presets import Preset
 
-FAMILIES: dict[str, ModuleType] = {"bert": bert, "roberta": roberta, "electra": electra}
+FAMILIES: dict[str, ModuleType] = {"bert": bert, "roberta": roberta, "electra": electra, "gpt2": gpt2}
+DECODERS = ("gpt2",)  # families whose positions see only what stands before them
 Models = dict[str, PreTrainedModel]
 
 
@@ -66,7 +67,7 @@ def build(
         models = _new(preset, len(tokenizer), layout, settings)
     for subfolder, model in models.items():
         if preset.frozen_layers >= 0:
-            frozen = pretrained.freeze(model, preset.frozen_layers)
+            frozen = fitting.freeze(model, preset.frozen_layers)
             parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
             notices.append(f"{frozen:,} parameters of {subfolder or 'the model'} are frozen: {parts}")
     return models, notices
@@ -91,7 +92,7 @@ def num_parameters(models: Models) -> int:
 def architectures(preset: Preset) -> dict[str, Any]:
     """Classes of transformers by subfolder."""
     family = FAMILIES[preset.family]
-    found = {"": family.architecture}
+    found = {"": AutoModelForCausalLM if preset.pretrained_model and preset.family in DECODERS else family.architecture}
     return found | ({"generator": family.generator_architecture} if preset.family == "electra" else {})
 
 
@@ -110,18 +111,20 @@ def _shaped(preset: Preset, like: Path, settings: dict[str, Any]) -> Models:
     models = {}
     for subfolder, architecture in architectures(preset).items():
         try:
-            config = architecture.config_class.from_pretrained(like / subfolder)
+            config = getattr(architecture, "config_class", AutoConfig).from_pretrained(like / subfolder)
         except (OSError, ValueError) as error:
             raise UserError(f"{like} cannot be continued: {str(error).splitlines()[0]}") from None
-        models[subfolder] = architecture(_with_settings(config, settings))
+        config = _with_settings(config, settings)
+        models[subfolder] = (
+            architecture.from_config(config) if architecture is AutoModelForCausalLM else architecture(config)
+        )
     if "generator" in models:
         electra.share_embeddings(models["generator"], models[""])
     return models
 
 
 def _with_settings(config: Any, settings: dict[str, Any]) -> Any:
-    config.hidden_dropout_prob = settings["hidden_dropout"]
-    config.attention_probs_dropout_prob = settings["attention_dropout"]
+    pretrained.set_dropout(config, settings["hidden_dropout"], settings["attention_dropout"])
     config._attn_implementation = settings["attn_implementation"]
     return config
 
@@ -145,8 +148,11 @@ def _load(
             notices.append(f"the embeddings of {names['generator']} differ: those of {names['']} are taken for both")
         electra.share_embeddings(models["generator"], models[""])
     for model in models.values():
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and window < layout.sequence_length:
+            raise UserError(f"{names['']} attends to {window} tokens at most: give a shorter --sequence_length")
         before = model.config.max_position_embeddings
-        if pretrained.lengthen_positions(model, positions):
+        if fitting.lengthen_positions(model, positions):
             notices.append(f"{before:,} position embeddings were lengthened to {positions:,}")
     notices += pretrained.adopt_tokenizer([*models.values()], names[""], tokenizer)
     return models, list(dict.fromkeys(notices))
