@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from lmscripts.causal_tokenizer import keeps_line_feeds
 from lmscripts.corpus import Span, TextReport, batches, find_files, read_documents, source_fingerprint
 from lmscripts.errors import UserError
 from lmscripts.files import remove_leftovers
 from lmscripts.token_store import Documents, TokenStore, build_store, open_store, store_fingerprint
-from lmscripts.tokenization import load_encoder
+from lmscripts.tokenization import Encoder, load_encoder
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Source:
         max_documents: read no more than so many documents of the input.
         document_per_line: .txt files hold one document a line instead of one sentence.
         text_column: column of tables and JSON lines.
+        line_ends: "keep" encodes every line of a document but the last with its line feed, "drop" none; None keeps
+            them for a tokenizer without a mask token that gives line feeds back.
     """
 
     input_files: tuple[str, ...]
@@ -39,22 +42,56 @@ class Source:
     max_documents: int | None = None
     document_per_line: bool = False
     text_column: str = "text"
+    line_ends: Literal["keep", "drop"] | None = None
 
-    def options(self) -> dict[str, Any]:
-        """The options that change the content of the store."""
-        return {
+    def options(self, encoder: Encoder) -> dict[str, Any]:
+        """The options that change the content of the store; of `line_ends` only what is not "drop".
+
+        Raises:
+            UserError: line ends are to be kept by a tokenizer that loses them.
+        """
+        options = {
             "validation_fraction": 0.0 if self.validation_files else self.validation_fraction,
             "max_documents": self.max_documents,
             "document_per_line": self.document_per_line,
             "text_column": self.text_column,
         }
+        keep = self.line_ends == "keep" or (self.line_ends is None and encoder.mask_id is None)
+        if not keep:
+            return options
+        if not keeps_line_feeds(encoder):
+            if self.line_ends is None:
+                return options
+            raise UserError(
+                f"--line_ends keep: the tokenizer in {encoder.folder} does not give a line feed back; take --line_ends "
+                "drop, or a tokenizer that was made with --objective causal"
+            )
+        return options | {"line_ends": "keep"}
 
 
-def describe_source(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
+@dataclass(frozen=True)
+class Description:
+    """What a store would be made of, found out before it is.
+
+    Attributes:
+        fingerprint: of the store.
+        text: facts of the text, "fingerprint" among them.
+        tokenizer: facts of the tokenizer, "fingerprint" and "vocab_size" among them.
+        options: those that change the content.
+    """
+
+    fingerprint: str
+    text: dict[str, Any]
+    tokenizer: dict[str, Any]
+    options: dict[str, Any]
+
+
+def describe_source(source: Source) -> Description:
     """Fingerprint of the store that a source would give, and the facts of its text and tokenizer.
 
     Raises:
-        UserError: a file is missing or unreadable, the tokenizer does not load, the fraction is not in [0, 1).
+        UserError: a file is missing or unreadable, the tokenizer does not load or does not suit the options, the
+            fraction is not in [0, 1).
     """
     if not 0 <= source.validation_fraction < 1:
         raise UserError(f"--validation_fraction must be at least 0 and less than 1, got {source.validation_fraction}")
@@ -72,7 +109,8 @@ def describe_source(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]
         "description": encoder.description,
         "vocab_size": encoder.vocab_size,
     }
-    return store_fingerprint(text["fingerprint"], encoder.fingerprint, source.options()), text, tokenizer
+    options = source.options(encoder)
+    return Description(store_fingerprint(text["fingerprint"], encoder.fingerprint, options), text, tokenizer, options)
 
 
 def _documents(files: Sequence[Path], source: Source, report: TextReport) -> Iterator[Documents]:
@@ -95,13 +133,14 @@ def prepare_store(
     """
     if not source.tokenizer_dir.is_dir():
         raise UserError(f"{source.tokenizer_dir} is not a tokenizer folder; make one with train_tokenizer.py")
-    fingerprint, text, tokenizer = describe_source(source)
+    described = describe_source(source)
     if folder.exists():
-        store = open_store(folder, tokenizer["fingerprint"])
-        if store.fingerprint != fingerprint:
+        store = open_store(folder, described.tokenizer["fingerprint"])
+        if store.fingerprint != described.fingerprint:
             raise UserError(
                 f"the store {folder} was made from another text or with other options (its fingerprint is "
-                f"{store.fingerprint[:16]}, this text and these options give {fingerprint[:16]}); choose another folder"
+                f"{store.fingerprint[:16]}, this text and these options give {described.fingerprint[:16]}); choose "
+                "another folder"
             )
         return store
     remove_leftovers(folder)
@@ -111,9 +150,9 @@ def prepare_store(
         folder,
         _documents(find_files(source.input_files), source, report),
         tokenizer_dir=source.tokenizer_dir,
-        tokenizer_facts=tokenizer,
-        source_facts=text,
-        options=source.options(),
+        tokenizer_facts=described.tokenizer,
+        source_facts=described.text,
+        options=described.options,
         validation_batches=None if held_out is None else _documents(held_out, source, report),
         num_workers=num_workers,
         text_report=report.as_dict,
@@ -127,7 +166,7 @@ def prepare_beside(source: Source, run_dir: Path, num_workers: int) -> TokenStor
     Called before the processes join, by all of them: the first of each machine builds and the others wait for the
     folder to appear, so that no collective operation is waiting meanwhile.
     """
-    folder = run_dir.parent / f"token_store-{describe_source(source)[0][:12]}"
+    folder = run_dir.parent / f"token_store-{describe_source(source).fingerprint[:12]}"
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:
             return prepare_store(source, folder, num_workers)

@@ -188,8 +188,9 @@ Documents = list[list[str]]
 class _Encode:
     """Encodes batches of documents in a worker process, which loads the tokenizer once."""
 
-    def __init__(self, tokenizer_dir: str, dtype: str, validation_fraction: float) -> None:
+    def __init__(self, tokenizer_dir: str, dtype: str, validation_fraction: float, line_ends: str | None) -> None:
         self.tokenizer_dir, self.dtype, self.validation_fraction = tokenizer_dir, dtype, validation_fraction
+        self.line_end = "\n" if line_ends == "keep" else ""  # encoded behind every line of a document but the last
         self.encoder: Any = None
 
     def __call__(self, documents: Documents) -> EncodedBatch:
@@ -197,7 +198,8 @@ class _Encode:
 
         if self.encoder is None:
             self.encoder = load_encoder(self.tokenizer_dir)
-        encoded = self.encoder.encode([line for document in documents for line in document])
+        ended = [[line + self.line_end for line in document[:-1]] + document[-1:] for document in documents]
+        encoded = self.encoder.encode([line for document in ended for line in document])
         sentences = np.array([len(document) for document in documents], np.int64)
         token_ends = np.concatenate([[0], np.cumsum(encoded.lengths)])
         sentence_ends = np.cumsum(sentences)
@@ -355,7 +357,8 @@ def build_store(
         tokenizer_dir: tokenizer folder, copied into the store.
         tokenizer_facts: must hold "fingerprint" and "vocab_size".
         source_facts: must hold "fingerprint".
-        options: options that change the content; "validation_fraction" of the documents is held out by a hash.
+        options: options that change the content; "validation_fraction" of the documents is held out by a hash;
+            "line_ends": "keep" encodes all lines of a document but the last with their line feed.
         validation_batches: documents of a validation part of their own.
         num_workers: processes that encode; the result does not depend on it.
         text_report: called at the end; what was read, repaired and dropped.
@@ -367,12 +370,12 @@ def build_store(
     dtype = "uint16" if tokenizer_facts["vocab_size"] <= 1 << 16 else "uint32"
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
-        encode = _Encode(str(tokenizer_dir), dtype, options["validation_fraction"])
+        encode = _Encode(str(tokenizer_dir), dtype, options["validation_fraction"], options.get("line_ends"))
         for batch in _in_order(encode, batches, num_workers):
             _append(batch, train, validation)
             progress(int(batch.document_sizes[:, 2].sum()))
         if validation_batches is not None:
-            encode = _Encode(str(tokenizer_dir), dtype, 1.0)
+            encode = _Encode(str(tokenizer_dir), dtype, 1.0, options.get("line_ends"))
             for batch in _in_order(encode, validation_batches, num_workers):
                 _append(batch, train, validation)
         parts = {"train": train.close(), "validation": validation.close()}

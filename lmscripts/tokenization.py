@@ -5,9 +5,10 @@ of the analyser, and every word that was seen before is one look-up that gives t
 
 Word starts, which whole-word masking needs, are
 - for `BertJapaneseTokenizer`: the first token of every word of the analyser;
-- for fast tokenizers: the first token of every pre-token, every piece that begins with `▁`, and, unless the model is
-  WordPiece, every piece that begins with a character of a script that is written without spaces (Japanese, Chinese,
-  Thai, ...), because a stretch between two spaces is no word there;
+- for fast tokenizers: the first token of every pre-token, every piece that begins with `▁` or a space, a line feed, tab
+  or carriage return and what follows it, and, unless the model is WordPiece, every piece that begins with a character
+  of a script that is written without spaces (Japanese, Chinese, Thai, ...), because a stretch between two spaces is no
+  word there. A byte of a byte fallback counts as the character that it begins;
 - for other slow tokenizers: pieces without `##`, or with `▁`, whichever mark the vocabulary uses; without either,
   every piece.
 """
@@ -44,6 +45,8 @@ UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
 )
+_UNSPACED_BYTES = frozenset(f"<0x{byte:02X}>" for byte in (*range(0xE3, 0xEA), 0xF0))
+_LINE_CONTROLS = frozenset("\t\n\r") | {"<0x09>", "<0x0A>", "<0x0D>"}
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def _fingerprint(tokenizer: Any, vocabulary: dict[str, int]) -> str:
         "vocabulary": sorted(vocabulary.items(), key=lambda item: (item[1], item[0])),
         "special": [tokenizer.pad_token_id, *tokenizer.all_special_ids],
     }
+    if getattr(tokenizer, "split_special_tokens", False):
+        facts["special tokens are text"] = True
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         facts["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
@@ -326,24 +331,32 @@ def _fast_way(tokenizer: Any, vocabulary: dict[str, int]) -> Way:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    begins_word = np.zeros(max(vocabulary.values(), default=0) + 1, np.bool_)
     is_wordpiece = _model_type(tokenizer) == "WordPiece"
+    begins_word, is_control = (np.zeros(max(vocabulary.values(), default=0) + 1, np.bool_) for _ in range(2))
     if not is_wordpiece:
         begins_unspaced = _begins_unspaced(backend)
         for piece, number in vocabulary.items():
-            begins_word[number] = piece.startswith("▁") or begins_unspaced(piece)
+            is_control[number] = piece in _LINE_CONTROLS
+            begins_word[number] = piece.startswith(("▁", " ")) or is_control[number] or begins_unspaced(piece)
+    # Where nothing cuts a line before the model does, nobody has to ask each token for its word.
+    added = tokenizer.added_tokens_decoder.values()
+    cuts_added = any(not (token.special and tokenizer.split_special_tokens) for token in added)
+    has_words = backend.pre_tokenizer is not None or cuts_added
+    encode_batch = backend.encode_batch if has_words else backend.encode_batch_fast
 
     def encode(lines: Sequence[str]) -> Encoded:
-        encodings = backend.encode_batch(list(lines), add_special_tokens=False)
+        encodings = encode_batch(list(lines), add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         total = int(lengths.sum())
         if not total:
             return _empty(lines)
         ids = np.fromiter((number for encoding in encodings for number in encoding.ids), np.uint32, total)
-        pre_tokens = (number for encoding in encodings for number in encoding.word_ids)
-        words = np.fromiter((-1 if number is None else number for number in pre_tokens), np.int64, total)
         starts = begins_word[ids]
-        starts[1:] |= (words[1:] != words[:-1]) | (words[1:] < 0)
+        if has_words:
+            pre_tokens = (number for encoding in encodings for number in encoding.word_ids)
+            words = np.fromiter((-1 if number is None else number for number in pre_tokens), np.int64, total)
+            starts[1:] |= (words[1:] != words[:-1]) | (words[1:] < 0)
+        starts[1:] |= is_control[ids[:-1]]
         starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
         return Encoded(ids, starts, lengths)
 
@@ -354,7 +367,8 @@ def _begins_unspaced(backend: Any) -> Callable[[str], bool]:
     """Whether a piece begins with a character of a script without spaces, byte-level vocabularies included."""
     settings = json.loads(backend.to_str())
     if '"ByteLevel"' not in json.dumps([settings["pre_tokenizer"], settings["decoder"]]):
-        return lambda piece: bool(_UNSPACED.match(piece))
+        # A byte of a byte fallback stands by itself: E3 to E9 begin U+3000 to U+9FFF, F0 a rare kanji or an emoji.
+        return lambda piece: bool(_UNSPACED.match(piece)) or piece in _UNSPACED_BYTES
     decode = ByteLevel().decode
     # The bytes E3 to E9, which begin U+3000 to U+9FFF, stand for themselves in such a vocabulary.
     return lambda piece: piece[:1] in tuple("ãäåæçèé") or bool(_UNSPACED.match(decode([piece])))

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,22 @@ def check_combination(tokenizer_type: TokenizerType, words: WordTokenizer) -> No
         )
 
 
+@contextmanager
+def splits_folder(model_dir: Path, intermediate_dir: str) -> Iterator[Path]:
+    """The folder for the segmented text: `intermediate_dir`, or one beside the tokenizer that is removed again."""
+    if intermediate_dir:
+        folder = Path(intermediate_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    model_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{model_dir.name}.words-", dir=model_dir.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def needs_words(tokenizer_type: TokenizerType, words: WordTokenizer) -> bool:
     """Whether training reads words joined by spaces instead of the lines themselves."""
     return tokenizer_type != "bpe" and words.kind != "none"
@@ -105,18 +122,23 @@ def write_tokenizer(
         fast = fast_tokenizer(trained, tokenizer_type, words)
         (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8", newline="\n")
     write_json(folder / "tokenizer_config.json", config)
-    write_json(
-        folder / RECORD_FILE,
-        {
-            "tokenizer_type": tokenizer_type,
-            "words": words.description(),
-            "vocab_size": len(trained.pieces),
-            "characters_kept": trained.num_characters,
-            "characters_in_text": trained.num_text_characters,
-            **record,
-            "versions": library_versions(words),
-        },
-    )
+    write_record(folder, trained, tokenizer_type, words, record)
+
+
+def write_record(
+    folder: Path, trained: Trained, tokenizer_type: TokenizerType, words: WordTokenizer, record: dict[str, Any]
+) -> None:
+    """Write `lmscripts_tokenizer.json`: how a vocabulary was made, with the further facts of `record`."""
+    facts = {
+        "tokenizer_type": tokenizer_type,
+        "words": words.description(),
+        "vocab_size": len(trained.pieces),
+        "characters_kept": trained.num_characters,
+        "characters_in_text": trained.num_text_characters,
+        **record,
+        "versions": library_versions(words),
+    }
+    write_json(folder / RECORD_FILE, facts)
 
 
 def library_versions(words: WordTokenizer) -> dict[str, str]:

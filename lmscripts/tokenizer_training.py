@@ -4,7 +4,7 @@ Each function gives the same result in every process: whatever depends on the or
 of threads inside the training libraries is fixed here beforehand. Memory grows with the number of different words,
 not with the text; text that is not cut into words is sampled instead.
 
-The vocabulary always starts with [PAD] [UNK] [CLS] [SEP] [MASK] (ids 0 to 4) and [unused0] ... [unusedN-1].
+The vocabulary always starts with the special tokens, PAD being id 0, and [unused0] ... [unusedN-1].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class VocabularySettings:
         limit_alphabet: number of different characters that are kept, the most frequent ones.
         num_unused: number of [unusedN] entries behind the special tokens.
         multiple: the size is filled up to a multiple of this with further [unusedN]; 0 leaves it.
+        special_tokens: the first entries; pad, unknown, beginning and end of a text come first, in this order.
     """
 
     size: int = 32768
@@ -53,10 +54,16 @@ class VocabularySettings:
     limit_alphabet: int = 6129
     num_unused: int = 10
     multiple: int = 64
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as plain values, for the record of a tokenizer; the usual special tokens are not mentioned."""
+        usual = self.special_tokens == SPECIAL_TOKENS
+        return {name: value for name, value in asdict(self).items() if not (usual and name == "special_tokens")}
 
     def reserved(self) -> list[str]:
         """The special and unused entries at the beginning."""
-        return [*SPECIAL_TOKENS, *(f"[unused{number}]" for number in range(self.num_unused))]
+        return [*self.special_tokens, *(f"[unused{number}]" for number in range(self.num_unused))]
 
     def fill_up(self, num_entries: int) -> list[str]:
         """The [unusedN] entries that bring `num_entries` to a multiple."""
@@ -73,11 +80,11 @@ class VocabularySettings:
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise UserError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
-        room = self.size - len(SPECIAL_TOKENS) - self.num_unused
+        room = self.size - len(self.special_tokens) - self.num_unused
         if room < 1:
             raise UserError(
-                f"a vocabulary of {self.size} entries has no room beside {len(SPECIAL_TOKENS)} special tokens and "
-                f"{self.num_unused} unused ones; give a larger --vocab_size"
+                f"a vocabulary of {self.size} entries has no room beside {len(self.special_tokens)} special tokens "
+                f"and {self.num_unused} unused ones; give a larger --vocab_size"
             )
         return room
 
@@ -141,7 +148,7 @@ def count_words(files: Sequence[Path]) -> Counter[str]:
         counts.update(line.split())
         if len(counts) > MAX_COUNTED_WORDS:
             counts = Counter({word: count for word, count in counts.items() if count > 1})
-    _require_text(counts)
+    require_text(counts)
     return counts
 
 
@@ -161,7 +168,8 @@ def most_frequent(counts: Counter[str], number: int) -> list[str]:
     return [entry for entry, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]]
 
 
-def _require_text(counts: Counter[str]) -> None:
+def require_text(counts: Counter[str]) -> None:
+    """Refuse an empty count."""
     if not counts:
         raise UserError("the input holds no text: every file is empty or blank")
 
@@ -281,29 +289,11 @@ def train_unigram(files: Sequence[Path], settings: VocabularySettings, *, segmen
     """
     units = count_words(files) if segmented else Counter(sampled_lines(files))
     units = _as_sentencepiece_sees(units)
-    _require_text(units)
+    require_text(units)
     characters, _ = count_characters(units)
     # The mark of a word's beginning takes an entry too.
     alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
-    covered = sum(characters[character] for character in alphabet) / characters.total()
-    model = _run_sentencepiece(units, settings, coverage=1.0 if len(alphabet) == len(characters) else covered)
-
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model)  # noqa: B009 (made at run time)
-    for entry in settings.fill_up(len(proto.pieces)):
-        proto.pieces.add(piece=entry, score=0.0, type=proto.SentencePiece.CONTROL)
-    # Names of temporary files would make the file differ from run to run.
-    proto.trainer_spec.ClearField("input")
-    proto.trainer_spec.ClearField("model_prefix")
-    proto.trainer_spec.vocab_size = len(proto.pieces)
-    return Trained(
-        [entry.piece for entry in proto.pieces],
-        scores=[entry.score for entry in proto.pieces],
-        sentencepiece=proto.SerializeToString(deterministic=True),
-        num_characters=len(alphabet),
-        num_text_characters=len(characters),
-    )
+    return run_sentencepiece(units, settings, characters, alphabet)
 
 
 def _as_sentencepiece_sees(units: Counter[str]) -> Counter[str]:
@@ -316,9 +306,36 @@ def _as_sentencepiece_sees(units: Counter[str]) -> Counter[str]:
     return seen
 
 
-def _run_sentencepiece(units: Counter[str], settings: VocabularySettings, coverage: float) -> bytes:
-    import sentencepiece
+def _fill_up(proto: Any, settings: VocabularySettings) -> None:
+    for entry in settings.fill_up(len(proto.pieces)):
+        proto.pieces.add(piece=entry, score=0.0, type=proto.SentencePiece.CONTROL)
+    # Names of temporary files would make the file differ from run to run.
+    proto.trainer_spec.ClearField("input")
+    proto.trainer_spec.ClearField("model_prefix")
+    proto.trainer_spec.vocab_size = len(proto.pieces)
 
+
+def run_sentencepiece(
+    units: Counter[str], settings: VocabularySettings, characters: Counter[str], alphabet: list[str], **options: Any
+) -> Trained:
+    """A unigram vocabulary of sentencepiece.
+
+    Args:
+        units: words or lines and how often each occurs.
+        settings: its size and reserved entries.
+        characters: how often each character occurs in the units.
+        alphabet: the most frequent ones, which are kept.
+        options: further options of sentencepiece's trainer.
+
+    Raises:
+        UserError: sentencepiece cannot make such a vocabulary.
+    """
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    special: dict[str, Any] = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
+    special |= dict(zip(("pad_piece", "unk_piece", "bos_piece", "eos_piece"), settings.special_tokens))
+    covered = sum(characters[character] for character in alphabet) / characters.total()
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "counts.tsv")
@@ -332,26 +349,28 @@ def _run_sentencepiece(units: Counter[str], settings: VocabularySettings, covera
                 model_type="unigram",
                 vocab_size=settings.size,
                 hard_vocab_limit=False,
-                character_coverage=coverage,
+                character_coverage=1.0 if len(alphabet) == len(characters) else covered,
                 normalization_rule_name="identity",
                 max_sentence_length=4 * MAX_SAMPLE_LINE + 16,
                 num_threads=_SENTENCEPIECE_THREADS,
-                pad_id=0,
-                unk_id=1,
-                bos_id=2,
-                eos_id=3,
-                pad_piece="[PAD]",
-                unk_piece="[UNK]",
-                bos_piece="[CLS]",
-                eos_piece="[SEP]",
+                **special,
                 control_symbols=settings.reserved()[4:],
                 minloglevel=2,
+                **options,
             )
         except RuntimeError as error:
             raise UserError(
                 f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text ({error})"
             ) from error
-    return model.getvalue()
+    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model.getvalue())  # noqa: B009 (made at run time)
+    _fill_up(proto, settings)
+    return Trained(
+        [entry.piece for entry in proto.pieces],
+        scores=[entry.score for entry in proto.pieces],
+        sentencepiece=proto.SerializeToString(deterministic=True),
+        num_characters=len(alphabet),
+        num_text_characters=len(characters),
+    )
 
 
 def sampled_lines(files: Sequence[Path]) -> Iterable[str]:
@@ -371,7 +390,7 @@ def sampled_lines(files: Sequence[Path]) -> Iterable[str]:
             for start in range(0, len(line), MAX_SAMPLE_LINE):
                 yield line[start : start + MAX_SAMPLE_LINE]
     if not found:
-        _require_text(Counter())
+        require_text(Counter())
 
 
 def _in_order(vocabulary: dict[str, int]) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lmscripts.config import option, parse_options_with_origin
 from lmscripts.errors import UserError, user_errors
@@ -39,6 +39,9 @@ class Options:
     max_documents: int | None = option(None, help="read no more than so many documents")
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence")
     text_column: str = option("text", help="column of tables and JSON lines that holds the text")
+    line_ends: Literal["keep", "drop"] | None = option(
+        None, help="of a document: for the model to learn, or not; keep for a causal tokenizer, else drop"
+    )
     inspect: str | None = option(None, help="print counts and rows of this store, check its hashes, and exit")
 
 
@@ -72,6 +75,7 @@ def build(options: Options) -> None:
         max_documents=options.max_documents,
         document_per_line=options.document_per_line,
         text_column=options.text_column,
+        line_ends=options.line_ends,
     )
     output, began = Path(str(options.output_dir)), time.monotonic()
     there = output.exists()
@@ -92,8 +96,13 @@ def build(options: Options) -> None:
             f"no document fell into the validation part at --validation_fraction {options.validation_fraction}: "
             "training on this store will have no held-out figures"
         )
+    family = "bert"
+    if store.manifest["options"].get("line_ends") == "keep":
+        family = "gpt2"
+        print("the line feeds between the lines of a document are in the store")
     print(
-        f"next: python scripts/run_pretraining.py --dataset_dir {output} --model_type bert-tiny --model_dir runs/bert"
+        f"next: python scripts/run_pretraining.py --dataset_dir {output} --model_type {family}-tiny "
+        f"--model_dir runs/{family}"
     )
 
 
@@ -129,6 +138,7 @@ def inspect(folder: Path) -> None:
     """Print counts and some text of a store and check every hash."""
     from transformers import AutoTokenizer
 
+    from lmscripts.causal_tokenizer import readable_pieces
     from lmscripts.token_store import open_store, verify_store
 
     store = open_store(folder)
@@ -143,7 +153,7 @@ def inspect(folder: Path) -> None:
     for document in sorted({0, part.num_documents // 2, part.num_documents - 1}):
         start = int(part.document_tokens[document])
         end = min(int(part.document_tokens[document + 1]), start + 40)
-        pieces = tokenizer.convert_ids_to_tokens(part.tokens[start:end].tolist())
+        pieces = readable_pieces(tokenizer, part.tokens[start:end].tolist())
         starts = part.word_starts(start, end)
         text = "".join(("|" if begins else "·") + piece for piece, begins in zip(pieces, starts, strict=True))
         print(f"document {document}: {text}")

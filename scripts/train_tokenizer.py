@@ -3,24 +3,21 @@
 The text is split at document ends, segmented in parallel into files, and a vocabulary is trained on them. A stopped run
 with --intermediate_dir goes on where it was. The result does not depend on the number of splits or processes.
 
-With --extend_tokenizer_dir new words take the place of the unused tokens of a tokenizer instead.
+With --extend_tokenizer_dir new words take the place of the unused tokens of a tokenizer instead; with
+--from_sentencepiece a model of sentencepiece that was made elsewhere becomes such a folder.
 
     python scripts/train_tokenizer.py --input_file corpus.txt --model_dir tokenizer
     python scripts/train_tokenizer.py --extend_tokenizer_dir tokenizer --new_words_file words.txt --model_dir extended
+    python scripts/train_tokenizer.py --from_sentencepiece spiece.model --model_dir tokenizer
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shlex
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from lmscripts.training_text import SplitTask
 
 EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
+IMPORTING = ("from_sentencepiece", "input_file", "document_format", "text_column", "model_max_length", *EXTENDING[2:])
 CHECKED_LINES = 2_000
 MEASURED_LINES = 20_000
 
@@ -54,6 +52,11 @@ class Options:
     text_column: str = option("text", help="column or key of the text in jsonl, csv, tsv and parquet", group="text")
     on_bad_line: Literal["skip", "fail"] = option("skip", help="leave out bad records, counted; or stop", group="text")
 
+    objective: Literal["masked", "causal"] = option(
+        "masked",
+        help="of the model; causal: lossless, with the defaults unigram, no words, no normalisation",
+        group="words",
+    )
     word_tokenizer: Literal["mecab", "sudachi", "whitespace", "none"] = option(
         "mecab", help="mecab or sudachi: Japanese; whitespace (and punctuation): others; none: as it is", group="words"
     )
@@ -81,6 +84,7 @@ class Options:
 
     extend_tokenizer_dir: str = option("", help="tokenizer to extend instead of training one", group="extension")
     new_words_file: str = option("", help="a new word a line, each for an unused token", group="extension")
+    from_sentencepiece: str = option("", help="model of sentencepiece to take over instead of training", group="import")
 
 
 RENAMED = {
@@ -96,81 +100,6 @@ ACCEPTED_UNUSED = {
     "ignore_max_byte_error": "lines beyond Sudachi's limit are cut at sentence ends",
     "disable_tqdm": "without a terminal plain lines are printed",
 }
-
-
-# ---- checks before any work ----
-
-
-def refuse(origins: dict[str, str], why: str, *names: str) -> None:
-    """Refuse options that were given although they would change nothing."""
-    for name in names:
-        if origins[name] != "default":
-            raise UserError(f"--{name} has no effect {why}; leave it out")
-
-
-def refuse_ignored(options: Options, origins: dict[str, str], paths: Sequence[Path]) -> None:
-    """Refuse options of the training that the other options leave without effect."""
-    from lmscripts.corpus import HUB
-    from lmscripts.text_reading import format_of
-
-    for analyser in ("mecab", "sudachi"):
-        if options.word_tokenizer != analyser:
-            names = [name for name in origins if name.startswith(f"{analyser}_")]
-            refuse(origins, f"with --word_tokenizer {options.word_tokenizer}", *names)
-    # The defaults themselves are let through: older command lines give them with every type.
-    for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
-        if options.tokenizer_type == kind and getattr(options, name) != getattr(Options, name):
-            refuse(origins, f"with --tokenizer_type {kind}", name)
-    plain = [not str(path).startswith(HUB) and format_of(path)[0] == "txt" for path in paths]
-    if all(plain):
-        refuse(origins, "where all input is plain text", "text_column", "on_bad_line")
-    if not any(plain):
-        refuse(origins, "where no input is plain text", "document_format")
-
-
-def word_settings(options: Options) -> WordTokenizer:
-    """How lines are cut into words; tried once here, so that a missing dictionary is known at once."""
-    from lmscripts.segmentation import WordTokenizer, make_segmenter
-    from lmscripts.tokenizer_folder import check_combination
-
-    words = WordTokenizer(
-        kind=options.word_tokenizer,
-        dictionary=options.mecab_dic,
-        option=options.mecab_option,
-        sudachi_split_mode=options.sudachi_split_mode,
-        sudachi_dictionary=options.sudachi_dict,
-        normalization=options.normalization,
-    )
-    check_combination(options.tokenizer_type, words)
-    make_segmenter(words)
-    return words
-
-
-def vocabulary_settings(options: Options) -> VocabularySettings:
-    """What the vocabulary is to be."""
-    from lmscripts.option_checks import check_numbers
-    from lmscripts.tokenizer_training import VocabularySettings
-
-    check_numbers(vars(options), positive=("model_max_length",), not_negative=("num_files", "num_workers"))
-    settings = VocabularySettings(
-        size=options.vocab_size,
-        min_frequency=options.min_frequency,
-        limit_alphabet=options.limit_alphabet,
-        num_unused=options.num_unused_tokens,
-        multiple=options.pad_vocab_to_multiple_of,
-    )
-    settings.room()
-    return settings
-
-
-def request_of(options: Options, source: str, words: WordTokenizer) -> str:
-    """Hash of all that decides the tokenizer: text, options, dictionary and libraries, not folders or processes."""
-    from lmscripts.tokenizer_folder import library_versions
-
-    elsewhere = ("input_file", "intermediate_dir", "num_files", "num_workers", *EXTENDING)
-    chosen = {name: value for name, value in asdict(options).items() if name not in elsewhere}
-    facts = [source, chosen, words.description(), library_versions(words)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 # ---- the steps ----
@@ -195,23 +124,6 @@ class Progress:
             self.last_line = now
             done = f"{done_bytes / 1e6:.0f}{self.of_total} MB, {done_splits} of {self.num_splits} splits"
             print(f"segmenting: {done}, {done_bytes / (now - self.started) / 1e6:.1f} MB/s", flush=True)
-
-
-@contextmanager
-def segmented_folder(options: Options) -> Iterator[Path]:
-    """The folder for the splits; a temporary one beside the tokenizer is removed again."""
-    if options.intermediate_dir:
-        folder = Path(options.intermediate_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    target = Path(options.model_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.words-", dir=target.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path]) -> TextReport:
@@ -240,18 +152,23 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path])
 
 def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
     """Train the vocabulary and say where it differs from what was asked for."""
+    from lmscripts.causal_tokenizer import train_causal
     from lmscripts.tokenizer_training import train_vocabulary
 
     started = time.monotonic()
     files = [task.text_file for task in tasks]
-    trained = train_vocabulary(options.tokenizer_type, files, settings, segmented=tasks[0].segmented)
+    if options.objective == "causal":
+        trained = train_causal(options.tokenizer_type, files, settings)
+    else:
+        trained = train_vocabulary(options.tokenizer_type, files, settings, segmented=tasks[0].segmented)
     print(f"trained {len(trained.pieces):,} entries ({options.tokenizer_type}) in {time.monotonic() - started:.1f} s")
     print("".join(f"{sentence}\n" for sentence in trained.remarks(settings)), end="", flush=True)
     return trained
 
 
-def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer) -> None:
+def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, lossless: bool) -> None:
     """Compare the fast path with AutoTokenizer on a sample, and print and write the tokenizer report."""
+    from lmscripts.causal_tokenizer import DIFFICULT_LINES, check_lossless
     from lmscripts.tokenization import load_encoder
     from lmscripts.tokenizer_folder import REPORT_FILE, write_json
     from lmscripts.tokenizer_report import check_encoder, report_table, tokenizer_report
@@ -261,6 +178,9 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer) 
     checked = lines[::step][:CHECKED_LINES]
     check_encoder(encoder, checked)
     print(f"checked: {len(checked):,} lines have the same ids through AutoTokenizer")
+    if lossless:
+        check_lossless(encoder, [*DIFFICULT_LINES, *checked])
+        print(f"lossless: decoding gives {len(checked):,} lines and {len(DIFFICULT_LINES)} difficult ones back exactly")
     report = tokenizer_report(encoder, lines)
     write_json(folder / REPORT_FILE, report)
     print(report_table(report))
@@ -281,6 +201,7 @@ def main() -> None:
     )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     steps = extend if options.extend_tokenizer_dir or options.new_words_file else run
+    steps = take_over if options.from_sentencepiece else steps
     with user_errors():
         steps(options, origins)
 
@@ -289,6 +210,7 @@ def extend(options: Options, origins: dict[str, str]) -> None:
     """Write a copy of a tokenizer in which new words stand where unused tokens stood."""
     from lmscripts.tokenizer_extension import plan_extension, write_extension
     from lmscripts.tokenizer_folder import read_record, replaced_folder
+    from lmscripts.tokenizer_options import refuse
 
     if missing := [name for name in EXTENDING[:2] if not getattr(options, name)]:
         raise UserError(f"missing --{missing[0]}: --extend_tokenizer_dir and --new_words_file belong together")
@@ -303,18 +225,54 @@ def extend(options: Options, origins: dict[str, str]) -> None:
     print(f"the tokenizer is in {target}; make a new token store with --tokenizer_dir {shlex.quote(str(target))}")
 
 
+def take_over(options: Options, origins: dict[str, str]) -> None:
+    """Write the folder of a model of sentencepiece that was made elsewhere."""
+    from lmscripts.corpus import find_files, spread_sample
+    from lmscripts.sentencepiece_import import import_sentencepiece
+    from lmscripts.tokenizer_folder import replaced_folder
+    from lmscripts.tokenizer_options import refuse
+
+    refuse(origins, "with --from_sentencepiece", *[name for name in origins if name not in IMPORTING])
+    target, model = Path(options.model_dir), Path(options.from_sentencepiece)
+    paths = find_files(options.input_file) if options.input_file else []
+    per_line = options.document_format == "line"
+    reading = {"document_per_line": per_line, "text_column": options.text_column}
+    lines = spread_sample(paths, CHECKED_LINES, **reading) if paths else []
+    length = options.model_max_length if origins["model_max_length"] != "default" else None
+    with replaced_folder(target, options.overwrite) as aside:
+        print("\n".join(import_sentencepiece(model, aside, lines, model_max_length=length)))
+    print(f"the tokenizer is in {target}; make a token store with --tokenizer_dir {shlex.quote(str(target))}")
+
+
 def run(options: Options, origins: dict[str, str]) -> None:
     """Train a tokenizer: everything after the options were read."""
+    from lmscripts.causal_tokenizer import write_causal_tokenizer
     from lmscripts.corpus import find_files, plan_spans, source_fingerprint, spread_sample
-    from lmscripts.tokenizer_folder import check_target, needs_words, read_record, replaced_folder, write_tokenizer
+    from lmscripts.tokenizer_folder import (
+        check_target,
+        needs_words,
+        read_record,
+        replaced_folder,
+        splits_folder,
+        write_tokenizer,
+    )
+    from lmscripts.tokenizer_options import (
+        refuse_useless,
+        request_of,
+        vocabulary_settings,
+        with_defaults_of_objective,
+        word_settings,
+    )
     from lmscripts.training_text import SplitTask
 
+    causal = options.objective == "causal"
+    options = with_defaults_of_objective(options, origins)
     if not options.input_file:
         raise UserError("missing --input_file (on the line or in the file of --config)")
     target = Path(options.model_dir)
     settings = vocabulary_settings(options)
     paths = find_files(options.input_file)
-    refuse_ignored(options, origins, paths)
+    refuse_useless(options, origins, paths)
     words = word_settings(options)
     source = source_fingerprint(paths)
     request = request_of(options, source, words)
@@ -328,18 +286,19 @@ def run(options: Options, origins: dict[str, str]) -> None:
     per_line = options.document_format == "line"
     spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line)
     segmented = needs_words(options.tokenizer_type, words)
-    with segmented_folder(options) as folder:
+    with splits_folder(target, options.intermediate_dir) as folder:
         reading = (per_line, options.text_column, options.on_bad_line)
         tasks = [SplitTask(i, tuple(part), folder, source, words, segmented, *reading) for i, part in enumerate(spans)]
         report = segment(tasks, workers, paths)
         trained = train(options, tasks, settings)
     lines = spread_sample(paths, MEASURED_LINES, document_per_line=per_line, text_column=options.text_column)
-    record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": asdict(settings)}
+    record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": settings.facts()}
     del record["text"]["examples"]  # names of files
     length = options.model_max_length
     with replaced_folder(target, options.overwrite) as aside:
-        write_tokenizer(aside, trained, options.tokenizer_type, words, model_max_length=length, record=record)
-        check_and_measure(aside, lines, words)
+        write = write_causal_tokenizer if causal else write_tokenizer
+        write(aside, trained, options.tokenizer_type, words, model_max_length=length, record=record)
+        check_and_measure(aside, lines, words, causal)
     inputs = shlex.join(["--input_file", *options.input_file, "--tokenizer_dir", str(target)])
     print(f"the tokenizer is in {target}; next:\n  python scripts/prepare_corpus.py {inputs} --output_dir store")
 

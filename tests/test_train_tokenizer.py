@@ -70,6 +70,16 @@ def test_older_command_line(older):
     assert json.loads((tokenizer / "tokenizer_report.json").read_text())["unknown_tokens"] == 0
 
 
+def test_objective_of_masked_models_is_the_default(older, tmp_path):
+    """Named or not it is the same tokenizer, whose record knows nothing of objectives."""
+    folder = older[0] / "share" / "tokenizer"
+    run("--input_file", ARTICLES, "--objective", "masked", "--model_dir", tmp_path / "t")
+    assert digests(tmp_path / "t") == digests(folder)
+    record = json.loads((folder / "lmscripts_tokenizer.json").read_text())
+    assert set(record["settings"]) == {"size", "min_frequency", "limit_alphabet", "num_unused", "multiple"}
+    assert "objective" not in record
+
+
 def test_folder_loads_without_this_package(older):
     """Plain transformers, no network, this package not importable."""
     program = (

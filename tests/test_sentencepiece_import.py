@@ -1,0 +1,195 @@
+"""Models of sentencepiece that were made elsewhere, as folders for AutoTokenizer, beside sentencepiece itself."""
+
+import io
+import json
+import random
+import unicodedata
+
+import pytest
+import sentencepiece
+from conftest import SAMPLE, run_script
+from transformers import AutoTokenizer
+
+from lmscripts.causal_tokenizer import DIFFICULT_LINES, keeps_line_feeds
+from lmscripts.errors import UserError
+from lmscripts.sentencepiece_import import import_sentencepiece
+from lmscripts.tokenization import load_encoder
+from lmscripts.tokenizer_report import check_encoder
+
+NAMES = ("articles.txt", "finnish.txt", "english.txt")
+LINES = [line for name in NAMES for line in (SAMPLE / name).read_text(encoding="utf-8").split("\n") if line]
+
+
+def train(path, **options):
+    model = io.BytesIO()
+    options = {"vocab_size": 2000, "hard_vocab_limit": False, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=model, **options)
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def take_over(tmp_path, **options):
+    """The folder and sentencepiece's own processor of a model that is trained with these options."""
+    model = train(tmp_path / "m.model", **options)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    import_sentencepiece(model, folder, LINES[::10])
+    return folder, sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+def mixed_lines(number, seed=7):
+    """Random pieces of the sample, of difficult lines, and of single characters, put together."""
+    pick = random.Random(seed)
+    extras = ["  ", " ", "\u3000", "<s>", "</s>", "<0x0A>", "ﾞ", "ﾊﾟ", "\u3099", "\u0301", "\n", "～", "①", "e", "X"]
+    for _ in range(number):
+        parts = []
+        for _ in range(pick.randint(1, 6)):
+            source = pick.choice(LINES if pick.random() < 0.6 else DIFFICULT_LINES)
+            start = pick.randrange(len(source) + 1)
+            parts += [source[start : start + pick.randint(0, 12)], pick.choice(extras)]
+        yield "".join(parts)
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "identity"])
+@pytest.mark.parametrize("byte_fallback", [True, False])
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_ids_are_those_of_sentencepiece(tmp_path, kind, byte_fallback, rule):
+    folder, processor = take_over(tmp_path, model_type=kind, byte_fallback=byte_fallback, normalization_rule_name=rule)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.is_fast
+    assert len(tokenizer) == processor.get_piece_size()
+    lines = [*DIFFICULT_LINES, *LINES, *mixed_lines(1500)]
+    found = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    # Marks in no canonical order are put in order by NFKC and left as they are by sentencepiece.
+    ordered = [line for line in lines if rule == "identity" or marks_in_order(line)]
+    assert len(ordered) > 0.98 * len(lines)
+    for line, ids in zip(lines, found):
+        if line in ordered:
+            assert ids == processor.encode(line), repr(line)
+    check_encoder(load_encoder(folder), lines)
+    known = [line for line in LINES if processor.unk_id() not in processor.encode(line)]
+    assert len(known) > 100
+    for line in known:
+        assert tokenizer.decode(tokenizer(line)["input_ids"], skip_special_tokens=True) == processor.decode(
+            processor.encode(line)
+        )
+
+
+def marks_in_order(line):
+    apart = "".join(unicodedata.normalize("NFKD", character) for character in line)
+    return unicodedata.is_normalized("NFKD", apart)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_dummy_prefix": False, "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3},
+        {"remove_extra_whitespaces": False, "byte_fallback": True, "normalization_rule_name": "identity"},
+        {"normalization_rule_name": "nfkc"},
+        {"normalization_rule_name": "nmt_nfkc_cf"},
+        {"treat_whitespace_as_suffix": True},
+        {"split_by_whitespace": False, "normalization_rule_name": "identity", "character_coverage": 0.98},
+        {"user_defined_symbols": ["ます", "です。", "\n", "▁東", "ＡＢ"], "byte_fallback": True},
+    ],
+    ids=lambda options: "-".join(options)[:40],
+)
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_other_settings(tmp_path, kind, options):
+    folder, processor = take_over(tmp_path, model_type=kind, **options)
+    encoder = load_encoder(folder)
+    lines = LINES[::3]
+    assert [row.tolist() for row in encoder.encode(lines).rows()] == processor.encode(lines)
+
+
+def test_special_tokens_come_from_the_model(tmp_path):
+    ids = {"pad_id": 4, "unk_id": 2, "bos_id": -1, "eos_id": 0}
+    folder, processor = take_over(tmp_path, control_symbols=["[CLS]", "[SEP]", "[MASK]"], pad_piece="[PAD]", **ids)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) == (4, 2, 0)
+    assert tokenizer.bos_token is None
+    assert tokenizer.pad_token == "[PAD]"
+    encoded = tokenizer("東京の天気")
+    pieces = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    assert (pieces[0], pieces[-1]) == ("[CLS]", "[SEP]")
+    assert set(encoded) == {"input_ids", "token_type_ids", "attention_mask"}
+    # People write the mask into a text, whatever its kind in the model; nothing else is read out of a text.
+    assert tokenizer.mask_token_id in tokenizer("東京の[MASK]天気")["input_ids"]
+    assert tokenizer("[CLS]</s>")["input_ids"][1:-1] == processor.encode("[CLS]</s>")
+
+
+def test_causal_models_get_their_beginning_and_keep_line_feeds(tmp_path):
+    options = {"byte_fallback": True, "normalization_rule_name": "identity"}
+    folder, processor = take_over(tmp_path, model_type="bpe", remove_extra_whitespaces=False, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("東京\n")["input_ids"] == [tokenizer.bos_token_id, *processor.encode("東京\n")]
+    assert set(tokenizer("a")) == {"input_ids", "attention_mask"}
+    encoder = load_encoder(folder)
+    assert encoder.mask_id is None
+    assert keeps_line_feeds(encoder)
+
+
+def test_whole_command(tmp_path):
+    model = train(tmp_path / "m.model", model_type="unigram", byte_fallback=True)
+    arguments = ["--model_dir", tmp_path / "t", "--from_sentencepiece"]
+    done = run_script(
+        "train_tokenizer.py", *arguments, model, "--model_max_length", 77, "--input_file", SAMPLE / NAMES[0]
+    )
+    assert "lines have the ids of sentencepiece" in done.stdout
+    assert AutoTokenizer.from_pretrained(tmp_path / "t").model_max_length == 77
+    record = json.loads((tmp_path / "t" / "lmscripts_tokenizer.json").read_text())
+    assert record["from_sentencepiece"] == "m.model"
+    for extra, sentence in (
+        ([model], "--overwrite"),
+        ([model, "--overwrite", "--vocab_size", 100], "--vocab_size has no effect"),
+        ([SAMPLE / NAMES[0], "--overwrite"], "no model of sentencepiece"),
+        ([tmp_path / "none", "--overwrite"], "cannot read"),
+    ):
+        done = run_script("train_tokenizer.py", *arguments, *extra, check=False)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+    assert AutoTokenizer.from_pretrained(tmp_path / "t").model_max_length == 77
+
+
+def test_a_model_that_differs_is_refused_by_the_line(tmp_path):
+    """A rule of its own (two characters to one, not in NFKC) that no step of `tokenizers` applies."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("3042 3044\t3046\n3042\t3048\n", encoding="utf-8")  # あい -> う, あ -> え
+    model = train(tmp_path / "m.model", normalization_rule_tsv=str(rules))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    line = "このあいだ"
+    assert processor.encode(line) == processor.encode("このうだ")
+    (tmp_path / "t").mkdir()
+    with pytest.raises(UserError, match=r"differ on the line '[^']*あい"):
+        import_sentencepiece(model, tmp_path / "t", ["前の行", line])
+
+
+def test_other_kinds_are_refused(tmp_path):
+    model = train(tmp_path / "m.model", model_type="char")
+    with pytest.raises(UserError, match="kind char"):
+        import_sentencepiece(model, tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "config"),
+    [
+        ("unigram", "spiece.model", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}),
+        ("bpe", "tokenizer.model", {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
+        ("unigram", "spiece.model", {"tokenizer_class": "AlbertTokenizer", "do_lower_case": False}),
+    ],
+    ids=["t5", "llama", "albert"],
+)
+def test_folders_with_only_a_model_load(tmp_path, kind, name, config):
+    options = {
+        "byte_fallback": kind == "bpe",
+        "normalization_rule_name": "nmt_nfkc" if kind == "unigram" else "identity",
+    }
+    options |= {"control_symbols": ["[CLS]", "[SEP]", "[MASK]"]} if "Albert" in config["tokenizer_class"] else {}
+    train(tmp_path / name, model_type=kind, pad_id=0, unk_id=1, bos_id=2, eos_id=3, **options)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    encoder = load_encoder(tmp_path)
+    assert encoder.unk_id == encoder.tokenizer.unk_token_id
+    check_encoder(encoder, LINES[::5])
+    encoded = encoder.encode(["東京の天気は晴れ。", "The quick brown fox"])
+    assert encoded.lengths.min() > 0
+    assert encoded.word_starts.sum() >= 4 + 6
