@@ -43,7 +43,6 @@ from lmscripts.models.electra import share_embeddings
 from lmscripts.objectives import Batch, ReplacedTokenDetection, masked_batches
 from lmscripts.optim import build_optimizer
 from lmscripts.order import rows_at
-from lmscripts.packing import read_rows
 from lmscripts.pretraining import mlm_layout, open_rows, replacement_ids
 from lmscripts.token_store import open_store
 
@@ -64,7 +63,7 @@ def make_batches(options: argparse.Namespace) -> list[Batch]:
     opened = open_rows(store, "train", layout)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
-    part, index = opened
+    index = opened.index
     rows, epochs = rows_at(np.arange(index.num_rows), index.num_rows, seed=0)
     first = index.first_segment[rows]
     full = index.segment_length[first] == layout.most_real_tokens  # then it is the only segment
@@ -85,7 +84,7 @@ def make_batches(options: argparse.Namespace) -> list[Batch]:
     )
 
     def batch(taken: NDArray[np.int64]) -> Batch:
-        laid_out = read_rows(part, index, taken, layout)
+        laid_out = opened.read(taken)
         return masked_batches(laid_out, taken, epochs[: taken.size], 0, plan, [taken.size])[0][0]
 
     return [batch(rows[number * size : (number + 1) * size]) for number in range(options.pairs + 1)]

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from lmscripts.objectives import Batch
 from lmscripts.order import rows_at
-from lmscripts.packing import read_rows
 from lmscripts.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
 from lmscripts.token_store import open_store
 
@@ -38,7 +37,7 @@ def measure(options: argparse.Namespace, num_rows: int, length: int) -> None:
     opened = open_rows(store, "train", layout)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
-    part, index = opened
+    index = opened.index
     plan = mlm_masking(tokenizer, layout, probability=0.15, unit="word")
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, return_tensors="pt")
 
@@ -47,7 +46,6 @@ def measure(options: argparse.Namespace, num_rows: int, length: int) -> None:
     data = PretrainingData(
         train=opened,
         held_out=None,
-        layout=layout,
         masking=plan,
         attention="sdpa",
         seed=0,
@@ -66,7 +64,7 @@ def measure(options: argparse.Namespace, num_rows: int, length: int) -> None:
 
     examples = []
     for number in chosen:
-        rows = read_rows(part, index, number, layout)
+        rows = opened.read(number)
         ids, special = rows.ids.tolist(), (~rows.content).astype(int).tolist()
         examples.append([{"input_ids": i, "special_tokens_mask": s} for i, s in zip(ids, special)])
 

@@ -26,7 +26,6 @@ from lmscripts.attention import attention_inputs
 from lmscripts.objectives import Batch, MaskedLanguageModel, masked_batches
 from lmscripts.optim import build_optimizer
 from lmscripts.order import rows_at
-from lmscripts.packing import read_rows
 from lmscripts.pretraining import mlm_layout, mlm_masking, open_rows
 from lmscripts.token_store import open_store
 
@@ -42,7 +41,7 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
     opened = open_rows(store, "train", layout)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
-    part, index = opened
+    index = opened.index
     rows, epochs = rows_at(np.arange(index.num_rows), index.num_rows, seed=0)
     if full_only:
         first = index.first_segment[rows]
@@ -51,7 +50,7 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
     plan = mlm_masking(tokenizer, layout, probability=0.15, unit="word")
 
     def batch(taken: NDArray[np.int64]) -> Batch:
-        laid_out = read_rows(part, index, taken, layout)
+        laid_out = opened.read(taken)
         return masked_batches(laid_out, taken, epochs[: taken.size], 0, plan, [taken.size])[0][0]
 
     size = options.rows

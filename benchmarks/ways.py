@@ -68,7 +68,6 @@ def our_data(material: Material, way: str) -> PretrainingData:
     return PretrainingData(
         train=train,
         held_out=None,
-        layout=layout,
         masking=mlm_masking(material.tokenizer, layout, probability=0.15, unit="token"),
         attention="sdpa",
         seed=material.seed,

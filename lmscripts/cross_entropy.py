@@ -77,14 +77,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = (states @ matrix.t()).float()
                 if bias is not None:
                     logits += bias.float()
-                partition = logits.logsumexp(-1)
-                entropy = partition - logits.gather(1, label).squeeze(1)
+                first = logits[:, 0].clone()
+                logarithms = torch.log_softmax(logits, -1)  # one pass, where logsumexp takes several
+                partition = first - logarithms[:, 0]
+                entropy = -logarithms.gather(1, label).squeeze(1)
                 plain = plain + (entropy * share).sum()
                 penalty = penalty + (z_loss * partition.square() * share).sum()
                 if not (wants_hidden or wants_weight):
                     correct = correct + ((logits.argmax(-1) == label.squeeze(1)) * share).sum()
                     continue
-                gradient = logits.sub_(partition[:, None]).exp_()
+                gradient = torch.exp(logarithms, out=logits)
                 gradient *= (share * (1 + 2 * z_loss * partition))[:, None]
                 gradient.scatter_add_(1, label, -share[:, None])
                 if for_bias is not None:

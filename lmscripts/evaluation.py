@@ -1,39 +1,91 @@
-"""Held-out evaluation: the same rows and the same masks every time, weighted by token over all processes."""
+"""Evaluation: the same rows and the same masks every time, and the same bits for any number of processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lmscripts.corpus import HUB
 from lmscripts.distributed import sum_over_processes
+from lmscripts.errors import UserError
 from lmscripts.loader import to_device
-from lmscripts.objectives import Batch
-from lmscripts.order import split_shares
+from lmscripts.preparation import Source, prepare_beside
+from lmscripts.text_reading import check_encoding, format_of, open_binary, read_records, reading
+from lmscripts.text_report import TextReport
+from lmscripts.token_store import TokenStore
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lmscripts.objectives import MaskedLanguageModel, ReplacedTokenDetection
+    from lmscripts.objectives import Batch, Objective
 
-# Rows of the given numbers as a masked batch with its counts; an empty list of numbers gives None.
-MakeBatch = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]]], tuple[Batch, dict[str, float]]]
+    # Rows of the given numbers as a batch with its counts.
+    MakeBatch = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]]], tuple[Batch, dict[str, float]]]
+Progress = Callable[[int, int], None]  # passes done, passes in all
+
+
+def sum_over_batches(
+    accelerator: Accelerator,
+    num_batches: int,
+    measure: Callable[[int], Mapping[str, float | torch.Tensor]],
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
+) -> dict[str, float] | None:
+    """Sums over numbered batches in float64, bitwise the same for any number of processes.
+
+    Batch n is measured by process n % world. After each pass one all-reduce carries a vector in which a process fills
+    its own places only: adding zeros is exact, so every process then has the numbers of every batch and adds them in
+    the order of the batches.
+
+    Every process makes the same number of passes, the last time with a batch that does not count if it has none left,
+    so that a sharded model stays aligned and a request to stop is seen by all after the same pass.
+
+    Args:
+        accelerator: the running processes.
+        num_batches: number of batches.
+        measure: named numbers of the batch with this number, always in the same order; what is in the batch must not
+            depend on the processes.
+        stop_requested: asked on each process after each pass.
+        progress: called after each pass.
+
+    Returns:
+        The sums by name, empty without batches; None when a process was asked to stop before the end.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    totals: dict[str, float] = {}
+    for first in range(0, num_batches, world):
+        measured = measure(first + rank if first + rank < num_batches else 0)
+        width = len(measured)
+        places = [0.0] * (world * width)
+        places[rank * width : (rank + 1) * width] = [float(value) for value in measured.values()]
+        *places, stops = sum_over_processes(accelerator, [*places, float(stop_requested())])
+        if stops:
+            return None
+        for process in range(min(world, num_batches - first)):
+            for place, name in enumerate(measured):
+                totals[name] = totals.get(name, 0.0) + places[process * width + place]
+        progress(first // world + 1, -(-num_batches // world))
+    return totals
 
 
 def evaluate(
     accelerator: Accelerator,
-    objective: MaskedLanguageModel | ReplacedTokenDetection,
+    objective: Objective,
     make_batch: MakeBatch,
     num_rows: int,
     micro_batch_size: int,
     stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
 ) -> dict[str, float] | None:
-    """What the objective measures on held-out rows, the same for any number of processes.
-
-    Every process runs the same number of forward passes, with an unweighted row where it has none left, so that a
-    sharded model stays aligned and a request to stop is seen by all after the same pass.
+    """What the objective measures on held-out rows, bitwise the same for any number of processes.
 
     Args:
         accelerator: the running processes.
@@ -42,32 +94,97 @@ def evaluate(
         num_rows: rows of the held-out part.
         micro_batch_size: rows per forward pass.
         stop_requested: asked on each process after each pass.
+        progress: called after each pass.
 
     Returns:
         The objective's metrics, empty without a single target; None when a process was asked to stop before the end.
     """
-    shares = split_shares(num_rows, [1] * accelerator.num_processes)
-    first = sum(shares[: accelerator.process_index])
-    mine = np.arange(first, first + shares[accelerator.process_index])
-    passes = -(-max(shares) // micro_batch_size)
+    totals = sums_and_counts(accelerator, objective, make_batch, num_rows, micro_batch_size, stop_requested, progress)
+    if totals is None:
+        return None
+    sums, counts = totals
+    return objective.metrics(sums, counts) if counts.get(next(iter(objective.weights))) else {}
+
+
+def sums_and_counts(
+    accelerator: Accelerator,
+    objective: Objective,
+    make_batch: MakeBatch,
+    num_rows: int,
+    micro_batch_size: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
+) -> tuple[dict[str, float], dict[str, float]] | None:
+    """As `evaluate`, but what the metrics are made of: the objective's sums, and the counts of its targets."""
+
+    def measure(number: int) -> dict[str, float | torch.Tensor]:
+        begin = number * micro_batch_size
+        batch, counts = make_batch(np.arange(begin, min(num_rows, begin + micro_batch_size)))
+        found = objective(to_device(batch, accelerator.device))
+        return {f"sum {name}": value for name, value in found.items()} | {f"count {n}": v for n, v in counts.items()}
+
     was_training = objective.training
     objective.eval()
-    totals: dict[tuple[str, str], float] = {}
     try:
         with torch.no_grad(), accelerator.autocast():
-            for number in range(passes):
-                rows = mine[number * micro_batch_size : (number + 1) * micro_batch_size]
-                batch, counts = make_batch(rows if rows.size else np.zeros(1, np.int64))
-                found = objective(to_device(batch, accelerator.device))
-                # One key for each sum and each count, on every process the same.
-                both = {("sum", name): value for name, value in found.items()}
-                both |= {("count", name): value for name, value in counts.items()}
-                for key, value in both.items():
-                    totals[key] = totals.get(key, 0.0) + (float(value) if rows.size else 0.0)
-                if sum_over_processes(accelerator, [float(stop_requested())])[0]:
-                    return None
+            num_batches = -(-num_rows // micro_batch_size)
+            totals = sum_over_batches(accelerator, num_batches, measure, stop_requested, progress)
     finally:
         objective.train(was_training)
-    together = dict(zip(totals, sum_over_processes(accelerator, list(totals.values())), strict=True))
-    sums, targets = ({n: v for (kind, n), v in together.items() if kind == wanted} for wanted in ("sum", "count"))
-    return objective.metrics(sums, targets) if targets["mlm"] else {}
+    if totals is None:
+        return None
+    sums, counts = (
+        {name.removeprefix(kind): value for name, value in totals.items() if name.startswith(kind)}
+        for kind in ("sum ", "count ")
+    )
+    return sums, counts
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def raw_text_bytes(files: Sequence[Path], text_column: str) -> list[int]:
+    """Bytes of the text of each file as it is, before anything is cleaned or dropped.
+
+    Of plain text all bytes of the file, decompressed; of tables the UTF-8 bytes of the text column.
+
+    Raises:
+        UserError: a data set on the Hub, whose bytes nobody can count twice, or a damaged file.
+    """
+    sizes = []
+    for path in map(str, files):
+        if path.startswith(HUB):
+            raise UserError(
+                f"{path} is a stream from the Hub, which may change: save it as a file and evaluate on that"
+            )
+        size = 0
+        if format_of(path)[0] == "txt":
+            check_encoding(path)
+            with reading(path), open_binary(path) as file:
+                while block := file.read(1 << 20):
+                    size += len(block)
+        else:
+            for text, _ in read_records(path, text_column, "skip", TextReport()):
+                size += len(text.encode("utf-8", "surrogatepass"))
+        sizes.append(size)
+    return sizes
+
+
+@contextmanager
+def temporary_store(source: Source, num_workers: int) -> Iterator[TokenStore]:
+    """A token store of a text for as long as it is evaluated, removed however the block ends.
+
+    Called before the processes join, by all of them: of those on one machine the first builds, and removes at the end.
+    """
+    builds = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A name that the processes of this run on this machine know without asking each other.
+        run = f"{os.getuid()}-{os.environ.get('MASTER_PORT', '0')}-{os.environ.get('SLURM_JOB_ID', '0')}"
+        folder = Path(tempfile.gettempdir()) / f"lmscripts-evaluation-{run}"
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="lmscripts-evaluation-"))
+    try:
+        yield prepare_beside(source, folder / "run", num_workers)
+    finally:
+        if builds:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,258 @@
+"""Seconds until the same held-out bits per byte: GPT-2 here and with transformers' Trainer doing what run_clm does.
+
+    python benchmarks/causal_time_to_loss.py --text wikitext2.valid.txt --held_out wikitext2.test.txt --work_dir work
+
+On a machine that others use, put OMP_WAIT_POLICY=passive in front: threads then wait without burning time.
+
+Both train the same GPT-2 (2 layers x 128, 2 heads) from the same weights, with the same byte-level BPE, on the same
+text, 8 rows of 128 tokens a step, AdamW without decay, clipping at 1, dropout 0.1, at constant learning rates:
+
+    ours         the loop of run_pretraining.py: documents isolated, each begun by <s>, its end predicted
+    group_texts  Trainer: lines joined within 1,000 of them and cut into blocks of 128 (run_clm)
+
+A run's clocks stand still while it is scored and while the other runs: they take turns of a few seconds. Each is scored
+on the same held-out text, laid out as it trains: bits per byte = nats of all targets / ln 2 / bytes of the text. White
+space around lines is taken away for both; a blank line between documents is two line feeds there, an end token here.
+`group_texts` predicts neither the first token of a block nor what is left over; it is charged its mean for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from time_to_loss import seconds_to, write_documents
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from turns import Turns, Watch
+
+from lmscripts.causal import CausalLanguageModel, boundary_ids, causal_batches
+from lmscripts.corpus import Span, read_documents
+from lmscripts.loader import Prefetcher
+from lmscripts.optim import build_optimizer
+from lmscripts.order import stream_key
+from lmscripts.packing import Layout
+from lmscripts.preparation import Source, prepare_store
+from lmscripts.pretraining import PretrainingData, open_stream
+from lmscripts.stream import StreamRows
+from lmscripts.text_report import TextReport
+
+LENGTH, ROWS = 128, 8
+WAYS = ("ours", "group_texts")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What both ways need: tokenizer, rows of the text and of the held-out text, blocks of both, bytes to score."""
+
+    tokenizer: Any
+    rows: dict[str, StreamRows]
+    blocks: dict[str, list[list[int]]]
+    held_out_tokens: int
+    held_out_bytes: int
+
+    def model(self) -> GPT2LMHeadModel:
+        """A fresh model, the same every time."""
+        torch.manual_seed(0)
+        sizes = {"n_layer": 2, "n_embd": 128, "n_head": 2, "n_positions": LENGTH}
+        ids = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), attn_pdrop=0.0, **sizes, **ids))
+
+
+def prepare(options: argparse.Namespace) -> Material:
+    """Token stores for ours, blocks for theirs."""
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_dir, local_files_only=True)
+    begin, end = boundary_ids(tokenizer)
+    layout = Layout(LENGTH, "isolated", begin, end, tokenizer.pad_token_id)
+    rows, blocks, tokens = {}, {}, {}
+    for name, raw in (("train", options.text), ("held_out", options.held_out)):
+        text = options.work_dir / f"{name}.txt"
+        options.work_dir.mkdir(parents=True, exist_ok=True)
+        documents = list(read_documents([Span(str(raw))], TextReport()))
+        if name == "held_out":
+            sizes = np.cumsum([sum(len(line.encode()) + 1 for line in document) for document in documents])
+            documents = documents[: int(np.searchsorted(sizes, options.held_out_kilobytes * 1000)) + 1]
+        write_documents(text, documents)
+        source = Source((str(text),), options.tokenizer_dir, validation_fraction=0.0)
+        store = prepare_store(source, options.work_dir / f"store_{name}", num_workers=1)
+        rows[name] = open_stream(store, "train", layout)
+        lines = text.read_text(encoding="utf-8").splitlines(keepends=True)  # run_clm keeps line breaks
+        ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
+        blocks[name], tokens[name] = [], sum(map(len, ids))
+        for start in range(0, len(ids), 1000):
+            joined = list(chain.from_iterable(ids[start : start + 1000]))
+            blocks[name] += [joined[at : at + LENGTH] for at in range(0, len(joined) - LENGTH + 1, LENGTH)]
+    return Material(tokenizer, rows, blocks, tokens["held_out"], text.stat().st_size)
+
+
+class Score:
+    """Bits per byte of the held-out text, as each way lays it out."""
+
+    def __init__(self, way: str, material: Material) -> None:
+        self.way, self.material = way, material
+
+    @torch.no_grad()
+    def __call__(self, model: GPT2LMHeadModel) -> float:
+        """The score of a model, which is left in the mode it had."""
+        was_training, material = model.training, self.material
+        model.eval()
+        nats = self._ours(model) if self.way == "ours" else self._blocks(model)
+        model.train(was_training)
+        return nats / math.log(2) / material.held_out_bytes
+
+    def _ours(self, model: GPT2LMHeadModel) -> float:
+        rows, objective = self.material.rows["held_out"], CausalLanguageModel(model, "sdpa").eval()
+        total = 0.0
+        for start in range(0, rows.num_rows, 64):
+            taken = rows.read(np.arange(start, min(start + 64, rows.num_rows)))
+            total += float(objective(causal_batches(taken, [len(taken.ids)])[0][0])["clm_entropy"])
+        return total
+
+    def _blocks(self, model: GPT2LMHeadModel) -> float:
+        blocks = torch.tensor(self.material.blocks["held_out"])
+        total = 0.0
+        for part in blocks.split(64):
+            logits: Tensor = model(input_ids=part, use_cache=False).logits[:, :-1]
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+        return total / (len(blocks) * (LENGTH - 1)) * self.material.held_out_tokens
+
+
+def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
+    """The loop of run_pretraining.py in one process, at a constant learning rate."""
+    data = PretrainingData(
+        train=material.rows["train"],
+        held_out=None,
+        masking=None,
+        attention="sdpa",
+        seed=0,
+        batch_size=ROWS,
+        shares=[ROWS],
+        micro_batch_size=ROWS,
+        total_rows=1_000_000 * ROWS,
+        most_eval_rows=0,
+    )
+    network = material.model()
+    objective = CausalLanguageModel(network, "sdpa").train()
+    adam = {"learning_rate": learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
+    optimizer = build_optimizer("adamw", network, **adam)
+    watch.start()
+    batches = Prefetcher(data.step_batches(0, data.num_steps, 0))
+    over = False
+    while not over:
+        micro_batches, counts = next(batches)
+        torch.manual_seed(stream_key(0, watch.steps, 0) >> 1)
+        for batch in micro_batches:
+            (objective(batch)["clm"] / counts["clm"]).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.real_tokens += int(counts["tokens"])
+        over = watch.after_step(network)
+    batches.close()
+
+
+class _Watching(TrainerCallback):
+    """Scores in the course of `Trainer.train`."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.watch.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: GPT2LMHeadModel, **_: Any) -> None:
+        self.watch.real_tokens += ROWS * LENGTH
+        control.should_training_stop = self.watch.after_step(model)
+
+
+def train_theirs(material: Material, learning_rate: float, watch: Watch) -> None:
+    """`Trainer.train` as run_clm calls it, at a constant learning rate."""
+    rows = material.blocks["train"]
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * LENGTH] * len(rows), "labels": rows})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=ROWS,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            max_steps=1_000_000,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+        )
+        model, callbacks = material.model(), [_Watching(watch)]
+        Trainer(model, arguments, default_data_collator, dataset, callbacks=callbacks).train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="blank lines between documents")
+    parser.add_argument("--held_out", type=Path, required=True, help="text of the same kind to score on")
+    parser.add_argument("--tokenizer_dir", type=Path, required=True, help="of train_tokenizer.py --objective causal")
+    parser.add_argument("--work_dir", type=Path, required=True, help="for the token stores")
+    parser.add_argument("--held_out_kilobytes", type=float, default=150.0, help="of the held-out text to score on")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training per run")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
+    parser.add_argument("--turn_seconds", type=float, default=3.0, help="of a run before the next has its turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "causal_time_to_loss.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    material = prepare(options)
+    plan = [(way, rate) for rate in options.rates for way in WAYS]
+    turns = Turns(len(plan), options.turn_seconds)
+    watches = [Watch(Score(way, material), 60 * options.minutes, turns, n) for n, (way, _) in enumerate(plan)]
+    ways = {"ours": train_ours, "group_texts": train_theirs}
+    turns.run([partial(ways[way], material, rate, w) for (way, rate), w in zip(plan, watches)], options.threads)
+    runs = [{"way": way, "learning_rate": rate, "curve": w.curve} for (way, rate), w in zip(plan, watches)]
+    print("way           rate     steps  real tokens/s  best bits/byte")
+    for run in runs:
+        last, low = run["curve"][-1], min(point["loss"] for point in run["curve"])
+        speed = last["real_tokens"] / last["wall"]
+        print(f"{run['way']:<13} {run['learning_rate']:<7g} {last['steps']:>6,} {speed:>14,.0f} {low:>14.4f}")
+    best = {way: min(p["loss"] for run in runs if run["way"] == way for p in run["curve"]) for way in WAYS}
+    summary = {"best_bits_per_byte": best}
+    target = max(best.values())  # what both reach
+    for clock in ("wall", "cpu"):
+        seconds = {
+            way: min(seconds_to(run["curve"], target, clock) for run in runs if run["way"] == way) for way in WAYS
+        }
+        ratio = seconds["group_texts"] / seconds["ours"]
+        summary[clock] = {**{way: round(value, 1) for way, value in seconds.items()}, "ratio": round(ratio, 2)}
+        print(f"{clock} seconds to {target:.4f} bits per byte: {summary[clock]}")
+    result = {
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "runs": runs,
+        "summary": summary,
+    }
+    options.result.parent.mkdir(exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

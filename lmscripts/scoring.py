@@ -1,0 +1,386 @@
+"""Scores of whole documents: a causal model's loss with sliding windows, a masked model's pseudo-perplexity.
+
+Documents never see each other and no position of padding has any influence: rows are only batched with rows of the same
+padded length, which is a function of the row alone, and padding stands behind a causal row, where nothing looks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmscripts.errors import UserError
+from lmscripts.evaluation import Progress, sum_over_batches, sums_and_counts
+from lmscripts.masking import Unit, expand_ranges
+from lmscripts.models import gpt2
+from lmscripts.objectives import CORRUPTION
+from lmscripts.packing import PackedRows
+from lmscripts.pretraining import PretrainingData, mlm_masking
+from lmscripts.token_store import Part
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from accelerate import Accelerator
+
+LOGITS_AT_ONCE = 1 << 26
+_LENGTH_STEP = 16  # rows are padded to a multiple of this, so that rows of similar lengths share a batch
+
+
+def no_progress(done: int, passes: int) -> None:
+    """Say nothing."""
+
+
+# ---- causal: sliding windows -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Windows:
+    """W windows over documents, those of one padded length side by side, the longest first.
+
+    A document of n tokens has n + 1 positions: its inputs are the begin token and its tokens, its targets the tokens
+    and the end token.
+
+    Attributes:
+        document: (W,) which document.
+        start: (W,) first position in the document.
+        length: (W,) positions.
+        scored_from: (W,) positions of the window that only give context.
+        padded: (W,) length with padding.
+    """
+
+    document: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    scored_from: NDArray[np.int64]
+    padded: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.document.size)
+
+
+def slide(part: Part, block_size: int, stride: int) -> Windows:
+    """Windows of `block_size` positions that begin every `stride` positions; each target is scored exactly once.
+
+    All of the first window is scored, of every further one what no earlier window reached: with at least
+    block_size - stride positions before it.
+
+    Raises:
+        UserError: the stride is not in [1, block_size].
+    """
+    if not 1 <= stride <= block_size:
+        raise UserError(f"--stride must lie between 1 and --block_size {block_size}, got {stride}")
+    positions = np.diff(part.document_tokens) + 1
+    count = 1 + np.maximum(0, -(-(positions - block_size) // stride))
+    document = np.repeat(np.arange(positions.size), count)
+    number = expand_ranges(np.zeros_like(count), count)
+    start = number * stride
+    length = np.minimum(block_size, positions[document] - start)
+    padded = np.minimum(block_size, -(-length // _LENGTH_STEP) * _LENGTH_STEP)
+    scored_from = np.where(number == 0, 0, block_size - stride)
+    order = np.argsort(-padded, kind="stable")
+    return Windows(*(values[order] for values in (document, start, length, scored_from, padded)))
+
+
+def batches_of_equal_length(lengths: NDArray[np.int64], positions: int, most_rows: int) -> list[tuple[int, int]]:
+    """Cut rows into batches of one length each.
+
+    Args:
+        lengths: (N,) of the rows, equal ones side by side.
+        positions: of a batch, at most; one row is always taken.
+        most_rows: of a batch.
+
+    Returns:
+        First and last + 1 row of each batch.
+    """
+    ends = np.append(np.flatnonzero(np.diff(lengths)) + 1, lengths.size).tolist() if lengths.size else []
+    batches, begin = [], 0
+    for end in ends:
+        rows = max(1, min(positions // int(lengths[begin]), most_rows))
+        batches += [(at, min(end, at + rows)) for at in range(begin, end, rows)]
+        begin = end
+    return batches
+
+
+def window_rows(
+    part: Part, windows: Windows, first: int, last: int, begin_id: int, end_id: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The windows [first, last), of one padded length T, as rows.
+
+    Returns:
+        (B, T) inputs, padded with the end token; (N,) flat positions that are scored, in order; (N,) their targets.
+    """
+    some = slice(first, last)
+    width = int(windows.padded[first])
+    at = np.arange(width)
+    document, start, length = windows.document[some, None], windows.start[some, None], windows.length[some, None]
+    place = start + at  # position in the document
+    offset = part.document_tokens[document]
+    size = part.document_tokens[document + 1] - offset
+    most = max(0, part.tokens.size - 1)
+    tokens = part.tokens if part.tokens.size else np.zeros(1, np.int64)
+    inputs = np.where(place == 0, begin_id, tokens[np.clip(offset + place - 1, 0, most)].astype(np.int64))
+    targets = np.where(place == size, end_id, tokens[np.clip(offset + place, 0, most)].astype(np.int64))
+    inputs = np.where(at < length, inputs, end_id)
+    scored = np.flatnonzero((at >= windows.scored_from[some, None]) & (at < length))
+    return inputs, scored, targets.reshape(-1)[scored]
+
+
+def score_causal(
+    accelerator: Accelerator,
+    model: Any,
+    part: Part,
+    boundary: tuple[int, int],
+    *,
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Score every token and the end of every document of a part of a store, each once, each document by itself.
+
+    Args:
+        accelerator: the running processes.
+        model: any causal model of transformers, in evaluation mode on the accelerator's device.
+        part: of the store.
+        boundary: ids that stand before a document and are predicted after it, from `lmscripts.causal.boundary_ids`.
+        block_size: positions of a window.
+        stride: positions from one window to the next.
+        batch_size: windows of full length in a forward pass; of shorter ones more are taken.
+        progress: called after each forward pass.
+
+    Returns:
+        "nats": sum of cross-entropies; "correct": targets with the highest logit; "targets"; "windows"; in float64, the
+        same bits for any number of processes.
+    """
+    windows = slide(part, block_size, stride)
+    separate_head = has_separate_head(model)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    most_rows = len(windows)
+    if not separate_head:
+        most_rows = max(1, LOGITS_AT_ONCE // (block_size * vocabulary))
+    batches = batches_of_equal_length(windows.padded, batch_size * block_size, most_rows)
+
+    def measure(number: int) -> dict[str, float]:
+        inputs, scored, targets = window_rows(part, windows, *batches[number], *boundary)
+        ids, places, wanted = (torch.from_numpy(a).to(accelerator.device) for a in (inputs, scored, targets))
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        found = []
+        if separate_head:
+            hidden = gpt2.encode(model, ids, positions, {"attention_mask": None}, places)
+            most = max(1, LOGITS_AT_ONCE // vocabulary)
+            for some, labels in zip(torch.split(hidden, most), torch.split(wanted, most), strict=True):
+                found.append(_nats_and_correct(gpt2.predict(model, some), labels))
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits
+            found.append(_nats_and_correct(logits.flatten(0, 1).index_select(0, places), wanted))
+        nats, correct = (sum(values) for values in zip(*found, strict=True))
+        return {"nats": nats, "correct": correct, "targets": float(places.numel()), "windows": float(len(inputs))}
+
+    with torch.no_grad(), accelerator.autocast():
+        totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
+    return totals or {}
+
+
+def _nats_and_correct(logits: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Sum of the cross-entropies, in float64, and the number of targets with the highest logit."""
+    logits = logits.float()
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    correct = (logits.argmax(-1) == targets).sum()
+    return float(losses.cpu().numpy().astype(np.float64).sum()), float(correct)
+
+
+@torch.no_grad()
+def has_separate_head(model: Any) -> bool:
+    """Whether the logits of a model are its output matrix times its last hidden states and nothing else.
+
+    Some decoders scale or bend their logits afterwards; those have to be asked for all logits of a row at once.
+    """
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    ids = torch.randint(0, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(model.device)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        found = gpt2.predict(model, gpt2.encode(model, ids, positions, {"attention_mask": None})).float()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False  # built in another way
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def per_text(totals: dict[str, float], raw_bytes: int, text_bytes: int) -> dict[str, float]:
+    """Loss and perplexity per target, and bits per byte of the raw and of the cleaned text, from `score_causal`."""
+    loss, bits = totals["nats"] / totals["targets"], totals["nats"] / math.log(2)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits / raw_bytes,
+        "bits_per_text_byte": bits / text_bytes,
+        "accuracy": totals["correct"] / totals["targets"],
+    }
+
+
+# ---- masked: every token masked once -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """P pieces of documents, the longest first.
+
+    Attributes:
+        start: (P,) first token in the store.
+        length: (P,) tokens.
+    """
+
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+
+
+def cut(part: Part, most_tokens: int, most_documents: int | None = None) -> Pieces:
+    """Documents in pieces of at most `most_tokens` tokens."""
+    offsets = part.document_tokens[: None if most_documents is None else most_documents + 1]
+    tokens = np.diff(offsets)
+    count = -(-tokens // most_tokens)
+    begin = expand_ranges(np.zeros_like(count), count) * most_tokens
+    length = np.minimum(most_tokens, np.repeat(tokens, count) - begin)
+    order = np.argsort(-length, kind="stable")
+    return Pieces((np.repeat(offsets[:-1], count) + begin)[order], length[order])
+
+
+def _masked_batches(pieces: Pieces, positions: int, most_rows: int) -> Iterator[tuple[int, int, int]]:
+    """Rows with one masked token each, by length: (first piece of the length, first row, last + 1 row within it)."""
+    lengths, firsts, counts = np.unique(-pieces.length, return_index=True, return_counts=True)
+    for length, first, count in zip((-lengths).tolist(), firsts.tolist(), counts.tolist(), strict=True):
+        rows = max(1, min(positions // (length + 2), most_rows))
+        for begin in range(0, count * length, rows):
+            yield first, begin, min(count * length, begin + rows)
+
+
+def score_pseudo(
+    accelerator: Accelerator,
+    family: ModuleType,
+    model: Any,
+    part: Part,
+    special: dict[str, int],
+    *,
+    block_size: int,
+    batch_size: int,
+    most_documents: int | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Pseudo-log-likelihood (arXiv:1910.14659, section 2.3): every token is masked once and predicted from all others.
+
+    Rows of one length share a batch, so there is no padding at all. Deviation: documents longer than the model reads
+    are cut into pieces, each scored by itself.
+
+    Args:
+        accelerator: the running processes.
+        family: functions of the family, `lmscripts.models.FAMILIES`.
+        model: a masked language model in evaluation mode on the device, its last layer narrowed.
+        part: of the store.
+        special: ids by name: "cls", "sep" and "mask".
+        block_size: tokens of a row with [CLS] and [SEP], at most.
+        batch_size: rows of full length in a forward pass; of shorter ones more are taken.
+        most_documents: score only the first documents.
+        progress: called after each forward pass.
+
+    Returns:
+        "nats": the pseudo-log-likelihood with the sign of a loss; "correct"; "targets": tokens; float64.
+    """
+    pieces = cut(part, block_size - 2, most_documents)
+    head: Any = model.get_output_embeddings()
+    most_rows = max(1, LOGITS_AT_ONCE // int(head.weight.shape[0]))
+    batches = list(_masked_batches(pieces, batch_size * block_size, most_rows))
+
+    def measure(number: int) -> dict[str, float]:
+        first, begin, end = batches[number]
+        length = int(pieces.length[first])
+        row = np.arange(begin, end)
+        masked = row % length
+        ids = np.empty((row.size, length + 2), np.int64)
+        ids[:, 0], ids[:, -1] = special["cls"], special["sep"]
+        ids[:, 1:-1] = part.tokens[pieces.start[first + row // length][:, None] + np.arange(length)]
+        at = np.arange(row.size) * (length + 2) + 1 + masked
+        targets = ids.reshape(-1)[at].copy()
+        ids.reshape(-1)[at] = special["mask"]
+        inputs, slots, wanted = (torch.from_numpy(a).to(accelerator.device) for a in (ids, at, targets))
+        positions = torch.arange(length + 2, device=inputs.device).expand_as(inputs)
+        hidden = family.encode(model, inputs, positions, {"attention_mask": None}, slots)
+        nats, correct = _nats_and_correct(family.predict(model, hidden), wanted)
+        return {"nats": nats, "correct": correct, "targets": float(row.size)}
+
+    with torch.no_grad(), accelerator.autocast():
+        totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
+    return totals or {}
+
+
+def pseudo_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """Loss per token, pseudo-perplexity and accuracy from `score_pseudo`. There is no likelihood behind them."""
+    loss = totals["nats"] / totals["targets"]
+    found = {"pseudo_loss": loss, "pseudo_perplexity": math.exp(min(loss, 700.0))}
+    return found | {"pseudo_accuracy": totals["correct"] / totals["targets"]}
+
+
+# ---- masked: the rows and masks of training ----------------------------------------------------------------------
+
+
+def score_masks(
+    accelerator: Accelerator,
+    objective: Any,
+    rows: PackedRows,
+    tokenizer: Any,
+    *,
+    unit: Unit,
+    probability: float,
+    batch_size: int,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What an objective with masks measures on all rows of a text, masked as the held-out rows of a training run are.
+
+    Args:
+        accelerator: the running processes.
+        objective: masked language model or replaced token detection, on the device.
+        rows: of the text.
+        tokenizer: from transformers.
+        unit: what is masked as a whole.
+        probability: share of the tokens to predict.
+        batch_size: rows of a forward pass; fewer where their logits would be too many.
+        progress: called after each forward pass.
+
+    Returns:
+        The objective's metrics, and the counts of its targets.
+
+    Raises:
+        UserError: the text is so short that no token of it is masked.
+    """
+    model_type = str(objective.models[""].config.model_type)
+    plan = mlm_masking(tokenizer, rows.layout, probability, unit, **CORRUPTION.get(model_type, {}))
+    vocabulary = max(int(model.get_input_embeddings().weight.shape[0]) for model in objective.models.values())
+    at_once = max(1, min(batch_size, LOGITS_AT_ONCE // (plan.slots * vocabulary)))
+    data = PretrainingData(
+        rows,
+        rows,
+        masking=plan,
+        attention=objective.attention,
+        seed=0,
+        batch_size=at_once,
+        shares=[at_once],
+        micro_batch_size=at_once,
+        total_rows=rows.num_rows,
+        most_eval_rows=rows.num_rows,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    found = sums_and_counts(accelerator, objective, data.eval_batch, rows.num_rows, at_once, progress=progress)
+    sums, counts = found or ({}, {})
+    if not counts.get("mlm"):
+        raise UserError(
+            f"of the {rows.real_tokens} tokens of the text none is masked at --mask_probability {probability}: give "
+            "more text"
+        )
+    return objective.metrics(sums, counts), counts
