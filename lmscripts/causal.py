@@ -77,8 +77,9 @@ class CausalLanguageModel(nn.Module):
         attention = attention_inputs(self.attention, batch, dtype, causal=True)
         hidden = gpt2.encode(self.model, batch["input_ids"], batch["position_ids"], attention).flatten(0, 1)
         head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        targets = (batch["labels"], batch["weights"])
-        loss, entropy, penalty, correct = chunked_cross_entropy(hidden, head.weight, head.bias, *targets, z_loss=self.z_loss)
+        loss, entropy, penalty, correct = chunked_cross_entropy(
+            hidden, head.weight, head.bias, batch["labels"], batch["weights"], self.z_loss
+        )
         sums = {"clm": loss, "clm_entropy": entropy, "clm_penalty": penalty}
         return sums if self.training else sums | {"clm_correct": correct}
 

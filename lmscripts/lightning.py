@@ -46,7 +46,8 @@ DEFAULTS = {
 }
 DEFAULT_BATCH_SIZE, DEFAULT_EPOCHS = 2, 1000
 # Its documentation sets 16 for a GPU, and such a file has to run without one too.
-PRECISIONS = {"16": "fp16_on_gpu", "16-mixed": "fp16_on_gpu", "bf16": "bf16", "bf16-mixed": "bf16", "32": "no", "32-true": "no"}
+PRECISIONS = {"16": "fp16_on_gpu", "16-mixed": "fp16_on_gpu", "32": "no", "32-true": "no"}
+PRECISIONS |= {"bf16": "bf16", "bf16-mixed": "bf16"}
 NOT_NEEDED = {
     "model.test_file": "training does not read it; evaluate_lm.py --input_file takes it when the model is trained",
     "model.prefetch_factor": "rows come from a token store, in a thread of their own",

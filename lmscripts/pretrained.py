@@ -96,8 +96,8 @@ def _config_of(source: str, architecture: type[PreTrainedModel], local: bool) ->
     config_class: Any = getattr(architecture, "config_class", None)
     if config_class is None:  # of AutoModelForCausalLM
         try:
-            found: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
-            return found
+            of_any_type: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
+            return of_any_type
         except Exception as error:
             raise UserError(_not_loaded(source, local, "config.json", error)) from error
     try:
@@ -106,9 +106,9 @@ def _config_of(source: str, architecture: type[PreTrainedModel], local: bool) ->
         raise UserError(_not_loaded(source, local, "config.json", error)) from error
     if not settings:
         raise UserError(_not_loaded(source, local, "config.json", None))
-    found, wanted = settings.get("model_type"), config_class.model_type
-    if found not in (wanted, None):  # where an old file is silent, the names of the tensors decide
-        raise UserError(f"{source} is a model of the type {found}, but {architecture.__name__} needs the type {wanted}")
+    saved_type, wanted = settings.get("model_type"), config_class.model_type
+    if saved_type not in (wanted, None):  # where an old file is silent, the names of the tensors decide
+        raise UserError(f"{source} is a model of the type {saved_type}, but {architecture.__name__} needs the type {wanted}")
     config: PretrainedConfig = config_class.from_dict(settings)
     return config
 

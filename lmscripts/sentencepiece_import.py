@@ -35,6 +35,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # type
 _MASK_NAMES = {"mask_token": ("[MASK]", "<mask>"), "cls_token": ("[CLS]", "<cls>"), "sep_token": ("[SEP]", "<sep>")}
 # Text that a normalisation step must leave alone passes it as characters of private use.
 _STAND_INS, _STAND_INS_OF_OWN = range(0xF0000, 0xF0040), range(0xF0040, 0xF0080)
+_UNKNOWN_TEXT = chr(0xF0080)  # a character that no model knows
 _TRIED_RULES = 10_000
 
 
@@ -129,8 +130,9 @@ def fast_tokenizer(proto: Any, special: dict[str, str]) -> Tokenizer:
 
     Args:
         proto: the model.
-        special: names and pieces of the special tokens. A text gets [CLS] and [SEP] around it where the model has both,
-            else the beginning in front where it has one. The mask is read out of a text, in which people write it.
+        special: names and pieces of the special tokens. A text gets [CLS] and [SEP] around it where the model has both
+            and a mask, else the beginning in front where it has one. The mask is read out of a text, in which people
+            write it.
     """
     if mask := special.get("mask_token"):
         proto = type(proto).FromString(proto.SerializeToString())
@@ -138,7 +140,8 @@ def fast_tokenizer(proto: Any, special: dict[str, str]) -> Tokenizer:
     own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     is_bpe = proto.trainer_spec.model_type == 2
     tokenizer = Tokenizer(_bpe(proto, bool(own)) if is_bpe else _unigram(proto))
-    tokenizer.normalizer = normalizers.Sequence(_normalization(proto, own))
+    unknown = [normalizers.Replace(text, _UNKNOWN_TEXT) for text in _unknown_reserved(proto)]
+    tokenizer.normalizer = normalizers.Sequence([*_normalization(proto, own), *unknown])
     cuts = [pre_tokenizers.Split(Regex(_any_of(own)), "isolated")] if own else []
     if pattern := _beginning_of_reserved(proto):
         cuts.append(pre_tokenizers.Split(Regex(pattern), "merged_with_previous"))
@@ -161,7 +164,7 @@ def fast_tokenizer(proto: Any, special: dict[str, str]) -> Tokenizer:
 
 def _template(special: dict[str, str]) -> tuple[str, str] | None:
     """What stands around one text and around two."""
-    if "cls_token" in special and "sep_token" in special:
+    if {"cls_token", "sep_token", "mask_token"} <= special.keys():
         beginning, end = special["cls_token"], special["sep_token"]
         return f"{beginning}:0 $A:0 {end}:0", f"{beginning}:0 $A:0 {end}:0 $B:1 {end}:1"
     if "bos_token" in special:
@@ -173,18 +176,35 @@ def _any_of(texts: Sequence[str]) -> str:
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
 
 
+def _reserved(proto: Any) -> list[str]:
+    """Special tokens and bytes, which in a text are only text."""
+    kinds = (_UNKNOWN, _CONTROL, _BYTE)
+    return [piece.piece for piece in proto.pieces if piece.type in kinds and len(piece.piece) > 1]
+
+
+def _known_characters(proto: Any) -> set[str]:
+    return {p.piece for p in proto.pieces if p.type in (_NORMAL, _USER_DEFINED) and len(p.piece) == 1}
+
+
+def _unknown_reserved(proto: Any) -> list[str]:
+    """Those whose characters are all unknown: sentencepiece takes them together with unknown neighbours."""
+    known = _known_characters(proto)
+    if proto.trainer_spec.byte_fallback:  # then no character is unknown
+        return []
+    return sorted((text for text in _reserved(proto) if not known & set(text)), key=len, reverse=True)
+
+
 def _beginning_of_reserved(proto: Any) -> str:
     """How each special token or byte begins where it stands in a text: cut behind this, it is only text.
 
     It is cut where no piece reaches across and no two unknown characters meet, which sentencepiece takes together.
     """
     pieces = [piece.piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
-    characters = {piece for piece in pieces if len(piece) == 1}
+    characters, unknown = _known_characters(proto), set(_unknown_reserved(proto))
     crossed = {piece[place : place + 2] for piece in pieces for place in range(len(piece) - 1)}
     endings: dict[str, list[str]] = {}
-    for piece in proto.pieces:
-        text = piece.piece
-        if piece.type in (_UNKNOWN, _CONTROL, _BYTE) and len(text) > 1:
+    for text in _reserved(proto):
+        if text not in unknown:
             places = range(1, len(text))
             known = [place for place in places if characters & set(text[place - 1 : place + 1])] or list(places)
             free = [place for place in known if text[place - 1 : place + 1] not in crossed] or known

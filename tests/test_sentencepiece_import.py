@@ -117,6 +117,26 @@ def test_special_tokens_come_from_the_model(tmp_path):
     assert tokenizer("[CLS]</s>")["input_ids"][1:-1] == processor.encode("[CLS]</s>")
 
 
+def test_a_model_that_knows_neither_spaces_nor_latin_letters(tmp_path):
+    """As that of a Japanese GPT-2: "<s>" in a text is one unknown with what stands around it, and never a token."""
+    special = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "control_symbols": "<cls>,<sep>"}
+    lines = [line for line in LINES if not line.isascii() and " " not in line]
+    only_japanese = [line for line in lines if not any(c.isascii() for c in line)]
+    options = {"vocab_size": 2000, "hard_vocab_limit": False, "minloglevel": 2, "add_dummy_prefix": False, **special}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(only_japanese), model_writer=model, **options)
+    (tmp_path / "m.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer").mkdir()
+    import_sentencepiece(tmp_path / "m.model", tmp_path / "tokenizer", LINES)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for line in ("<s>", "水<s> </s>水", "a<s>", "<unk><unk>", *LINES):
+        assert tokenizer(line, add_special_tokens=False)["input_ids"] == processor.encode(line), line
+    # It has a cls and a sep token, but no mask: it is no tokenizer of an encoder, and a text gets the beginning only.
+    assert tokenizer("水")["input_ids"][0] == 2
+    assert tokenizer("水")["input_ids"][1:] == processor.encode("水")
+
+
 def test_causal_models_get_their_beginning_and_keep_line_feeds(tmp_path):
     options = {"byte_fallback": True, "normalization_rule_name": "identity"}
     folder, processor = take_over(tmp_path, model_type="bpe", remove_extra_whitespaces=False, **options)

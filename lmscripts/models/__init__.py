@@ -114,10 +114,8 @@ def _shaped(preset: Preset, like: Path, settings: dict[str, Any]) -> Models:
             config = getattr(architecture, "config_class", AutoConfig).from_pretrained(like / subfolder)
         except (OSError, ValueError) as error:
             raise UserError(f"{like} cannot be continued: {str(error).splitlines()[0]}") from None
-        config = _with_settings(config, settings)
-        models[subfolder] = (
-            architecture.from_config(config) if architecture is AutoModelForCausalLM else architecture(config)
-        )
+        make: Any = architecture.from_config if architecture is AutoModelForCausalLM else architecture
+        models[subfolder] = make(_with_settings(config, settings))
     if "generator" in models:
         electra.share_embeddings(models["generator"], models[""])
     return models
