@@ -47,7 +47,15 @@ _LINE = "command line"
 _NONE: Mapping[str, Any] = types.MappingProxyType({})
 
 
-def option(default: Any = MISSING, *, help: str, required: bool = False, group: str = "") -> Any:
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    required: bool = False,
+    group: str = "",
+    short: str = "",
+    positional: bool = False,
+) -> Any:
     """One option of a script; the field's name is the option's name and its YAML key.
 
     Args:
@@ -55,8 +63,11 @@ def option(default: Any = MISSING, *, help: str, required: bool = False, group: 
         help: one sentence for `--help` and for the comment in the saved YAML.
         required: the line or a file has to give it, even though the field has a default.
         group: heading in `--help` and in the YAML.
+        short: a letter that stands for it on the line, after one dash.
+        positional: words of the line that belong to no option are its values.
     """
-    metadata = {"help": help, "required": required or default is MISSING, "group": group}
+    metadata: dict[str, Any] = {"help": help, "required": required or default is MISSING, "group": group}
+    metadata |= {"short": short, "positional": positional}
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
@@ -104,7 +115,7 @@ def parse_options_with_origin(
         if "-h" in words or "--help" in words:
             _say(reader.help_text(description), sys.stdout)
             sys.exit(0)
-        given = reader.collect(_split_words(words), _LINE)
+        given = reader.collect(reader.split_words(words), _LINE)
         built_in = {name: given.pop(name).value for name in reader.built_in if name in given}
         in_file: dict[str, _Given] = {}
         if (file_name := built_in.get("config")) is not None:
@@ -182,6 +193,8 @@ class _Reader:
     def _typed_parser(self) -> jsonargparse.ArgumentParser:
         """Types and help of every field; what is required is checked after line and file are merged."""
         usage = "%(prog)s [--config FILE.yaml] [--option VALUE ...]"
+        if first := next((name for name, field in self.fields.items() if field.metadata["positional"]), ""):
+            usage = usage.replace("%(prog)s", f"%(prog)s {first.upper()}")
         parser = jsonargparse.ArgumentParser(usage=usage, add_help=False, exit_on_error=False)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter  # jsonargparse's own repeats types and defaults
         groups: dict[str, Any] = {}
@@ -190,6 +203,7 @@ class _Reader:
             if heading not in groups:
                 groups[heading] = parser.add_argument_group(heading)
             hint, text = self.hints[name], help_with_default(field, self.hints[name]).replace("%", "%%")
+            text += f" (also -{field.metadata['short']})" if field.metadata["short"] else ""
             if hint is bool:
                 prefix: Any = None if name in self.built_in else "no_"
                 action = jsonargparse.ActionYesNo(no_prefix=prefix)
@@ -198,6 +212,36 @@ class _Reader:
                 metavar = f"{'CHOICE' if choices(hint) else 'VALUE'}{' ...' if is_tuple(hint) else ''}"
                 groups[heading].add_argument(f"--{name}", type=hint, default=None, help=text, metavar=metavar)
         return parser
+
+    def split_words(self, words: Sequence[str]) -> list[Entry]:
+        """The options in the order of the line; what follows an option up to the next one are its values."""
+        own = {name: field.metadata for name, field in self.fields.items()}
+        shorts = {f"-{metadata['short']}": name for name, metadata in own.items() if metadata["short"]}
+        positional = next((name for name, metadata in own.items() if metadata["positional"]), None)
+        entries: list[Entry] = []
+        for word in words:
+            if word.startswith("--") and len(word) > 2:
+                name, equals, value = word[2:].partition("=")
+                entries.append(Entry(name, [value] if equals else [], f"--{name}"))
+            elif word in shorts:
+                entries.append(Entry(shorts[word], [], word))
+            elif positional is not None and not (entries and self._takes(entries[-1], word)):
+                entries.append(Entry(positional, [word], positional))
+            elif entries and word != "--":
+                entries[-1].values.append(word)
+            else:
+                raise UserError(f"unexpected {word!r}: every option starts with two dashes")
+        return entries
+
+    def _takes(self, entry: Entry, word: str) -> bool:
+        """Whether a word can be a value of the option before it; else it belongs to the positional option."""
+        name = self.renamed.get(_normal(entry.key), _normal(entry.key))
+        hint = self.hints.get(name)
+        if hint is None or is_tuple(hint):
+            return hint is not None or name not in self.own
+        if bool in alternatives(hint):
+            return not entry.values and self._typed(name, word)[0]
+        return not entry.values
 
     def help_text(self, description: str) -> str:
         """The answer to `--help`."""
@@ -332,20 +376,6 @@ class _Reader:
 
 def _normal(name: str) -> str:
     return name.replace("-", "_")
-
-
-def _split_words(words: Sequence[str]) -> list[Entry]:
-    """The options in the order of the line; whatever follows an option up to the next `--` is its value."""
-    entries: list[Entry] = []
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            entries.append(Entry(name, [value] if equals else [], f"--{name}"))
-        elif entries and word != "--":
-            entries[-1].values.append(word)
-        else:
-            raise UserError(f"unexpected {word!r}: every option starts with two dashes")
-    return entries
 
 
 def _nearest(word: str, known: Iterable[str], dashes: str = "") -> str:

@@ -46,7 +46,15 @@ def chunked_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, weights, z_loss, dtype, max(1, logits_at_once // weight.shape[0])
+        hidden,
+        weight,
+        bias,
+        labels,
+        weights,
+        z_loss,
+        dtype,
+        max(1, logits_at_once // weight.shape[0]),
+        torch.is_grad_enabled(),  # which inside a Function always is off
     )
     return found
 
@@ -63,9 +71,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         dtype: torch.dtype,
         chunk: int,
+        with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         plain, penalty, correct = hidden.new_zeros(3, dtype=torch.float32).unbind()
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias = (with_gradients and needed for needed in ctx.needs_input_grad[:3])
         for_hidden = torch.empty_like(hidden) if wants_hidden else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
@@ -112,5 +121,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if for_hidden is None else for_hidden * gradient.to(for_hidden.dtype),
             None if for_weight is None else (for_weight.mul_(gradient)).to(weight_dtype),
             None if for_bias is None else (for_bias * gradient).to(bias_dtype),
-            *([None] * 5),
+            *([None] * 6),
         )

@@ -11,7 +11,7 @@ from lmscripts.errors import UserError
 from lmscripts.models import DECODERS
 from lmscripts.option_checks import check_useless
 from lmscripts.phases import BY_PHASE, Phase, by_phase
-from lmscripts.preparation import Source, prepare_beside
+from lmscripts.preparation import Source, find_tokenizer, prepare_beside
 from lmscripts.presets import Preset, load_preset
 from lmscripts.resume import newest_of
 from lmscripts.run_folder import find_checkpoint, read_state
@@ -168,7 +168,7 @@ def _open_stores(options: Any) -> dict[str, TokenStore]:
     if bool(options.dataset_dir) == bool(options.input_file):
         raise UserError("give either --dataset_dir (a token store) or --input_file with --tokenizer_dir")
     if options.dataset_dir:
-        wanted = load_encoder(options.tokenizer_dir).fingerprint if options.tokenizer_dir else None
+        wanted = load_encoder(find_tokenizer(options.tokenizer_dir)).fingerprint if options.tokenizer_dir else None
         return {name: open_store(Path(name), wanted) for name in dict.fromkeys(options.dataset_dir)}
     if options.tokenizer_dir is None:
         raise UserError("--input_file needs --tokenizer_dir")
@@ -176,7 +176,7 @@ def _open_stores(options: Any) -> dict[str, TokenStore]:
         raise UserError("--dry_run reads a token store: give --dataset_dir (prepare_corpus.py makes one)")
     source = Source(
         options.input_file,
-        Path(options.tokenizer_dir),
+        find_tokenizer(options.tokenizer_dir),
         options.validation_fraction or 0.01,
         options.validation_file,
     )

@@ -108,7 +108,9 @@ def _config_of(source: str, architecture: type[PreTrainedModel], local: bool) ->
         raise UserError(_not_loaded(source, local, "config.json", None))
     saved_type, wanted = settings.get("model_type"), config_class.model_type
     if saved_type not in (wanted, None):  # where an old file is silent, the names of the tensors decide
-        raise UserError(f"{source} is a model of the type {saved_type}, but {architecture.__name__} needs the type {wanted}")
+        raise UserError(
+            f"{source} is a model of the type {saved_type}, but {architecture.__name__} needs the type {wanted}"
+        )
     config: PretrainedConfig = config_class.from_dict(settings)
     return config
 

@@ -8,6 +8,7 @@ are still as initialisation makes them are named.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,9 @@ class SavedModel:
 # ---- which folder ------------------------------------------------------------------------------------------------
 
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, which nobody is asked about if it is a path
+
+
 def find_model(name: str) -> tuple[Path, list[str]]:
     """The folder of the model that is meant: of a run its final/, else its newest whole checkpoint.
 
@@ -99,6 +103,8 @@ def find_model(name: str) -> tuple[Path, list[str]]:
     if place.is_file():
         raise UserError(f"{place} is a file, not a folder: give the folder of the model")
     if not place.is_dir():
+        if not _HUB_NAME.fullmatch(name) or name.endswith((".ckpt", ".pt", ".bin", ".safetensors")):
+            raise UserError(f"the model folder {place} does not exist (seen from {Path.cwd()})")
         return _from_hub(name), []
     notices: list[str] = []
     if not (place / "config.json").is_file() and (list_checkpoints(place) or (place / "final").is_dir()):

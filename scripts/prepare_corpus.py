@@ -31,7 +31,7 @@ class Options:
     """Every option of this script; one field is one flag and one YAML key."""
 
     input_file: tuple[str, ...] = option((), help="text files, globs or folders")
-    tokenizer_dir: str | None = option(None, help="tokenizer folder, from train_tokenizer.py or the Hub")
+    tokenizer_dir: str | None = option(None, help="tokenizer folder, from train_tokenizer.py, or a Hub name")
     output_dir: str | None = option(None, help="where the store will be")
     num_workers: int = option(2, help="processes that tokenise; the store does not depend on it")
     validation_fraction: float = option(0.01, help="share of the documents held out, by a hash of their text")
@@ -64,12 +64,12 @@ def build(options: Options) -> None:
     given["--output_dir"] = options.output_dir
     if missing := [name for name, value in given.items() if not value]:
         raise UserError(f"{missing[0]} is missing (or give --inspect STORE)")
-    from lmscripts.preparation import Source, prepare_store
+    from lmscripts.preparation import Source, find_tokenizer, prepare_store
     from lmscripts.text_report import TextReport
 
     source = Source(
         input_files=options.input_file,
-        tokenizer_dir=Path(str(options.tokenizer_dir)),
+        tokenizer_dir=find_tokenizer(str(options.tokenizer_dir)),
         validation_fraction=options.validation_fraction,
         validation_files=options.validation_file,
         max_documents=options.max_documents,

@@ -131,9 +131,11 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradients_of_the_plain_one(chu
 
 
 def test_right_predictions_are_counted_where_no_gradient_is_wanted():
-    hidden, weight = torch.eye(4), torch.eye(4)
-    counted = chunked_cross_entropy(hidden, weight, None, torch.tensor([0, 1, 3, 3]), torch.tensor([1.0, 1, 1, 0]))
-    assert counted[3] == 2
+    hidden, weight = torch.eye(4), nn.Parameter(torch.eye(4))
+    targets = (torch.tensor([0, 1, 3, 3]), torch.tensor([1.0, 1, 1, 0]))
+    with torch.no_grad():  # as in an evaluation, where the parameters still say that they require one
+        assert chunked_cross_entropy(hidden, weight, None, *targets)[3] == 2
+    assert chunked_cross_entropy(hidden, weight.detach(), None, *targets)[3] == 2
 
 
 def test_frozen_output_matrix_gets_no_gradient():

@@ -351,3 +351,47 @@ def test_parsing_imports_nothing_heavy() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+# ---- words without an option -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    input_file: tuple[str, ...] = option((), help="Tables.", positional=True, required=True)
+    text: str = option("text", help="Column.", short="t")
+    epochs: int = option(3, help="Epochs.", short="e")
+    preponly: bool = option(False, help="Only prepare.", short="p")
+    labels: tuple[str, ...] = option((), help="Labels.")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a.csv", {"input_file": ("a.csv",)}),
+        ("a.csv -e 4 -t body", {"input_file": ("a.csv",), "epochs": 4, "text": "body"}),
+        ("-e 4 a.csv b.csv", {"input_file": ("a.csv", "b.csv"), "epochs": 4}),
+        ("-p a.csv", {"input_file": ("a.csv",), "preponly": True}),
+        ("-p false a.csv", {"input_file": ("a.csv",), "preponly": False}),
+        ("a.csv --labels left right", {"input_file": ("a.csv",), "labels": ("left", "right")}),
+        ("--epochs=5 a.csv", {"input_file": ("a.csv",), "epochs": 5}),
+        ("--input_file a.csv", {"input_file": ("a.csv",)}),
+    ],
+)
+def test_words_without_an_option_and_single_letters(line: str, expected: dict[str, Any]) -> None:
+    options = parse_options(TableOptions, description="", argv=line.split())
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_single_letters_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(TableOptions, description="", argv=["--help"])
+    text = capsys.readouterr().out
+    assert "INPUT_FILE" in text.splitlines()[0]
+    assert "(also -e)" in text
+
+
+def test_a_table_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(TableOptions, description="", argv=["-e", "4"])
+    assert "missing --input_file" in capsys.readouterr().err

@@ -304,3 +304,18 @@ def test_disk_that_fills_up_while_saving(run, tmp_path):
     assert not any(path.name.startswith(".checkpoint") for path in (tmp_path / "run").iterdir())
     done = run("--max_steps", "8", "--do_continue", check=True)
     assert "the model is in" in done.stdout
+
+
+def test_a_tokenizer_of_the_hub_comes_from_its_cache(tmp_path, tokenizer_dir):
+    """As it lies there after somebody asked for it once; another name is refused without asking the network."""
+    snapshot = tmp_path / "hub" / "models--someone--tokenizer" / "snapshots" / "abc"
+    shutil.copytree(tokenizer_dir, snapshot)
+    (tmp_path / "hub" / "models--someone--tokenizer" / "refs").mkdir()
+    (tmp_path / "hub" / "models--someone--tokenizer" / "refs" / "main").write_text("abc")
+    arguments = ["--input_file", SAMPLE / "english.txt", "--output_dir", tmp_path / "store"]
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run_script("prepare_corpus.py", *arguments, "--tokenizer_dir", "someone/tokenizer", env=env)
+    assert (tmp_path / "store" / "tokenizer" / "vocab.txt").is_file()
+    done = run_script("prepare_corpus.py", *arguments, "--tokenizer_dir", "nobody/tokenizer", env=env, check=False)
+    assert done.returncode == 2
+    assert "nobody/tokenizer is neither a folder" in done.stderr

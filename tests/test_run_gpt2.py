@@ -70,6 +70,7 @@ def test_killed_in_either_phase_ends_with_the_same_bits(common, workspace):
     assert losses(whole) == losses(run_dir)
     found = losses(whole)
     assert found[50, "eval_loss"] < found[0, "eval_loss"] - 0.5
+    assert found[50, "eval_accuracy"] > 0.01
 
 
 # ---- warmup, stable, decay ---------------------------------------------------------------------------------------

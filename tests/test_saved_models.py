@@ -294,3 +294,9 @@ def test_step_0_is_untrained_unless_the_run_began_with_a_trained_model(tmp_path)
     assert open_model(str(tmp_path / "new")).untrained == ["training_state.json says step 0"]
     write_checkpoint(tmp_path / "further", 0, origin="bert-base")
     assert open_model(str(tmp_path / "further")).untrained == []
+
+
+@pytest.mark.parametrize("name", ["runs/one/two", "../gone", "epoch=2-step=8.ckpt", "/nowhere"])
+def test_a_path_that_does_not_exist_is_no_name_on_the_hub(name):
+    with pytest.raises(UserError, match="does not exist"):
+        find_model(name)

@@ -1,0 +1,261 @@
+"""analyze_results.py as a user runs it: what it writes, that the numbers are right, and what it refuses."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import run_script
+from sklearn import metrics as reference
+from test_classification_report import execute, sentences, single, write_database
+
+from lmscripts.classification import comparison
+
+QUICK = ("--resamples", 200)
+
+
+def analyze(*arguments, check=True):
+    return run_script("analyze_results.py", *arguments, *QUICK, check=check)
+
+
+def numbers_in(folder, name="run_1"):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; open tags have to be closed in order."""
+
+    EMPTY = ("meta", "!doctype")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = set(), [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+HOSTILE = "<script>alert(1)</script>"
+LABELS = ("=left", HOSTILE, "$right_{")
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    """A report of two runs on data that tries to be markup, formula and mathematics."""
+    folder = tmp_path_factory.mktemp("analysed")
+    texts, truth, _ = single(150)
+    texts = [f"{text} <img src=http://example.org/x.png onerror=alert(1)> & {HOSTILE}" for text in texts]
+    runs = ({"name": f"{HOSTILE} run", "facts": {"temperature": 1.5, "note": HOSTILE}}, {"skill": 0.3})
+    file = write_database(folder / "leanings.sqlite", texts, truth, LABELS, runs=runs)
+    before = file.read_bytes()
+    done = analyze(file, "--run", 1, "--other_run", 2)
+    assert file.read_bytes() == before
+    return file, folder / "leanings_report", done.stdout
+
+
+def test_what_lies_there_afterwards(analysed):
+    _, folder, said = analysed
+    names = {path.name.removeprefix("run_1_and_2") for path in folder.iterdir()}
+    images = {f"_{name}.png" for name in ("training", "calibration", "coverage", "confusion")}
+    assert names == {".html", ".json", "_wrong.csv", *images}
+    assert all((folder / f"run_1_and_2{name}").read_bytes().startswith(b"\x89PNG") for name in images)
+    assert "Balanced accuracy" in said
+    assert str(folder / "run_1_and_2.html") in said
+
+
+def test_numbers_are_those_of_the_predictions(analysed):
+    file, folder, _ = analysed
+    numbers = numbers_in(folder, "run_1_and_2")
+    run = comparison.read_run(file, 1)
+    for level in ("document", "fragment"):
+        test, found = run.predictions["test", level], numbers["levels"][level]
+        truth, decided = test.truth.argmax(1), test.probabilities.argmax(1)
+        assert found["rows"] == len(truth)
+        assert found["metrics"]["accuracy"]["value"] == pytest.approx((truth == decided).mean())
+        assert found["metrics"]["mcc"]["value"] == pytest.approx(reference.matthews_corrcoef(truth, decided))
+        assert found["confusion"] == reference.confusion_matrix(truth, decided).tolist()
+        for number in found["metrics"].values():
+            assert number["interval"][0] <= number["value"] <= number["interval"][1]
+    assert numbers["levels"]["fragment"]["rows"] > numbers["levels"]["document"]["rows"] == 30
+    assert sum(numbers["split"]["train"]["labels"]) == numbers["split"]["train"]["documents"] == 105
+    assert [row["name"] for row in numbers["baselines"]] == [
+        "most frequent label",
+        "TF-IDF of characters",
+        "TF-IDF of words",
+    ]
+    calibration = numbers["calibration"]
+    assert calibration["before"]["ece"] != calibration["after"]["ece"]
+    assert sum(one["count"] for one in calibration["after"]["bins"]) == 30
+    assert numbers["coverage"][0]["accuracy"] == numbers["levels"]["document"]["metrics"]["accuracy"]["value"]
+
+
+def test_two_runs_are_compared_on_the_same_documents(analysed):
+    file, folder, said = analysed
+    found = numbers_in(folder, "run_1_and_2")["comparison"]
+    runs = [comparison.read_run(file, number).predictions["test", "document"] for number in (1, 2)]
+    right = [run.probabilities.argmax(1) == run.truth.argmax(1) for run in runs]
+    assert found["difference"]["accuracy"]["value"] == pytest.approx(right[0].mean() - right[1].mean())
+    assert found["mcnemar"]["only_first"] == int((right[0] & ~right[1]).sum())
+    assert found["first"] == numbers_in(folder, "run_1_and_2")["levels"]["document"]["metrics"]
+    assert "McNemar" in said
+
+
+def test_the_page_needs_nothing_and_runs_nothing(analysed):
+    _, folder, _ = analysed
+    text = (folder / "run_1_and_2.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.tags & {"script", "img", "link", "iframe", "object", "form", "base"}
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        assert name not in ("href", "src", "xlink:href") or value.startswith("#"), value
+        assert "url(" not in (value or "") or "url(#" in value
+    assert "default-src 'none'" in text
+    targets = {value[1:] for name, value in page.attributes if name == "href" and not value.startswith("#m")}
+    assert targets <= {value for name, value in page.attributes if name == "id"}
+    assert HOSTILE in "".join(page.text)  # as text
+    assert HOSTILE not in text
+    sections = re.findall("<h2>(.*?)</h2>", text)
+    assert len(sections) == 13
+    assert "prefers-color-scheme:dark" in text
+
+
+def test_wrong_documents_are_all_in_the_table_and_no_cell_is_a_formula(analysed):
+    file, folder, _ = analysed
+    with open(folder / "run_1_and_2_wrong.csv", encoding="utf-8-sig", newline="") as table:
+        rows = list(csv.DictReader(table))
+    test = comparison.read_run(file, 1).predictions["test", "document"]
+    wrong = test.doc_ids[test.probabilities.argmax(1) != test.truth.argmax(1)]
+    assert sorted(int(row["doc_id"]) for row in rows) == wrong.tolist() != []
+    sure = [float(row["confidence"]) for row in rows]
+    assert sure == sorted(sure, reverse=True)
+    assert {row[name] for row in rows for name in ("true", "predicted")} <= {f"'{LABELS[0]}", *LABELS[1:]}
+
+
+def test_the_fragment_that_decided_is_shown(analysed):
+    file, folder, _ = analysed
+    numbers = numbers_in(folder, "run_1_and_2")
+    run = comparison.read_run(file, 1)
+    first = next(wrong for wrong in numbers["wrong"] if len(wrong["fragments"]) > 1)
+    assert first["fragments"][first["decisive"]] == max(first["fragments"])
+    place = comparison.read_places(run, first["doc_id"])
+    start, end = place["spans"][first["decisive"]]
+    page = Page((folder / "run_1_and_2.html").read_text(encoding="utf-8"))
+    assert place["text"][start:end] in page.text
+
+
+@pytest.mark.parametrize("sibling", ["leanings_train_test_stats.json", "leanings_testset_predictions.csv"])
+def test_other_results_of_the_run_lead_to_its_database(tmp_path, sibling):
+    texts, truth, _ = single()
+    write_database(tmp_path / "leanings.sqlite", texts, truth)
+    (tmp_path / sibling).write_text("{}")
+    analyze(tmp_path / sibling, "--no_baselines", "--output_dir", tmp_path / "out", "--level", "fragment")
+    numbers = numbers_in(tmp_path / "out")
+    assert numbers["level"] == "fragment"
+    assert sum(one["count"] for one in numbers["calibration"]["after"]["bins"]) == numbers["levels"]["fragment"]["rows"]
+    (tmp_path / "leanings.sqlite").unlink()
+    done = analyze(tmp_path / sibling, check=False)
+    assert done.returncode == 2
+    assert "leanings.sqlite, which is not there" in done.stderr
+
+
+def test_several_labels(tmp_path):
+    texts = sentences(80)
+    random = np.random.default_rng(1)
+    truth = [np.flatnonzero(random.random(3) < 0.4).tolist() for _ in texts]
+    facts = {"thresholds": [0.4, 0.5, 0.6]}
+    file = write_database(tmp_path / "tags.sqlite", texts, truth, multi_label=True, runs=({"facts": facts}, {}))
+    analyze(file, "--run", 1, "--output_dir", tmp_path)
+    numbers = numbers_in(tmp_path)
+    test = comparison.read_run(file, 1).predictions["test", "document"]
+    decided = test.probabilities >= [0.4, 0.5, 0.6]
+    found = numbers["levels"]["document"]
+    assert found["metrics"]["subset_accuracy"]["value"] == pytest.approx((decided == test.truth).all(1).mean())
+    assert found["metrics"]["micro_f1"]["value"] == pytest.approx(
+        reference.f1_score(test.truth, decided, average="micro")
+    )
+    assert "confusion" not in found
+    page = (tmp_path / "run_1.html").read_text(encoding="utf-8")
+    Page(page)
+    assert "Confusions" not in page
+    row = re.search(r"<tr><td>left</td>(.*?)</tr>", page[page.index("rightly not given") :]).group(1)
+    four = [int(cell) for cell in re.findall(r"<td class=\"n\">(\d+)</td>", row)]
+    matrix = reference.confusion_matrix(test.truth[:, 0], decided[:, 0])
+    assert four == [matrix[1, 1], matrix[0, 1], matrix[1, 0], matrix[0, 0]]
+    said = analyze(file, "--run", 2, "--no_baselines", "--output_dir", tmp_path).stdout
+    assert "tuned on its validation documents" in said
+
+
+def test_little_and_lopsided_data_is_said_and_does_no_harm(tmp_path):
+    """Labels that no test document has, one test document, no fragments, no epochs, no logits."""
+    texts, truth, _ = single(5)
+    truth[-1] = [1]
+    file = write_database(tmp_path / "small.sqlite", texts, truth, fragments=False)
+    execute(file, "DELETE FROM epochs")
+    execute(file, "UPDATE predictions SET logits = NULL")
+    said = analyze(file, "--output_dir", tmp_path).stdout
+    assert "No test document has the label 'left' or 'right'" in said
+    assert "one test document: no interval" in said
+    numbers = numbers_in(tmp_path)
+    assert numbers["calibration"]["before"] is None
+    assert numbers["levels"]["document"]["metrics"]["accuracy"]["interval"] is None
+    Page((tmp_path / "run_1.html").read_text(encoding="utf-8"))
+
+
+def test_what_the_run_wrote_down_is_checked(tmp_path):
+    texts, truth, _ = single()
+    file = write_database(tmp_path / "x.sqlite", texts, truth)
+    execute(file, "INSERT INTO test_metrics VALUES (1, 'document', 'accuracy', 0.123)")
+    execute(file, "DELETE FROM predictions WHERE doc_id = 59")
+    said = analyze(file, "--no_baselines", "--output_dir", tmp_path).stdout
+    assert "wrote down accuracy 0.1230 of documents; its predictions give" in said
+    assert "1 of 12 documents of the test part have no prediction" in said
+
+
+def test_the_same_command_writes_the_same_report(tmp_path):
+    texts, truth, _ = single()
+    file = write_database(tmp_path / "x.sqlite", texts, truth)
+    for name in ("a", "b"):
+        analyze(file, "--output_dir", tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path):
+    texts, truth, _ = single()
+    file = write_database(tmp_path / "x.sqlite", texts, truth)
+    other = write_database(tmp_path / "y.sqlite", [*texts[:-1], "another text"], truth)
+    (tmp_path / "x.csv").write_text("text,label\n")
+    for arguments, said in (
+        ((file, other), "only runs on the same test documents can be compared"),
+        ((file, "--other_run", 1), "both are run 1"),
+        ((file, file, file), "not 3"),
+        ((tmp_path / "x.csv",), "look for"),
+        ((tmp_path / "none.sqlite",), "there is no such file"),
+        ((file, "--resamples", 0), "resamples"),
+        ((), "missing --input_file"),
+    ):
+        done = run_script("analyze_results.py", *arguments, check=False)
+        assert done.returncode == 2, arguments
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*_report"))

@@ -1,0 +1,655 @@
+"""The SQLite file of a task: built once, whole or not at all, by one process, whatever happens to it."""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import resource
+import sqlite3
+import subprocess
+import sys
+import time
+import unicodedata
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, SAMPLE
+
+from lmscripts.classification import database as database_module
+from lmscripts.classification.database import Database, database_of, open_database, open_or_build
+from lmscripts.classification.records import TableOptions
+from lmscripts.classification.splits import SplitSettings
+from lmscripts.classification.sqlite_file import SCHEMA
+from lmscripts.errors import UserError
+from lmscripts.folding import FoldSettings, fold
+from lmscripts.tokenization import Encoder, load_encoder
+
+FOLDS = FoldSettings(max_length=32)
+SPLIT = SplitSettings()
+
+
+def write_table(path, number=60, seed=1, labels=("good", "bad"), extra=()):
+    """A table of real sentences with a group column."""
+    choose = random.Random(seed)
+    lines = [line for line in (SAMPLE / "articles.txt").read_text(encoding="utf-8").splitlines() if len(line) > 10]
+    rows = [
+        (place, "\n".join(choose.choices(lines, k=choose.randint(1, 4))), labels[place % len(labels)], f"w{place // 3}")
+        for place in range(number)
+    ]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("id", "text", "label", "work"), *rows, *extra])
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer_dir):
+    return load_encoder(tokenizer_dir)
+
+
+@pytest.fixture
+def table(tmp_path):
+    return write_table(tmp_path / "leanings.csv")
+
+
+def dump(path):
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return list(connection.iterdump())
+
+
+def query(path, sql, *values):
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return connection.execute(sql, values).fetchall()
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def calls(monkeypatch, encoder):
+    """Counts what any way into the tokenizer is asked to tokenise."""
+    counted = []
+    kind, encode, call = type(encoder.tokenizer), Encoder.encode, type(encoder.tokenizer).__call__
+    monkeypatch.setattr(Encoder, "encode", lambda self, lines: counted.append(len(lines)) or encode(self, lines))
+    monkeypatch.setattr(kind, "__call__", lambda self, *a, **k: counted.append(1) or call(self, *a, **k))
+    return counted
+
+
+# ---- what is in it ----
+
+
+def test_everything_of_the_table_is_in_the_file(table, encoder):
+    options = TableOptions(id="id", group="work")
+    made = open_or_build(table, encoder, FOLDS, SPLIT, options)
+    assert made.path == table.with_suffix(".sqlite") == database_of(table)
+    assert sorted(files(table.parent)) == ["leanings.csv", "leanings.sqlite"]
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert made.labels() == ["bad", "good"]
+    stored = query(made.path, "SELECT doc_id, name, text, grp FROM documents ORDER BY doc_id")
+    assert stored == [(n, row["id"], row["text"], row["work"]) for n, row in enumerate(rows)]
+    parts = dict(query(made.path, "SELECT doc_id, part FROM split_members WHERE split_id = ?", made.split_id))
+    expected = fold(encoder, [row["text"] for row in rows], FOLDS)
+    for part in ("train", "validation", "test"):
+        read = made.read_folds(made.tok_id, made.split_id, part)
+        assert read.ids.dtype == np.int32
+        wanted = [(n, f) for n, folds in enumerate(expected) if parts[n] == part for f in folds]
+        assert read.doc_ids.tolist() == [n for n, _ in wanted]
+        assert read.offsets.tolist() == [0, *np.cumsum([len(f.ids) for _, f in wanted]).tolist()]
+        assert read.ids.tolist() == [number for _, f in wanted for number in f.ids.tolist()]
+        for name in ("idx", "n", "char_start", "char_end"):
+            assert getattr(read, name).tolist() == [getattr(f, name) for _, f in wanted]
+        doc_ids, offsets, label_ids = made.read_labels(made.split_id, part)
+        assert doc_ids.tolist() == sorted(n for n in parts if parts[n] == part)
+        assert offsets.tolist() == list(range(len(doc_ids) + 1))
+        assert [made.labels()[number] for number in label_ids] == [rows[n]["label"] for n in doc_ids]
+        assert made.read_texts(doc_ids[::-1]) == [rows[n]["text"] for n in doc_ids[::-1]]
+    assert any("train: 48 documents" in line for line in made.split_sentences(made.split_id))
+    assert made.documents_without_rows(made.tok_id) == []
+
+
+def test_groups_and_equal_texts_stay_together(tmp_path, encoder):
+    copies = [(f"c{n}", text, "good", f"c{n}") for n, text in enumerate(["同じ文です。", "同じ 文です。"] * 4)]
+    copies += [("d1", "ＡＢＣ文", "bad", "w1"), ("d2", "ABC文", "bad", "w9")]
+    table = write_table(tmp_path / "t.csv", 90, extra=copies)
+    made = open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(group="work"))
+    sql = "SELECT text, grp, group_concat(DISTINCT part) FROM documents JOIN split_members USING (doc_id) "
+    sql += "GROUP BY text, grp"
+    seen = {}
+    for text, group, parts in query(made.path, sql):
+        assert "," not in parts
+        normal = "".join(unicodedata.normalize("NFKC", text).split())
+        assert seen.setdefault(("text", normal), parts) == parts or normal == "同じ文です。"
+        assert seen.setdefault(("group", group), parts) == parts
+
+
+def test_several_labels_and_files_of_parts(tmp_path, encoder):
+    table = write_table(tmp_path / "train.csv", 40, labels=("a|b", "b", "a"))
+    test = write_table(tmp_path / "test.csv", 10, seed=2, labels=("a", "b|a"))
+    options, given = TableOptions(separator="|"), SplitSettings(method="given")
+    made = open_or_build(table, encoder, FOLDS, given, options, part_files={"test": test})
+    assert made.path.name == "train.sqlite"
+    doc_ids, offsets, label_ids = made.read_labels(made.split_id, "test")
+    assert doc_ids.tolist() == list(range(40, 50))
+    assert [label_ids[a:b].tolist() for a, b in pairwise(offsets)] == [[0], [0, 1]] * 5
+    assert 3 <= len(made.read_labels(made.split_id, "validation")[0]) <= 5
+    assert open_or_build(table, encoder, FOLDS, given, options, part_files={"test": test}).done[0].startswith("found")
+    with pytest.raises(UserError, match=r"train train\.csv.*test test\.csv .*now"):
+        open_or_build(table, encoder, FOLDS, given, options, part_files={"test": table})
+
+
+def test_what_stands_in_a_table_is_data_and_nothing_else(tmp_path, encoder):
+    texts = [
+        "'); DROP TABLE documents; --",
+        '"; DELETE FROM labels; --',
+        "<script>alert(1)</script>",
+        "{0} %s $x ?",
+        "x",
+    ]
+    labels = ["<script>", "a' OR '1'='1", "😀", "..", "NULL"]
+    table = tmp_path / "strange name; 100% #1?.csv"
+    with open(table, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [("text", "label"), *((t + f" {n}", b) for n in range(8) for t, b in zip(texts, labels))]
+        )
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    assert sorted(made.labels()) == sorted(labels)
+    assert len(made.read_texts(range(40))) == 40
+    assert made.read_texts([0]) == ["'); DROP TABLE documents; -- 0"]
+
+
+def test_bad_rows_are_kept_with_their_reason_and_may_be_refused_later(tmp_path, encoder):
+    table = write_table(tmp_path / "t.csv", extra=[("1", "", "good", ""), ("2", "text", "", ""), ("3", "short")])
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    assert [reason.split(":")[0] for _, reason, _ in made.bad_rows()] == ["empty text", "empty label", "too few fields"]
+    assert made.meta()["num_bad_rows"] == 3
+    assert "3 bad rows" in made.done[0]
+    with pytest.raises(UserError, match="leaves 3 bad rows out"):
+        open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(on_bad_row="fail"))
+
+
+def test_documents_without_a_token_are_told(tmp_path, encoder):
+    table = write_table(tmp_path / "t.csv", extra=[("1", "\u200b\ufeff", "good", "")])
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    made_of = encoder.encode(["\u200b\ufeff"]).lengths[0]
+    assert made.documents_without_rows(made.tok_id) == ([] if made_of else [60])
+
+
+# ---- used again ----
+
+
+def test_the_second_opening_makes_no_call_of_the_tokenizer_and_no_lock(table, encoder, calls, monkeypatch):
+    open_or_build(table, encoder, FOLDS, SPLIT)
+    assert sum(calls) >= 60
+    calls.clear()
+    before = files(table.parent)
+    monkeypatch.setattr(database_module, "only_builder", None)  # nothing is locked, so that a read-only folder serves
+    for source in (table, table.with_suffix(".sqlite")):
+        again = open_or_build(source, encoder, FOLDS, SPLIT)
+        assert isinstance(again, Database)
+        assert again.done[0].startswith("found")
+        assert len(again.read_folds(again.tok_id, again.split_id, "train").doc_ids)
+    assert calls == []
+    assert files(table.parent) == before
+    fresh = load_encoder(encoder.folder)
+    assert open_or_build(table, fresh, FOLDS, SPLIT).tok_id == again.tok_id
+    assert calls == []
+
+
+def test_another_length_or_split_is_added_and_the_rest_stays(table, encoder, calls):
+    first = open_or_build(table, encoder, FOLDS, SPLIT)
+    before = dump(first.path)
+    calls.clear()
+    assert open_or_build(table, encoder, FOLDS, SplitSettings(train=80, validation=10, test=10)).split_id == 1
+    other_split = open_or_build(first.path, encoder, FOLDS, SplitSettings(seed=7))
+    assert calls == []
+    assert (other_split.tok_id, other_split.split_id) == (first.tok_id, 2)
+    longer = open_or_build(table, encoder, FoldSettings(max_length=48, overlap=6), SplitSettings(seed=7))
+    assert sum(calls) >= 60
+    assert (longer.tok_id, longer.split_id) == (2, 2)
+    after = set(dump(first.path))
+    assert all(line in after for line in before)
+    rows = [longer.read_folds(tok_id, 2, "train") for tok_id in (1, 2)]
+    assert [np.diff(each.offsets).max() for each in rows] == [32, 48]
+    assert set(rows[0].doc_ids) == set(rows[1].doc_ids)
+    calls.clear()
+    assert open_or_build(table, encoder, FOLDS, SPLIT).done == (f"found all in {first.path}",)
+    assert calls == []
+
+
+def test_another_tokenizer_is_another_tokenization(table, encoder, tmp_path_factory):
+    from test_tokenization import make_folder, words_of
+
+    other = load_encoder(make_folder(tmp_path_factory.mktemp("other") / "tok", "character", words_of("none")))
+    open_or_build(table, encoder, FOLDS, SPLIT)
+    assert open_or_build(table, other, FOLDS, SPLIT).tok_id == 2
+    assert open_or_build(table, encoder, FOLDS, SPLIT).tok_id == 1
+
+
+def test_another_source_is_refused_with_both_hashes_or_replaced(table, encoder):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    made.start_run("r", {}, {}, tok_id=1, split_id=1, model_dir="m")
+    old = made.meta()["sha256"]["leanings.csv"][:16]
+    write_table(table, 66)
+    before = files(table.parent)
+    with pytest.raises(UserError, match=rf"{old}.*now the source.*sha256.*1 runs in it would be lost") as raised:
+        open_or_build(table, encoder, FOLDS, SPLIT)
+    assert files(table.parent) == before
+    new = open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+    assert new.meta()["num_documents"] == 66
+    assert new.meta()["sha256"]["leanings.csv"][:16] in str(raised.value)
+    assert open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True).done[0].startswith("found")
+
+
+@pytest.mark.parametrize("as_database", [False, True])
+def test_other_options_are_refused_with_both_values(table, encoder, as_database):
+    open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(group="work"))
+    source = table.with_suffix(".sqlite") if as_database else table
+    with pytest.raises(UserError, match="group 'work' and now 'id'"):
+        open_or_build(source, encoder, FOLDS, SPLIT, TableOptions(group="id"))
+    if as_database:  # what is not said is taken from the file
+        assert open_or_build(source, encoder, FOLDS, SPLIT).done[0].startswith("found")
+    else:
+        with pytest.raises(UserError, match="group 'work' and now ''"):
+            open_or_build(source, encoder, FOLDS, SPLIT)
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, encoder):
+    table = write_table(tmp_path / "t.csv", 700)
+    seen = []
+    alone = open_or_build(table, encoder, FOLDS, SPLIT, database=tmp_path / "a.sqlite", progress=seen.append)
+    shared = open_or_build(table, encoder, FOLDS, SPLIT, database=tmp_path / "b.sqlite", num_workers=2)
+    assert dump(alone.path) == dump(shared.path)
+    assert sum(seen) == 700
+    assert len(seen) > 2
+
+
+# ---- files that are not ours, or damaged ----
+
+
+def foreign_files(folder, good):
+    data = good.read_bytes()
+    other = folder / "other.tmp"
+    with contextlib.closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE precious(value)")
+        connection.execute("INSERT INTO precious VALUES (1)")
+        connection.commit()
+    unnamed = folder / "unnamed.tmp"
+    with contextlib.closing(sqlite3.connect(unnamed)) as connection:
+        connection.executescript(SCHEMA)
+    contents = {
+        "other": (other.read_bytes(), "another program", False),
+        "without our id": (unnamed.read_bytes(), "another program", False),
+        "text": (b"text,label\na,b\n" * 40, "no SQLite file", False),
+        "empty": (b"", "no SQLite file", False),
+        "newer": (data[:60] + (2).to_bytes(4, "big") + data[64:], "schema version 2, and this version reads 1", True),
+        "truncated": (data[: len(data) // 2], "truncated or damaged", True),
+        "no tables": (data[:100] + bytes(3996) + data[4096:], "truncated or damaged", True),
+    }
+    other.unlink()
+    unnamed.unlink()
+    return contents
+
+
+@pytest.mark.parametrize("kind", ["other", "without our id", "text", "empty", "newer", "truncated", "no tables"])
+def test_foreign_older_and_damaged_files_are_refused_and_untouched(table, encoder, kind):
+    good = open_or_build(table, encoder, FOLDS, SPLIT).path
+    data, said, may_be_replaced = foreign_files(table.parent, good)[kind]
+    good.write_bytes(data)
+    before = files(table.parent)
+    for source in (table, good):
+        with pytest.raises(UserError, match=said) as raised:
+            open_or_build(source, encoder, FOLDS, SPLIT)
+        assert str(good) in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert files(table.parent) == before
+    with pytest.raises(UserError, match=said):
+        open_database(good)
+    if may_be_replaced:
+        assert open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True).done[0].startswith("built")
+    else:
+        with pytest.raises(UserError, match=said):
+            open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+        assert files(table.parent) == before
+
+
+def test_places_that_cannot_be(tmp_path, table, encoder):
+    for source, said, more in (
+        (tmp_path / "missing.sqlite", "there is no file", {}),
+        (tmp_path / "missing.csv", "does not exist", {}),
+        (tmp_path, "is a folder", {}),
+        (table, "no SQLite file", {"database": table}),
+        (table, "cannot be written", {"database": tmp_path / "no" / "such" / "x.sqlite"}),
+        (table, "is a folder", {"database": tmp_path}),
+        (table, "validation and test", {"part_files": {"holdout": table}}),
+    ):
+        before = files(table.parent)
+        with pytest.raises(UserError, match=said):
+            open_or_build(source, encoder, FOLDS, SPLIT, **more)
+        assert files(table.parent) == before
+
+
+GOOD_ROWS = "".join(f"sentence {n},{'ab'[n % 2]}\n" for n in range(30))
+HOSTILE = {
+    "empty": "", "header only": "text,label\n", "one row": "text,label\na,b\n", "blank lines": "\n\n\n",
+    "one class": "text,label\n" + "a,b\n" * 30, "rare class": f"text,label\n{GOOD_ROWS}x,c\n",
+    "no label column": "text,other\n" + GOOD_ROWS, "no text column": "body,label\n" + GOOD_ROWS,
+    "no header": GOOD_ROWS, "twice the column": "text,label,label\n" + GOOD_ROWS.replace("\n", ",x\n"),
+    "open quote": f'text,label\n{GOOD_ROWS}"open,a\n{GOOD_ROWS}',
+    "latin-1": f"text,label\n{GOOD_ROWS}café,a\n".encode("latin-1"),
+    "cp932": f"text,label\n{GOOD_ROWS}日本語,a\n".encode("cp932"),
+    "utf-16 without a mark": f"text,label\n{GOOD_ROWS}".encode("utf-16-le"),
+    "cut utf-16": f"text,label\n{GOOD_ROWS}".encode("utf-16")[:-1], "binary": bytes(range(256)) * 40,
+    "only empty texts": "text,label\n" + ",a\n,b\n" * 9, "only empty labels": "text,label\n" + "a,\n" * 9,
+    "every row short": "text,label\n" + "a\n" * 9, "every row long": "text,label\n" + "a,b,c,d\n" * 9,
+    "all one text": "text,label\n" + "same,a\nsame,b\n" * 9, "three documents": "text,label\na,x\nb,y\nc,x\nd,y\n" * 5,
+    "no label that was given": ("text,label\n" + GOOD_ROWS, {"labels": ("x", "y")}),
+    "a given label without rows": ("text,label\n" + GOOD_ROWS, {"labels": ("a", "b", "c")}),
+    "group column missing": ("text,label\n" + GOOD_ROWS, {"group": "work"}),
+    "one group": ("text,label,g\n" + GOOD_ROWS.replace("\n", ",same\n"), {"group": "g"}),
+    "bad row to fail at": (f"text,label\n{GOOD_ROWS},a\n", {"on_bad_row": "fail"}),
+    "unknown part": ("text,label,p\n" + GOOD_ROWS.replace("\n", ",later\n"), {"split": "p"}),
+    "no label column asked for": ("text,label\n" + GOOD_ROWS, {"label": ""}),
+    "text only of what no tokenizer takes": "text,label\n" + "\0,a\n\0,b\n" * 9,
+    "nothing but a field": "x" * 300_000, "a line of dashes only": "---------\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_table_is_one_sentence_and_leaves_nothing(tmp_path, encoder, name):
+    data, options = HOSTILE[name] if isinstance(HOSTILE[name], tuple) else (HOSTILE[name], {})
+    table = tmp_path / "t.csv"
+    table.write_bytes(data if isinstance(data, bytes) else data.encode())
+    before = files(tmp_path)
+    with pytest.raises(UserError) as raised:
+        open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(**options))
+    assert "\n" not in str(raised.value)
+    assert 20 < len(str(raised.value)) < 600
+    assert files(tmp_path) == before
+
+
+def test_a_table_that_changes_while_it_is_read_is_refused(table, encoder, monkeypatch):
+    read = database_module.read_table
+
+    def growing(path, options, repairs):
+        yield from read(path, options, repairs)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("99,late,good,w\n")
+
+    monkeypatch.setattr(database_module, "read_table", growing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        open_or_build(table, encoder, FOLDS, SPLIT)
+    assert sorted(files(table.parent)) == ["leanings.csv"]
+
+
+# ---- several processes, and death ----
+
+DRIVER = """
+import json, os, random, signal, sqlite3, sys, time
+from pathlib import Path
+from lmscripts.classification.database import open_or_build
+from lmscripts.classification.splits import SplitSettings
+from lmscripts.classification.stored import Stored
+from lmscripts.folding import FoldSettings
+from lmscripts.tokenization import load_encoder
+
+task, table, tokenizer = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+encoder = load_encoder(tokenizer)
+target = table.with_suffix(".sqlite")
+FOLDS, LONGER, SPLIT = FoldSettings(max_length=32), FoldSettings(max_length=48), SplitSettings()
+
+def child(folds, report=None, **more):
+    process = os.fork()
+    if not process:
+        try:
+            made = open_or_build(table, encoder, folds, SPLIT, **more)
+            if report:
+                report.write_text(made.done[0])
+            os._exit(0)
+        except BaseException as error:
+            print("child:", repr(error), flush=True)
+            os._exit(1)
+    return process
+
+def duration(folds):
+    start = time.monotonic()
+    assert os.waitpid(child(folds), 0)[1] == 0
+    return time.monotonic() - start
+
+def state():
+    connection = sqlite3.connect(f"file:{target}?mode=ro", uri=True, timeout=30)
+    counts = [connection.execute("SELECT count(*) FROM documents").fetchone()[0]]
+    counts += [connection.execute("SELECT count(*) FROM split_members").fetchone()[0]]
+    folds = connection.execute("SELECT tok_id, count(*), sum(length(ids)) FROM folds GROUP BY tok_id").fetchall()
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+    return counts, folds
+"""
+
+TOGETHER = (
+    DRIVER
+    + """
+def round_of(kill):
+    reports = [table.with_name(f"report{n}") for n in range(3)]
+    children = [child(FOLDS, report) for report in reports]
+    if kill:
+        building = target.with_name(f".{target.name}.building")
+        while not building.exists():
+            time.sleep(0.001)
+        time.sleep(0.05)
+        owner = None
+        for number in children:  # the one that has the file open is the builder
+            links = [os.readlink(f"/proc/{number}/fd/{fd}") for fd in os.listdir(f"/proc/{number}/fd")]
+            owner = number if str(building) in links else owner
+        os.kill(owner, signal.SIGKILL)
+    codes = [os.waitpid(number, 0)[1] for number in children]
+    said = [report.read_text().split()[0] for report in reports if report.exists()]
+    for report in reports:
+        report.unlink(missing_ok=True)
+    result = [sorted(codes), sorted(said), sorted(p.name for p in table.parent.iterdir()), state()]
+    target.unlink()
+    return result
+
+print(json.dumps([round_of(False), round_of(True)]))
+"""
+)
+
+KILLED_BUILDING = (
+    DRIVER
+    + """
+moment, seen = random.Random(3), []
+whole = duration(FOLDS)
+expected = state()
+target.unlink()
+for number in range(12):
+    process = child(FOLDS)
+    time.sleep(whole * (number + moment.random()) / 11)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    if target.exists():
+        assert state() == expected
+        seen.append("whole")
+        target.unlink()
+    else:
+        seen.append("nothing")
+assert duration(FOLDS) and state() == expected
+print(json.dumps([seen, sorted(p.name for p in table.parent.iterdir())]))
+"""
+)
+
+KILLED_ADDING = (
+    DRIVER
+    + """
+import shutil
+moment, seen = random.Random(4), []
+duration(FOLDS)
+before = state()
+copy = table.with_name("copy")
+shutil.copy2(target, copy)
+whole = duration(LONGER)
+expected = state()
+for number in range(12):
+    shutil.copy2(copy, target)
+    process = child(LONGER)
+    # Half of the kills in the last tenth, where the file itself is written.
+    share = 0.9 + 0.15 * moment.random() if number % 2 else moment.random()
+    end = time.monotonic() + whole * share
+    while time.monotonic() < end:  # readers see the old or the new
+        made = Stored(target).read_folds(2, 1, "train")
+        assert len(made.doc_ids) == 0 or len(set(made.doc_ids)) > 100
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    rows = Stored(target).read_folds(1, 1, "train")  # undoes what was left half done
+    found = state()
+    assert found in (before, expected), (found, before, expected)
+    seen.append("old" if found == before else "new")
+    journal = target.with_name(target.name + "-journal")
+    journal.unlink(missing_ok=True)
+shutil.copy2(copy, target)
+copy.unlink()
+assert duration(LONGER) and state() == expected
+print(json.dumps([seen, sorted(p.name for p in table.parent.iterdir())]))
+"""
+)
+
+
+def drive(program, tmp_path, tokenizer_dir, number):
+    table = write_table(tmp_path / "t.csv", number)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, "task", str(table), str(tokenizer_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_of_three_processes_one_builds_and_another_does_when_it_is_killed(tmp_path, tokenizer_dir):
+    together, killed = drive(TOGETHER, tmp_path, tokenizer_dir, 900)
+    codes, said, names, _ = together
+    assert (codes, said) == ([0, 0, 0], ["built", "found", "found"])
+    assert names == ["t.csv", "t.sqlite"]
+    codes, said, names, state = killed
+    assert (codes, said) == ([0, 0, 9], ["built", "found"])
+    assert (names, state) == (["t.csv", "t.sqlite"], together[3])
+
+
+def test_a_builder_killed_at_any_moment_leaves_nothing_or_the_whole(tmp_path, tokenizer_dir):
+    seen, names = drive(KILLED_BUILDING, tmp_path, tokenizer_dir, 1200)
+    assert Counter(seen)["nothing"] >= 6
+    assert names == ["t.csv", "t.sqlite"]
+
+
+def test_one_killed_while_it_adds_leaves_the_old_or_the_new(tmp_path, tokenizer_dir):
+    seen, names = drive(KILLED_ADDING, tmp_path, tokenizer_dir, 1200)
+    assert Counter(seen)["old"] >= 5
+    assert names == ["t.csv", "t.sqlite"]
+
+
+def test_what_a_killed_writer_left_half_done_is_undone(table, encoder):
+    """A transaction that has reached the file and its journal, but was never committed."""
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    before = dump(made.path)
+    process = os.fork()
+    if not process:
+        connection = sqlite3.connect(made.path, isolation_level=None)
+        connection.execute("PRAGMA cache_size = 2")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE documents SET text = text || 'spoilt' || hex(zeroblob(3000))")
+        os._exit(9)
+    os.waitpid(process, 0)
+    journal = made.path.with_name("leanings.sqlite-journal")
+    assert journal.stat().st_size > 0
+    assert b"spoilt" in made.path.read_bytes()
+    assert open_or_build(made.path, encoder, FOLDS, SPLIT).done[0].startswith("found")
+    assert dump(made.path) == before
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("adding", [False, True])
+def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path, encoder, adding):
+    table = write_table(tmp_path / "t.csv", 300)
+    size = open_or_build(table, encoder, FOLDS, SPLIT).path.stat().st_size
+    if not adding:
+        database_of(table).unlink()
+    before, report = files(tmp_path), tmp_path.with_name(f"{tmp_path.name}.report")
+    process = os.fork()
+    if not process:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8192 if adding else size - 8192, resource.RLIM_INFINITY))
+        try:
+            open_or_build(table, encoder, FoldSettings(max_length=16) if adding else FOLDS, SPLIT)
+            said = "nothing"
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        report.write_text(said)
+        os._exit(0)
+    os.waitpid(process, 0)
+    assert report.read_text().startswith("UserError: ")
+    assert "t.sqlite" in report.read_text()
+    assert files(tmp_path) == before
+
+
+def test_workers_end_when_their_builder_is_killed(tmp_path, tokenizer_dir):
+    table = write_table(tmp_path / "t.csv", 3000)
+    program = f"""
+from lmscripts.classification.database import open_or_build
+from lmscripts.classification.splits import SplitSettings
+from lmscripts.folding import FoldSettings
+if __name__ == "__main__":
+    open_or_build({str(table)!r}, {str(tokenizer_dir)!r}, FoldSettings(max_length=32), SplitSettings(), num_workers=2)
+"""
+    (tmp_path / "build.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "build.py")], env=environment)
+    workers, deadline = [], time.monotonic() + 60
+    while len(workers) < 3 and time.monotonic() < deadline:  # two workers and the tracker of resources
+        workers = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    assert len(workers) == 3
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert not database_of(table).exists()
+
+
+# ---- runs ----
+
+
+def test_what_a_run_gives_comes_back(table, encoder):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    options = {"learning_rate": 1e-4, "name": "日本"}
+    run = made.start_run("first", options, {"parameters": 5}, tok_id=1, split_id=1, model_dir=table.parent / "m")
+    other = made.start_run("second", {}, {}, tok_id=1, split_id=1, model_dir="m")
+    made.write_epoch(run, 1, 10, "validation", {"loss": 0.5, "accuracy": np.float32(0.25)})
+    made.write_epoch(run, 1, 12, "validation", {"loss": 0.4})  # repeated after a resume
+    made.write_epoch(run, 2, 20, "validation", {"loss": float("nan")})
+    sql = "SELECT epoch, step, part, metric, value FROM epochs WHERE run_id = ? ORDER BY epoch, metric"
+    assert query(made.path, sql, run) == [
+        (1, 10, "validation", "accuracy", 0.25),
+        (1, 12, "validation", "loss", 0.4),
+        (2, 20, "validation", "loss", None),
+    ]
+    probabilities, logits = np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([[-1.0, 1.0], [0.0, 0.0]])
+    made.write_predictions(run, "test", "document", [3, 4], None, probabilities, logits)
+    made.write_predictions(run, "test", "fragment", np.array([3, 3]), np.array([0, 1]), probabilities, logits)
+    made.write_predictions(other, "test", "document", [3], None, probabilities[:1], logits[:1])
+    sql = "SELECT doc_id, fold_idx, probabilities, logits FROM predictions WHERE run_id = ? AND level = ?"
+    stored = query(made.path, sql, run, "document")
+    assert [row[:2] for row in stored] == [(3, -1), (4, -1)]
+    assert np.array_equal(np.frombuffer(stored[0][2], "<f4"), probabilities[0])
+    assert [row[:2] for row in query(made.path, sql, run, "fragment")] == [(3, 0), (3, 1)]
+    made.write_test_metrics(run, "document", {"accuracy": 0.9})
+    made.end_run(run, "done", {"seconds": 3})
+    (row,) = query(made.path, "SELECT name, options, facts, status, ended > started FROM runs WHERE run_id = ?", run)
+    assert (row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) == ("first", options, {"seconds": 3}, "done", 1)
+    assert query(made.path, "SELECT status FROM runs WHERE run_id = ?", other) == [("running",)]
+    with pytest.raises(UserError, match="no run 99"):
+        made.end_run(99, "done")
+    with pytest.raises(UserError, match="do not go with"):
+        made.write_predictions(run, "test", "document", [3], None, probabilities, logits)
+    again = open_or_build(table, encoder, FoldSettings(max_length=20), SPLIT)
+    assert query(again.path, "SELECT count(*) FROM predictions") == [(5,)]
