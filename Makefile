@@ -40,8 +40,9 @@ demo: $(READY)
 	@echo "  accelerate launch --config_file accelerate_configs/gpu1.yaml scripts/run_pretraining.py \\"
 	@echo "    --dataset_dir store --model_dir runs/bert --model_type bert-small --do_whole_word_mask"
 
+# Two files at a time; the tests of one file share what they made and stay together.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
