@@ -91,7 +91,7 @@ def read_records(path: str, options: TableOptions, repairs: Counter[str]) -> Ite
     """
     kind = options.format or format_of(path)[0]
     if kind == "txt":
-        raise UserError(f"the name of {path} does not say its format: give --format csv, tsv, jsonl or parquet")
+        raise UserError(f"the name of {path} does not say its format: let it end in .csv, .tsv, .jsonl or .parquet")
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"
         raise UserError(f"the table {path} {what} (seen from {Path.cwd()})")
@@ -125,7 +125,7 @@ def _no_column(path: str, name: str, column: str, header: Iterable[str]) -> User
     names = list(header)
     shown = ", ".join(f"{each!r:.40}" for each in names[:12]) + (" ..." if len(names) > 12 else "")
     near = nearest(column, names)
-    way_out = f"give --{name}_column"
+    way_out = f"give --{name}" + ("_column" if name not in ("text", "label") else "")
     return UserError(f"{path} has no column {column!r}; it has {shown}{f'{near} Else ' if near else ': '}{way_out}")
 
 
@@ -218,7 +218,7 @@ def _csv_records(path: str, options: TableOptions, repairs: Counter[str]) -> Ite
         if lines.ended:
             raise UserError(
                 f"{path}:{start}: the quote that opens in the row of this line is never closed, and would swallow the "
-                f"rest up to line {lines.number}; close it, or take --quotes false if quotes mean nothing in this table"
+                f"rest up to line {lines.number}; close it, or double quotes that are part of a text"
             )
         if header is None:
             header = [name.strip() for name in row]

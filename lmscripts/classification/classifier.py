@@ -1,0 +1,384 @@
+"""The model of a classifier: from any pretrained model, with a head for the labels, and back from its own folder.
+
+What is needed to use it besides the weights stands in config.json under one key, `lmscripts_classifier`: how texts are
+folded, how the answers of the rows are combined, the temperature, and for several labels their thresholds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lmscripts.classification.aggregate import AGGREGATES
+from lmscripts.errors import UserError
+from lmscripts.folding import FoldSettings
+from lmscripts.pretrained import set_dropout
+from lmscripts.saved_models import find_model, weight_files
+from lmscripts.tokenization import Encoder, load_encoder
+
+KEY = "lmscripts_classifier"
+_FORMAT = 1
+_OFFSET_POSITIONS = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "longformer")
+_ALSO_NEW = ("pooler.",)  # of a body: a layer that serves the head alone and that language models are saved without
+_LONGEST = 512
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to begin with, found and looked at; nothing of it is loaded yet.
+
+    Attributes:
+        name: as it was given.
+        load_from: what `from_pretrained` is given: a folder, or a name on the Hub.
+        config: its configuration.
+        encoder: its tokenizer.
+        longest: tokens of its longest input; None where nothing says.
+        notices: sentences for the user.
+    """
+
+    name: str
+    load_from: str
+    config: Any
+    encoder: Encoder
+    longest: int | None
+    notices: list[str]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder."""
+        return Path(self.load_from).is_dir()
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """What a classifier's folder says besides its weights.
+
+    Attributes:
+        folds: how texts become rows.
+        aggregate: how the answers of the rows of a text are combined.
+        temperature: divides the logits of a document before they become probabilities.
+        thresholds: of each label, where a text may have several; None otherwise.
+        multi_label: whether it may.
+    """
+
+    folds: FoldSettings
+    aggregate: str = "mean_probabilities"
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] | None = None
+    multi_label: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        return {"format": _FORMAT, **asdict(self)}
+
+
+# ---- finding -----------------------------------------------------------------------------------------------------
+
+
+def find_source(name: str, tokenizer_dir: str | None = None) -> Source:
+    """Find a model's folder (of a run its final/) or name on the Hub, with configuration and tokenizer.
+
+    Raises:
+        UserError: there is none, it has no tokenizer, or the tokenizer is that of another model.
+    """
+    place, notices = find_model(name)
+    local = Path(name).expanduser().is_dir()
+    if not (place / "config.json").is_file():
+        raise UserError(f"{place} holds no model: it has no config.json, and no checkpoint of a run")
+    try:
+        config: Any = AutoConfig.from_pretrained(str(place), local_files_only=True)
+    except Exception as error:  # whatever a foreign or damaged file makes transformers raise
+        raise UserError(f"{place / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not local and tokenizer_dir is None:
+        AutoTokenizer.from_pretrained(name)  # type: ignore[no-untyped-call]  # brings its files to the cache
+    if tokenizer_dir is not None and (place / "tokenizer_config.json").is_file():
+        raise UserError(f"--tokenizer_dir {tokenizer_dir} has no effect: {place} has the tokenizer of the model")
+    encoder = load_encoder(tokenizer_dir or place)
+    highest, size = max(encoder.tokenizer.get_vocab().values()), getattr(config, "vocab_size", None)
+    if size is not None and highest >= size:
+        raise UserError(
+            f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {place} has {size} "
+            "entries: it is the tokenizer of another model"
+        )
+    return Source(name, str(place) if local else name, config, encoder, _longest(config, encoder), notices)
+
+
+def _longest(config: Any, encoder: Encoder) -> int | None:
+    """Tokens of the longest input by the position embeddings and by what the tokenizer says."""
+    found = []
+    if positions := getattr(config, "max_position_embeddings", None):
+        found.append(int(positions) - (config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0))
+    if 0 < (said := int(encoder.tokenizer.model_max_length)) < 10**9:
+        found.append(said)
+    return min(found, default=None)
+
+
+def fold_settings(source: Source, max_length: int | None, **others: Any) -> FoldSettings:
+    """Settings of folding, with the length that the model reads where none is given, at most 512.
+
+    Raises:
+        UserError: rows would be longer than the model's longest input.
+    """
+    longest = source.longest
+    if max_length is not None and longest is not None and max_length > longest:
+        raise UserError(f"--max_length {max_length} is more than {source.name} reads, which is {longest} tokens")
+    return FoldSettings(max_length=max_length or min(longest or _LONGEST, _LONGEST), **others)
+
+
+def padding_id(encoder: Encoder) -> int:
+    """The token that rows are filled up with; the end-of-text token where a tokenizer has none for it.
+
+    Raises:
+        UserError: it has neither.
+    """
+    found = encoder.pad_id if encoder.pad_id is not None else encoder.eos_id
+    if found is None:
+        raise UserError(f"the tokenizer {encoder.folder} has neither a padding nor an end-of-text token to fill rows")
+    return found
+
+
+# ---- building ----------------------------------------------------------------------------------------------------
+
+
+def build_classifier(
+    source: Source,
+    labels: Sequence[str],
+    settings: ClassifierSettings,
+    *,
+    seed: int,
+    dropout: float | None = None,
+    from_scratch: bool = False,
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model with a head for the labels.
+
+    Args:
+        source: the model to begin with.
+        labels: names of the K labels.
+        settings: written into its configuration.
+        seed: of what is new.
+        dropout: of hidden states, attention weights and the head; None keeps the model's.
+        from_scratch: take its architecture alone, with fresh weights.
+
+    Returns:
+        The model in training mode, in float32, and sentences for the user.
+
+    Raises:
+        UserError: no weights, or weights that do not fill the model's body.
+    """
+    config, notices = source.config, []
+    had = [config.id2label.get(number) for number in range(len(labels))], config.num_labels
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+    config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
+    config.problem_type = "multi_label_classification" if settings.multi_label else "single_label_classification"
+    config.pad_token_id = padding_id(source.encoder)
+    setattr(config, KEY, settings.as_json())
+    if dropout is not None:
+        set_dropout(config, dropout, dropout)
+        for name in ("classifier_dropout", "classifier_dropout_prob", "summary_last_dropout", "pooler_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    auto: Any = AutoModelForSequenceClassification
+    torch.manual_seed(seed)
+    try:
+        fresh = auto.from_config(config)
+    except ValueError as error:
+        raise UserError(f"transformers has no classifier of the type {config.model_type} ({source.name})") from error
+    if from_scratch:
+        return fresh.train(), [f"the model has the architecture of {source.name}, and fresh weights"]
+    model, missing = _load(source, config)
+    same = had == (list(labels), len(labels))
+    new = set(missing)
+    if is_classifier and not same:
+        new |= {name for name, _ in fresh.named_parameters() if not in_body(model, name)}
+    with torch.no_grad():
+        for name in new:
+            model.get_parameter(name).copy_(fresh.get_parameter(name))
+    if new:
+        notices.append(f"the head for {len(labels)} labels is new: {', '.join(sorted(new))}")
+    else:
+        notices.append(f"the head of {source.name} was made for the same labels, and is taken over")
+    return model.train(), notices
+
+
+def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model with the saved weights, and the names of what they lack."""
+    if source.is_local and not weight_files(Path(source.load_from)):
+        raise UserError(
+            f"{source.load_from} holds no weights: give a model that was trained, or --from_scratch to take its "
+            "architecture alone"
+        )
+    auto: Any = AutoModelForSequenceClassification
+    with _quiet():
+        try:
+            model, info = auto.from_pretrained(
+                source.load_from,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=source.is_local,
+                ignore_mismatched_sizes=True,  # a head for other labels; anything else is refused below
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever damaged or foreign weights make the libraries raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{source.load_from} holds no usable weights ({reason})") from error
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    missing = {*info["missing_keys"], *mismatched}
+    if lacking := sorted(name for name in missing if in_body(model, name) and not _serves_head(model, name)):
+        raise UserError(
+            f"the weights of {source.name} lack {lacking[0]}"
+            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}, or have it in another shape: that part "
+            "of the model would be random"
+        )
+    return model, missing
+
+
+def in_body(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter belongs to the part that a language model brings along, and not to the head."""
+    return name.startswith(f"{model.base_model_prefix}.") and not _serves_head(model, name)
+
+
+def _serves_head(model: PreTrainedModel, name: str) -> bool:
+    return name.removeprefix(f"{model.base_model_prefix}.").startswith(_ALSO_NEW)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No report of transformers about heads; what matters is said or refused here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+# ---- the objective -----------------------------------------------------------------------------------------------
+
+
+class ClassifierObjective(nn.Module):
+    """Sums of weighted losses over the rows of a batch.
+
+    Attributes:
+        models: {"": model}, as `lmscripts.run_folder` saves them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, multi_label: bool, label_smoothing: float, positive_weights: Tensor | None
+    ) -> None:
+        """Wrap the model.
+
+        Args:
+            model: gives logits (B, K).
+            multi_label: one statement for each label (binary cross entropy, its mean over labels) instead of one.
+            label_smoothing: share of the wanted probability that is spread over all answers.
+            positive_weights: (K,) weight of having each label, for several labels a row.
+        """
+        super().__init__()
+        self.classifier = model
+        self._multi_label, self._smoothing = multi_label, label_smoothing
+        self.positive_weights: Tensor | None
+        self.register_buffer("positive_weights", positive_weights, persistent=False)
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """{"": model}."""
+        return {"": self.classifier}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the rows: "loss", and "accuracy" (all labels of the row right), each row by its weight."""
+        logits = self.logits(batch)
+        losses, right = self.row_losses(logits, batch["truth"])
+        return {"loss": (losses * batch["weights"]).sum(), "accuracy": (right * batch["weights"]).sum()}
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, K) in float32."""
+        output = self.classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        found: Tensor = output.logits.float()
+        return found
+
+    def row_losses(self, logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) loss of each row, without weights of rows, and (B,) 1 where all its labels are right."""
+        num_labels = truth.shape[1]
+        if self._multi_label:
+            wanted = truth * (1 - self._smoothing) + self._smoothing / 2
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                logits, wanted, pos_weight=self.positive_weights, reduction="none"
+            ).mean(1)
+            return losses, ((logits > 0) == (truth > 0)).all(1).float()
+        wanted = truth * (1 - self._smoothing) + self._smoothing / num_labels
+        losses = -(wanted * logits.log_softmax(1)).sum(1)
+        return losses, (logits.argmax(1) == truth.argmax(1)).float()
+
+    @staticmethod
+    def metrics(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+        """Weighted means of what `forward` sums."""
+        return {name: value / max(counts["weight"], 1e-12) for name, value in sums.items()}
+
+
+# ---- a classifier's own folder -----------------------------------------------------------------------------------
+
+
+def read_settings(config: Any, longest: int | None) -> tuple[ClassifierSettings, list[str]]:
+    """How a saved classifier wants to be used, and a sentence where its configuration does not say.
+
+    Raises:
+        UserError: what the configuration says cannot be used.
+    """
+    stored = getattr(config, KEY, None)
+    multi_label = config.problem_type == "multi_label_classification"
+    if stored is None:
+        thresholds = (0.5,) * config.num_labels if multi_label else None
+        settings = ClassifierSettings(
+            FoldSettings(max_length=min(longest or _LONGEST, _LONGEST)), thresholds=thresholds, multi_label=multi_label
+        )
+        said = f"config.json has no {KEY}: rows of {settings.folds.max_length} tokens, {settings.aggregate}, "
+        return settings, [f"{said}temperature 1{' and thresholds of 0.5' if multi_label else ''} are taken"]
+    try:
+        values = {name: stored[name] for name in ("aggregate", "temperature", "thresholds", "multi_label")}
+        settings = ClassifierSettings(folds=FoldSettings(**stored["folds"]), **values)
+        numbers = [float(settings.temperature), *map(float, settings.thresholds or ())]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json: {KEY} cannot be used ({type(error).__name__}: {error})") from error
+    fits = settings.thresholds is None or len(settings.thresholds) == config.num_labels
+    if settings.aggregate not in AGGREGATES or not numbers[0] > 0 or not fits:
+        raise UserError(
+            f"config.json: {KEY} says {settings.aggregate}, temperature {settings.temperature} and thresholds "
+            f"{settings.thresholds} for {config.num_labels} labels, which cannot be used"
+        )
+    if settings.multi_label and settings.thresholds is None:
+        settings = replace(settings, thresholds=(0.5,) * config.num_labels)
+    return settings, []
+
+
+def label_names(config: Any) -> list[str]:
+    """Names of the labels in the order of their logits."""
+    return [str(config.id2label[number]) for number in range(config.num_labels)]
+
+
+def open_classifier(name: str) -> tuple[PreTrainedModel, Source, ClassifierSettings, list[str]]:
+    """A saved classifier in evaluation mode, with its tokenizer and its settings.
+
+    Returns:
+        The model, where it comes from, its settings, and sentences for the user.
+
+    Raises:
+        UserError: it is no classifier, or its head is missing.
+    """
+    source = find_source(name)
+    if not any("SequenceClassification" in each for each in source.config.architectures or []):
+        saved_as = ", ".join(source.config.architectures or ["a model without a head"])
+        raise UserError(f"{name} is no classifier but {saved_as}: train one from it with finetune_classifier.py")
+    settings, notices = read_settings(source.config, source.longest)
+    model, missing = _load(source, source.config)
+    if missing:
+        raise UserError(f"{name} lacks {sorted(missing)[0]}, or has it in another shape: its answers would be random")
+    return model.train(False), source, settings, [*source.notices, *notices]

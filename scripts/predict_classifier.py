@@ -1,0 +1,168 @@
+"""Label new texts with a classifier of finetune_classifier.py: one line of output for each text, in their order.
+
+python scripts/predict_classifier.py --model_dir leanings_trained_model --input_file texts.csv --output_file out.csv
+echo "Beat my opponent!" | python scripts/predict_classifier.py --model_dir leanings_trained_model
+
+Long texts are folded as in training, the answers of their rows combined, temperature and thresholds applied, all as the
+model's config.json says. A text about which nothing can be said (an empty one) gets a line that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from lmscripts.config import option, parse_options
+from lmscripts.errors import UserError, leave, user_errors
+from lmscripts.option_checks import check_numbers
+
+if TYPE_CHECKING:
+    from lmscripts.classification.applying import Answer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of this script; one field is one flag and one YAML key."""
+
+    model_dir: str = option(help="folder of the classifier")
+    input_file: str = option("-", help="txt (one text a line), csv, tsv, jsonl or parquet; - is standard input")
+    output_file: str = option("-", help="csv or jsonl by its name; - is standard output, as csv", short="o")
+    output_format: Literal["csv", "jsonl"] | None = option(None, help="default: by the name of the output")
+    text: str = option("text", help="column of the texts in a table", short="t")
+    id_column: str | None = option(None, help="column that names a text; default: its line is its name")
+    delimiter: str | None = option(None, help="of csv and tsv; default: found in the header")
+    encoding: str | None = option(None, help="of the input; default: UTF-8, or what a byte order mark says")
+    batch_size: int = option(32, help="rows of a forward pass")
+    texts_at_once: int = option(256, help="texts that are read before they are answered")
+    bf16: bool = option(False, help="compute in bfloat16")
+    overwrite: bool = option(False, help="replace the output file")
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense before anything is read."""
+        check_numbers(vars(self), positive=("batch_size", "texts_at_once"))
+
+
+def main() -> None:
+    """Parse, answer, write."""
+    options = parse_options(Options, description=__doc__ or "")
+    with user_errors():
+        predict(options)
+
+
+def predict(options: Options) -> None:
+    """Read, answer and write, some hundred texts at a time."""
+    target = None if options.output_file == "-" else Path(options.output_file)
+    if target is not None and target.exists() and not options.overwrite:
+        raise UserError(f"{target} is there already: give another --output_file, or --overwrite to replace it")
+    if options.input_file != "-" and not Path(options.input_file).is_file():
+        raise UserError(f"the input {options.input_file} is no file (seen from {Path.cwd()})")
+    is_json = options.output_format == "jsonl" or (options.output_format is None and is_json_name(options.output_file))
+
+    import torch
+    from transformers import logging
+
+    from lmscripts.classification.applying import Classifier, in_batches, read_texts
+    from lmscripts.classification.classifier import open_classifier
+    from lmscripts.classification.records import TableOptions
+
+    logging.disable_progress_bar()
+    model, source, settings, notices = open_classifier(options.model_dir)
+    print("".join(f"{notice}\n" for notice in notices), end="", file=sys.stderr)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = Classifier(
+        model, source, settings, batch_size=options.batch_size, device=device, autocast=options.bf16
+    )
+    given = {"id": options.id_column, "delimiter": options.delimiter, "encoding": options.encoding}
+    table = TableOptions(options.text, label="", **{name: value or "" for name, value in given.items()})
+    with_names = options.id_column is not None
+    num_texts = num_silent = 0
+    with output(target) as file:
+        if not is_json:
+            file.write(csv_line([*head(with_names), *(f"probability of {label}" for label in classifier.labels)]))
+        for texts in in_batches(read_texts(options.input_file, table), options.texts_at_once):
+            answers = classifier.answer(texts)
+            for answer in answers:
+                file.write(
+                    as_json(answer, classifier.labels) if is_json else as_csv(answer, classifier.labels, with_names)
+                )
+            file.flush()
+            num_texts, num_silent = num_texts + len(answers), num_silent + sum(bool(a.note) for a in answers)
+    where = "" if target is None else f", in {target}"
+    print(f"{num_texts:,} texts, {num_silent:,} of them without an answer{where}", file=sys.stderr)
+
+
+def is_json_name(name: str) -> bool:
+    """Whether a file is JSON lines by its name.
+
+    Raises:
+        UserError: it is neither that nor csv.
+    """
+    suffix = Path(name).suffix.lower()
+    if name != "-" and suffix not in (".csv", ".jsonl"):
+        raise UserError(
+            f"the name of {name} does not say its format: end it in .csv or .jsonl, or give --output_format"
+        )
+    return suffix == ".jsonl"
+
+
+@contextlib.contextmanager
+def output(target: Path | None) -> Iterator[TextIO]:
+    """Where answers are written: standard output, or a file beside the target that becomes it when it is whole."""
+    if target is None:
+        try:
+            yield sys.stdout
+        except BrokenPipeError:  # the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave(0)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="") as file:
+            yield file
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---- lines -------------------------------------------------------------------------------------------------------
+
+
+def head(with_names: bool) -> list[str]:
+    """Columns before the probabilities."""
+    return ["line", *(["name"] if with_names else []), "label", "fragments", "note"]
+
+
+def csv_line(cells: list[object]) -> str:
+    """One line of CSV in which no cell is a formula."""
+    from lmscripts.classification.report import safe_cell
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow([safe_cell(cell) for cell in cells])
+    return text.getvalue()
+
+
+def as_csv(answer: Answer, labels: list[str], with_names: bool) -> str:
+    """An answer as a line of CSV; labels of a text that has several stand with | between them."""
+    names = [answer.text.name] if with_names else []
+    shown = [f"{value:.6f}" for value in answer.probabilities] or [""] * len(labels)
+    return csv_line([answer.text.line, *names, "|".join(answer.labels), answer.num_fragments, answer.note, *shown])
+
+
+def as_json(answer: Answer, labels: list[str]) -> str:
+    """An answer as a line of JSON."""
+    facts = {"line": answer.text.line, "name": answer.text.name, "labels": answer.labels}
+    facts |= {"probabilities": dict(zip(labels, answer.probabilities)), "fragments": answer.num_fragments}
+    return json.dumps(facts | ({"note": answer.note} if answer.note else {}), ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,460 @@
+"""Fine-tuning a classifier: whole commands, any number of processes, any stop, and what the files then say."""
+
+import csv
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch, run_script
+from runs import kill_tree, same_bits, wait_for_step
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
+
+from lmscripts.classification import batches
+from lmscripts.classification.aggregate import AGGREGATES, document_logits
+from lmscripts.classification.classifier import ClassifierObjective, ClassifierSettings, build_classifier, find_source
+from lmscripts.classification.judging import RowAnswers, calibrate
+from lmscripts.classification.stored import FoldRows
+from lmscripts.errors import UserError
+from lmscripts.folding import FoldSettings
+
+SCRIPT = "finetune_classifier.py"
+COMMON = ["--group_column", "article", "--max_length", 32, "--epochs", 3, "--learning_rate", 5e-3, "--tracker", "none"]
+COMMON += ["--batch_size", 16, "--micro_batch_size", 8]
+
+
+def tiny_bert(folder, tokenizer_dir):
+    """A BERT of 2 layers x 32 as pretraining saves it, without pooler."""
+    shutil.copytree(tokenizer_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.1, **sizes)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(workspace, tokenizer_dir):
+    return tiny_bert(workspace / "tiny_bert", tokenizer_dir)
+
+
+WORDS = {"料理": ("昆布", "水", "鍋", "湯"), "天文": ("星", "月", "地球", "空"), "鉄道": ("駅", "列車", "線", "車")}
+OTHERS = ("これ", "が", "の", "は", "とても", "人", "今日", "多い", "時", "また")
+
+
+@pytest.fixture(scope="module")
+def table(workspace):
+    """Short and long texts of three labels, told apart by a third of their words; four of them make a group."""
+    random, lines = np.random.default_rng(4), ["text,label,article"]
+    for number in range(96):
+        label = list(WORDS)[number % 3]
+        about = label if number % 7 else "鉄道"  # so that nobody can be right about all of them
+        words = [str(random.choice(WORDS[about] if random.random() < 0.35 else OTHERS)) for _ in range(5 + number % 60)]
+        lines.append(f"{''.join(words)}。,{label},{number // 12 * 3 + number % 3}")
+    path = workspace / "topics.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(workspace, table, bert):
+    """A whole run with the model's dropout: its folder and what it printed."""
+    folder = workspace / "trained"
+    log = ["-f", workspace / "trained.log"]
+    done = run_script(SCRIPT, table, "--model_name_or_path", bert, *COMMON, "--output_dir", folder, *log)
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def without_dropout(workspace, table, bert, trained):
+    """A whole run without dropout, on one process, with the database that is there by then."""
+    folder = workspace / "one"
+    done = run_script(SCRIPT, table, "--model_name_or_path", bert, *COMMON, "--output_dir", folder, "--dropout", 0)
+    return folder, done.stdout
+
+
+def predictions(folder, name="topics_testset_predictions.csv"):
+    with open(folder / name, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def statistics(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (folder / "topics_train_test_stats.json").read_text(encoding="utf-8")
+    return json.loads(text, parse_constant=refuse)
+
+
+def numbers(value, path=""):
+    """All numbers of nested values, by their path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = {path: value} if isinstance(value, (int, float)) else {}
+    for key, item in items:
+        found |= numbers(item, f"{path}/{key}")
+    return found
+
+
+def same_results(first, second, tolerance):
+    """Two folders hold the same predictions and the same metrics."""
+    rows, others = predictions(first), predictions(second)
+    assert len(rows) == len(others) > 5
+    for row, other in zip(rows, others, strict=True):
+        for name, cell in row.items():
+            if name.startswith("probability"):
+                assert float(cell) == pytest.approx(float(other[name]), abs=tolerance + 1e-6)  # of rounding
+            else:
+                assert cell == other[name]
+    for key in ("Training", "Testing"):
+        found, expected = (numbers(statistics(folder)[key]) for folder in (first, second))
+        assert found == pytest.approx(expected, abs=tolerance)
+
+
+def test_a_run_leaves_a_model_tables_numbers_and_a_database_for_the_report(trained, table, workspace):
+    folder, said = trained
+    assert "the head for" in said
+    assert "is new" in said
+    assert (workspace / "trained.log").read_text(encoding="utf-8").splitlines()[0] in said
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "topics_trained_model")
+    AutoTokenizer.from_pretrained(folder / "topics_trained_model")
+    stats = statistics(folder)
+    own = model.config.lmscripts_classifier
+    assert own["temperature"] == stats["temperature"]
+    assert own["folds"]["max_length"] == 32
+    assert [epoch["epoch"] for epoch in stats["Training"]] == [1, 2, 3]
+    assert stats["Training"][2]["Training Loss"] < stats["Training"][0]["Training Loss"]
+    assert stats["Testing"]["Test Accuracy"] > 0.5
+    assert 0.1 < stats["temperature"] < 10  # so that whoever forgets it gives other probabilities
+    assert {"Test Loss", "Test Accuracy", "Matthews corrcoef"} <= stats["Testing"].keys()
+
+    done = run_script(
+        "analyze_results.py", table.with_suffix(".sqlite"), "--run", stats["run"], "--resamples", 20,
+        "--baselines", "false", "--output_dir", workspace / "report",
+    )  # fmt: skip
+    report = json.loads((workspace / "report" / f"run_{stats['run']}.json").read_text(encoding="utf-8"))
+    assert report["levels"]["document"]["metrics"]["accuracy"]["value"] == stats["Testing"]["Test Accuracy"]
+    assert report["calibration"]["temperature"] == stats["temperature"]
+    assert "wrote down" not in done.stdout  # the run's own metrics are those of its predictions
+
+
+def test_every_test_document_stands_once_in_order_with_its_truth(trained, table):
+    rows = predictions(trained[0])
+    with sqlite3.connect(table.with_suffix(".sqlite")) as connection:
+        sql = "SELECT d.doc_id, d.line, l.name FROM documents d JOIN document_labels USING (doc_id) "
+        sql += "JOIN labels l USING (label_id) JOIN split_members m USING (doc_id) WHERE m.part = 'test' ORDER BY 1"
+        expected = connection.execute(sql).fetchall()
+    assert [(int(row["document"]), int(row["line"]), row["true_label"]) for row in rows] == expected
+    names = [name for name in rows[0] if name.startswith("probability of ")]
+    for row in rows:
+        best = max(names, key=lambda name: float(row[name]))
+        assert row["predicted_label"] == best.removeprefix("probability of ")
+    fragments = predictions(trained[0], "topics_testset_fragments.csv")
+    assert len(fragments) == sum(int(row["fragments"]) for row in rows) > len(rows)
+
+
+def test_a_document_is_the_aggregate_of_its_fragments_by_plain_transformers(trained, table):
+    folder = trained[0]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "topics_trained_model").eval()
+    temperature = statistics(folder)["temperature"]
+    longest = max(predictions(folder), key=lambda row: int(row["fragments"]))
+    with sqlite3.connect(table.with_suffix(".sqlite")) as connection:
+        sql = "SELECT ids FROM folds WHERE doc_id = ? ORDER BY idx"
+        rows = [np.frombuffer(ids, "<i4") for (ids,) in connection.execute(sql, (longest["document"],))]
+    assert len(rows) == int(longest["fragments"]) >= 2
+    with torch.no_grad():
+        answers = [model(torch.from_numpy(row.astype(np.int64))[None]).logits.softmax(-1)[0] for row in rows]
+    mean = torch.stack(answers).mean(0)
+    expected = (mean.log() / temperature).softmax(-1)
+    found = [float(longest[f"probability of {name}"]) for name in model.config.id2label.values()]
+    assert found == pytest.approx(expected.tolist(), abs=2e-6)
+
+
+def test_predict_classifier_says_of_the_test_documents_what_the_run_said(trained, table, tmp_path):
+    model = trained[0] / "topics_trained_model"
+    run_script("predict_classifier.py", "--model_dir", model, "--input_file", table, "-o", tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        by_line = {row["line"]: row for row in csv.DictReader(file)}
+    assert len(by_line) == len(table.read_text(encoding="utf-8").splitlines()) - 1
+    for row in predictions(trained[0]):
+        for name in (name for name in row if name.startswith("probability")):
+            assert float(by_line[row["line"]][name]) == pytest.approx(float(row[name]), abs=3e-6)
+
+
+def test_two_uneven_processes_give_the_same_and_tokenise_nothing_again(without_dropout, workspace, table, bert):
+    folder, said = without_dropout
+    assert "found all in" in said
+    assert "built" not in said
+    two = workspace / "two"
+    arguments = [table, "--model_name_or_path", bert, *COMMON, "--output_dir", two, "--dropout", 0]
+    done = launch("cpu_2proc.yaml", SCRIPT, *arguments, "--process_shares", 3, 1)
+    assert "rows of each process: [12, 4]" in done.stdout
+    assert "found all in" in done.stdout
+    same_results(two, folder, 1e-6)
+
+
+def test_killed_in_the_middle_and_continued_gives_the_same_bits(trained, table, bert, tmp_path):
+    folder = tmp_path / "killed"
+    arguments = [table, "--model_name_or_path", bert, *COMMON, "--output_dir", folder, "--save_steps", 2]
+    command = [sys.executable, str(ROOT / "scripts" / SCRIPT), *map(str, arguments)]
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+        wait_for_step(process, folder / "topics_training", 4)
+        kill_tree(process)
+        process.wait()
+    assert not (folder / "topics_trained_model").exists()
+    refused = run_script(SCRIPT, *arguments, check=False)
+    assert refused.returncode == 2
+    assert "--do_continue" in refused.stderr
+    done = run_script(SCRIPT, *arguments, "--do_continue")
+    assert "going on from" in done.stdout
+    model = "topics_trained_model/model.safetensors"
+    assert same_bits(load_file(folder / model), load_file(trained[0] / model))
+    same_results(folder, trained[0], 0)
+    with sqlite3.connect(table.with_suffix(".sqlite")) as connection:
+        run_id = statistics(folder)["run"]
+        assert connection.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone() == ("done",)
+
+
+def test_several_labels_a_document(bert, tmp_path):
+    table = tmp_path / "many.csv"
+    lines = ["text,label"]
+    for number in range(60):
+        names = [name for bit, name in enumerate(("酒", "米", "海")) if (number % 7 + 1) >> bit & 1]
+        lines.append(f"{number}番の話は{'と'.join(names)}についての短い文である。,{'|'.join(names)}")
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = ["--separator", "|", "--class_weights", "balanced", "--label_smoothing", 0.1, "--metric", "accuracy"]
+    run_script(SCRIPT, table, "--model_name_or_path", bert, *COMMON[2:], *options, "--validation_share", 0.1)
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "many_trained_model").config
+    assert config.problem_type == "multi_label_classification"
+    stats = json.loads((tmp_path / "many_train_test_stats.json").read_text(encoding="utf-8"))
+    assert stats["thresholds"] == config.lmscripts_classifier["thresholds"]
+    assert len(stats["thresholds"]) == 3
+    assert {"subset_accuracy", "micro_f1", "macro_f1"} <= stats["Testing"]["document"].keys()
+    rows = predictions(tmp_path, "many_testset_predictions.csv")
+    for row in rows:
+        shares = [float(row[f"probability of {name}"]) for name in config.id2label.values()]
+        given = [name for name, p, t in zip(config.id2label.values(), shares, stats["thresholds"]) if p >= t]
+        assert row["predicted_label"] == "|".join(given)
+    run_script("analyze_results.py", tmp_path / "many.sqlite", "--resamples", 20, "--baselines", "false")
+
+
+def test_patience_ends_a_run_that_learns_nothing_and_fresh_weights_are_said(table, bert, tmp_path):
+    arguments = [table, "--model_name_or_path", bert, *COMMON[:4], "--tracker", "none", "--output_dir", tmp_path]
+    arguments += ["--from_scratch", "--epochs", 9, "--learning_rate", 1e-9, "--patience", 2, "--batch_size", 32]
+    done = run_script(SCRIPT, *arguments, "--aggregate", "max", "--test_share", 0, "--train_share", 0.9)
+    assert "fresh weights" in done.stdout
+    assert "no test part" in done.stdout
+    assert len(statistics(tmp_path)["Training"]) == 3
+    assert statistics(tmp_path)["best_epoch"] == 1
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "topics_trained_model")
+    learned = load_file(bert / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    assert not torch.equal(model.bert.embeddings.word_embeddings.weight, learned)
+
+
+def test_lora_leaves_an_ordinary_model_whose_other_weights_are_untouched(table, bert, tmp_path):
+    pytest.importorskip("peft")
+    arguments = [table, "--model_name_or_path", bert, *COMMON, "--output_dir", tmp_path, "--lora_rank", 2]
+    run_script(SCRIPT, *arguments, "--stop_at_step", 3)
+    run_script(SCRIPT, *arguments, "--do_continue")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "topics_trained_model")
+    learned = load_file(bert / "model.safetensors")
+    changed = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, learned.get(name, tensor))
+    }
+    attention = [f"bert.encoder.layer.{layer}.attention.self" for layer in (0, 1)]
+    assert changed == {f"{place}.{name}.weight" for place in attention for name in ("query", "value")}
+
+
+def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_table(table, bert, tmp_path):
+    shutil.copy(table, tmp_path / "topics.csv")
+    model = ["--model_name_or_path", bert, "--max_length", 32]
+    done = run_script(SCRIPT, tmp_path / "topics.csv", *model, "-p")
+    assert "built" in done.stdout
+    assert sorted(path.name for path in tmp_path.glob("topics*")) == ["topics.csv", "topics.sqlite"]
+    (tmp_path / "topics.csv").unlink()
+    done = run_script(SCRIPT, tmp_path / "topics.sqlite", *model, "--dry_run", "-e", 5)
+    assert "found all in" in done.stdout
+    assert "5 epochs of" in done.stdout
+    assert [path.name for path in tmp_path.glob("topics*")] == ["topics.sqlite"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--max_length", 65], "65"),
+        (["--label", "lable", "--database", "{tmp}/new.sqlite"], "did you mean 'label'"),
+        (["--process_shares", 1, 1], "2 process shares were given for 1 processes"),
+        (["--patience", 1, "--validation_share", 0, "--train_share", 0.9], "--patience needs a validation part"),
+        (["--label_smoothing", 1.5], "label_smoothing"),
+        (["--lora_rank", 4, "--from_scratch"], "give one of them"),
+        (["--separator", "|", "--metric", "mcc"], "one label a row"),
+        (["--aggregate", "median"], "mean_probabilities"),
+        (["--model_name_or_path", "no/such/folder/here"], "no/such/folder/here"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, sentence, table, bert, tmp_path):
+    given = [] if "--model_name_or_path" in arguments else ["--model_name_or_path", bert]
+    given += ["--group_column", "article", "--output_dir", tmp_path / "out"]
+    arguments = [str(argument).format(tmp=tmp_path) for argument in arguments]
+    done = run_script(SCRIPT, table, *given, *arguments, check=False)
+    assert done.returncode == 2, done.stdout
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------------
+
+
+def some_part(num_documents=40, seed=3):
+    random = np.random.default_rng(seed)
+    n = random.integers(1, 5, num_documents)
+    doc_ids, idx = np.repeat(np.arange(num_documents) * 2, n), np.concatenate([np.arange(k) for k in n])
+    offsets = np.append(0, np.cumsum(random.integers(3, 60, len(idx))))
+    ids = random.integers(5, 99, offsets[-1]).astype(np.int32)
+    folds = FoldRows(ids, offsets, doc_ids, idx, np.repeat(n, n), idx, idx)
+    truth = np.eye(3, dtype=bool)[random.integers(0, 3, num_documents)]
+    owners = np.repeat(np.arange(num_documents), n)
+    return batches.Part(folds, np.arange(num_documents) * 2, truth, owners, (1 / np.repeat(n, n)).astype(np.float32))
+
+
+def test_an_epoch_has_every_row_once_and_another_epoch_another_order():
+    lengths = np.random.default_rng(0).integers(3, 200, 1003)
+    first, second = (batches.epoch_batches(lengths, 8, 7, epoch) for epoch in (0, 1))
+    assert sorted(np.concatenate(first)) == list(range(1003)) == sorted(np.concatenate(second))
+    assert len(first) == batches.num_batches(1003, 8)
+    assert sorted(map(len, first))[1:] == [8] * (len(first) - 1)
+    assert [batch.tolist() for batch in first] != [batch.tolist() for batch in second]
+    padded = sum(len(batch) * lengths[batch].max() for batch in first)
+    assert padded < 1.1 * lengths.sum()  # shuffled rows alone would compute about twice as much
+    longest = [int(lengths[batch].max()) for batch in first]
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3  # no epoch from short to long
+
+
+@pytest.mark.parametrize("weights", [[1], [3, 1], [2, 0, 5]])
+def test_processes_share_the_rows_of_a_step_and_an_idle_one_weighs_nothing(weights):
+    part = some_part()
+    settings = {"batch_size": 9, "micro_batch_size": 4, "pad_id": 0, "seed": 5, "first_step": 2, "end_step": 30}
+    steps = [
+        list(batches.step_batches(part, **settings, process_weights=weights, process=process))
+        for process in range(len(weights))
+    ]
+    whole = list(batches.step_batches(part, **settings, process_weights=[1], process=0))
+    for number, (_, expected) in enumerate(whole):
+        counts = [each[number][1] for each in steps]
+        assert {k: sum(c[k] for c in counts) for k in expected} == pytest.approx(expected)
+        for process, weight in enumerate(weights):
+            micro, own = steps[process][number]
+            assert len(micro) >= 1
+            assert sum(float(b["weights"].sum()) for b in micro) == pytest.approx(own["weight"], abs=1e-6)
+            assert (weight > 0) or (own["rows"] == 0 and micro[0]["weights"].tolist() == [0.0])
+            assert all(b["attention_mask"].sum(1).max() == b["input_ids"].shape[1] for b in micro)
+
+
+def test_documents_count_once_and_padding_is_never_attended():
+    part = some_part()
+    assert part.weights.sum() == pytest.approx(len(part.doc_ids))
+    batch = batches.collate(part, np.array([0, 5, 9]), 0)
+    assert batch["attention_mask"].sum(1).tolist() == part.lengths[[0, 5, 9]].tolist()
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all()
+    assert (batch["input_ids"][batch["attention_mask"] == 1] > 0).all()
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_aggregates_by_their_definition(how, multi_label):
+    logits, owners = np.random.default_rng(1).normal(size=(5, 3)), np.array([0, 0, 2, 2, 2])
+    tokens = np.array([5, 1, 2, 2, 9])
+    found = document_logits(logits, owners, 3, how, multi_label, tokens)
+    assert np.isnan(found[1]).all()
+    squash = torch.sigmoid if multi_label else lambda values: values.softmax(-1)
+    rows = torch.from_numpy(logits)
+    for owner in (0, 2):
+        mine = rows[owners == owner]
+        weights = torch.from_numpy(tokens[owners == owner]).double()[:, None]
+        expected = {
+            "mean_probabilities": squash(mine).mean(0),
+            "mean_logits": squash(mine.mean(0)),
+            "max": squash(mine).max(0).values,
+            "token_weighted": (squash(mine) * weights).sum(0) / weights.sum(),
+        }[how]
+        expected = expected if multi_label else expected / expected.sum()
+        assert torch.allclose(squash(torch.from_numpy(found[owner])), expected, atol=1e-7)
+
+
+def test_losses_are_those_of_torch():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
+    one = torch.nn.functional.one_hot(labels, 4).float()
+    several = (torch.rand(6, 4) > 0.5).float()
+    settings = {"label_smoothing": 0.2, "positive_weights": None}
+    objective = ClassifierObjective(torch.nn.Identity(), multi_label=False, **settings)
+    losses, right = objective.row_losses(logits, one)
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none")
+    assert torch.allclose(losses, expected)
+    assert right.tolist() == (logits.argmax(1) == labels).float().tolist()
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    objective = ClassifierObjective(
+        torch.nn.Identity(), multi_label=True, label_smoothing=0.0, positive_weights=weights
+    )
+    expected = torch.nn.BCEWithLogitsLoss(pos_weight=weights, reduction="none")(logits, several).mean(1)
+    assert torch.allclose(objective.row_losses(logits, several)[0], expected)
+
+
+def test_balanced_weights_let_every_label_count_alike():
+    truth = np.eye(3, dtype=bool)[np.repeat([0, 1, 2], [6, 3, 1])]
+    weights = batches.balanced_weights(truth, multi_label=False)
+    assert (weights * truth.sum(0)).tolist() == pytest.approx([10 / 3] * 3)
+    assert batches.balanced_weights(truth, multi_label=True).tolist() == pytest.approx([4 / 6, 7 / 3, 9])
+
+
+def test_a_head_is_new_unless_it_was_made_for_the_same_labels(bert, tmp_path):
+    def build(source, labels, seed):
+        settings = ClassifierSettings(FoldSettings(max_length=32))
+        return build_classifier(find_source(str(source)), labels, settings, seed=seed)
+
+    model, said = build(bert, ["a", "b"], 1)
+    again, _ = build(bert, ["a", "b"], 1)
+    assert torch.equal(model.classifier.weight, again.classifier.weight)
+    assert "is new: bert.pooler" in said[0]
+    learned = load_file(bert / "model.safetensors")
+    assert all(torch.equal(t, learned[n]) for n, t in model.state_dict().items() if n in learned)
+    shutil.copytree(bert, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    same, said = build(tmp_path / "model", ["a", "b"], 2)
+    assert torch.equal(same.classifier.weight, model.classifier.weight)
+    assert "taken over" in said[0]
+    for labels in (["a", "c"], ["a", "b", "c"]):
+        other, said = build(tmp_path / "model", labels, 2)
+        assert not torch.equal(other.classifier.weight[:2], model.classifier.weight)
+        assert "is new" in said[0]
+
+
+def test_weights_that_do_not_fill_the_body_are_refused(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "model")
+    kept = load_file(bert / "model.safetensors")
+    del kept["bert.encoder.layer.1.output.dense.weight"]
+    save_file(kept, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    source = find_source(str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"layer\.1\.output\.dense\.weight"):
+        build_classifier(source, ["a", "b"], ClassifierSettings(FoldSettings(max_length=32)), seed=1)
+
+
+def test_a_temperature_that_the_validation_part_cannot_tell_is_left_at_one():
+    part, settings = some_part(), ClassifierSettings(FoldSettings())
+    right = RowAnswers(4.0 * part.truth[part.owners], np.zeros(part.num_rows))
+    temperature, _, said = calibrate(right, part, settings)
+    assert temperature == 1.0
+    assert "temperature 1 is kept" in said[0]
+    wrong = (part.owners < 8)[:, None]
+    some_wrong = RowAnswers(np.where(wrong, np.roll(right.logits, 1, axis=1), right.logits), right.losses)
+    temperature, _, said = calibrate(some_wrong, part, settings)
+    assert temperature != 1.0
+    assert not said

@@ -1,0 +1,165 @@
+"""Labelling new texts: order, folding and calibration of the model's own folder, and what cannot be answered."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from lmscripts.classification.classifier import KEY, ClassifierSettings
+from lmscripts.folding import FoldSettings, fold
+
+SCRIPT = "predict_classifier.py"
+LABELS = ("料理", "宇宙", "=1+1")
+TEXTS = [
+    "昆布とかつお節で取る一番だしは、和食の土台としてよく知られている。",
+    "",
+    "星。",
+    "水1リットルに対して昆布は10グラムほどが目安だ。まず昆布を水に浸し、できれば30分以上置いておく。" * 3,
+    "　 ",
+    "月は地球のまわりを回る。",
+]
+
+
+def build(folder, tokenizer_dir, settings):
+    """A classifier with random weights as finetune_classifier.py saves one."""
+    shutil.copytree(tokenizer_dir, folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    config = BertConfig(vocab_size=vocabulary, max_position_embeddings=64, initializer_range=0.3, **sizes)
+    config.id2label, config.label2id = dict(enumerate(LABELS)), {name: n for n, name in enumerate(LABELS)}
+    if settings is not None:
+        setattr(config, KEY, settings.as_json())
+        kind = "multi" if settings.multi_label else "single"
+        config.problem_type = f"{kind}_label_classification"
+    torch.manual_seed(1)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(workspace, tokenizer_dir):
+    settings = ClassifierSettings(FoldSettings(max_length=16), "mean_logits", temperature=1.7)
+    return build(workspace / "classifier", tokenizer_dir, settings)
+
+
+def predict(*arguments, **settings):
+    return list(csv.DictReader(io.StringIO(run_script(SCRIPT, *arguments, **settings).stdout)))
+
+
+def from_standard_input(model_dir, text, *arguments):
+    command = [sys.executable, str(ROOT / "scripts" / SCRIPT), "--model_dir", str(model_dir), *map(str, arguments)]
+    return subprocess.run(command, input=text, capture_output=True, check=False, env=os.environ, timeout=120)
+
+
+def recomputed(model_dir, text):
+    """Probabilities by plain transformers: logits of the rows of 16 tokens, their mean, the temperature."""
+    model = AutoModelForSequenceClassification.from_pretrained(model_dir).eval()
+    (rows,) = fold(AutoTokenizer.from_pretrained(model_dir), [text], FoldSettings(max_length=16))
+    with torch.no_grad():
+        logits = [model(torch.from_numpy(row.ids).long()[None]).logits[0] for row in rows]
+    return len(rows), (torch.stack(logits).mean(0) / 1.7).softmax(0).tolist()
+
+
+def test_every_text_has_its_line_in_order_folded_and_calibrated_as_the_folder_says(model_dir, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\r\n".join(TEXTS) + "\r\n", encoding="utf-8-sig")
+    rows = predict("--model_dir", model_dir, "--input_file", file, "--batch_size", 3, "--texts_at_once", 2)
+    assert [int(row["line"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row, text in zip(rows, TEXTS, strict=True):
+        shares = [row[f"probability of {name}"] for name in LABELS]
+        if not text.strip():
+            assert (row["label"], row["fragments"], row["note"], shares) == ("", "0", "empty text", ["", "", ""])
+            continue
+        number, expected = recomputed(model_dir, text)
+        assert (int(row["fragments"]), row["note"]) == (number, "")
+        assert list(map(float, shares)) == pytest.approx(expected, abs=2e-6)
+        best = LABELS[expected.index(max(expected))]
+        assert row["label"] == (f"'{best}" if best.startswith("=") else best)  # no formula for a spreadsheet
+    assert int(rows[3]["fragments"]) > 2
+
+
+def test_tables_json_lines_and_standard_input_are_answered_alike(model_dir, tmp_path):
+    with gzip.open(tmp_path / "texts.csv.gz", "wt", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("no", "本文"), *((f"t{number}", text) for number, text in enumerate(TEXTS))])
+    table = ["--input_file", tmp_path / "texts.csv.gz", "--text", "本文", "--id_column", "no"]
+    run_script(SCRIPT, "--model_dir", model_dir, *table, "--output_file", tmp_path / "out.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["name"] for record in records] == ["t0", None, "t2", "t3", None, "t5"]
+    assert [record.get("note") for record in records] == [None, "empty text", None, None, "empty text", None]
+    done = from_standard_input(model_dir, "\n".join(TEXTS).encode() + b"\n\xff\xfe\n")
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode())))
+    assert "cannot be decoded" in rows.pop()["note"]
+    for row, record in zip(rows, records, strict=True):
+        shares = [float(row[f"probability of {name}"]) for name in record["probabilities"]]
+        assert shares == pytest.approx(list(record["probabilities"].values()), abs=2e-6)
+    assert b"7 texts, 3 of them without an answer" in done.stderr
+
+
+def test_several_labels_are_those_that_reach_their_thresholds(workspace, tokenizer_dir, tmp_path):
+    thresholds = (0.0, 0.5, 1.0)
+    settings = ClassifierSettings(FoldSettings(max_length=16), "max", 2.0, thresholds, multi_label=True)
+    folder = build(workspace / "several", tokenizer_dir, settings)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    rows = predict("--model_dir", folder, "--input_file", tmp_path / "texts.txt")
+    for row in (row for row in rows if not row["note"]):
+        assert row["label"] == "|".join(
+            name for name, t in zip(LABELS, thresholds) if float(row[f"probability of {name}"]) >= t
+        )
+
+
+def test_a_folder_of_another_tool_is_used_with_defaults_and_says_so(workspace, tokenizer_dir, tmp_path):
+    folder = build(workspace / "foreign", tokenizer_dir, None)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    done = run_script(SCRIPT, "--model_dir", folder, "--input_file", tmp_path / "texts.txt")
+    assert KEY in done.stderr
+    assert "64 tokens" in done.stderr
+    assert len(done.stdout.splitlines()) == len(TEXTS) + 1
+
+
+def test_no_text_at_all_is_a_table_without_lines(model_dir):
+    done = from_standard_input(model_dir, b"")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--input_file", "absent.csv"], "absent.csv"),
+        (["--input_file", "{tmp}/texts.csv", "--text", "txet"], "did you mean 'text'"),
+        (["--input_file", "{tmp}/texts.csv", "--output_file", "{tmp}/out.csv"], "--overwrite"),
+        (["--input_file", "{tmp}/texts.csv", "--output_file", "{tmp}/new.xlsx"], ".csv or .jsonl"),
+        (["--input_file", "{tmp}/texts.csv", "--model_dir", "{tmp}"], "config.json"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_touches_nothing(arguments, sentence, model_dir, tmp_path):
+    (tmp_path / "texts.csv").write_text("text,label\n星,宇宙\n", encoding="utf-8")
+    (tmp_path / "out.csv").write_text("mine", encoding="utf-8")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    if "--model_dir" not in arguments:
+        arguments += ["--model_dir", model_dir]
+    done = run_script(SCRIPT, *arguments, check=False)
+    assert done.returncode == 2, done.stdout
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "texts.csv"]
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_damaged_setting_is_named(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config[KEY]["temperature"] = 0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = from_standard_input(tmp_path / "model", "星\n".encode())
+    assert done.returncode == 2
+    assert b"temperature 0" in done.stderr
