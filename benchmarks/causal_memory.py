@@ -36,6 +36,8 @@ def one_step(options: argparse.Namespace) -> dict[str, float]:
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     sizes = {"n_layer": options.layers, "n_embd": options.width, "n_head": max(1, options.width // 64)}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50304, n_positions=1024, **sizes, **dropout)).train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     objective = CausalLanguageModel(model, "sdpa").train()
     ids = torch.randint(0, 50304, (options.rows, 1024), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "position_ids": torch.arange(1024).expand(options.rows, -1)}
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows of 1,024 tokens in a step")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, both ways")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
