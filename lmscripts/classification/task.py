@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lmscripts.classification.batches import Floats, Part, balanced_weights, num_batches, read_part
@@ -68,6 +69,8 @@ def open_task(options: Any, progress: Progress) -> Task:
     Raises:
         UserError: a table, split, model or folding that cannot be used.
     """
+    if not Path(options.input_file).exists():  # said before the Hub is asked for a model
+        raise UserError(f"the table {options.input_file} does not exist (seen from {Path.cwd()})")
     source = find_source(options.model_name_or_path, options.tokenizer_dir)
     others = {name: getattr(options, name) for name in _FOLDING}
     folds = fold_settings(source, options.max_length, unit=options.fold_unit, **others)
