@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = 1 << 24
+# Most logits held at a time, for at least so many positions. A processor wants them in its cache, and in memory that the
+# C library keeps (blocks of over 32 MiB go back to the kernel and are cleared anew each time); with fewer positions the
+# time would go into adding to the gradient of the output matrix.
+LOGITS_AT_ONCE = {"cpu": (1 << 21, 192)}
+LOGITS_ON_DEVICE = (1 << 24, 1)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -24,7 +28,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     weights: Tensor,
     z_loss: float = 0.0,
-    logits_at_once: int = LOGITS_AT_ONCE,
+    positions_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over N positions: of the loss, of its two parts, and of right predictions.
 
@@ -36,7 +40,8 @@ def chunked_cross_entropy(
         weights: (N,) fp32; where it is 0 the label may be any id.
         z_loss: factor of the square of the logarithm of the partition function, which is added to every loss so that
             logits do not drift (arXiv:2204.02311, section 5).
-        logits_at_once: most logits held at a time, in fp32 and once more in the precision of the matrix product.
+        positions_at_once: whose logits are held at a time, in fp32 and once more in the precision of the matrix
+            product; None takes what suits the device.
 
     Returns:
         () fp32 each: the sum of weight x (cross-entropy + z_loss x log(Z)^2), which gradients flow through; the sum of
@@ -45,6 +50,9 @@ def chunked_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if positions_at_once is None:
+        most, least = LOGITS_AT_ONCE.get(device, LOGITS_ON_DEVICE)
+        positions_at_once = max(least, most // weight.shape[0])
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
@@ -53,7 +61,7 @@ def chunked_cross_entropy(
         weights,
         z_loss,
         dtype,
-        max(1, logits_at_once // weight.shape[0]),
+        positions_at_once,
         torch.is_grad_enabled(),  # which inside a Function always is off
     )
     return found
@@ -94,6 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 penalty = penalty + (z_loss * partition.square() * share).sum()
                 if not (wants_hidden or wants_weight):
                     correct = correct + ((logits.argmax(-1) == label.squeeze(1)) * share).sum()
+                    del logits, logarithms
                     continue
                 gradient = torch.exp(logarithms, out=logits)
                 gradient *= (share * (1 + 2 * z_loss * partition))[:, None]
@@ -107,6 +116,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     for_weight.addmm_(gradient.t(), states)
                 elif for_weight is not None:
                     for_weight += gradient.t() @ states
+                del logits, logarithms, gradient  # or they would stand beside those of the next positions
         ctx.save_for_backward(for_hidden, for_weight, for_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(plain, penalty, correct)

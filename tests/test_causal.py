@@ -1,18 +1,21 @@
 """Causal language modelling: rows of a stream, the loss in chunks, and documents that never see each other."""
 
+import json
 import math
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lmscripts.attention import segment_ends, use_attention
 from lmscripts.causal import CausalLanguageModel, boundary_ids, causal_batches, check_isolation
 from lmscripts.cross_entropy import chunked_cross_entropy
 from lmscripts.errors import UserError
-from lmscripts.fitting import freeze, lengthen_positions
+from lmscripts.fitting import freeze, fuse_activations, lengthen_positions
 from lmscripts.packing import Layout
 from lmscripts.stream import StreamRows
 from lmscripts.token_store import Part
@@ -118,7 +121,7 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradients_of_the_plain_one(chu
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, offset)]
         if way == "chunks":
             inputs = (*leaves[:2], leaves[2] if bias else None, labels, weights)
-            loss, entropy, _, _ = chunked_cross_entropy(*inputs, z_loss, logits_at_once=90 * chunk)
+            loss, entropy, _, _ = chunked_cross_entropy(*inputs, z_loss, positions_at_once=chunk)
         else:
             logits = leaves[0] @ leaves[1].t() + (leaves[2] if bias else 0)
             each = nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -128,6 +131,32 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradients_of_the_plain_one(chu
         found.append([loss, entropy, *(leaf.grad for leaf in leaves[: 2 + bias])])
     for ours, plain in zip(*found, strict=True):
         assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def peak_allocated(step, folder):
+    """Most bytes a call holds at a time, beyond what was there before: every allocation, from torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in events))
+
+
+def test_no_more_than_two_chunks_of_logits_are_held_at_a_time(tmp_path):
+    hidden, weight = torch.randn(512, 16, requires_grad=True), torch.randn(4000, 16, requires_grad=True)
+    labels, weights = torch.randint(0, 4000, (512,)), torch.ones(512)
+    logits, chunk = 4 * 512 * 4000, 4 * 32 * 4000
+
+    def ours():
+        chunked_cross_entropy(hidden, weight, None, labels, weights, positions_at_once=32)[0].backward()
+
+    def plain():
+        nn.functional.cross_entropy(hidden @ weight.t(), labels).backward()
+
+    kept = 4 * (2 * hidden.numel() + 2 * weight.numel())  # their gradients, there and in .grad
+    assert peak_allocated(plain, tmp_path) > 2.9 * logits
+    assert peak_allocated(ours, tmp_path) < 2 * chunk + kept + 50_000
 
 
 def test_right_predictions_are_counted_where_no_gradient_is_wanted():
@@ -268,6 +297,25 @@ def test_windows_of_attention_shorter_than_rows_are_refused(tmp_path):
 
 
 # ---- fitting ----
+
+
+def test_gelu_in_one_kernel_keeps_the_function_and_a_fraction_of_the_memory(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50, n_positions=64)
+    plain = GPT2LMHeadModel(config).eval()
+    fused = GPT2LMHeadModel(config).eval()
+    fused.load_state_dict(plain.state_dict())
+    fuse_activations(fused)
+    ids = torch.randint(0, 50, (4, 64))
+    assert type(fused.transformer.h[0].mlp.act) is nn.GELU
+    assert torch.allclose(fused(ids).logits, plain(ids).logits, atol=1e-6)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    held = [peak_allocated(lambda m=model: m.transformer(ids, use_cache=False), tmp_path) for model in (fused, plain)]
+    assert held[0] < 0.65 * held[1]
+    fused.save_pretrained(tmp_path)
+    assert type(GPT2LMHeadModel.from_pretrained(tmp_path).transformer.h[0].mlp.act) is type(
+        plain.transformer.h[0].mlp.act
+    )
 
 
 def test_a_lengthened_gpt2_gives_the_same_logits_on_short_inputs():

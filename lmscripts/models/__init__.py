@@ -66,6 +66,7 @@ def build(
     else:
         models = _new(preset, len(tokenizer), layout, settings)
     for subfolder, model in models.items():
+        fitting.fuse_activations(model)
         if preset.frozen_layers >= 0:
             frozen = fitting.freeze(model, preset.frozen_layers)
             parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
