@@ -148,6 +148,10 @@ class Folder:
 
     def __call__(self, texts: Sequence[str]) -> list[list[Fold]]:
         """Rows of every text, encoded in one go."""
+        if self.encoder.tokenizer.is_fast:
+            # Whoever called the tokenizer with truncation since has left it set, and the ends of texts would be lost.
+            self.encoder.tokenizer.backend_tokenizer.no_truncation()
+            self.encoder.tokenizer.backend_tokenizer.no_padding()
         encoded = self.encoder.encode(texts)
         ends = np.cumsum(encoded.lengths)
         spans = [slice(int(end - length), int(end)) for end, length in zip(ends, encoded.lengths)]

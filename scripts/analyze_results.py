@@ -5,14 +5,13 @@ python scripts/analyze_results.py leanings.sqlite --run 3 --other_run 5
 python scripts/analyze_results.py leanings.sqlite other.sqlite --output_dir report
 
 Reads the database that finetune_classifier.py leaves and changes nothing in it. In place of it, the run's
-*_train_test_stats.json or *_testset_predictions.csv may be named; the database beside it is taken. Every number is
-computed again from the predictions, with the interval that 95 % of samples of the test documents fall into.
+*_train_test_stats.json or *_testset_predictions.csv may be named; that run is taken from the database that wrote it.
+Every number is computed again from the predictions, with the interval that 95 % of samples of the test documents fall
+into; documents that the split kept together (a group, equal texts) are drawn together.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,8 +25,6 @@ from lmscripts.option_checks import check_numbers
 if TYPE_CHECKING:
     from lmscripts.classification.comparison import Predictions, Run
 
-SUFFIXES = ("_train_test_stats.json", "_testset_predictions.csv")
-
 
 @dataclass(frozen=True)
 class Options:
@@ -36,7 +33,7 @@ class Options:
     input_file: tuple[str, ...] = option(
         (), help="database of a run, or two to compare", required=True, positional=True
     )
-    run: int | None = option(None, help="number of the run; default: the newest that is finished")
+    run: int | None = option(None, help="number of the run; default: what the input says, else the newest finished")
     other_run: int | None = option(None, help="run to compare with, in the second database or, without one, the first")
     output_dir: str | None = option(None, help="folder for the report; default: NAME_report beside the database")
     level: Literal["document", "fragment"] = option("document", help="what tables and charts are about")
@@ -64,24 +61,24 @@ def analyze(options: Options) -> None:
     """Read one run or two, compute everything, write the report."""
     import matplotlib
 
-    from lmscripts.classification import comparison, report
+    from lmscripts.classification import comparison, mistakes, report
     from lmscripts.classification.charts import draw_all
 
     matplotlib.use("Agg")
-    files = [database_of(Path(name)) for name in options.input_file]
-    run = comparison.read_run(files[0], options.run)
-    other = None
+    files = [Path(name) for name in options.input_file]
+    run, other = comparison.read_results(files[0], options.run), None
     if len(files) > 1 or options.other_run is not None:
-        other = comparison.read_run(files[-1], options.other_run)
+        place = files[1] if len(files) > 1 else run.file
+        other = comparison.read_results(place, options.other_run, "--other_run")
         if (other.file.resolve(), other.record["run_id"]) == (run.file.resolve(), run.record["run_id"]):
             raise UserError(f"both are run {run.record['run_id']} of {run.file}: choose another with --other_run")
-    folder = Path(options.output_dir) if options.output_dir else files[0].with_name(f"{files[0].stem}_report")
+    folder = Path(options.output_dir) if options.output_dir else run.file.with_name(f"{run.file.stem}_report")
 
     numbers, samples = numbers_of(run, options)
     add_baselines(numbers, samples, run, options)
     if other is not None:
         add_comparison(numbers, run, other, options)
-    wrong = add_mistakes(numbers, run, options)
+    numbers["wrong"], wrong = mistakes.find_mistakes(run, decide(run, "document", [])[0], options.most_wrong)
     charts, images = draw_all(numbers)
     name = f"run_{run.record['run_id']}" + ("" if other is None else f"_and_{other.record['run_id']}")
     page = report.page(numbers, charts, wrong)
@@ -89,27 +86,14 @@ def analyze(options: Options) -> None:
     write(folder / f"{name}.html", page.encode("utf-8"))
     text = json.dumps(numbers, ensure_ascii=False, indent=1, allow_nan=False)
     write(folder / f"{name}.json", f"{text}\n".encode())
-    write(folder / f"{name}_wrong.csv", wrong_table(numbers).encode("utf-8-sig"))
+    tables = {"wrong": mistakes.wrong_table(numbers)}
+    tables |= {} if run.multi_label else {"confusion": report.confusion_table(numbers)}
+    for table, rows in tables.items():
+        write(folder / f"{name}_{table}.csv", report.csv_text(rows).encode("utf-8-sig"))
     for chart, image in images.items():
         write(folder / f"{name}_{chart}.png", image)
     print(summary(numbers))
     print(f"report: {folder / f'{name}.html'}")
-
-
-# ---- what is read ------------------------------------------------------------------------------------------------
-
-
-def database_of(path: Path) -> Path:
-    """The database itself, or the one beside another result of its run."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            beside = path.with_name(f"{path.name.removesuffix(suffix)}.sqlite")
-            if not beside.is_file():
-                raise UserError(f"{path} belongs to {beside}, which is not there; name the database of the run")
-            return beside
-    if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
-        raise UserError(f"{path} is no database of finetune_classifier.py; look for {path.with_suffix('.sqlite')}")
-    return path
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -130,19 +114,26 @@ def decide(run: Run, level: str, notices: list[str]) -> tuple[Any, Any]:
 
 def numbers_of(run: Run, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything about one run in values for JSON, and the resampled metrics of its documents."""
+    import numpy as np
+
+    from lmscripts.classification.comparison import units_of
     from lmscripts.classification.metrics import by_row, confusion_matrix, measured, plain
 
     notices: list[str] = []
     if options.level == "fragment" and ("test", "fragment") not in run.predictions:
         raise UserError(f"run {run.record['run_id']} in {run.file} has no predictions of fragments")
+    tested = run.predictions["test", "document"].doc_ids
+    units = units_of(run, tested)
     levels: dict[str, Any] = {}
     samples: dict[str, Any] = {}
     for level in ("document", "fragment"):
         if (found := run.predictions.get(("test", level))) is None:
             continue
         decided, _ = decide(run, level, notices)
-        arguments = (found.truth, decided, found.doc_ids, run.multi_label, options.resamples, options.seed)
-        levels[level], drawn = measured(*arguments)
+        drawn_together = units[np.searchsorted(tested, found.doc_ids)]
+        arguments = (found.truth, decided, drawn_together, run.multi_label, options.resamples, options.seed)
+        judged, drawn = measured(*arguments)
+        levels[level] = {"documents": len(np.unique(found.doc_ids)), **judged}
         samples = samples or drawn
         if not run.multi_label:
             matrix = confusion_matrix(found.truth.argmax(1), decided.argmax(1), len(run.labels))
@@ -151,7 +142,7 @@ def numbers_of(run: Run, options: Options) -> tuple[dict[str, Any], dict[str, An
     times = {name: run.record[name] for name in ("started", "ended") if run.record[name] is not None}
     shown = {name: datetime.fromtimestamp(at).astimezone().isoformat(" ", "seconds") for name, at in times.items()}
     numbers = {
-        "format": 1,
+        "format": 2,
         "database": run.file.name,
         "run": plain({**run.record, **shown}),
         "data": plain(run.meta),
@@ -199,10 +190,18 @@ def add_notices(numbers: dict[str, Any], run: Run) -> None:
         notices.append(f"No test document has the label {' or '.join(map(repr, absent[:5]))}{more}.")
     if not run.multi_label and len(run.labels) - len(absent) == 1:
         notices.append("All test documents have one label: only accuracy says something.")
-    if tested["documents"] == 1:
-        notices.append("There is one test document: no interval can be stated.")
-    elif tested["documents"] < 100:
-        notices.append(f"There are only {tested['documents']} test documents: mind the width of the intervals.")
+    documents, units = tested["documents"], tested["units"]
+    if units == 1:
+        what = "There is one test document" if documents == 1 else f"All {documents:,} test documents are of one group"
+        notices.append(f"{what}: no interval can be stated.")
+    elif units < 100:
+        what = f"{units} test documents" if units == documents else f"{units} groups of test documents"
+        notices.append(f"There are only {what}: mind the width of the intervals.")
+    if 1 < units < 0.9 * documents:
+        notices.append(
+            f"The {documents:,} test documents are of {units:,} groups (by group, text or name), which are drawn as "
+            "wholes for the intervals. McNemar's test takes documents for independent: its p is too small here."
+        )
     if lacking := len(set(run.parts["test"].tolist()) - set(run.predictions["test", "document"].doc_ids.tolist())):
         notices.append(f"{lacking:,} of {len(run.parts['test']):,} documents of the test part have no prediction.")
     if len({int(doc) for part in run.parts.values() for doc in part}) < sum(map(len, run.parts.values())):
@@ -215,24 +214,24 @@ def add_notices(numbers: dict[str, Any], run: Run) -> None:
 
 def add_baselines(numbers: dict[str, Any], samples: dict[str, Any], run: Run, options: Options) -> None:
     """Simple classifiers on the same split, judged on the same documents and the same samples of them."""
-    from lmscripts.classification import comparison
+    from lmscripts.classification import baselines, comparison
     from lmscripts.classification.metrics import differences, measured
 
     test, trained = run.predictions["test", "document"], len(run.parts["train"])
     if not trained:
         numbers["notices"].append("The split has no training part: there are no baselines.")
         return
-    found = {"most frequent label": comparison.majority_decisions(run.part_truth["train"], len(test.doc_ids))}
+    found = {"most frequent label": baselines.majority_decisions(run.part_truth["train"], len(test.doc_ids))}
     if options.baselines:
-        learnt, seen = comparison.baseline_decisions(run, options.baseline_documents, options.seed)
+        learnt, seen = baselines.baseline_decisions(run, options.baseline_documents, options.seed)
         found |= learnt
         if seen < trained:
             numbers["notices"].append(f"The TF-IDF baselines saw {seen:,} of {trained:,} training documents.")
     own = numbers["levels"]["document"]["metrics"]
     right = (decide(run, "document", [])[0] == test.truth).all(1)
-    settings = (run.multi_label, options.resamples, options.seed)
+    settings = (comparison.units_of(run, test.doc_ids), run.multi_label, options.resamples, options.seed)
     for name, decided in found.items():
-        judged, drawn = measured(test.truth, decided, test.doc_ids, *settings)
+        judged, drawn = measured(test.truth, decided, *settings)
         gaps = differences(own, judged["metrics"], samples, drawn)
         row = {"name": name, "metrics": judged["metrics"], "difference": gaps}
         numbers["baselines"].append(row | {"mcnemar": comparison.mcnemar(right, (decided == test.truth).all(1))})
@@ -248,14 +247,13 @@ def add_comparison(numbers: dict[str, Any], run: Run, other: Run, options: Optio
 
     places = comparison.places_of_same(run, other)
     columns = [other.labels.index(label) for label in run.labels]
-    test = run.predictions["test", "document"]
-    judged = []
+    test, judged = run.predictions["test", "document"], []
+    settings = (comparison.units_of(run, test.doc_ids), run.multi_label, options.resamples, options.seed)
     for decided in (
         decide(run, "document", [])[0],
         decide(other, "document", numbers["notices"])[0][places][:, columns],
     ):
-        settings = (run.multi_label, options.resamples, options.seed)
-        judged.append(((decided == test.truth).all(1), *measured(test.truth, decided, test.doc_ids, *settings)))
+        judged.append(((decided == test.truth).all(1), *measured(test.truth, decided, *settings)))
     (right, first, drawn), (other_right, second, other_drawn) = judged
     given = run.record["options"], other.record["options"]
     changed = [[name, *(str(one.get(name, "–")) for one in given)] for name in sorted({*given[0], *given[1]})]
@@ -270,49 +268,7 @@ def add_comparison(numbers: dict[str, Any], run: Run, other: Run, options: Optio
     }
 
 
-def add_mistakes(numbers: dict[str, Any], run: Run, options: Options) -> list[dict[str, Any]]:
-    """Documents that were given a wrong label, the surest first; returns some with text and decisive fragment."""
-    import numpy as np
-
-    from lmscripts.classification.comparison import read_places
-    from lmscripts.classification.metrics import plain, surest_mistakes
-
-    found, fragments = run.predictions["test", "document"], run.predictions.get(("test", "fragment"))
-    decided, _ = decide(run, "document", [])
-    numbers["wrong"], shown = [], []
-    for row, label in surest_mistakes(found.probabilities, found.truth, decided):
-        owned, doc_id = np.flatnonzero(found.truth[row]), int(found.doc_ids[row])
-        mistake: dict[str, Any] = {"doc_id": doc_id, "predicted": run.labels[label]}
-        mistake["true"] = ", ".join(run.labels[number] for number in owned) or "no label"
-        mistake["confidence"] = plain(found.probabilities[row, label])
-        mistake["true_probability"] = plain(found.probabilities[row, owned].max()) if len(owned) else None
-        first, last = 0, 0
-        if fragments is not None:
-            first, last = np.searchsorted(fragments.doc_ids, (doc_id, doc_id + 1))
-            mistake["fragments"] = plain(fragments.probabilities[first:last, label])
-        mistake.setdefault("fragments", [])
-        mistake["decisive"] = int(np.argmax(mistake["fragments"])) if last > first else None
-        numbers["wrong"].append(mistake)
-        if len(shown) < options.most_wrong:
-            place = read_places(run, doc_id)
-            index = -1 if fragments is None or last == first else int(fragments.fold_idx[first + mistake["decisive"]])
-            shown.append({**mistake, **place, "span": place["spans"].get(index)})
-    return shown
-
-
 # ---- what is written ---------------------------------------------------------------------------------------------
-
-
-def wrong_table(numbers: dict[str, Any]) -> str:
-    """All documents that were given a wrong label as CSV, for the eyes of those who know the labels."""
-    from lmscripts.classification.report import safe_cell
-
-    names = ("doc_id", "true", "predicted", "confidence", "true_probability", "decisive")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([safe_cell(mistake[name]) for name in names] for mistake in numbers["wrong"])
-    return text.getvalue()
 
 
 def write(file: Path, content: bytes) -> None:

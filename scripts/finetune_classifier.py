@@ -46,6 +46,7 @@ class Options:
     separator: str | None = option(None, help="several labels a row, with this between them: '|'", group="data")
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="data")
     encoding: str | None = option(None, help="default: UTF-8, or what a byte order mark says", group="data")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes", group="data")
     on_bad_row: Literal["skip", "fail"] = option("skip", help="leave bad rows out, or stop", group="data")
     validation_file: str | None = option(None, help="table for validation; the first is for training", group="data")
     test_file: str | None = option(None, help="table for testing", group="data")
@@ -117,12 +118,12 @@ class Options:
 def main() -> None:
     """Parse, prepare, train, judge, export."""
     options = parse_options(Options, description=__doc__ or "", renamed={"epoch": "epochs"})
-    with user_errors():
-        run(options)
+    with user_errors(), contextlib.ExitStack() as at_errors:
+        run(options, at_errors)
 
 
-def run(options: Options) -> None:
-    """The whole run; ends the process with its exit code."""
+def run(options: Options, at_errors: contextlib.ExitStack) -> None:
+    """The whole run; ends the process with its exit code. What `at_errors` is given is told of an error."""
     import torch
     from tqdm import tqdm
     from transformers import logging
@@ -130,6 +131,7 @@ def run(options: Options) -> None:
     from lmscripts import distributed, optim, resume, run_folder, tracking
     from lmscripts.checkpoint import prune_checkpoints
     from lmscripts.classification import batches, classifier, judging, lora, progress, results
+    from lmscripts.classification.objective import ClassifierObjective, step_scale
     from lmscripts.classification.task import fixed_settings, open_task, plan_text, read_parts
     from lmscripts.loader import Prefetcher, to_device
     from lmscripts.order import stream_key
@@ -140,11 +142,20 @@ def run(options: Options) -> None:
     saved_options = dump_options(options)
     default_rate = 2e-4 if options.lora_rank else 1e-4 if options.from_scratch else 2e-5
     options = replace(options, learning_rate=options.learning_rate or default_rate)
-    with tqdm(unit="document", disable=not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")) as bar:
+    first = os.environ.get("RANK", "0") == "0"
+    results.check_run_name(options.run_name)
+    with tqdm(unit="document", disable=not (sys.stderr.isatty() and first)) as bar:
         task = open_task(options, bar.update)
+
+    def note(*lines: str) -> None:
+        if options.logfile and first:
+            with open(options.logfile, "a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+
     if options.preponly:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print("\n".join(task.sentences()))
+            note(*task.sentences())
         return
     folder = Path(options.output_dir) if options.output_dir else Path(options.input_file).parent
     files = results.ResultFiles(folder, options.run_name or task.database.path.stem)
@@ -164,15 +175,11 @@ def run(options: Options) -> None:
         accelerator.print(*lines, sep="\n", flush=True)
         note(*lines)
 
-    def note(*lines: str) -> None:
-        if options.logfile and rank == 0:
-            with open(options.logfile, "a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
-
     fixed = fixed_settings(options, task)
     distributed.check_agreement(fixed)
     torch.use_deterministic_algorithms(options.deterministic)
     train, validation, test, positive_weights = read_parts(options, task)
+    doubts = progress.check_metric(options.metric, Options.metric, validation, task.multi_label)
     nodes = distributed.nodes_of_processes(accelerator)
     shares = distributed.process_shares(options.batch_size, nodes, weights=options.process_shares or None)
     per_epoch = batches.num_batches(train.num_rows, options.batch_size)
@@ -181,14 +188,15 @@ def run(options: Options) -> None:
     schedule |= {"warmup_steps": round(options.warmup_share * num_steps)}
 
     # ---- model, from another model or from a checkpoint
-    settings = classifier.ClassifierSettings(task.folds, options.aggregate, multi_label=task.multi_label)
+    as_trained = {"multi_label": task.multi_label, "separator": task.database.meta()["options"]["separator"] or "|"}
+    settings = classifier.ClassifierSettings(task.folds, options.aggregate, **as_trained)
     new = {"seed": options.seed, "dropout": options.dropout, "from_scratch": options.from_scratch}
     network, notices = classifier.build_classifier(task.source, task.labels, settings, **new)
     if options.lora_rank:
         notices += lora.add_lora(network, options.lora_rank)
     parts = (train, validation, test)
     plan = plan_text(options, task, parts, network, shares, schedule["warmup_steps"])
-    say(*task.sentences(), *notices, *plan)
+    say(*task.sentences(), *notices, *plan, *doubts)
     if options.dry_run:
         return
 
@@ -201,7 +209,7 @@ def run(options: Options) -> None:
     distributed.check_agreement({"checkpoint found": checkpoint is None or checkpoint.is_dir()})
     if more:
         say(*more)
-    objective = classifier.ClassifierObjective(
+    objective = ClassifierObjective(
         network,
         multi_label=task.multi_label,
         label_smoothing=options.label_smoothing,
@@ -225,8 +233,10 @@ def run(options: Options) -> None:
     facts = {"metric": options.metric, "processes": world, "parameters": network.num_parameters()}
     facts |= {"versions": tracking.versions(), "continued_from": state.step}
     about = (files.name, files.model, vars(options), facts)
-    entry = partial(progress.open_run, task.database, state.run_id, *about)
-    state.run_id = distributed.from_main(accelerator, entry)
+    entry = partial(progress.open_run, task.database, state, *about)
+    state.run_id, state.key = distributed.from_main(accelerator, entry)
+    facts |= {"key": state.key}
+    at_errors.enter_context(progress.failing(task.database, state, rank == 0))
     if rank == 0:
         training.write_options(saved_options)
     pad_id = classifier.padding_id(task.source.encoder)
@@ -244,10 +254,8 @@ def run(options: Options) -> None:
         record = distributed.from_main(accelerator, close)
         epoch_meter.read(accelerator, objective.metrics)  # begins anew
         state.evaluated_step, state.history = state.step, [*state.history, record]
-        value = record["validation"].get(
-            "subset_" * (task.multi_label and options.metric == "accuracy") + options.metric
-        )
-        if value is not None and state.is_better(options.metric, value):
+        value = progress.chosen_value(record, options.metric, task.multi_label)
+        if state.is_better(options.metric, value):
             state.best_epoch, state.best_value = epoch, value
             distributed.from_main(accelerator, partial(progress.keep_best, run_dir, epoch, network))
         words = progress.epoch_in_words(record, options.metric, tracking.in_words)
@@ -258,6 +266,7 @@ def run(options: Options) -> None:
     # ---- loop
     steps = {"batch_size": options.batch_size, "micro_batch_size": options.micro_batch_size, "pad_id": pad_id}
     steps |= {"process_weights": options.process_shares or [1] * world, "process": rank, "seed": options.seed}
+    mean_weight = float(train.weights.mean(dtype="float64"))
     rows = Prefetcher(batches.step_batches(train, **steps, first_step=state.step, end_step=stop_step))
     model.train()
     stopped = stopped_while_judging()
@@ -273,8 +282,7 @@ def run(options: Options) -> None:
             is_last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                 sums = model(to_device(batch, accelerator.device))
-                # DDP takes the mean of the gradients over the processes; wanted is the sum over all weights.
-                accelerator.backward(sums["loss"] * (world / targets["weight"]))
+                accelerator.backward(sums["loss"] * step_scale(targets, mean_weight, world))
             meter.add_sums(sums)
             epoch_meter.add_sums(sums)
         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)

@@ -2,6 +2,7 @@
 
 python scripts/predict_classifier.py --model_dir leanings_trained_model --input_file texts.csv --output_file out.csv
 echo "Beat my opponent!" | python scripts/predict_classifier.py --model_dir leanings_trained_model
+cat texts.jsonl | python scripts/predict_classifier.py --model_dir leanings_trained_model --input_format jsonl
 
 Long texts are folded as in training, the answers of their rows combined, temperature and thresholds applied, all as the
 model's config.json says. A text about which nothing can be said (an empty one) gets a line that says so.
@@ -10,13 +11,12 @@ model's config.json says. A text about which nothing can be said (an empty one) 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
+import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -27,6 +27,8 @@ from lmscripts.option_checks import check_numbers
 if TYPE_CHECKING:
     from lmscripts.classification.applying import Answer
 
+TABLE_OPTIONS = ("text", "id_column", "delimiter", "quotes", "encoding")  # how the input is read
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,11 +36,15 @@ class Options:
 
     model_dir: str = option(help="folder of the classifier")
     input_file: str = option("-", help="txt (one text a line), csv, tsv, jsonl or parquet; - is standard input")
+    input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
+        None, help="default: by the name of the input; standard input is txt"
+    )
     output_file: str = option("-", help="csv or jsonl by its name; - is standard output, as csv", short="o")
     output_format: Literal["csv", "jsonl"] | None = option(None, help="default: by the name of the output")
     text: str = option("text", help="column of the texts in a table", short="t")
     id_column: str | None = option(None, help="column that names a text; default: its line is its name")
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes")
     encoding: str | None = option(None, help="of the input; default: UTF-8, or what a byte order mark says")
     batch_size: int = option(32, help="rows of a forward pass")
     texts_at_once: int = option(256, help="texts that are read before they are answered")
@@ -64,15 +70,23 @@ def predict(options: Options) -> None:
         raise UserError(f"{target} is there already: give another --output_file, or --overwrite to replace it")
     if options.input_file != "-" and not Path(options.input_file).is_file():
         raise UserError(f"the input {options.input_file} is no file (seen from {Path.cwd()})")
+    defaults = {field.name: field.default for field in fields(options) if field.name in TABLE_OPTIONS}
+    given = {name: getattr(options, name) for name, default in defaults.items() if getattr(options, name) != default}
     is_json = options.output_format == "jsonl" or (options.output_format is None and is_json_name(options.output_file))
 
     import torch
     from transformers import logging
 
-    from lmscripts.classification.applying import Classifier, in_batches, read_texts
+    from lmscripts.classification.applying import Classifier, check_input_options, in_batches, read_texts
     from lmscripts.classification.classifier import open_classifier
     from lmscripts.classification.records import TableOptions
 
+    check_input_options(options.input_file, options.input_format, given)
+    names = {"id": options.id_column, "delimiter": options.delimiter, "encoding": options.encoding}
+    names = {name: value or "" for name, value in names.items()}
+    table = TableOptions(options.text, label="", quotes=options.quotes, **names)
+    batches = in_batches(read_texts(options.input_file, options.input_format or "", table), options.texts_at_once)
+    batches = itertools.chain([next(batches, [])], batches)  # a mistake in the input is said before anything is written
     logging.disable_progress_bar()
     model, source, settings, notices = open_classifier(options.model_dir)
     print("".join(f"{notice}\n" for notice in notices), end="", file=sys.stderr)
@@ -80,19 +94,16 @@ def predict(options: Options) -> None:
     classifier = Classifier(
         model, source, settings, batch_size=options.batch_size, device=device, autocast=options.bf16
     )
-    given = {"id": options.id_column, "delimiter": options.delimiter, "encoding": options.encoding}
-    table = TableOptions(options.text, label="", **{name: value or "" for name, value in given.items()})
     with_names = options.id_column is not None
     num_texts = num_silent = 0
     with output(target) as file:
         if not is_json:
             file.write(csv_line([*head(with_names), *(f"probability of {label}" for label in classifier.labels)]))
-        for texts in in_batches(read_texts(options.input_file, table), options.texts_at_once):
+        for texts in batches:
             answers = classifier.answer(texts)
             for answer in answers:
-                file.write(
-                    as_json(answer, classifier.labels) if is_json else as_csv(answer, classifier.labels, with_names)
-                )
+                as_line = (answer, classifier.labels, with_names, settings.separator)
+                file.write(as_json(*as_line[:2]) if is_json else as_csv(*as_line))
             file.flush()
             num_texts, num_silent = num_texts + len(answers), num_silent + sum(bool(a.note) for a in answers)
     where = "" if target is None else f", in {target}"
@@ -143,18 +154,16 @@ def head(with_names: bool) -> list[str]:
 
 def csv_line(cells: list[object]) -> str:
     """One line of CSV in which no cell is a formula."""
-    from lmscripts.classification.report import safe_cell
+    from lmscripts.classification.report import csv_text
 
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([safe_cell(cell) for cell in cells])
-    return text.getvalue()
+    return csv_text([cells])
 
 
-def as_csv(answer: Answer, labels: list[str], with_names: bool) -> str:
-    """An answer as a line of CSV; labels of a text that has several stand with | between them."""
+def as_csv(answer: Answer, labels: list[str], with_names: bool, between: str) -> str:
+    """An answer as a line of CSV; labels of a text that has several stand with the separator of their table between."""
     names = [answer.text.name] if with_names else []
     shown = [f"{value:.6f}" for value in answer.probabilities] or [""] * len(labels)
-    return csv_line([answer.text.line, *names, "|".join(answer.labels), answer.num_fragments, answer.note, *shown])
+    return csv_line([answer.text.line, *names, between.join(answer.labels), answer.num_fragments, answer.note, *shown])
 
 
 def as_json(answer: Answer, labels: list[str]) -> str:

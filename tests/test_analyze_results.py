@@ -1,23 +1,43 @@
 """analyze_results.py as a user runs it: what it writes, that the numbers are right, and what it refuses."""
 
 import csv
+import io
 import json
 import re
+import runpy
+import subprocess
+import sys
 from html.parser import HTMLParser
+from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 from sklearn import metrics as reference
 from test_classification_report import execute, sentences, single, write_database
 
 from lmscripts.classification import comparison
+from lmscripts.errors import UserError
 
 QUICK = ("--resamples", 200)
 
 
+def run_here(name, *arguments, check=True, standard_input=b""):
+    """As `run_script`, in this process, which has the heavy imports behind it."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    words = [str(ROOT / "scripts" / name), *map(str, arguments)]
+    stdin = io.TextIOWrapper(io.BytesIO(standard_input))
+    with mock.patch.multiple(sys, argv=words, stdin=stdin, stdout=out, stderr=err):
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+    assert not check or code == 0, err.getvalue()
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
 def analyze(*arguments, check=True):
-    return run_script("analyze_results.py", *arguments, *QUICK, check=check)
+    return run_here("analyze_results.py", *arguments, *QUICK, check=check)
 
 
 def numbers_in(folder, name="run_1"):
@@ -30,7 +50,7 @@ def numbers_in(folder, name="run_1"):
 class Page(HTMLParser):
     """Tags, attributes and text of a page; open tags have to be closed in order."""
 
-    EMPTY = ("meta", "!doctype")
+    EMPTY = ("meta", "img", "!doctype")
 
     def __init__(self, text):
         super().__init__()
@@ -77,7 +97,7 @@ def test_what_lies_there_afterwards(analysed):
     _, folder, said = analysed
     names = {path.name.removeprefix("run_1_and_2") for path in folder.iterdir()}
     images = {f"_{name}.png" for name in ("training", "calibration", "coverage", "confusion")}
-    assert names == {".html", ".json", "_wrong.csv", *images}
+    assert names == {".html", ".json", "_wrong.csv", "_confusion.csv", *images}
     assert all((folder / f"run_1_and_2{name}").read_bytes().startswith(b"\x89PNG") for name in images)
     assert "Balanced accuracy" in said
     assert str(folder / "run_1_and_2.html") in said
@@ -146,7 +166,7 @@ def test_wrong_documents_are_all_in_the_table_and_no_cell_is_a_formula(analysed)
     test = comparison.read_run(file, 1).predictions["test", "document"]
     wrong = test.doc_ids[test.probabilities.argmax(1) != test.truth.argmax(1)]
     assert sorted(int(row["doc_id"]) for row in rows) == wrong.tolist() != []
-    sure = [float(row["confidence"]) for row in rows]
+    sure = [float(row["probability"]) for row in rows]
     assert sure == sorted(sure, reverse=True)
     assert {row[name] for row in rows for name in ("true", "predicted")} <= {f"'{LABELS[0]}", *LABELS[1:]}
 
@@ -163,19 +183,105 @@ def test_the_fragment_that_decided_is_shown(analysed):
     assert place["text"][start:end] in page.text
 
 
-@pytest.mark.parametrize("sibling", ["leanings_train_test_stats.json", "leanings_testset_predictions.csv"])
-def test_other_results_of_the_run_lead_to_its_database(tmp_path, sibling):
+def write_results(folder, name, **facts):
+    """What a run leaves beside its database, as far as it is read here."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}_train_test_stats.json").write_text(json.dumps(facts))
+    for table in ("predictions", "fragments"):
+        (folder / f"{name}_testset_{table}.csv").write_text("")
+    return [folder / f"{name}{suffix}" for suffix in comparison.RESULTS]
+
+
+def test_results_of_a_run_lead_to_that_run_wherever_they_lie(tmp_path):
+    """The newest run was reported whichever was named, and another name or folder than the database's found none."""
     texts, truth, _ = single()
+    runs = ({"name": "first", "facts": {"key": "a"}}, {"name": "second", "facts": {"key": "b"}})
+    file = write_database(tmp_path / "leanings.sqlite", texts, truth, runs=runs)
+    for path in (
+        *write_results(tmp_path, "leanings", run=1, database="leanings.sqlite", key="a"),
+        *write_results(tmp_path / "out", "other", run=1, database="../leanings.sqlite", key="a"),
+        *write_results(tmp_path / "old", "older", run=1, database=str(file)),
+    ):
+        assert comparison.read_results(path).record["name"] == "first"
+        assert comparison.read_results(path, 1).file == file
+        with pytest.raises(UserError, match=r"is of run 1, but --run asks for 2"):
+            comparison.read_results(path, 2)
+    arguments = ("--no_baselines", "--output_dir", tmp_path / "report", "--level", "fragment")
+    analyze(tmp_path / "out" / "other_testset_predictions.csv", tmp_path / "leanings.sqlite", *arguments)
+    numbers = numbers_in(tmp_path / "report", "run_1_and_2")
+    assert (numbers["run"]["name"], numbers["comparison"]["run"]["name"]) == ("first", "second")
+    bins = numbers["calibration"]["after"]["bins"]
+    assert sum(one["count"] for one in bins) == numbers["levels"]["fragment"]["rows"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"run": 1, "database": "leanings.sqlite", "key": "z"}, "is of another run than run 1"),
+        ({"run": 1, "database": "gone.sqlite"}, r"gone\.sqlite, which is not there"),
+        ({"run": 7, "database": "leanings.sqlite"}, "run 7 in .* is not there"),
+        ({"run": True, "database": "leanings.sqlite"}, "does not say of which run"),
+        ({}, "does not say of which run"),
+        (None, "stats.json, which says of which run"),
+        ("no JSON", "does not say of which run"),
+    ],
+)
+def test_results_of_a_run_that_is_not_there_are_refused(tmp_path, facts, said):
+    texts, truth, _ = single(20)
     write_database(tmp_path / "leanings.sqlite", texts, truth)
-    (tmp_path / sibling).write_text("{}")
-    analyze(tmp_path / sibling, "--no_baselines", "--output_dir", tmp_path / "out", "--level", "fragment")
-    numbers = numbers_in(tmp_path / "out")
-    assert numbers["level"] == "fragment"
-    assert sum(one["count"] for one in numbers["calibration"]["after"]["bins"]) == numbers["levels"]["fragment"]["rows"]
-    (tmp_path / "leanings.sqlite").unlink()
-    done = analyze(tmp_path / sibling, check=False)
-    assert done.returncode == 2
-    assert "leanings.sqlite, which is not there" in done.stderr
+    _, table, _ = write_results(tmp_path, "leanings", **(facts if isinstance(facts, dict) else {}))
+    if facts is None:
+        (tmp_path / "leanings_train_test_stats.json").unlink()
+    elif isinstance(facts, str):
+        (tmp_path / "leanings_train_test_stats.json").write_text(facts)
+    with pytest.raises(UserError, match=said):
+        comparison.read_results(table)
+
+
+def test_documents_of_a_group_are_drawn_together(tmp_path):
+    """Six authors whose texts are right or wrong together: intervals by text would be far too narrow."""
+    texts, truth, _ = single(150)
+    file = write_database(tmp_path / "x.sqlite", texts, truth)
+    settings = ("--run", 1, "--no_baselines")
+    said = analyze(file, *settings, "--output_dir", tmp_path / "alone").stdout
+    assert "p is too small" not in said
+    execute(file, "UPDATE documents SET grp = (doc_id - 120) / 5 WHERE doc_id >= 120")
+    sure = [np.array([p, (1 - p) / 2, (1 - p) / 2], "<f4").tobytes() for p in (0.8, 0.1)]
+    for doc_id in range(120, 150):
+        execute(file, "DELETE FROM document_labels WHERE doc_id = ?", doc_id)
+        execute(file, "INSERT INTO document_labels VALUES (?, 0)", doc_id)
+        wrong = int((doc_id - 120) // 5 % 2)
+        execute(file, "UPDATE predictions SET probabilities = ? WHERE doc_id = ?", sure[wrong], doc_id)
+    execute(file, "UPDATE document_labels SET label_id = 1 WHERE doc_id = 120")
+    said = analyze(file, *settings, "--output_dir", tmp_path / "grouped").stdout
+    assert "30 test documents are of 6 groups" in said
+    assert "p is too small" in said
+    for level in ("document", "fragment"):
+        found = numbers_in(tmp_path / "grouped")["levels"][level]
+        assert (found["documents"], found["units"]) == (30, 6)
+        assert np.diff(found["metrics"]["accuracy"]["interval"]) > 0.6  # 0.36 and less by document
+    page = (tmp_path / "grouped" / "run_1.html").read_text(encoding="utf-8")
+    assert "30 test documents in 6 groups" in page
+    assert "6 groups here: go by the intervals" in page
+
+
+def test_very_many_labels_have_a_picture_and_every_cell_in_a_table(tmp_path):
+    texts = sentences(300)
+    truth = [[n % 50] for n in range(300)]
+    file = write_database(tmp_path / "x.sqlite", texts, truth, tuple(f"label {n}" for n in range(50)))
+    analyze(file, "--no_baselines", "--output_dir", tmp_path)
+    page = (tmp_path / "run_1.html").read_text(encoding="utf-8")
+    (source,) = [value for name, value in Page(page).attributes if name == "src"]
+    assert source.startswith("data:image/png;base64,")
+    assert "img-src data:" in page
+    with open(tmp_path / "run_1_confusion.csv", encoding="utf-8-sig", newline="") as table:
+        rows = list(csv.DictReader(table))
+    matrix = numbers_in(tmp_path)["levels"]["document"]["confusion"]
+    assert sum(int(row["documents"]) for row in rows) == 60
+    for row in rows:
+        own, given = (int(row[name].removeprefix("label ")) for name in ("true", "predicted"))
+        assert matrix[own][given] == int(row["documents"])
+        assert float(row["share of the true label"]) == pytest.approx(matrix[own][given] / sum(matrix[own]), abs=1e-6)
 
 
 def test_several_labels(tmp_path):
@@ -234,8 +340,8 @@ def test_what_the_run_wrote_down_is_checked(tmp_path):
 def test_the_same_command_writes_the_same_report(tmp_path):
     texts, truth, _ = single()
     file = write_database(tmp_path / "x.sqlite", texts, truth)
-    for name in ("a", "b"):
-        analyze(file, "--output_dir", tmp_path / name)
+    run_script("analyze_results.py", file, "--output_dir", tmp_path / "a", *QUICK)
+    analyze(file, "--output_dir", tmp_path / "b")
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -254,7 +360,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path):
         ((file, "--resamples", 0), "resamples"),
         ((), "missing --input_file"),
     ):
-        done = run_script("analyze_results.py", *arguments, check=False)
+        done = run_here("analyze_results.py", *arguments, check=False)
         assert done.returncode == 2, arguments
         assert said in done.stderr
         assert "Traceback" not in done.stderr

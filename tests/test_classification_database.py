@@ -11,20 +11,28 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, SAMPLE
+from transformers import BertConfig
 
 from lmscripts.classification import database as database_module
+from lmscripts.classification import source_tables
+from lmscripts.classification.batches import read_part
+from lmscripts.classification.checks import check_options
 from lmscripts.classification.database import Database, database_of, open_database, open_or_build
 from lmscripts.classification.records import TableOptions
 from lmscripts.classification.splits import SplitSettings
 from lmscripts.classification.sqlite_file import SCHEMA
+from lmscripts.classification.task import open_task
 from lmscripts.errors import UserError
+from lmscripts.files import file_sha256
 from lmscripts.folding import FoldSettings, fold
 from lmscripts.tokenization import Encoder, load_encoder
 
@@ -142,6 +150,56 @@ def test_several_labels_and_files_of_parts(tmp_path, encoder):
         open_or_build(table, encoder, FOLDS, given, options, part_files={"test": table})
 
 
+def test_documents_of_no_label_are_documents_where_there_may_be_several(tmp_path, encoder):
+    table = write_table(tmp_path / "t.csv", 60, labels=("a|b", "", "a"))
+    made = open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(separator="|"))
+    assert made.meta()["num_documents"] == 60
+    without = 0
+    for part, size in (("train", 48), ("validation", 6), ("test", 6)):
+        doc_ids, offsets, label_ids = made.read_labels(made.split_id, part)
+        assert len(doc_ids) == size
+        for doc_id, first, end in zip(doc_ids, offsets[:-1], offsets[1:], strict=True):
+            assert label_ids[first:end].tolist() == ([0, 1], [], [0])[doc_id % 3]
+        read = read_part(made, made.tok_id, made.split_id, part, num_labels=2)
+        assert read.doc_ids.tolist() == doc_ids.tolist()
+        without += int((read.truth.sum(1) == 0).sum())
+    assert without == 20
+    assert "no label 16 (80.0%)" in made.split_sentences(made.split_id)[0]
+
+
+def test_an_sqlite_file_keeps_the_parts_that_its_table_gave(tmp_path, encoder):
+    """Otherwise documents for testing are trained on as soon as the file is named instead of the table."""
+    table = tmp_path / "t.csv"
+    lines = [f"sentence {n},{'ab'[n % 2]},{('train', 'dev', 'test')[n // 4 % 3]}" for n in range(36)]
+    table.write_text("text,label,part\n" + "\n".join(lines), encoding="utf-8")
+    given = SplitSettings(method="given")
+    first = open_or_build(table, encoder, FOLDS, given, TableOptions(split="part"))
+    again = open_or_build(first.path, encoder, FOLDS, SPLIT)
+    assert (again.split_id, again.split, again.done[0][:9]) == (first.split_id, given, "found all")
+    other = open_or_build(first.path, encoder, FOLDS, SplitSettings(seed=5, train=0.5, validation=0.2, test=0.3))
+    for part in ("train", "validation", "test"):
+        read = [made.read_labels(made.split_id, part)[0].tolist() for made in (first, other)]
+        assert read[0] == read[1]
+        assert len(read[0]) == 12
+
+    train, test = write_table(tmp_path / "train.csv", 40), write_table(tmp_path / "test.csv", 20, seed=2)
+    first = open_or_build(train, encoder, FOLDS, given, part_files={"test": test})
+    again = open_or_build(first.path, encoder, FOLDS, SPLIT)
+    assert again.read_labels(again.split_id, "test")[0].tolist() == list(range(40, 60))
+    whole = open_or_build(table, encoder, FOLDS, SPLIT, database=tmp_path / "whole.sqlite")
+    assert open_or_build(whole.path, encoder, FOLDS, SPLIT).split == SPLIT
+
+
+def test_the_same_file_for_another_part_is_another_source(tmp_path, encoder):
+    table, more = write_table(tmp_path / "train.csv", 40), write_table(tmp_path / "v.csv", 20, seed=2)
+    given = SplitSettings(method="given")
+    open_or_build(table, encoder, FOLDS, given, part_files={"validation": more})
+    with pytest.raises(UserError, match=r"validation v\.csv \(sha256 .*now the source is .* test v\.csv \(sha256"):
+        open_or_build(table, encoder, FOLDS, given, part_files={"test": more})
+    renamed = more.rename(tmp_path / "w.csv")
+    assert open_or_build(table, encoder, FOLDS, given, part_files={"validation": renamed}).done[0].startswith("found")
+
+
 def test_what_stands_in_a_table_is_data_and_nothing_else(tmp_path, encoder):
     texts = [
         "'); DROP TABLE documents; --",
@@ -165,11 +223,28 @@ def test_what_stands_in_a_table_is_data_and_nothing_else(tmp_path, encoder):
 def test_bad_rows_are_kept_with_their_reason_and_may_be_refused_later(tmp_path, encoder):
     table = write_table(tmp_path / "t.csv", extra=[("1", "", "good", ""), ("2", "text", "", ""), ("3", "short")])
     made = open_or_build(table, encoder, FOLDS, SPLIT)
-    assert [reason.split(":")[0] for _, reason, _ in made.bad_rows()] == ["empty text", "empty label", "too few fields"]
+    assert [row[2] for row in made.bad_rows()] == ["empty text", "empty label", "too few fields"]
     assert made.meta()["num_bad_rows"] == 3
     assert "3 bad rows" in made.done[0]
     with pytest.raises(UserError, match="leaves 3 bad rows out"):
         open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(on_bad_row="fail"))
+
+
+def test_bad_rows_and_repairs_are_told_with_file_and_line_also_of_a_file_that_is_found(tmp_path, encoder):
+    table = write_table(tmp_path / "train.csv", 40, extra=[("1", "", "good", ""), *[("3", "short")] * 7])
+    test = write_table(tmp_path / "test.csv", 10, seed=2, extra=[("4", "a\0b", "good", ""), ("5", "", "bad", "")])
+    build = partial(open_or_build, table, encoder, FOLDS, SplitSettings(method="given"), part_files={"test": test})
+    lines = [len((tmp_path / name).read_text(encoding="utf-8").splitlines()) for name in ("train.csv", "test.csv")]
+    first = lines[0] - 7
+    for made in (build(), build()):
+        short, empty, repaired = made.reading_sentences()
+        named = ", ".join(f"train.csv:{line}" for line in range(first + 1, first + 6))
+        assert short == f"left out 7 rows, too few fields: {named}, ... (the first: 2 where the header has 4)"
+        assert empty == (
+            f"left out 2 rows, empty text: train.csv:{first}, test.csv:{lines[1]} (the first: nothing in 'text')"
+        )
+        assert repaired == "put right 1 nul characters"
+    assert query(made.path, "SELECT DISTINCT file FROM documents WHERE doc_id >= 40") == [("test.csv",)]
 
 
 def test_documents_without_a_token_are_told(tmp_path, encoder):
@@ -286,7 +361,8 @@ def foreign_files(folder, good):
         "without our id": (unnamed.read_bytes(), "another program", False),
         "text": (b"text,label\na,b\n" * 40, "no SQLite file", False),
         "empty": (b"", "no SQLite file", False),
-        "newer": (data[:60] + (2).to_bytes(4, "big") + data[64:], "schema version 2, and this version reads 1", True),
+        "newer": (data[:60] + (3).to_bytes(4, "big") + data[64:], "schema version 3, and this version reads 2", True),
+        "older": (data[:60] + (1).to_bytes(4, "big") + data[64:], "schema version 1, and this version reads 2", True),
         "truncated": (data[: len(data) // 2], "truncated or damaged", True),
         "no tables": (data[:100] + bytes(3996) + data[4096:], "truncated or damaged", True),
     }
@@ -295,7 +371,9 @@ def foreign_files(folder, good):
     return contents
 
 
-@pytest.mark.parametrize("kind", ["other", "without our id", "text", "empty", "newer", "truncated", "no tables"])
+@pytest.mark.parametrize(
+    "kind", ["other", "without our id", "text", "empty", "newer", "older", "truncated", "no tables"]
+)
 def test_foreign_older_and_damaged_files_are_refused_and_untouched(table, encoder, kind):
     good = open_or_build(table, encoder, FOLDS, SPLIT).path
     data, said, may_be_replaced = foreign_files(table.parent, good)[kind]
@@ -315,6 +393,58 @@ def test_foreign_older_and_damaged_files_are_refused_and_untouched(table, encode
         with pytest.raises(UserError, match=said):
             open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
         assert files(table.parent) == before
+
+
+def damaged_files(made):
+    """Ruined pages of folded rows and of texts, and a flipped bit in each of the columns that are read from there."""
+    data = made.path.read_bytes()
+    (ids,) = query(made.path, "SELECT ids FROM folds WHERE fold_id = 40")[0]
+    (size,) = query(made.path, "PRAGMA page_size")[0]
+    place = data.index(ids)
+    page = place // size * size
+    yield "page", data[:page] + b"\xff" * size + data[page + size :]
+    page = data.index(made.read_texts([100])[0][:9].encode()) // size * size
+    yield "page of texts", data[:page] + b"\xff" * size + data[page + size :]
+    for name, at in (("ids", place + 8), ("char_end", place - 1), ("row_check", place + len(ids) + 1)):
+        yield name, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def read_all(made):
+    parts = ("train", "validation", "test")
+    ids = [made.read_folds(made.tok_id, made.split_id, part).ids.tolist() for part in parts]
+    return ids, made.read_texts(range(made.meta()["num_documents"]))
+
+
+def test_damage_within_is_found_and_overwrite_repairs_it(tmp_path, encoder):
+    table = write_table(tmp_path / "t.csv", 200)
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    expected, seen = read_all(made), []
+    for name, data in list(damaged_files(made)):
+        made.path.write_bytes(data)
+        with pytest.raises(UserError, match=r"truncated or damaged.*--overwrite") as raised:
+            read_all(open_or_build(table, encoder, FOLDS, SPLIT))
+        assert "\n" not in str(raised.value)
+        made.path.write_bytes(data)
+        again = open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+        assert again.done[0].startswith("built"), name
+        assert read_all(again) == expected
+        assert open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True).done[0].startswith("found")
+        seen.append(name)
+    assert len(seen) == 5
+    with contextlib.closing(sqlite3.connect(made.path)) as connection:
+        connection.execute("UPDATE tokenizations SET vocab_size = 10")
+        connection.commit()
+    with pytest.raises(UserError, match="of a vocabulary of 10"):
+        read_all(made)
+
+
+def test_an_sqlite_file_alone_is_not_told_to_be_built_again_from_itself(table, encoder):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    with pytest.raises(UserError, match="from the table that it was made from"):
+        open_or_build(made.path, encoder, FOLDS, SPLIT, overwrite=True)
+    with pytest.raises(UserError, match=r"delimiter.*leave that out, or give the table.*leanings\.csv") as raised:
+        open_or_build(made.path, encoder, FOLDS, SPLIT, TableOptions(delimiter=";"))
+    assert "overwrite" not in str(raised.value)
 
 
 def test_places_that_cannot_be(tmp_path, table, encoder):
@@ -339,7 +469,7 @@ HOSTILE = {
     "one class": "text,label\n" + "a,b\n" * 30, "rare class": f"text,label\n{GOOD_ROWS}x,c\n",
     "no label column": "text,other\n" + GOOD_ROWS, "no text column": "body,label\n" + GOOD_ROWS,
     "no header": GOOD_ROWS, "twice the column": "text,label,label\n" + GOOD_ROWS.replace("\n", ",x\n"),
-    "open quote": f'text,label\n{GOOD_ROWS}"open,a\n{GOOD_ROWS}',
+    "open quote": (f'text,label\n{GOOD_ROWS}"open,a\n{GOOD_ROWS}', {"on_bad_row": "fail"}),
     "latin-1": f"text,label\n{GOOD_ROWS}café,a\n".encode("latin-1"),
     "cp932": f"text,label\n{GOOD_ROWS}日本語,a\n".encode("cp932"),
     "utf-16 without a mark": f"text,label\n{GOOD_ROWS}".encode("utf-16-le"),
@@ -373,17 +503,51 @@ def test_a_hostile_table_is_one_sentence_and_leaves_nothing(tmp_path, encoder, n
 
 
 def test_a_table_that_changes_while_it_is_read_is_refused(table, encoder, monkeypatch):
-    read = database_module.read_table
+    read = source_tables.read_table
 
     def growing(path, options, repairs):
         yield from read(path, options, repairs)
         with open(path, "a", encoding="utf-8") as file:
             file.write("99,late,good,w\n")
 
-    monkeypatch.setattr(database_module, "read_table", growing)
+    monkeypatch.setattr(source_tables, "read_table", growing)
     with pytest.raises(UserError, match="changed while it was read"):
         open_or_build(table, encoder, FOLDS, SPLIT)
     assert sorted(files(table.parent)) == ["leanings.csv"]
+
+
+def test_what_is_stored_is_the_hash_of_what_was_read_after_the_wait_for_another_process(table, encoder, monkeypatch):
+    lock = database_module.only_builder
+
+    @contextlib.contextmanager
+    def changed_meanwhile(path):
+        write_table(table, 66, seed=5)
+        with lock(path):
+            yield
+
+    monkeypatch.setattr(database_module, "only_builder", changed_meanwhile)
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    assert made.meta()["num_documents"] == 66
+    assert made.meta()["sha256"] == {"leanings.csv": file_sha256(table)}
+    monkeypatch.undo()
+    assert open_or_build(table, encoder, FOLDS, SPLIT).done[0].startswith("found")
+    write_table(table)
+    with pytest.raises(UserError, match="was made from"):
+        open_or_build(table, encoder, FOLDS, SPLIT)
+
+
+def test_settings_that_make_no_sense_are_refused_before_a_table_is_read(table, encoder, monkeypatch):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    before = dump(made.path)
+    monkeypatch.setattr(source_tables, "read_table", None)
+    new = {"database": table.with_name("new.sqlite")}
+    for more in ({}, new):
+        with pytest.raises(UserError, match=r"sum to 1\.5"):
+            open_or_build(table, encoder, FOLDS, SplitSettings(train=1.3), **more)
+        with pytest.raises(UserError, match="no room for text"):
+            open_or_build(table, encoder, FoldSettings(max_length=2), SplitSettings(seed=5), **more)
+    assert dump(made.path) == before  # nothing is added unless all of it can be
+    assert not new["database"].exists()
 
 
 # ---- several processes, and death ----
@@ -614,6 +778,97 @@ if __name__ == "__main__":
     assert len(workers) == 3
     assert psutil.wait_procs(workers, timeout=30)[1] == []
     assert not database_of(table).exists()
+
+
+# ---- from the options of the script ----
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, encoder):
+    folder = tmp_path_factory.mktemp("model")
+    encoder.tokenizer.save_pretrained(folder)
+    BertConfig(vocab_size=encoder.vocab_size, max_position_embeddings=64).save_pretrained(folder)
+    return folder
+
+
+def options_of(table, model_dir, **changed):
+    names = "tokenizer_dir validation_file test_file split_column id_column group_column separator delimiter encoding"
+    names += " database logfile most_folds"
+    values = {"input_file": str(table), "model_name_or_path": str(model_dir), **dict.fromkeys(names.split())}
+    values |= {
+        "max_length": 32,
+        "fold_unit": "tokens",
+        "max_words": 0,
+        "overlap": 0,
+        "balance": False,
+        "policy": "fold",
+    }
+    values |= {"train_share": 0.8, "validation_share": 0.1, "test_share": 0.1, "split_seed": 1, "metric": "macro_f1"}
+    values |= {"text": "text", "label": "label", "labels": (), "quotes": True, "on_bad_row": "skip"}
+    return SimpleNamespace(**values | {"overwrite": False, "num_workers": 1} | changed)
+
+
+def test_what_an_sqlite_file_holds_is_checked_like_the_options(tmp_path, model_dir):
+    table = write_table(tmp_path / "t.csv", 40, labels=("a|b", "b", "a"))
+    several = open_task(options_of(table, model_dir, separator="|"), print)
+    for metric in ("mcc", "balanced_accuracy"):
+        with pytest.raises(UserError, match=f"--metric {metric} is for one label a row"):
+            open_task(options_of(several.database.path, model_dir, metric=metric), print)
+    part = tmp_path / "p.csv"
+    lines = [f"sentence {n},{'ab'[n % 2]},{('train', 'train', 'test')[n % 3]}" for n in range(60)]
+    part.write_text("text,label,part\n" + "\n".join(lines), encoding="utf-8")
+    task = open_task(options_of(part, model_dir, split_column="part", validation_share=0.2), print)
+    again = open_task(options_of(task.database.path, model_dir, validation_share=0.2), print)
+    assert (again.split, again.database.split_id) == (task.split, task.database.split_id)
+    assert len(again.database.read_labels(again.database.split_id, "validation")[0]) == 8
+    assert any("were given their parts" in line for line in again.sentences())
+    with pytest.raises(UserError, match=r"leave out --train_share 0\.1 and --test_share 0\.8"):
+        open_task(options_of(task.database.path, model_dir, train_share=0.1, test_share=0.8), print)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"split_column": "part", "train_share": 0.1, "test_share": 0.8}, "--train_share 0.1 and --test_share 0.8"),
+        ({"test_file": "x.csv", "test_share": 0.2}, "leave out --test_share 0.2"),
+        ({"validation_file": "x.csv", "validation_share": 0.3}, "leave out --validation_share 0.3"),
+        ({"split_column": "part", "validation_share": 0.3}, ""),
+        ({"train_share": 0.7, "test_share": 0.2}, ""),
+    ],
+)
+def test_shares_beside_given_parts_are_refused(changed, said):
+    values = defaultdict(lambda: None, vars(options_of("t.csv", "m", **changed)))
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        check_options(values)
+
+
+def test_a_log_is_never_written_into_a_table_or_found_impossible_at_the_end(table, model_dir, monkeypatch):
+    monkeypatch.chdir(table.parent)
+    other, before = write_table(table.with_name("v.csv"), 9), files(table.parent)
+    for logfile, said in (
+        (table, "table or database"),
+        ("leanings.sqlite", "table or database"),
+        ("v.csv", "table or database"),
+        ("mine.db", "table or database"),
+        ("nodir/x.log", "no folder nodir"),
+        (table.parent, "is a folder"),
+    ):
+        changed = {"logfile": str(logfile), "validation_file": str(other), "database": "mine.db"}
+        with pytest.raises(UserError, match=f"--logfile .*{said}"):
+            open_task(options_of(table, model_dir, **changed), print)
+        assert files(table.parent) == before
+    assert open_task(options_of(table, model_dir, logfile="x.log"), print).labels == ["bad", "good"]
+
+
+def test_labels_are_shown_bounded_and_without_control_characters(tmp_path, model_dir):
+    labels = ["a\nb\x1b[31m", "x" * 5000, *(f"name {n}" for n in range(40))]
+    table = write_table(tmp_path / "t.csv", 42 * 4, labels=labels, extra=[("1", "text", "", "")])
+    task = open_task(options_of(table, model_dir), print)
+    assert sorted(task.labels) == sorted(labels)
+    said = task.sentences()
+    assert all(line.isprintable() and len(line) < 2000 for line in said)
+    assert "left out 1 rows, empty label: t.csv:" in "\n".join(said)
+    assert any("42 labels" in line and "and 22 more" in line for line in said)
 
 
 # ---- runs ----

@@ -9,32 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lmscripts.classification import charts, comparison, report
+from lmscripts.classification import baselines, charts, comparison, markup, mistakes, report
+from lmscripts.classification.sqlite_file import SCHEMA, SCHEMA_VERSION
 from lmscripts.errors import UserError
 
-SCHEMA = """
-CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE documents(doc_id INTEGER PRIMARY KEY, line INTEGER, name TEXT, text TEXT NOT NULL, grp TEXT,
-    given_part TEXT, text_hash BLOB NOT NULL);
-CREATE TABLE labels(label_id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE document_labels(doc_id INTEGER, label_id INTEGER, PRIMARY KEY(doc_id, label_id)) WITHOUT ROWID;
-CREATE TABLE bad_rows(line INTEGER, reason TEXT, raw TEXT);
-CREATE TABLE tokenizations(tok_id INTEGER PRIMARY KEY, tokenizer TEXT, fingerprint TEXT, settings TEXT,
-    UNIQUE(fingerprint, settings));
-CREATE TABLE folds(fold_id INTEGER PRIMARY KEY, tok_id INTEGER, doc_id INTEGER, idx INTEGER, n INTEGER,
-    char_start INTEGER, char_end INTEGER, ids BLOB);
-CREATE TABLE splits(split_id INTEGER PRIMARY KEY, settings TEXT UNIQUE);
-CREATE TABLE split_members(split_id INTEGER, doc_id INTEGER, part TEXT, PRIMARY KEY(split_id, doc_id)) WITHOUT ROWID;
-CREATE TABLE runs(run_id INTEGER PRIMARY KEY, name TEXT, options TEXT, facts TEXT, tok_id INTEGER, split_id INTEGER,
-    model_dir TEXT, started REAL, ended REAL, status TEXT);
-CREATE TABLE epochs(run_id INTEGER, epoch INTEGER, step INTEGER, part TEXT, metric TEXT, value REAL,
-    PRIMARY KEY(run_id, epoch, part, metric)) WITHOUT ROWID;
-CREATE TABLE predictions(run_id INTEGER, part TEXT, level TEXT, doc_id INTEGER, fold_idx INTEGER, probabilities BLOB,
-    logits BLOB, PRIMARY KEY(run_id, part, level, doc_id, fold_idx)) WITHOUT ROWID;
-CREATE TABLE test_metrics(run_id INTEGER, level TEXT, metric TEXT, value REAL, PRIMARY KEY(run_id, level, metric))
-    WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
 WORDS = ("beat", "my", "opponent", "she", "will", "remove", "stop", "signs", "buy", "this", "vote", "now")
 
 
@@ -66,7 +44,7 @@ def write_database(
     spans = spans or [cut(len(text)) for text in texts]
     count, num_labels = len(texts), len(labels)
     connection = sqlite3.connect(file)
-    connection.executescript(SCHEMA)
+    connection.executescript(f"{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};")
     connection.executemany(
         "INSERT INTO meta VALUES (?, ?)",
         [
@@ -76,13 +54,14 @@ def write_database(
         ],
     )
     connection.executemany("INSERT INTO labels VALUES (?, ?)", list(enumerate(labels)))
-    rows = [(n, n + 2, None, text, None, None, hashlib.sha256(text.encode()).digest()) for n, text in enumerate(texts)]
-    connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    rows = [(n, n + 2, text, hashlib.sha256(text.encode()).digest()) for n, text in enumerate(texts)]
+    connection.executemany("INSERT INTO documents(doc_id, line, text, text_hash) VALUES (?, ?, ?, ?)", rows)
     connection.executemany(
         "INSERT INTO document_labels VALUES (?, ?)", [(n, label) for n, own in enumerate(truth) for label in own]
     )
     settings = json.dumps({"sequence_length": 128, "unit": "words"})
-    connection.execute("INSERT INTO tokenizations VALUES (1, 'tokenizers/ipadic', 'abc123', ?)", (settings,))
+    insert = "INSERT INTO tokenizations(tok_id, tokenizer, fingerprint, settings) VALUES "
+    connection.execute(f"{insert}(1, 'tokenizers/ipadic', 'abc123', ?)", (settings,))
     for n, own in enumerate(spans):
         for idx, (start, end) in enumerate(own):
             connection.execute(
@@ -93,7 +72,7 @@ def write_database(
     test, validation = count - max(1, count // 5), count - max(1, count // 5) - count // 10
     members = [(1, n, "test" if n >= test else "validation" if n >= validation else "train") for n in range(count)]
     connection.executemany("INSERT INTO split_members VALUES (?, ?, ?)", members)
-    connection.execute("INSERT INTO bad_rows VALUES (7, 'unknown label', 'x')")
+    connection.execute("INSERT INTO bad_rows(line, reason, raw) VALUES (7, 'unknown label', 'x')")
     for run_id, run in enumerate(runs, 1):
         random = np.random.default_rng(seed + run_id)
         write_run(connection, run_id, run, truth, spans, members, num_labels, multi_label, fragments, random)
@@ -225,7 +204,7 @@ def spoil(file, how):
         ("text", "no SQLite database"),
         ("foreign", "not a database of finetune_classifier.py: it has no table meta"),
         ("cut", "cannot be read: "),
-        ("PRAGMA user_version = 7", "has version 7 of the tables; this program reads 1"),
+        ("PRAGMA user_version = 1", "has version 1 of the tables; this program reads 2"),
         ("DELETE FROM runs", "holds 0 runs, none of them finished"),
         ("UPDATE runs SET status = 'failed'", "holds 1 runs, none of them finished"),
         ("DELETE FROM predictions", "run 1 in .* has no predictions for test documents"),
@@ -260,6 +239,48 @@ def test_documents_are_found_again_in_another_database(tmp_path):
     assert comparison.read_texts(second, second.predictions["test", "document"].doc_ids[places]) == own
 
 
+def test_units_are_what_a_split_keeps_together(database):
+    """Groups, equal texts and names, one through the other; the rest stand alone."""
+    run = comparison.read_run(database)
+    doc_ids = run.predictions["test", "document"].doc_ids
+    assert comparison.units_of(run, doc_ids).tolist() == list(range(12))
+    for sql in (
+        "UPDATE documents SET grp = 'a' WHERE doc_id IN (48, 50)",
+        "UPDATE documents SET text_hash = x'00' WHERE doc_id IN (50, 52)",
+        "UPDATE documents SET name = 'n' WHERE doc_id IN (52, 59)",
+        "UPDATE documents SET grp = 'b' WHERE doc_id IN (49, 51)",
+    ):
+        execute(database, sql)
+    units = comparison.units_of(run, doc_ids)
+    assert units.max() + 1 == 12 - 3 - 1
+    assert len({*units[[0, 2, 4, 11]]}) == len({*units[[1, 3]]}) == 1
+    assert len({*units.tolist()} - {units[0], units[1]}) == 6
+
+
+def test_a_document_with_a_label_that_was_missed_is_shown(tmp_path):
+    texts, truth, _ = single()
+    truth[-1] = [0, 2]
+    file = write_database(tmp_path / "x.sqlite", texts, truth, multi_label=True)
+    run = comparison.read_run(file)
+    test, fragments = run.predictions["test", "document"], run.predictions["test", "fragment"]
+    decided = test.truth.copy()
+    decided[-1] = [True, True, False]
+    for row, missed in (([0.9, 0.55, 0.01], True), ([0.9, 0.995, 0.01], False)):
+        test.probabilities[-1] = row
+        every, shown = mistakes.find_mistakes(run, decided, 5)
+        label = 2 if missed else 1
+        assert [(m["doc_id"], m["label"], m["missed"]) for m in every] == [(59, run.labels[label], missed)]
+        assert (every[0]["true"], every[0]["predicted"]) == (["left", "right"], ["left", "neutral"])
+        of_label = fragments.probabilities[fragments.doc_ids == 59, label]
+        assert every[0]["decisive"] == (of_label.argmin() if missed else of_label.argmax())
+        page = mistakes.wrong_document(shown[0])
+        what = '<span class="bad">right</span> missed <small>1.0 %' if missed else "wrongly given <small>99.5 %"
+        assert what in page
+        assert "given left, neutral, in truth" in page
+    numbers = {"multi_label": True, "wrong": every, "run": {"options": {"separator": ";"}}}
+    assert mistakes.wrong_table(numbers)[1][:5] == [59, "left;right", "left;neutral", "neutral", False]
+
+
 def test_other_test_documents_are_refused(tmp_path):
     texts, truth, _ = single()
     first = comparison.read_run(write_database(tmp_path / "a.sqlite", texts, truth))
@@ -281,7 +302,7 @@ def test_baselines_learn_from_the_training_part_alone(tmp_path):
     texts = [f"{'red' if n % 2 else 'blue'} thing number {n}" for n in range(100)]
     truth = [[n % 2] for n in range(80)] + [[1 - n % 2] for n in range(80, 100)]
     run = comparison.read_run(write_database(tmp_path / "a.sqlite", texts, truth, ("blue", "red")))
-    found, seen = comparison.baseline_decisions(run, 1000, 0)
+    found, seen = baselines.baseline_decisions(run, 1000, 0)
     assert (sorted(found), seen) == (
         ["TF-IDF of characters", "TF-IDF of words"],
         70,
@@ -290,25 +311,25 @@ def test_baselines_learn_from_the_training_part_alone(tmp_path):
         assert (
             decided == run.predictions["test", "document"].truth
         ).mean() == 0  # wrong in every one, as it was taught
-    assert comparison.baseline_decisions(run, 10, 0)[1] == 10
+    assert baselines.baseline_decisions(run, 10, 0)[1] == 10
 
 
 def test_the_most_frequent_labels():
     train = np.array([[1, 0], [0, 1], [0, 1]], bool)
-    assert comparison.majority_decisions(train, 2).tolist() == [[False, True]] * 2
+    assert baselines.majority_decisions(train, 2).tolist() == [[False, True]] * 2
 
 
 def test_words_are_for_text_with_spaces():
-    assert comparison.has_spaces(["buy this toothpaste now"])
-    assert not comparison.has_spaces(["吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。"])
+    assert baselines.has_spaces(["buy this toothpaste now"])
+    assert not baselines.has_spaces(["吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。"])
 
 
 def test_baselines_of_one_label_and_of_empty_texts():
     train = np.array([[True, False]] * 3)
     for texts in (["a b", "a b", "a c"], ["", "", ""]):
-        found = comparison.tfidf_decisions(texts, train, ["a b"], words=False, multi_label=False)
+        found = baselines.tfidf_decisions(texts, train, ["a b"], words=False, multi_label=False)
         assert found.tolist() == [[True, False]]
-        assert comparison.tfidf_decisions(texts, train, ["x"], words=True, multi_label=True).tolist() == [[True, False]]
+        assert baselines.tfidf_decisions(texts, train, ["x"], words=True, multi_label=True).tolist() == [[True, False]]
 
 
 # ---- HTML and CSV ------------------------------------------------------------------------------------------------
@@ -329,16 +350,17 @@ def test_numbers_and_plain_text_stay(value):
 
 def test_markup_in_data_is_text():
     hostile = "<script>alert(1)</script>&\"'\x00\ud800"
-    shown = report.escape(hostile)
+    shown = markup.escape(hostile)
     assert "<" not in shown
     assert '"' not in shown
     shown.encode("utf-8")
-    assert report.table([hostile], [[hostile]]).count("<script") == 0
+    assert markup.table([hostile], [[hostile]]).count("<script") == 0
 
 
 WRONG = {
-    **{"doc_id": 17, "line": 19, "name": "speech <7>", "true": "left", "predicted": "<b>right", "confidence": 0.97},
-    **{"true_probability": 0.01, "fragments": [0.2, 0.99, 0.5], "decisive": 1},
+    **{"doc_id": 17, "file": None, "line": 19, "name": "speech <7>", "true": ["left"], "predicted": ["<b>right"]},
+    **{"label": "<b>right", "missed": False, "probability": 0.97, "true_probability": 0.01},
+    **{"fragments": [0.2, 0.99, 0.5], "decisive": 1},
 }
 
 
@@ -346,7 +368,7 @@ def test_the_decisive_fragment_is_marked_where_it_stands():
     text = "a < b. " * 40 + "THE <i>PART</i> THAT DECIDED" + " and more" * 100
     start = text.index("THE")
     span = (start, text.index(" and"))
-    shown = report.wrong_document({**WRONG, "text": text, "span": span})
+    shown = mistakes.wrong_document({**WRONG, "text": text, "span": span})
     assert "<mark>THE &lt;i&gt;PART&lt;/i&gt; THAT DECIDED</mark>" in shown
     assert "fragment 2 of 3" in shown
     assert "speech &lt;7&gt;" in shown
@@ -357,14 +379,14 @@ def test_the_decisive_fragment_is_marked_where_it_stands():
 
 
 def test_japanese_text_says_so_and_a_long_one_is_cut():
-    shown = report.wrong_document({**WRONG, "text": "吾輩は猫である。" * 5000, "span": (8, 16)})
+    shown = mistakes.wrong_document({**WRONG, "text": "吾輩は猫である。" * 5000, "span": (8, 16)})
     assert '<blockquote lang="ja">' in shown
     assert "first 20,000 characters" in shown
     assert len(shown) < 25_000
 
 
 def test_a_span_outside_of_the_text_is_harmless():
-    shown = report.wrong_document({**WRONG, "text": "short", "span": (100, 200)})
+    shown = mistakes.wrong_document({**WRONG, "text": "short", "span": (100, 200)})
     assert "short" in shown
     assert "<mark>" not in shown
 
@@ -392,8 +414,10 @@ def test_any_name_of_a_label_can_be_drawn(names):
     assert charts.draw_confusion([[3, 1], [0, 0]], names, "documents").startswith(b"\x89PNG")
 
 
-def test_many_labels_have_a_picture_without_numbers_or_none():
-    assert charts.draw_confusion(np.eye(40, dtype=int).tolist(), [f"l{n}" for n in range(40)], "x").startswith(
-        b"\x89PNG"
-    )
-    assert charts.draw_confusion(np.eye(200, dtype=int).tolist(), [str(n) for n in range(200)], "documents") is None
+@pytest.mark.parametrize("number", [40, 200])
+def test_many_labels_have_a_picture_without_numbers(number):
+    names = [f"l{n}" for n in range(number)]
+    picture = charts.draw_confusion(np.eye(number, dtype=int).tolist(), names, "documents")
+    assert picture.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(picture[place : place + 4], "big") for place in (16, 20))
+    assert max(width, height) < 2500

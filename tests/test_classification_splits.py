@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -91,6 +92,42 @@ def test_small_classes_reach_every_part_from_four_rows_on():
         assert len({(d.labels, part) for d, part in zip(documents, parts)}) == 6
 
 
+@pytest.mark.parametrize(("classes", "rows"), [(5000, 3), (1000, 4), (300, 5), (200, 6), (100, 7), (40, 9), (3, 2)])
+def test_many_small_classes_keep_the_shares_of_the_whole(classes, rows):
+    """Rounded class by class, 1,000 classes of 4 rows were halved into 2,000, 1,000 and 1,000."""
+    documents = [SplitDocument((c,), text_hash(f"{c} {row}")) for c in range(classes) for row in range(rows)]
+    parts = split_documents(documents, SplitSettings(train=0.7, validation=0.2, test=0.1))
+    counts = Counter(parts)
+    for part, share in (("train", 0.7), ("validation", 0.2), ("test", 0.1)):
+        due = share * len(documents)
+        assert abs(counts[part] - due) <= (22 + 0.2 * due if part == "train" else max(11, 0.11 * due))
+    for label in (0, classes // 2, classes - 1):
+        of_class = Counter(part for document, part in zip(documents, parts) if document.labels == (label,))
+        assert of_class["train"] >= rows * 0.7 - 2
+    if rows == 3:  # no class has four, so that none must be in every part
+        assert counts == {"train": 10_500, "validation": 3000, "test": 1500}
+
+
+def test_documents_of_one_id_are_one_document():
+    documents = [SplitDocument((n % 2,), text_hash(str(n)), None, None, f"id {n // 5}") for n in range(400)]
+    parts = split_documents(documents, SplitSettings())
+    assert all(len(set(parts[first : first + 5])) == 1 for first in range(0, 400, 5))
+    assert set(parts) == {"train", "validation", "test"}
+    given = [
+        SplitDocument(d.labels, d.text_hash, None, ("train", "test")[n % 5 == 0], d.name)
+        for n, d in enumerate(documents)
+    ]
+    settings = SplitSettings(method="given", validation=0)
+    report = split_report(given, split_documents(given, settings), ["a", "b"])
+    assert "beware: 80 ids stand in more than one part" in report
+
+
+def test_an_id_of_its_own_changes_nothing():
+    documents = random_documents(random.Random(7), 300, groups=40, copies=0.1)
+    named = [replace(document, name=f"{n}") for n, document in enumerate(documents)]
+    assert split_documents(named, SplitSettings()) == split_documents(documents, SplitSettings())
+
+
 def test_the_order_of_rows_means_nothing_and_the_seed_does():
     documents = random_documents(random.Random(1), 400, groups=40, copies=0.1)
     parts = dict(zip(documents, split_documents(documents, SplitSettings())))
@@ -170,6 +207,23 @@ def test_too_few_documents_for_a_part_is_a_sentence():
     documents = [SplitDocument((n % 2,), text_hash(str(n)), f"g{n % 2}") for n in range(10)]
     with pytest.raises(UserError, match="10 documents in 2 groups of their own"):
         split_documents(documents, SplitSettings())
+
+
+def test_only_the_share_for_validation_is_looked_at_where_parts_are_given():
+    assert SplitSettings("given").shares() == (0.9, 0.1, 0.0)
+    assert SplitSettings("given", validation=20).shares() == (0.8, 0.2, 0.0)
+    for share in (1, -0.1, float("nan"), 100):
+        with pytest.raises(UserError, match="share for validation"):
+            SplitSettings("given", validation=share).shares()
+
+
+def test_a_report_is_bounded_and_has_no_control_characters():
+    names = ["a\nb\x1b[31m", "x" * 5000, *(f"name {n}" for n in range(200))]
+    documents = [SplitDocument((n % 202,), text_hash(str(n))) for n in range(606)] + [SplitDocument((), b"")]
+    report = split_report(documents, split_documents(documents, SplitSettings()), names)
+    assert all(line.isprintable() and len(line) < 2500 for line in report)
+    assert "and 182 more labels" in report[0]
+    assert "no label 1 (100.0%)" in " ".join(report)
 
 
 def test_conflicting_labels_are_reported():

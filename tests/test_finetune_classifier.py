@@ -1,25 +1,42 @@
 """Fine-tuning a classifier: whole commands, any number of processes, any stop, and what the files then say."""
 
 import csv
+import gc
 import json
 import os
+import runpy
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, launch, run_script
 from runs import kill_tree, same_bits, wait_for_step
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from lmscripts.classification import batches
+from lmscripts.classification import batches, progress
 from lmscripts.classification.aggregate import AGGREGATES, document_logits
-from lmscripts.classification.classifier import ClassifierObjective, ClassifierSettings, build_classifier, find_source
-from lmscripts.classification.judging import RowAnswers, calibrate
+from lmscripts.classification.classifier import (
+    KEY,
+    ClassifierSettings,
+    build_classifier,
+    find_source,
+    open_classifier,
+    read_settings,
+)
+from lmscripts.classification.database import open_or_build
+from lmscripts.classification.judging import RowAnswers, calibrate, judge
+from lmscripts.classification.objective import ClassifierObjective, step_scale
+from lmscripts.classification.records import TableOptions
+from lmscripts.classification.results import ResultFiles, write_tables
+from lmscripts.classification.splits import SplitSettings
 from lmscripts.classification.stored import FoldRows
 from lmscripts.errors import UserError
 from lmscripts.folding import FoldSettings
@@ -80,6 +97,35 @@ def without_dropout(workspace, table, bert, trained):
     return folder, done.stdout
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The script in this process, where torch is loaded already: seconds less than a process of its own."""
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in signals}
+
+    def forget():
+        gc.collect()  # of an earlier run, which would hold the lock of its folder
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def call(*arguments, code=0):
+        forget()
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        ended = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            ended = end.code
+        said = capsys.readouterr()
+        assert ended == code, said
+        return said.out if code == 0 else said.err
+
+    yield call
+    forget()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def predictions(folder, name="topics_testset_predictions.csv"):
     with open(folder / name, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
@@ -131,6 +177,11 @@ def test_a_run_leaves_a_model_tables_numbers_and_a_database_for_the_report(train
     assert [epoch["epoch"] for epoch in stats["Training"]] == [1, 2, 3]
     assert stats["Training"][2]["Training Loss"] < stats["Training"][0]["Training Loss"]
     assert stats["Testing"]["Test Accuracy"] > 0.5
+    assert not os.path.isabs(stats["database"])
+    assert (folder / stats["database"]).resolve() == table.with_suffix(".sqlite").resolve()
+    with sqlite3.connect(folder / stats["database"]) as connection:
+        (facts,) = connection.execute("SELECT facts FROM runs WHERE run_id = ?", (stats["run"],)).fetchone()
+    assert json.loads(facts)["key"] == stats["key"]
     assert 0.1 < stats["temperature"] < 10  # so that whoever forgets it gives other probabilities
     assert {"Test Loss", "Test Accuracy", "Matthews corrcoef"} <= stats["Testing"].keys()
 
@@ -222,7 +273,7 @@ def test_killed_in_the_middle_and_continued_gives_the_same_bits(trained, table, 
         assert connection.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone() == ("done",)
 
 
-def test_several_labels_a_document(bert, tmp_path):
+def test_several_labels_a_document(bert, here, tmp_path):
     table = tmp_path / "many.csv"
     lines = ["text,label"]
     for number in range(60):
@@ -230,7 +281,7 @@ def test_several_labels_a_document(bert, tmp_path):
         lines.append(f"{number}番の話は{'と'.join(names)}についての短い文である。,{'|'.join(names)}")
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     options = ["--separator", "|", "--class_weights", "balanced", "--label_smoothing", 0.1, "--metric", "accuracy"]
-    run_script(SCRIPT, table, "--model_name_or_path", bert, *COMMON[2:], *options, "--validation_share", 0.1)
+    here(table, "--model_name_or_path", bert, *COMMON[2:], *options, "--validation_share", 0.1)
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "many_trained_model").config
     assert config.problem_type == "multi_label_classification"
     stats = json.loads((tmp_path / "many_train_test_stats.json").read_text(encoding="utf-8"))
@@ -245,12 +296,15 @@ def test_several_labels_a_document(bert, tmp_path):
     run_script("analyze_results.py", tmp_path / "many.sqlite", "--resamples", 20, "--baselines", "false")
 
 
-def test_patience_ends_a_run_that_learns_nothing_and_fresh_weights_are_said(table, bert, tmp_path):
+def test_patience_ends_a_run_that_learns_nothing_and_fresh_weights_are_said(table, bert, here, tmp_path):
     arguments = [table, "--model_name_or_path", bert, *COMMON[:4], "--tracker", "none", "--output_dir", tmp_path]
     arguments += ["--from_scratch", "--epochs", 9, "--learning_rate", 1e-9, "--patience", 2, "--batch_size", 32]
-    done = run_script(SCRIPT, *arguments, "--aggregate", "max", "--test_share", 0, "--train_share", 0.9)
-    assert "fresh weights" in done.stdout
-    assert "no test part" in done.stdout
+    said = here(*arguments, "--aggregate", "max", "--test_share", 0, "--train_share", 0.9)
+    assert "fresh weights" in said
+    assert "no test part" in said
+    assert "predictions" not in said  # there is no such file,
+    assert "analyze_results" not in said  # and nothing to report
+    assert not list(tmp_path.glob("*_testset_*"))
     assert len(statistics(tmp_path)["Training"]) == 3
     assert statistics(tmp_path)["best_epoch"] == 1
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "topics_trained_model")
@@ -258,11 +312,11 @@ def test_patience_ends_a_run_that_learns_nothing_and_fresh_weights_are_said(tabl
     assert not torch.equal(model.bert.embeddings.word_embeddings.weight, learned)
 
 
-def test_lora_leaves_an_ordinary_model_whose_other_weights_are_untouched(table, bert, tmp_path):
+def test_lora_leaves_an_ordinary_model_whose_other_weights_are_untouched(table, bert, here, tmp_path):
     pytest.importorskip("peft")
     arguments = [table, "--model_name_or_path", bert, *COMMON, "--output_dir", tmp_path, "--lora_rank", 2]
-    run_script(SCRIPT, *arguments, "--stop_at_step", 3)
-    run_script(SCRIPT, *arguments, "--do_continue")
+    here(*arguments, "--stop_at_step", 3)
+    here(*arguments, "--do_continue")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "topics_trained_model")
     learned = load_file(bert / "model.safetensors")
     changed = {
@@ -272,16 +326,17 @@ def test_lora_leaves_an_ordinary_model_whose_other_weights_are_untouched(table, 
     assert changed == {f"{place}.{name}.weight" for place in attention for name in ("query", "value")}
 
 
-def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_table(table, bert, tmp_path):
+def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_table(table, bert, here, tmp_path):
     shutil.copy(table, tmp_path / "topics.csv")
     model = ["--model_name_or_path", bert, "--max_length", 32]
-    done = run_script(SCRIPT, tmp_path / "topics.csv", *model, "-p")
-    assert "built" in done.stdout
+    said = here(tmp_path / "topics.csv", *model, "-p", "-f", tmp_path / "log")
+    assert "built" in said
+    assert (tmp_path / "log").read_text(encoding="utf-8") == said
     assert sorted(path.name for path in tmp_path.glob("topics*")) == ["topics.csv", "topics.sqlite"]
     (tmp_path / "topics.csv").unlink()
-    done = run_script(SCRIPT, tmp_path / "topics.sqlite", *model, "--dry_run", "-e", 5)
-    assert "found all in" in done.stdout
-    assert "5 epochs of" in done.stdout
+    said = here(tmp_path / "topics.sqlite", *model, "--dry_run", "-e", 5)
+    assert "found all in" in said
+    assert "5 epochs of" in said
     assert [path.name for path in tmp_path.glob("topics*")] == ["topics.sqlite"]
 
 
@@ -294,20 +349,30 @@ def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_tab
         (["--patience", 1, "--validation_share", 0, "--train_share", 0.9], "--patience needs a validation part"),
         (["--label_smoothing", 1.5], "label_smoothing"),
         (["--lora_rank", 4, "--from_scratch"], "give one of them"),
+        (["--metric", "mcc", "--validation_share", 0, "--train_share", 0.9], "--metric mcc chooses the best epoch"),
+        (["--run_name", "../outside"], "--output_dir"),
         (["--separator", "|", "--metric", "mcc"], "one label a row"),
         (["--aggregate", "median"], "mean_probabilities"),
         (["--model_name_or_path", "no/such/folder/here"], "no/such/folder/here"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, sentence, table, bert, tmp_path):
+def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, sentence, table, bert, here, tmp_path):
     given = [] if "--model_name_or_path" in arguments else ["--model_name_or_path", bert]
     given += ["--group_column", "article", "--output_dir", tmp_path / "out"]
     arguments = [str(argument).format(tmp=tmp_path) for argument in arguments]
-    done = run_script(SCRIPT, table, *given, *arguments, check=False)
-    assert done.returncode == 2, done.stdout
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
+    said = here(table, *given, *arguments, code=2)
+    assert sentence in said
+    assert "error: " in said
+    assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_ends_with_an_error_does_not_stand_as_running(table, bert, here, tmp_path):
+    arguments = ["--model_name_or_path", bert, *COMMON[:4], "--tracker", "none", "--output_dir", tmp_path]
+    arguments += ["--database", tmp_path / "own.sqlite", "--learning_rate", 1e30, "--max_grad_norm", 0]
+    assert "finite" in here(table, *arguments, code=2)
+    with sqlite3.connect(tmp_path / "own.sqlite") as connection:
+        assert connection.execute("SELECT status FROM runs").fetchall() == [("failed",)]
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------
@@ -408,6 +473,37 @@ def test_losses_are_those_of_torch():
     assert torch.allclose(objective.row_losses(logits, several)[0], expected)
 
 
+def test_with_smoothing_the_weight_of_a_rare_label_does_not_ask_for_it_where_it_is_not():
+    objective = ClassifierObjective(
+        torch.nn.Identity(), multi_label=True, label_smoothing=0.1, positive_weights=torch.tensor([99.0, 1.0])
+    )
+    share = torch.linspace(0.001, 0.999, 999)
+    logits = torch.logit(share)[:, None].expand(-1, 2)
+    for has, wanted in ((0.0, 0.05), (1.0, 0.95)):
+        losses, _ = objective.row_losses(logits, torch.full((999, 2), has))
+        assert share[losses.argmin()].item() == pytest.approx(wanted, abs=2e-3)
+
+
+def test_over_an_epoch_a_document_of_many_rows_pulls_as_much_as_one_of_a_single_row():
+    random, n = np.random.default_rng(0), np.repeat([1, 20], [600, 40])
+    owners = np.repeat(np.arange(len(n)), n)
+    lengths = np.where(n[owners] == 1, random.integers(5, 30, len(owners)), 64)  # so that long texts share batches
+    idx = np.concatenate([np.arange(k) for k in n])
+    ids = np.ones(lengths.sum(), np.int32)
+    folds = FoldRows(ids, np.append(0, np.cumsum(lengths)), owners, idx, n[owners], idx, idx)
+    truth, pulls = np.eye(2, dtype=bool)[np.arange(len(n)) % 2], np.zeros(len(n))
+    part = batches.Part(folds, np.arange(len(n)), truth, owners, (1 / n[owners]).astype(np.float32))
+    settings = {"batch_size": 32, "micro_batch_size": 32, "process_weights": [1], "process": 0, "pad_id": 0, "seed": 1}
+    mean_weight, num_epochs = float(part.weights.mean(dtype=np.float64)), 6
+    rows = [each for epoch in range(num_epochs) for each in batches.epoch_batches(part.lengths, 32, 1, epoch)]
+    steps = batches.step_batches(part, **settings, first_step=0, end_step=len(rows))
+    for mine, (micro, targets) in zip(rows, steps, strict=True):
+        weights = np.concatenate([batch["weights"].numpy() for batch in micro])
+        np.add.at(pulls, owners[mine], weights * step_scale(targets, mean_weight, 1) / num_epochs)
+    assert pulls[n == 20].mean() == pytest.approx(pulls[n == 1].mean(), rel=0.05)  # by the step's own sum: 20 times
+    assert step_scale(targets, mean_weight, 3) == pytest.approx(3 * step_scale(targets, mean_weight, 1))
+
+
 def test_balanced_weights_let_every_label_count_alike():
     truth = np.eye(3, dtype=bool)[np.repeat([0, 1, 2], [6, 3, 1])]
     weights = batches.balanced_weights(truth, multi_label=False)
@@ -458,3 +554,148 @@ def test_a_temperature_that_the_validation_part_cannot_tell_is_left_at_one():
     temperature, _, said = calibrate(some_wrong, part, settings)
     assert temperature != 1.0
     assert not said
+
+
+# ---- what a run keeps --------------------------------------------------------------------------------------------
+
+
+def build(table, bert, database, **options):
+    encoder = find_source(str(bert)).encoder
+    return open_or_build(table, encoder, FoldSettings(max_length=32), SplitSettings(), database=database, **options)
+
+
+def runs_of(database):
+    with sqlite3.connect(database.path) as connection:
+        return connection.execute("SELECT run_id, name, status FROM runs ORDER BY run_id").fetchall()
+
+
+def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
+    options, path = {"options": TableOptions(group="article")}, tmp_path / "own.sqlite"
+    database, about = build(table, bert, path, **options), (tmp_path / "model", {}, {})
+    state = progress.ClassifierState()
+    state.run_id, state.key = progress.open_run(database, state, "A", *about)
+    record = {"epoch": 1, "step": 5, "train": {"loss": 2.0}, "validation": {"loss": 1.5, "mcc": None}}
+    state.history = [record]
+    database.end_run(state.run_id, "stopped")
+    assert progress.open_run(database, state, "A", *about) == (state.run_id, state.key)
+    assert runs_of(database) == [(1, "A", "running")]
+
+    path.unlink()
+    database = build(table, bert, path, **options)
+    other = progress.open_run(database, progress.ClassifierState(), "B", *about)
+    assert other[0] == state.run_id
+    assert other[1] != state.key
+    database.end_run(other[0], "done")
+    number, key = progress.open_run(database, state, "A", *about)
+    assert runs_of(database) == [(1, "B", "done"), (2, "A", "running")]
+    assert (number, key) not in [(state.run_id, state.key), other]
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT run_id, epoch, part, metric, value FROM epochs").fetchall()
+    assert rows == [(2, 1, "train", "loss", 2.0), (2, 1, "validation", "loss", 1.5)]  # with what came before
+
+
+def several_labels(part):
+    """The same part, with one label more on every third document."""
+    truth = part.truth.copy()
+    truth[::3, 0] = True
+    return replace(part, truth=truth)
+
+
+def test_of_several_labels_an_epoch_is_judged_as_the_model_would_be_exported(table, bert, tmp_path):
+    part, settings = several_labels(some_part()), ClassifierSettings(FoldSettings(), multi_label=True)
+    database = build(table, bert, tmp_path / "own.sqlite", options=TableOptions(group="article"))
+    # All labels above one half, and told apart without a mistake by a higher threshold.
+    answers = RowAnswers(1.0 + 3.0 * part.truth[part.owners], np.ones(part.num_rows))
+    state = progress.ClassifierState(step=7, run_id=1)
+    assert judge(answers, part, settings).document["macro_f1"] < 0.8
+    record = progress.close_epoch(database, state, 1, {"loss": 1.0}, part, answers, settings)
+    assert record["validation"]["macro_f1"] == 1.0
+    temperature, thresholds, _ = calibrate(answers, part, settings)
+    exported = replace(settings, temperature=temperature, thresholds=thresholds)
+    assert judge(answers, part, exported).document == record["validation"]
+
+
+def test_a_metric_that_the_validation_part_cannot_tell_is_said_before_training_and_never_better():
+    part = some_part()
+    one_class = replace(part, truth=np.eye(3, dtype=bool)[np.zeros(len(part.doc_ids), int)])
+    for metric in ("macro_f1", "accuracy", "balanced_accuracy", "mcc", "loss"):
+        assert progress.check_metric(metric, "macro_f1", part, False) == []
+    for metric in ("macro_f1", "accuracy", "loss"):
+        assert progress.check_metric(metric, "macro_f1", several_labels(part), True) == []
+    (said,) = progress.check_metric("mcc", "macro_f1", one_class, False)
+    assert "mcc cannot be computed" in said
+    assert "1 of the 3 labels" in said
+    with pytest.raises(UserError, match="mcc does not exist for several labels"):
+        progress.check_metric("mcc", "macro_f1", several_labels(part), True)
+
+    settings = ClassifierSettings(FoldSettings())
+    found = judge(RowAnswers(np.eye(3)[part.owners % 3], np.ones(part.num_rows)), one_class, settings).document
+    record = {"validation": {name: value if np.isfinite(value) else None for name, value in found.items()}}
+    state = progress.ClassifierState(history=[{}] * 5)
+    value = progress.chosen_value(record, "mcc", False)
+    assert not state.is_better("mcc", value)
+    assert not state.is_better("mcc", float("nan"))
+    assert not state.is_stale(1)  # nothing says that the last epochs were worse
+    assert state.is_better("accuracy", progress.chosen_value(record, "accuracy", False))
+
+
+def test_names_that_hold_a_bar_are_parted_by_the_separator_of_the_table(table, bert, tmp_path):
+    database = build(table, bert, tmp_path / "own.sqlite", options=TableOptions(group="article"))
+    part, settings = some_part(), ClassifierSettings(FoldSettings(), multi_label=True, separator=";")
+    truth = part.truth.copy()
+    truth[:, :2] = True
+    part = replace(part, truth=truth)
+    judged = judge(RowAnswers(4.0 * truth[part.owners] - 2.0, np.ones(part.num_rows)), part, settings)
+    files = ResultFiles(tmp_path, "topics")
+    tuned = replace(settings, thresholds=(0.5,) * 3)
+    write_tables(files, database, part, judged, ["a|a", "b|b", "c"], tuned)
+    for name in ("topics_testset_predictions.csv", "topics_testset_fragments.csv"):
+        for row in predictions(tmp_path, name):
+            assert row["true_label"] == row["predicted_label"]
+            assert row["true_label"].split(";")[:2] == ["a|a", "b|b"]
+
+
+def test_the_folder_of_a_training_is_no_classifier_and_the_right_one_is_named(trained, tmp_path):
+    folder = trained[0] / "topics_training"
+    inside = [next(folder.glob("checkpoint-*")), next(folder.glob("best-*"))]
+    for place in (folder, *inside):
+        for look in (find_source, open_classifier):
+            with pytest.raises(UserError, match=r"take .*topics_trained_model$"):
+                look(str(place))
+    shutil.copytree(folder, tmp_path / "alone_training")
+    with pytest.raises(UserError, match=r"--do_continue, which writes .*alone_trained_model$"):
+        find_source(str(tmp_path / "alone_training"))
+    find_source(str(trained[0] / "topics_trained_model"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"temperature": "2.5"}, "temperature '2.5'"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"temperature": 0}, "temperature 0"),
+        ({"thresholds": [float("nan"), 0.5, 0.5]}, "a threshold of nan"),
+        ({"thresholds": [0.5, "0.5", 0.5]}, "a threshold of '0.5'"),
+        ({"thresholds": [0.5, 0.5]}, "3 labels"),
+        ({"thresholds": 0.5}, "thresholds 0.5"),
+        ({"multi_label": "no"}, "multi_label 'no'"),
+        ({"multi_label": False}, "multi_label False"),
+        ({"aggregate": ["max"]}, r"aggregate \['max'\]"),
+        ({"separator": ""}, "separator ''"),
+        ({"folds": {"max_length": 4096}}, "rows of 4096 tokens, while the model reads 64"),
+        ({"folds": {"max_length": 31.5}}, "max_length 31.5"),
+        ({"folds": {"max_length": 32, "balance": "no"}}, "balance 'no'"),
+        ({"folds": {"length": 32}}, "length"),
+        ({"folds": None}, "cannot be used"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(wrong, sentence):
+    config = BertConfig(num_labels=3, problem_type="multi_label_classification")
+    good = ClassifierSettings(FoldSettings(max_length=32), thresholds=(0.5, 0.4, 1.0), multi_label=True)
+    stored = json.loads(json.dumps(good.as_json()))
+    setattr(config, KEY, stored)
+    assert read_settings(config, 64)[0] == replace(good, thresholds=[0.5, 0.4, 1.0])
+    setattr(config, KEY, {**stored, **wrong})
+    with pytest.raises(UserError, match=sentence) as refused:
+        read_settings(config, 64)
+    assert len(str(refused.value)) < 300

@@ -345,6 +345,19 @@ def test_many_texts_are_one_call_of_the_encoder_and_do_not_depend_on_one_another
     assert folder([]) == []
 
 
+@pytest.mark.parametrize("name", ["foreign bert", "causal bpe", "wordpiece mecab"])
+def test_nothing_is_lost_when_the_tokenizer_was_called_with_truncation_in_between(encoders, name):
+    """A call of transformers leaves its truncation and padding set in a fast tokenizer."""
+    encoder, texts = encoders(name), [EXAMPLE * 5, "short", "今日は晴れ。" * 30]
+    folder = Folder(encoder, FoldSettings(max_length=16))
+    before = folder(texts)
+    if encoder.tokenizer.pad_token is None:
+        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token
+    encoder.tokenizer(texts, truncation=True, max_length=10, padding="max_length")
+    for a, b in zip(before, folder(texts), strict=True):
+        assert [(f.ids.tolist(), f.char_end) for f in a] == [(f.ids.tolist(), f.char_end) for f in b]
+
+
 def test_a_tokenizer_of_transformers_serves_as_well(encoders):
     encoder = encoders("foreign bert")
     tokenizer = AutoTokenizer.from_pretrained(encoder.folder)

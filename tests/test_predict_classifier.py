@@ -8,13 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT
+from test_analyze_results import run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from lmscripts.classification import applying
 from lmscripts.classification.classifier import KEY, ClassifierSettings
+from lmscripts.classification.records import TableOptions
+from lmscripts.errors import UserError
 from lmscripts.folding import FoldSettings, fold
 
 SCRIPT = "predict_classifier.py"
@@ -52,7 +57,7 @@ def model_dir(workspace, tokenizer_dir):
 
 
 def predict(*arguments, **settings):
-    return list(csv.DictReader(io.StringIO(run_script(SCRIPT, *arguments, **settings).stdout)))
+    return list(csv.DictReader(io.StringIO(run_here(SCRIPT, *arguments, **settings).stdout)))
 
 
 def from_standard_input(model_dir, text, *arguments):
@@ -92,7 +97,7 @@ def test_tables_json_lines_and_standard_input_are_answered_alike(model_dir, tmp_
         writer = csv.writer(file)
         writer.writerows([("no", "本文"), *((f"t{number}", text) for number, text in enumerate(TEXTS))])
     table = ["--input_file", tmp_path / "texts.csv.gz", "--text", "本文", "--id_column", "no"]
-    run_script(SCRIPT, "--model_dir", model_dir, *table, "--output_file", tmp_path / "out.jsonl")
+    run_here(SCRIPT, "--model_dir", model_dir, *table, "--output_file", tmp_path / "out.jsonl")
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["name"] for record in records] == ["t0", None, "t2", "t3", None, "t5"]
     assert [record.get("note") for record in records] == [None, "empty text", None, None, "empty text", None]
@@ -107,12 +112,12 @@ def test_tables_json_lines_and_standard_input_are_answered_alike(model_dir, tmp_
 
 def test_several_labels_are_those_that_reach_their_thresholds(workspace, tokenizer_dir, tmp_path):
     thresholds = (0.0, 0.5, 1.0)
-    settings = ClassifierSettings(FoldSettings(max_length=16), "max", 2.0, thresholds, multi_label=True)
+    settings = ClassifierSettings(FoldSettings(max_length=16), "max", 2.0, thresholds, multi_label=True, separator=";")
     folder = build(workspace / "several", tokenizer_dir, settings)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     rows = predict("--model_dir", folder, "--input_file", tmp_path / "texts.txt")
     for row in (row for row in rows if not row["note"]):
-        assert row["label"] == "|".join(
+        assert row["label"] == ";".join(
             name for name, t in zip(LABELS, thresholds) if float(row[f"probability of {name}"]) >= t
         )
 
@@ -120,15 +125,93 @@ def test_several_labels_are_those_that_reach_their_thresholds(workspace, tokeniz
 def test_a_folder_of_another_tool_is_used_with_defaults_and_says_so(workspace, tokenizer_dir, tmp_path):
     folder = build(workspace / "foreign", tokenizer_dir, None)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    done = run_script(SCRIPT, "--model_dir", folder, "--input_file", tmp_path / "texts.txt")
+    done = run_here(SCRIPT, "--model_dir", folder, "--input_file", tmp_path / "texts.txt")
     assert KEY in done.stderr
     assert "64 tokens" in done.stderr
     assert len(done.stdout.splitlines()) == len(TEXTS) + 1
 
 
 def test_no_text_at_all_is_a_table_without_lines(model_dir):
-    done = from_standard_input(model_dir, b"")
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+    assert len(run_here(SCRIPT, "--model_dir", model_dir).stdout.splitlines()) == 1
+
+
+def test_a_table_on_standard_input_is_one(model_dir, tmp_path):
+    """Its header was answered as a text, and of JSON records the braces and names were judged too."""
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    expected = predict("--model_dir", model_dir, "--input_file", tmp_path / "texts.txt")
+    tables = {"jsonl": "".join(json.dumps({"本文": text, "no": n}) + "\n" for n, text in enumerate(TEXTS))}
+    for kind, mark in (("csv", ","), ("tsv", "\t")):
+        text = io.StringIO()
+        csv.writer(text, delimiter=mark, lineterminator="\n").writerows([("no", "本文"), *enumerate(TEXTS)])
+        tables[kind] = text.getvalue()
+    arguments = ("--model_dir", model_dir, "--text", "本文", "--id_column", "no")
+    for kind, table in tables.items():
+        rows = predict(*arguments, "--input_format", kind, standard_input=table.encode())
+        for row, wanted in zip(rows, expected, strict=True):
+            assert [row[name] for name in list(row)[2:]] == [wanted[name] for name in list(wanted)[1:]], kind
+            assert row["name"] == ("" if wanted["note"] else str(int(wanted["line"]) - 1))
+    done = run_here(SCRIPT, *arguments, "--input_format", "csv", standard_input=b"no,txt\n", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "standard input has no column '本文'" in done.stderr
+
+
+def texts_of(text, kind="", **settings):
+    stream = io.TextIOWrapper(io.BytesIO(text.encode()))
+    with mock.patch.object(sys, "stdin", stream):
+        return [each.text for each in applying.read_texts("-", kind, TableOptions(label="", **settings))]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"text": "星"}\n', "jsonl"),
+        ('\ufeff{"id": 1, "text": "星"}\n', "jsonl"),
+        ("text,label\n星,宇宙\n", "csv"),
+        ('"id"; "text"\n1;星\n', "csv"),
+        ("text\tlabel\n星\t宇宙\n", "tsv"),
+        ("text\n星\n", "csv"),
+    ],
+)
+def test_what_looks_like_a_table_on_standard_input_is_asked_about(text, kind):
+    with pytest.raises(UserError, match=f"--input_format {kind} .*--input_format txt"):
+        texts_of(text)
+    assert len(texts_of(text, "txt")) == text.count("\n")
+    assert texts_of(text, kind) == ["星"]
+
+
+def test_lines_that_are_no_table_are_texts():
+    for text in ("a text, and more of it\nanother\n", "{x} is a set\n", "", '[1] "text"\n', "{\n", "\n星\n"):
+        assert texts_of(text) == [line.strip() for line in text.splitlines()]
+
+
+def test_a_stray_quote_is_text_where_quotes_are(tmp_path):
+    (tmp_path / "texts.csv").write_text('text,no\n"start quote only,1\nfine,2\n', encoding="utf-8")
+    texts = list(applying.read_texts(str(tmp_path / "texts.csv"), "", TableOptions(label="", quotes=False)))
+    assert [(each.text, each.note) for each in texts] == [('"start quote only', ""), ("fine", "")]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "given", "said"),
+    [
+        ("-", None, {"text": "nosuch"}, "--text nosuch has no effect on txt, .* Then give --input_format"),
+        ("-", None, {"id_column": "no"}, "--id_column no has no effect on txt"),
+        ("texts.txt", None, {"delimiter": ";"}, "--delimiter ; has no effect on txt, which is how texts.txt is read"),
+        ("texts.jsonl", None, {"quotes": False}, "--no_quotes has no effect on jsonl"),
+        ("-", "jsonl", {"delimiter": ";"}, "--delimiter ; has no effect on jsonl"),
+        ("texts.parquet", None, {"encoding": "cp932"}, "--encoding cp932 has no effect on parquet"),
+        ("-", None, {"encoding": "klingon"}, "no encoding .*klingon"),
+        ("-", None, {"encoding": "hex"}, "no encoding .*hex"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(path, kind, given, said):
+    with pytest.raises(UserError, match=said):
+        applying.check_input_options(path, kind, given)
+
+
+def test_options_that_say_something_are_taken():
+    applying.check_input_options("-", None, {"encoding": "cp932"})
+    applying.check_input_options("x.txt", "csv", {"delimiter": ";", "quotes": False, "text": "t", "id_column": "no"})
+    applying.check_input_options("x.jsonl.gz", None, {"text": "t", "encoding": "cp932"})
 
 
 @pytest.mark.parametrize(
@@ -139,6 +222,7 @@ def test_no_text_at_all_is_a_table_without_lines(model_dir):
         (["--input_file", "{tmp}/texts.csv", "--output_file", "{tmp}/out.csv"], "--overwrite"),
         (["--input_file", "{tmp}/texts.csv", "--output_file", "{tmp}/new.xlsx"], ".csv or .jsonl"),
         (["--input_file", "{tmp}/texts.csv", "--model_dir", "{tmp}"], "config.json"),
+        (["--text", "nosuch"], "--text nosuch has no effect on txt"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_touches_nothing(arguments, sentence, model_dir, tmp_path):
@@ -147,7 +231,7 @@ def test_what_cannot_be_done_is_one_sentence_and_touches_nothing(arguments, sent
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     if "--model_dir" not in arguments:
         arguments += ["--model_dir", model_dir]
-    done = run_script(SCRIPT, *arguments, check=False)
+    done = run_here(SCRIPT, *arguments, check=False)
     assert done.returncode == 2, done.stdout
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
@@ -160,6 +244,6 @@ def test_a_damaged_setting_is_named(model_dir, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     config[KEY]["temperature"] = 0
     (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    done = from_standard_input(tmp_path / "model", "星\n".encode())
-    assert done.returncode == 2
-    assert b"temperature 0" in done.stderr
+    done = run_here(SCRIPT, "--model_dir", tmp_path / "model", standard_input="星\n".encode(), check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "temperature 0" in done.stderr

@@ -29,7 +29,8 @@ def document_logits(
     - "mean_probabilities": the mean of the rows' probabilities.
     - "mean_logits": the mean of the rows' logits.
     - "max": for each label the highest probability of any row; with one label each, divided by their sum.
-    - "token_weighted": the mean of the probabilities, a row counting by its tokens.
+    - "token_weighted": the mean of the probabilities, a row counting by the tokens that the model read in it: those
+      of an overlap, which it read twice, count in both rows, and the special ones count too.
 
     Args:
         logits: (R, K) of the rows.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +20,20 @@ from transformers import PreTrainedModel
 from lmscripts.classification.aggregate import calibrated, document_logits, names_of
 from lmscripts.classification.batches import by_length
 from lmscripts.classification.classifier import ClassifierSettings, Source, label_names, padding_id
-from lmscripts.classification.records import BadRow, TableOptions
+from lmscripts.classification.records import BadRow, TableOptions, check_encoding
 from lmscripts.classification.tables import read_table
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, naming
 from lmscripts.folding import Fold, Folder
 from lmscripts.text_reading import MAX_RECORD_BYTES, format_of, open_binary, reading
 
 EMPTY = "empty text"
+_OF_KIND = {  # options that say how an input is read -> the kinds of input for which they do
+    "text": ("csv", "tsv", "jsonl", "parquet"),
+    "id_column": ("csv", "tsv", "jsonl", "parquet"),
+    "delimiter": ("csv", "tsv"),
+    "quotes": ("csv", "tsv"),
+    "encoding": ("csv", "tsv", "jsonl", "txt"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,36 +68,101 @@ class Answer:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_texts(path: str, table: TableOptions) -> Iterator[Text]:
-    """Texts of a file in their order, none left out; "-" is standard input, one text a line.
+def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -> None:
+    """Refuse options that would be ignored for this kind of input.
 
     Args:
-        path: txt (one text a line), csv, tsv, jsonl or parquet, also compressed.
+        path: the file; "-" is standard input.
+        kind: what it is said to be; None goes by its name.
+        given: options of how it is read that are not as by default.
+
+    Raises:
+        UserError: naming the option and the kind; or an encoding that there is not.
+    """
+    if "encoding" in given:
+        check_encoding(given["encoding"])
+    real = kind or ("txt" if path == "-" else format_of(path)[0])
+    for name, value in given.items():
+        if real not in _OF_KIND[name]:
+            shown = f"--no_{name}" if value is False else f"--{name} {value}"
+            what = "standard input" if path == "-" else path
+            way_out = "" if kind else f"; is {what} another kind of table? Then give --input_format"
+            raise UserError(f"{shown} has no effect on {real}, which is how {what} is read{way_out}")
+
+
+def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
+    """Texts of a file in their order, none left out.
+
+    Args:
+        path: the file, also compressed; "-" is standard input.
+        kind: "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by the name of the file; of
+            standard input it takes lines of text, unless the first of them looks like the beginning of a table. A table
+            on standard input is read to its end before the first text.
         table: how a table is read, with an empty `label`.
 
     Raises:
-        UserError: there is no such file or column, or it is damaged.
+        UserError: there is no such file or column, or it is damaged; or nothing says that standard input is a table.
     """
     if path == "-":
-        yield from _lines(sys.stdin.buffer, table.encoding)
+        yield from _standard_input(sys.stdin.buffer, kind, table)
     elif not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"
         raise UserError(f"the input {path} {what} (seen from {Path.cwd()})")
-    elif (table.format or format_of(path)[0]) == "txt":
+    elif (kind or format_of(path)[0]) == "txt":
         with reading(path), open_binary(path) as file:
             yield from _lines(file, table.encoding)
     else:
-        for row in read_table(path, table):
-            if isinstance(row, BadRow):
-                yield Text(row.line, None, "", row.reason)
-            else:
-                yield Text(row.line, row.name, row.text)
+        yield from _rows(path, kind, table)
 
 
-def _lines(stream: Any, encoding: str) -> Iterator[Text]:
+def _rows(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
+    given: Any = kind
+    for row in read_table(path, replace(table, format=given)):
+        if isinstance(row, BadRow):
+            yield Text(row.line, None, "", row.reason)
+        else:
+            yield Text(row.line, row.name, row.text)
+
+
+def _standard_input(stream: BinaryIO, kind: str, table: TableOptions) -> Iterator[Text]:
+    """Lines of text as they come, or the rows of a table, which is stored first, as its reader looks at it twice."""
+    if kind in ("", "txt"):
+        first = stream.readline(MAX_RECORD_BYTES + 1)
+        if not kind and (found := _table_begun(first, table)):
+            raise UserError(
+                f"standard input begins like {found}: give --input_format {found} to read it as a table, or "
+                "--input_format txt to take each line for a text"
+            )
+        yield from _lines(stream, table.encoding, first)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stored = Path(folder) / f"standard_input.{kind}"
+        with naming(stored), open(stored, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        try:
+            yield from _rows(str(stored), kind, table)
+        except UserError as error:
+            raise UserError(str(error).replace(str(stored), "standard input")) from error
+
+
+def _table_begun(line: bytes, table: TableOptions) -> str:
+    """The kind of table that begins with a line: a JSON record, or a header with the column of the texts; or none."""
+    text = line.decode(table.encoding or "utf-8", "replace").removeprefix("\ufeff").strip()
+    if text.startswith("{"):
+        try:
+            return "jsonl" if isinstance(json.loads(text), dict) else ""
+        except (ValueError, RecursionError):
+            return ""
+    fields = {mark: [field.strip(" \"'") for field in text.split(mark)] for mark in ",\t;|"}
+    found = [mark for mark, names in fields.items() if table.text in names]
+    return "" if not found else "tsv" if found == ["\t"] else "csv"
+
+
+def _lines(stream: Any, encoding: str, first: bytes | None = None) -> Iterator[Text]:
+    """Lines of a stream, of which the first may have been read already."""
     source: BinaryIO = stream
     for number in itertools.count(1):
-        line = source.readline(MAX_RECORD_BYTES + 1)
+        line = first if number == 1 and first is not None else source.readline(MAX_RECORD_BYTES + 1)
         if not line:
             return
         if len(line) > MAX_RECORD_BYTES:

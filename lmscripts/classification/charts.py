@@ -7,6 +7,7 @@ that draws it; names of labels that no font covers are replaced by their numbers
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ _FONTS = (
     "WenQuanYi Zen Hei",
 )
 _MOST_NAMED_CELLS = 20  # a confusion matrix with more labels has no numbers in its cells
+_MOST_NAMES = 60  # ... and with more than these their numbers instead of names
+MOST_LABELS_IN_MATRIX = 40  # a page shows a table of as many labels, and a picture of more
 
 Chart = tuple[str, bytes]  # SVG, PNG
 
@@ -107,7 +110,7 @@ background:rgba(var(--orange),calc(.12 + var(--p)*.88))}
 
 
 def draw_all(numbers: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Every chart that the numbers of a report allow: name -> SVG, name -> PNG.
+    """Every chart that the numbers of a report allow: name -> HTML (an SVG, as a rule), name -> PNG.
 
     Args:
         numbers: what `scripts/analyze_results.py` writes as JSON.
@@ -117,10 +120,13 @@ def draw_all(numbers: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, byte
     charts["calibration"] = draw_calibration(calibration["before"], calibration["after"])
     charts["coverage"] = draw_coverage(curve["coverage"], curve["accuracy"], f"{level}s") if curve else None
     images = {name: chart[1] for name, chart in charts.items() if chart}
+    pictures = {name: chart[0] for name, chart in charts.items() if chart}
     if not numbers["multi_label"]:
-        matrix = draw_confusion(numbers["levels"][level]["confusion"], numbers["labels"], f"{level}s")
-        images |= {"confusion": matrix} if matrix else {}
-    return {name: chart[0] for name, chart in charts.items() if chart}, images
+        images["confusion"] = draw_confusion(numbers["levels"][level]["confusion"], numbers["labels"], f"{level}s")
+        if len(numbers["labels"]) > MOST_LABELS_IN_MATRIX:
+            data = base64.b64encode(images["confusion"]).decode()
+            pictures["confusion"] = f'<img class="chart" alt="confusion matrix" src="data:image/png;base64,{data}">'
+    return pictures, images
 
 
 def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
@@ -203,10 +209,10 @@ def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float], what: st
     return _chart(figure, "coverage")
 
 
-def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: str) -> bytes | None:
-    """Counts and shares of each true label as PNG; only the colours of many labels; None when they do not fit on it.
+def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: str) -> bytes:
+    """Counts and shares of each true label as PNG; of many labels only colours, and of very many only their numbers.
 
-    A page has room for a table, in which the names are whole and the numbers can be copied.
+    For few labels a page has room for a table, in which the names are whole and the numbers can be copied.
 
     Args:
         matrix: (K, K) counts, a line per true label.
@@ -216,20 +222,20 @@ def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: 
     from lmscripts.classification.metrics import by_row
 
     number = len(names)
-    if number > 60:
-        return None
     counts = np.asarray(matrix)
-    side = max(3.0, 0.34 * number + 1.2) if number <= _MOST_NAMED_CELLS else 0.16 * number + 2.5
+    side = max(3.0, 0.34 * number + 1.2) if number <= _MOST_NAMED_CELLS else 0.16 * min(number, _MOST_NAMES) + 2.5
     panels = [(100 * by_row(counts), "% of the true label")]
     panels = [(counts, what), *panels] if number <= _MOST_NAMED_CELLS else panels
     figure, axes = _figure(len(panels) * (side + 1.1), side + 0.8, len(panels))
-    shown, fonts = _drawable(names), _installed_fonts()
+    shown, fonts = _drawable(names) if number <= _MOST_NAMES else [], _installed_fonts()
     for panel, (values, title) in zip(axes, panels, strict=True):
         shares = np.nan_to_num(by_row(counts))
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1.25)
-        panel.set_xticks(range(number), shown, rotation=45, ha="right", rotation_mode="anchor", family=fonts)
-        panel.set_yticks(range(number), shown, family=fonts)
-        panel.set(xlabel="predicted", ylabel="true", title=title)
+        if shown:
+            panel.set_xticks(range(number), shown, rotation=45, ha="right", rotation_mode="anchor", family=fonts)
+            panel.set_yticks(range(number), shown, family=fonts)
+        numbered = "" if shown else " (number of the label)"
+        panel.set(xlabel=f"predicted{numbered}", ylabel=f"true{numbered}", title=title)
         panel.grid(visible=False)
         for line, column in np.ndindex(*counts.shape) if number <= _MOST_NAMED_CELLS else ():
             value = values[line, column]

@@ -7,21 +7,23 @@ folded, how the answers of the rows are combined, the temperature, and for sever
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lmscripts.checkpoint import checkpoint_step, list_checkpoints
 from lmscripts.classification.aggregate import AGGREGATES
 from lmscripts.errors import UserError
 from lmscripts.folding import FoldSettings
 from lmscripts.pretrained import set_dropout
+from lmscripts.run_folder import read_state
 from lmscripts.saved_models import find_model, weight_files
 from lmscripts.tokenization import Encoder, load_encoder
 
@@ -68,6 +70,7 @@ class ClassifierSettings:
         temperature: divides the logits of a document before they become probabilities.
         thresholds: of each label, where a text may have several; None otherwise.
         multi_label: whether it may.
+        separator: stands between the names of several labels in tables.
     """
 
     folds: FoldSettings
@@ -75,6 +78,7 @@ class ClassifierSettings:
     temperature: float = 1.0
     thresholds: tuple[float, ...] | None = None
     multi_label: bool = False
+    separator: str = "|"
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -88,8 +92,10 @@ def find_source(name: str, tokenizer_dir: str | None = None) -> Source:
     """Find a model's folder (of a run its final/) or name on the Hub, with configuration and tokenizer.
 
     Raises:
-        UserError: there is none, it has no tokenizer, or the tokenizer is that of another model.
+        UserError: there is none, it has no tokenizer, the tokenizer is that of another model, or it is what a
+            classifier's training keeps for itself.
     """
+    check_no_training(name)
     place, notices = find_model(name)
     local = Path(name).expanduser().is_dir()
     if not (place / "config.json").is_file():
@@ -110,6 +116,32 @@ def find_source(name: str, tokenizer_dir: str | None = None) -> Source:
             "entries: it is the tokenizer of another model"
         )
     return Source(name, str(place) if local else name, config, encoder, _longest(config, encoder), notices)
+
+
+def check_no_training(name: str) -> None:
+    """Refuse the folder of a classifier's training and what lies in it, which look like a classifier and are none.
+
+    The newest checkpoint is not the best one, nothing is calibrated, and LoRA's additions stand in layers of their own.
+
+    Raises:
+        UserError: it is one; with the folder of the trained model that belongs to it.
+    """
+    place = Path(name).expanduser().absolute()
+    is_part = checkpoint_step(place) is not None or place.name.startswith("best-")
+    run = place.parent if is_part else place
+    if any(map(_trains_classifier, [place, *list_checkpoints(run)])):
+        trained = run.with_name(f"{run.name.removesuffix('_training')}_trained_model")
+        raise UserError(
+            f"{name} belongs to the training of a classifier, whose checkpoints are neither the best weights nor "
+            f"calibrated: {'take' if trained.is_dir() else 'end the training with --do_continue, which writes'} "
+            f"{trained}"
+        )
+
+
+def _trains_classifier(checkpoint: Path) -> bool:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # what is damaged is looked at elsewhere
+        return bool(read_state(checkpoint)["fixed"].keys() >= {"folds", "labels", "aggregate"})
+    return False
 
 
 def _longest(config: Any, encoder: Encoder) -> int | None:
@@ -261,69 +293,6 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-# ---- the objective -----------------------------------------------------------------------------------------------
-
-
-class ClassifierObjective(nn.Module):
-    """Sums of weighted losses over the rows of a batch.
-
-    Attributes:
-        models: {"": model}, as `lmscripts.run_folder` saves them.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, *, multi_label: bool, label_smoothing: float, positive_weights: Tensor | None
-    ) -> None:
-        """Wrap the model.
-
-        Args:
-            model: gives logits (B, K).
-            multi_label: one statement for each label (binary cross entropy, its mean over labels) instead of one.
-            label_smoothing: share of the wanted probability that is spread over all answers.
-            positive_weights: (K,) weight of having each label, for several labels a row.
-        """
-        super().__init__()
-        self.classifier = model
-        self._multi_label, self._smoothing = multi_label, label_smoothing
-        self.positive_weights: Tensor | None
-        self.register_buffer("positive_weights", positive_weights, persistent=False)
-
-    @property
-    def models(self) -> dict[str, PreTrainedModel]:
-        """{"": model}."""
-        return {"": self.classifier}
-
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the rows: "loss", and "accuracy" (all labels of the row right), each row by its weight."""
-        logits = self.logits(batch)
-        losses, right = self.row_losses(logits, batch["truth"])
-        return {"loss": (losses * batch["weights"]).sum(), "accuracy": (right * batch["weights"]).sum()}
-
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, K) in float32."""
-        output = self.classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        found: Tensor = output.logits.float()
-        return found
-
-    def row_losses(self, logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) loss of each row, without weights of rows, and (B,) 1 where all its labels are right."""
-        num_labels = truth.shape[1]
-        if self._multi_label:
-            wanted = truth * (1 - self._smoothing) + self._smoothing / 2
-            losses = nn.functional.binary_cross_entropy_with_logits(
-                logits, wanted, pos_weight=self.positive_weights, reduction="none"
-            ).mean(1)
-            return losses, ((logits > 0) == (truth > 0)).all(1).float()
-        wanted = truth * (1 - self._smoothing) + self._smoothing / num_labels
-        losses = -(wanted * logits.log_softmax(1)).sum(1)
-        return losses, (logits.argmax(1) == truth.argmax(1)).float()
-
-    @staticmethod
-    def metrics(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Weighted means of what `forward` sums."""
-        return {name: value / max(counts["weight"], 1e-12) for name, value in sums.items()}
-
-
 # ---- a classifier's own folder -----------------------------------------------------------------------------------
 
 
@@ -344,19 +313,45 @@ def read_settings(config: Any, longest: int | None) -> tuple[ClassifierSettings,
         return settings, [f"{said}temperature 1{' and thresholds of 0.5' if multi_label else ''} are taken"]
     try:
         values = {name: stored[name] for name in ("aggregate", "temperature", "thresholds", "multi_label")}
-        settings = ClassifierSettings(folds=FoldSettings(**stored["folds"]), **values)
-        numbers = [float(settings.temperature), *map(float, settings.thresholds or ())]
-    except (KeyError, TypeError, ValueError) as error:
+        separator = stored.get("separator", "|")
+        settings = ClassifierSettings(FoldSettings(**stored["folds"]), separator=separator, **values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json: {KEY} cannot be used ({type(error).__name__}: {error})") from error
-    fits = settings.thresholds is None or len(settings.thresholds) == config.num_labels
-    if settings.aggregate not in AGGREGATES or not numbers[0] > 0 or not fits:
-        raise UserError(
-            f"config.json: {KEY} says {settings.aggregate}, temperature {settings.temperature} and thresholds "
-            f"{settings.thresholds} for {config.num_labels} labels, which cannot be used"
-        )
+    if problem := _problem(settings, config.num_labels, longest):
+        raise UserError(f"config.json: {KEY} says {problem}, which cannot be used")
     if settings.multi_label and settings.thresholds is None:
         settings = replace(settings, thresholds=(0.5,) * config.num_labels)
     return settings, []
+
+
+def _problem(settings: ClassifierSettings, num_labels: int, longest: int | None) -> str:
+    """The first setting that cannot be used, in words; empty where all can. Any type may have come from JSON."""
+    folds, thresholds = settings.folds, settings.thresholds
+    for field in fields(FoldSettings):
+        value = getattr(folds, field.name)
+        allowed = (int, type(None)) if field.name == "most_folds" else (type(field.default),)
+        if type(value) not in allowed:
+            return f"{field.name} {value!r:.60}"
+    if longest is not None and folds.max_length > longest:
+        return f"rows of {folds.max_length} tokens, while the model reads {longest}"
+    if settings.aggregate not in AGGREGATES:
+        return f"aggregate {settings.aggregate!r:.60}"
+    if not (_is_number(settings.temperature) and settings.temperature > 0):
+        return f"temperature {settings.temperature!r:.60}"
+    if not isinstance(settings.multi_label, bool):
+        return f"multi_label {settings.multi_label!r:.60}"
+    if not (isinstance(settings.separator, str) and settings.separator):
+        return f"separator {settings.separator!r:.60}"
+    if thresholds is None:
+        return ""
+    if not (settings.multi_label and isinstance(thresholds, (list, tuple)) and len(thresholds) == num_labels):
+        return f"thresholds {thresholds!r:.60} with multi_label {settings.multi_label} and {num_labels} labels"
+    wrong = [each for each in thresholds if not (_is_number(each) and 0 <= each <= 1)]
+    return f"a threshold of {wrong[0]!r:.60}" if wrong else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def label_names(config: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs as their database holds them, and what they are compared with: simple baselines, and each other.
+"""Runs as their database holds them, found by what they left, and compared with each other.
 
 A database is only read here. What a run measured is not believed but computed again from its predictions.
 """
@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import sqlite3
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lmscripts.classification.metrics import Flags, Floats, Integers, one_hot
+from lmscripts.classification.metrics import Flags, Floats, Integers
+from lmscripts.classification.sqlite_file import SCHEMA_VERSION
 from lmscripts.errors import UserError
 
-USER_VERSION = 1
+RESULTS = ("_train_test_stats.json", "_testset_predictions.csv", "_testset_fragments.csv")
 FINISHED = ("done", "finished")  # what the status of a run says when it came to its end
 PARTS = ("train", "validation", "test")
 _TABLES = (
     *("meta", "documents", "labels", "document_labels", "folds", "splits", "split_members", "tokenizations"),
     *("runs", "epochs", "predictions", "test_metrics", "bad_rows"),
 )
-_BUCKETS = 2**20
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,60 @@ def open_database(file: Path) -> Iterator[sqlite3.Connection]:
             if missing := [name for name in _TABLES if name not in found]:
                 raise UserError(f"{file} is not a database of finetune_classifier.py: it has no table {missing[0]}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version != USER_VERSION:
-                raise UserError(f"{file} has version {version} of the tables; this program reads {USER_VERSION}")
+            if version != SCHEMA_VERSION:
+                raise UserError(f"{file} has version {version} of the tables; this program reads {SCHEMA_VERSION}")
             yield connection
     except sqlite3.Error as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def read_results(path: Path, run_id: int | None = None, flag: str = "--run") -> Run:
+    """The run that a file is about: a database, or what a run left beside it.
+
+    Args:
+        path: a database; or the statistics or predictions of a run, of which the statistics name run and database.
+        run_id: number of the run; None takes what the statistics say, or the newest finished run of a database.
+        flag: the option that gives the number, for the sentence.
+
+    Raises:
+        UserError: as `read_run`; or statistics that are not there, name no run, another one than is asked for, or one
+            that is not in the database any more.
+    """
+    name = next((path.name.removesuffix(suffix) for suffix in RESULTS if path.name.endswith(suffix)), None)
+    if name is None:
+        if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+            raise UserError(f"{path} is no database of finetune_classifier.py; look for {path.with_suffix('.sqlite')}")
+        return read_run(path, run_id)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    statistics = path.with_name(f"{name}{RESULTS[0]}")
+    if not statistics.is_file():
+        raise UserError(f"{statistics}, which says of which run {path.name} is, is not there: name the database")
+    number, database, key = _origin(statistics)
+    if run_id is not None and run_id != number:
+        raise UserError(f"{path} is of run {number}, but {flag} asks for {run_id}: leave it out, or name {database}")
+    if not database.is_file():
+        raise UserError(f"{path} is of run {number} in {database}, which is not there: name the database, with {flag}")
+    run = read_run(database, number)
+    if key is not None and run.record["facts"].get("key") != key:
+        raise UserError(
+            f"{path} is of another run than run {number} in {database}, which was built anew since: name the database "
+            "to see what is in it"
+        )
+    return run
+
+
+def _origin(statistics: Path) -> tuple[int, Path, str | None]:
+    """Run, database and key that the statistics of a run name."""
+    try:
+        found = json.loads(statistics.read_text(encoding="utf-8"))
+        number, name, key = found["run"], found["database"], found.get("key")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{statistics} does not say of which run it is ({type(error).__name__}: {error})") from error
+    if type(number) is not int or not isinstance(name, str):
+        raise UserError(f"{statistics} does not say of which run it is: run {number!r}, database {name!r}")
+    place = statistics.parent / name
+    return number, place.resolve() if ".." in place.parts else place, key
 
 
 def read_run(file: Path, run_id: int | None = None) -> Run:
@@ -159,13 +206,39 @@ def read_texts(run: Run, doc_ids: Sequence[int] | Integers) -> list[str]:
 
 
 def read_places(run: Run, doc_id: int) -> dict[str, Any]:
-    """Where a document stood ("line", "name", "text") and its "spans": {fragment number: (char_start, char_end)}."""
+    """Where a document stood: "file", "line", "name", "text", "spans" {fragment number: (char_start, char_end)}."""
     with open_database(run.file) as connection:
-        query = "SELECT line, name, text FROM documents WHERE doc_id = ?"
-        line, name, text = connection.execute(query, (int(doc_id),)).fetchone()
+        query = "SELECT file, line, name, text FROM documents WHERE doc_id = ?"
+        source, line, name, text = connection.execute(query, (int(doc_id),)).fetchone()
         query = "SELECT idx, char_start, char_end FROM folds WHERE tok_id = ? AND doc_id = ? ORDER BY idx"
         rows = connection.execute(query, (run.record["tok_id"], int(doc_id))).fetchall()
-    return {"line": line, "name": name, "text": str(text), "spans": {idx: (start, end) for idx, start, end in rows}}
+    spans = {idx: (start, end) for idx, start, end in rows}
+    return {"file": source, "line": line, "name": name, "text": str(text), "spans": spans}
+
+
+def units_of(run: Run, doc_ids: Sequence[int] | Integers) -> Integers:
+    """(D,) the unit of each document, numbered from 0: documents of one group, text or name are one, also by others.
+
+    A split does not take them apart as they are alike, and for the same reason a sample of documents must not.
+    """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    marks: dict[tuple[str, Any], int] = {}
+    owners, places = list[int](), list[int]()
+    query = "SELECT grp, text_hash, name FROM documents WHERE doc_id = ?"
+    with open_database(run.file) as connection:
+        for number, doc_id in enumerate(doc_ids):
+            found = connection.execute(query, (int(doc_id),)).fetchone() or ()
+            for mark in zip(("group", "text", "name"), found):
+                if mark[1] is not None:
+                    owners.append(number)
+                    places.append(marks.setdefault(mark, len(marks)))
+    count = len(doc_ids)
+    size = count + len(marks)
+    links = csr_matrix((np.ones(len(owners)), (owners, np.array(places, np.int64) + count)), shape=(size, size))
+    _, numbers = connected_components(links, directed=False)
+    return np.unique(numbers[:count], return_inverse=True)[1].astype(np.int64)
 
 
 def digests(run: Run, doc_ids: Integers) -> list[bytes]:
@@ -226,88 +299,6 @@ def mcnemar(first_right: Flags, second_right: Flags) -> dict[str, Any]:
     p = float(binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
     both, neither = int((first & second).sum()), int((~first & ~second).sum())
     return {"only_first": only_first, "only_second": only_second, "both": both, "neither": neither, "p": p}
-
-
-# ---- baselines ---------------------------------------------------------------------------------------------------
-
-
-def majority_decisions(train: Flags, rows: int) -> Flags:
-    """(rows, K) the most frequent set of labels in (D, K) training documents, for every row."""
-    sets, counts = np.unique(train, axis=0, return_counts=True)
-    return np.repeat(sets[counts.argmax()][None], rows, axis=0)
-
-
-def has_spaces(texts: Sequence[str]) -> bool:
-    """Whether words are set apart by white space: at most 12 characters a word in half of the texts."""
-    lengths = [len(text) / max(1, len(text.split())) for text in texts[:1000] if text.strip()]
-    return bool(lengths) and float(np.median(lengths)) <= 12
-
-
-def tfidf_decisions(
-    train_texts: Sequence[str], train: Flags, texts: Sequence[str], *, words: bool, multi_label: bool
-) -> Flags:
-    """Decisions of logistic regression on TF-IDF of n-grams: what a model has to beat to be worth its cost.
-
-    N-grams (characters 2 to 4, or words 1 to 2) are counted in 2**20 buckets of a hash, so memory does not grow with
-    the vocabulary; those that occur in one training document are left out. Nothing is fitted on other documents.
-
-    Args:
-        train_texts: of the training part.
-        train: (D, K) their labels.
-        texts: to decide on.
-        words: n-grams of words instead of characters.
-        multi_label: decide on every label by itself.
-
-    Returns:
-        (len(texts), K)
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-    from sklearn.linear_model import LogisticRegression
-
-    grams = {"analyzer": "word", "ngram_range": (1, 2)} if words else {"analyzer": "char", "ngram_range": (2, 4)}
-    counter = HashingVectorizer(n_features=_BUCKETS, alternate_sign=False, norm=None, **grams)
-    seen, unseen = counter.transform(train_texts), counter.transform(texts)
-    common = np.flatnonzero(seen.getnnz(0) >= 2)
-    if not len(common):
-        return majority_decisions(train, len(texts))
-    weigh = TfidfTransformer(sublinear_tf=True)
-    seen, unseen = weigh.fit_transform(seen[:, common]), weigh.transform(unseen[:, common])
-
-    def decide(labels: NDArray[Any]) -> NDArray[Any]:
-        if len(np.unique(labels)) == 1:
-            return np.repeat(labels[:1], len(texts))
-        with warnings.catch_warnings():
-            # Weak regularisation of separable classes has no finite optimum; stopped early it predicts as well.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return np.asarray(LogisticRegression(C=10.0, max_iter=200).fit(seen, labels).predict(unseen))
-
-    if multi_label:
-        return np.stack([decide(train[:, label]) for label in range(train.shape[1])], axis=1)
-    return one_hot(decide(train.argmax(1)), train.shape[1])
-
-
-def baseline_decisions(run: Run, most_documents: int, seed: int) -> tuple[dict[str, Flags], int]:
-    """Decisions of TF-IDF and logistic regression on a run's split for its test documents.
-
-    Args:
-        run: a run whose split has a training part.
-        most_documents: training documents to fit on at most; of more, a sample.
-        seed: of the sample.
-
-    Returns:
-        {name: (D, K)}, with words only where text has spaces; and the number of training documents.
-    """
-    train, truth = run.parts["train"], run.part_truth["train"]
-    if len(train) > most_documents:
-        kept = np.sort(np.random.default_rng(seed).choice(len(train), most_documents, replace=False))
-        train, truth = train[kept], truth[kept]
-    seen, texts = read_texts(run, train), read_texts(run, run.predictions["test", "document"].doc_ids)
-    found = {}
-    for words in (False, True) if has_spaces(seen) else (False,):
-        name = f"TF-IDF of {'words' if words else 'characters'}"
-        found[name] = tfidf_decisions(seen, truth, texts, words=words, multi_label=run.multi_label)
-    return found, len(train)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmscripts.classification.records import BadRow, TableOptions
-from lmscripts.classification.splits import SplitSettings, split_documents, text_hash
-from lmscripts.classification.sqlite_file import OtherVersionError, new_file, only_builder, opened, transaction
-from lmscripts.classification.stored import Stored, read_split_documents
-from lmscripts.classification.tables import PARTS, check_classes, order_labels, read_table
+from lmscripts.classification.records import TableOptions
+from lmscripts.classification.source_tables import SourceTable, add_tables, hash_tables, reading_options
+from lmscripts.classification.splits import SplitSettings, split_documents
+from lmscripts.classification.sqlite_file import (
+    OtherVersionError,
+    check_pages,
+    new_file,
+    only_builder,
+    opened,
+    transaction,
+)
+from lmscripts.classification.stored import Stored, check_all_rows, read_meta, read_split_documents
+from lmscripts.classification.tables import PARTS
 from lmscripts.classification.tokenising import fold_in_order
 from lmscripts.errors import UserError
-from lmscripts.files import file_sha256
 from lmscripts.folding import Folder, FoldSettings
 from lmscripts.text_reading import COMPRESSIONS, FORMATS
 from lmscripts.tokenization import Encoder, load_encoder
@@ -31,13 +37,11 @@ _BATCH_DOCUMENTS = 256
 
 _NEXT_DOCUMENTS = "SELECT doc_id, text FROM documents WHERE doc_id > ? ORDER BY doc_id LIMIT ?"
 _COUNT_BAD_ROWS = "SELECT count(*) FROM bad_rows"
-_INSERT_DOCUMENT = "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?)"
-_INSERT_BAD_ROW = "INSERT INTO bad_rows VALUES (?, ?, ?)"
-_INSERT_FOLD = "INSERT INTO fresh VALUES (?, ?, ?, ?, ?, ?)"
-_FRESH = "CREATE TEMP TABLE fresh(doc_id, idx, n, char_start, char_end, ids)"
+_INSERT_FOLD = "INSERT INTO fresh VALUES (?, ?, ?, ?, ?, ?, ?)"
+_FRESH = "CREATE TEMP TABLE fresh(doc_id, idx, n, char_start, char_end, ids, row_check)"
 _TAKE_FRESH = (
-    "INSERT INTO folds(tok_id, doc_id, idx, n, char_start, char_end, ids) "
-    "SELECT ?, doc_id, idx, n, char_start, char_end, ids FROM fresh ORDER BY rowid"
+    "INSERT INTO folds(tok_id, doc_id, idx, n, char_start, char_end, ids, row_check) "
+    "SELECT ?, doc_id, idx, n, char_start, char_end, ids, row_check FROM fresh ORDER BY rowid"
 )
 
 Progress = Callable[[int], None]
@@ -49,11 +53,13 @@ class Database(Stored):
 
     Attributes:
         tok_id, split_id: numbers of the tokenization and the split.
+        split: what was asked for; of an SQLite file whose documents were given their parts, "given" all the same.
         done: sentences that say what was built, added or found.
     """
 
     tok_id: int
     split_id: int
+    split: SplitSettings
     done: tuple[str, ...] = ()
 
 
@@ -62,8 +68,7 @@ class _Task:
     """What was asked for."""
 
     target: Path
-    sources: dict[str, Path]  # part, or "" for a table of all parts -> file; empty where the file itself was given
-    hashes: dict[str, str]
+    sources: list[SourceTable]  # none where the SQLite file itself was given
     options: TableOptions
     encoder: Encoder
     folds: FoldSettings
@@ -79,12 +84,6 @@ class _Task:
     def split_key(self) -> str:
         shares = dict(zip(PARTS, (round(share, 12) for share in self.split.shares())))
         return _json(asdict(self.split) | shares)  # .8, .1, .1 and 80, 10, 10 are the same split
-
-    def reading_options(self) -> dict[str, Any]:
-        """The options that decide what is in the file; `on_bad_row` does not, once there is none."""
-        options: dict[str, Any] = json.loads(_json(asdict(self.options)))
-        del options["on_bad_row"]
-        return options
 
 
 def open_or_build(
@@ -109,11 +108,13 @@ def open_or_build(
         source: a table, or an SQLite file that was built earlier.
         tokenizer: folder of a tokenizer, or an encoder.
         folds: how texts become rows; another setting adds a tokenization and keeps the others.
-        split: which documents are for training; another setting adds a split.
+        split: which documents are for training; another setting adds a split. With an SQLite file whose documents were
+            given their parts, by a column or by files, the method is "given" in any case.
         options: how the table is read; with an SQLite file, only what differs from the defaults is compared.
         database: where the file is; by default beside the table, `NAME.sqlite`.
         part_files: "validation", "test" -> further tables; `source` is then for training (and `split.method` "given").
-        overwrite: replace a file that was made from another source or by other options; its runs are lost.
+        overwrite: replace a file that was made from another source or by other options, or is damaged, which is
+            looked for then; its runs are lost.
         num_workers: processes that tokenise; the result does not depend on it.
         progress: called with the number of documents of each batch that is tokenised.
 
@@ -121,18 +122,32 @@ def open_or_build(
         UserError: a table that cannot be used (see `tables`), a split that cannot be made, a file that is not ours,
             is damaged or was made from another source; nothing is changed then.
     """
-    target, sources = _files(Path(source), database, part_files or {})
+    target, paths = _files(Path(source), database, part_files or {})
     options = options or TableOptions()
     if not options.label:
         raise UserError("a classifier is trained on labels: name the column that holds them")
+    if overwrite and not paths:
+        raise UserError(f"{target} is built again from the table that it was made from: give that, not {target}")
+    split = split if paths else _as_made(target, split)
+    split.shares()  # refuses what makes no sense before a table is read
     encoder = tokenizer if isinstance(tokenizer, Encoder) else load_encoder(tokenizer)
-    hashes = {f"{part} {path.name}".strip(): file_sha256(path) for part, path in sources.items()}
-    task = _Task(target, sources, hashes, options, encoder, folds, split, num_workers, progress)
+    task = _Task(target, hash_tables(paths), options, encoder, folds, split, num_workers, progress)
     found = _reuse(task, overwrite)
     if found is None:
         with only_builder(task.target):
+            task = replace(task, sources=hash_tables(paths))  # those from before the wait may have been replaced
             found = _reuse(task, overwrite) or _extend(task, overwrite) or _build(task)
     return found
+
+
+def _as_made(target: Path, split: SplitSettings) -> SplitSettings:
+    """A split of an SQLite file: where its documents were given their parts, none but that is meant.
+
+    Otherwise documents for testing would be trained on as soon as the file stands in for its table.
+    """
+    meta = Stored(target).meta()
+    given = meta["options"]["split"] or any(part for part, *_ in meta["sources"])
+    return replace(split, method="given") if given else split
 
 
 def _files(
@@ -178,42 +193,52 @@ def open_database(path: str | Path) -> Stored:
 
 def _reuse(task: _Task, overwrite: bool) -> Database | None:
     """The file as it is, if it holds all that is asked for."""
-    if not task.target.exists() and task.sources:
+    if not _is_usable(task, overwrite):
         return None
+    with opened(task.target) as connection:
+        tok_id, split_id = _find(connection, task)
+    if tok_id is None or split_id is None:
+        return None
+    return Database(task.target, tok_id, split_id, task.split, (f"found all in {task.target}",))
+
+
+def _is_usable(task: _Task, overwrite: bool) -> bool:
+    """Whether there is a file, made from what was given; False where there is none, or one that may be replaced.
+
+    Raises:
+        UserError: there is another, or a damaged one, and it may not be replaced.
+    """
+    if not task.target.exists() and task.sources:
+        return False
     try:
         with opened(task.target) as connection:
             if not _same_source(connection, task, overwrite):
-                return None
-            tok_id, split_id = _find(connection, task)
+                return False
+            if overwrite:  # whoever was told of damage gives it, and damage shows only where it is read
+                check_pages(task.target, connection)
+                check_all_rows(task.target, connection)
     except OtherVersionError:
-        if overwrite and task.sources:
-            return None
+        if overwrite:
+            return False
         raise
-    if tok_id is None or split_id is None:
-        return None
-    return Database(task.target, tok_id, split_id, (f"found all in {task.target}",))
+    return True
 
 
 def _extend(task: _Task, overwrite: bool) -> Database | None:
-    """Add to the file what it lacks, in one transaction."""
-    if not task.target.exists():
+    """Add to the file what it lacks, all of it or nothing."""
+    if not _is_usable(task, overwrite):
         return None
-    try:
-        with opened(task.target) as connection:
-            if not _same_source(connection, task, overwrite):
-                return None
-    except OtherVersionError:
-        return None  # `_reuse` has refused it unless it may be replaced
     done = []
     with opened(task.target, write=True) as connection:
         tok_id, split_id = _find(connection, task)
-        if split_id is None:
-            split_id = _add_split(connection, task)
-            done.append(f"added a split to {task.target}")
+        parts = _make_split(connection, task) if split_id is None else []  # nothing is added unless all can be
         if tok_id is None:
             tok_id = _add_tokenization(connection, task)
             done.append(f"added rows of {task.folds.max_length} tokens to {task.target}")
-    return Database(task.target, tok_id, split_id, tuple(done))
+        if split_id is None:
+            split_id = _add_split(connection, task, parts)
+            done.append(f"added a split to {task.target}")
+    return Database(task.target, tok_id, split_id, task.split, tuple(done))
 
 
 def _find(connection: sqlite3.Connection, task: _Task) -> tuple[int | None, int | None]:
@@ -230,90 +255,56 @@ def _same_source(connection: sqlite3.Connection, task: _Task, overwrite: bool) -
     Raises:
         UserError: it is not, and may not be replaced.
     """
-    meta = dict(connection.execute("SELECT key, value FROM meta"))
-    wanted, stored = task.reading_options(), json.loads(meta["options"])
-    plain = json.loads(_json(asdict(TableOptions())))
+    meta = read_meta(task.target, connection)
+    wanted, stored = reading_options(task.options), meta["options"]
+    plain = reading_options(TableOptions())
     different = [
         name for name in wanted if wanted[name] != stored[name] and (task.sources or wanted[name] != plain[name])
     ]
-    hashes = json.loads(meta["sha256"])
+    made_of: list[list[str]] = meta["sources"]  # part, name and hash of each
     runs = connection.execute("SELECT count(*) FROM runs").fetchone()[0]
     way_out = f"give another --database, or --overwrite to build it again ({runs} runs in it would be lost)"
+    if not task.sources:
+        way_out = (
+            f"leave that out, or give the table that it was made from, {' and '.join(name for _, name, _ in made_of)}"
+        )
     found = ""
-    if task.sources and list(hashes.values()) != list(task.hashes.values()):
-        found = f"was made from {_shown(hashes)}, and now the source is {_shown(task.hashes)}"
+    now = [(source.part, source.path.name, source.sha256) for source in task.sources]
+    if now and [(part, sha256) for part, _, sha256 in made_of] != [(part, sha256) for part, _, sha256 in now]:
+        found = f"was made from {_shown(made_of)}, and now the source is {_shown(now)}"
     elif different:
         values = ", ".join(f"{name} {stored[name]!r} and now {wanted[name]!r}" for name in different)
         found = f"was made with other options ({values})"
     elif task.options.on_bad_row == "fail" and (number := connection.execute(_COUNT_BAD_ROWS).fetchone()[0]):
         found = f"leaves {number:,} bad rows out, which on_bad_row fail does not allow"
-    if found and not (overwrite and task.sources):
+    if found and not overwrite:
         raise UserError(f"{task.target} {found}: {way_out}")
     return not found
 
 
-def _shown(hashes: Mapping[str, str]) -> str:
-    return " and ".join(f"{name} (sha256 {value[:16]})" for name, value in hashes.items())
+def _shown(sources: Iterable[Sequence[str]]) -> str:
+    return " and ".join(f"{part} {name} (sha256 {sha256[:16]})".strip() for part, name, sha256 in sources)
 
 
 # ---- a new file ----
 
 
 def _build(task: _Task) -> Database:
+    Folder(task.encoder, task.folds)  # refuses rows without room for text before the table is read
     with new_file(task.target) as connection:
-        before = [path.stat() for path in task.sources.values()]
-        num_documents, num_bad = _add_table(connection, task)
-        after = [path.stat() for path in task.sources.values()]
-        if [(each.st_size, each.st_mtime_ns) for each in before] != [(e.st_size, e.st_mtime_ns) for e in after]:
-            raise UserError(f"{_shown(task.hashes)} was changed while it was read; start again when it is whole")
-        split_id = _add_split(connection, task)  # before the long work, which a split that cannot be made would waste
+        num_documents, num_bad = add_tables(connection, task.sources, task.options)
+        parts = _make_split(connection, task)  # before the long work, which a split that cannot be made would waste
+        split_id = _add_split(connection, task, parts)
         tok_id = _add_tokenization(connection, task)
     done = f"built {task.target}: {num_documents:,} documents, {num_bad:,} bad rows left out"
-    return Database(task.target, tok_id, split_id, (done,))
+    return Database(task.target, tok_id, split_id, task.split, (done,))
 
 
-def _add_table(connection: sqlite3.Connection, task: _Task) -> tuple[int, int]:
-    """Read the tables into documents, labels and bad rows; returns the number of documents and of bad rows."""
-    options, repairs = task.options, Counter[str]()
-    counts, reasons = Counter(dict.fromkeys(options.labels, 0)), Counter[str]()
-    labels: list[tuple[str, ...]] = []
-    with transaction(connection):
-        for part, path in task.sources.items():
-            for row in read_table(path, options, repairs):
-                if isinstance(row, BadRow):
-                    reasons[row.reason] += 1
-                    connection.execute(_INSERT_BAD_ROW, (row.line, f"{row.reason}: {row.details}", row.raw))
-                    continue
-                given = part or row.part
-                values = (len(labels), row.line, row.name, row.text, row.group, given, text_hash(row.text))
-                connection.execute(_INSERT_DOCUMENT, values)
-                labels.append(row.labels)
-                counts.update(row.labels)
-        check_classes(" and ".join(map(str, task.sources.values())), counts, len(labels), reasons, options.label)
-        names = order_labels(counts, options)
-        numbers = {name: number for number, name in enumerate(names)}
-        connection.executemany("INSERT INTO labels VALUES (?, ?)", enumerate(names))
-        pairs = ((number, numbers[label]) for number, each in enumerate(labels) for label in each)
-        connection.executemany("INSERT INTO document_labels VALUES (?, ?)", pairs)
-        facts = {
-            "source": " and ".join(task.hashes),
-            "sha256": _json(task.hashes, sort=False),
-            "options": _json(task.reading_options()),
-            "columns": _json(options.columns()),
-            "multi_label": _json(bool(options.separator)),
-            "num_documents": _json(len(labels)),
-            "num_bad_rows": _json(reasons.total()),
-            "bad_rows": _json(reasons),
-            "repairs": _json({kind: number for kind, number in repairs.items() if number}),
-            "rows_of_labels": _json(counts),
-        }
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
-    return len(labels), reasons.total()
+def _make_split(connection: sqlite3.Connection, task: _Task) -> list[str]:
+    return split_documents(read_split_documents(connection), task.split)
 
 
-def _add_split(connection: sqlite3.Connection, task: _Task) -> int:
-    documents = read_split_documents(connection)
-    parts = split_documents(documents, task.split)
+def _add_split(connection: sqlite3.Connection, task: _Task, parts: Sequence[str]) -> int:
     with transaction(connection):
         split_id = connection.execute("INSERT INTO splits(settings) VALUES (?)", (task.split_key,)).lastrowid
         rows = ((split_id, doc_id, part) for doc_id, part in enumerate(parts))
@@ -332,8 +323,9 @@ def _add_tokenization(connection: sqlite3.Connection, task: _Task) -> int:
     if not connection.execute("SELECT count(*) FROM fresh").fetchone()[0]:
         raise UserError(f"the tokenizer {task.encoder.folder} makes no token of any text of {task.target}")
     with transaction(connection):
-        sql = "INSERT INTO tokenizations(tokenizer, fingerprint, settings) VALUES (?, ?, ?)"
-        tok_id = connection.execute(sql, (task.encoder.description, *task.fold_key)).lastrowid
+        sql = "INSERT INTO tokenizations(tokenizer, fingerprint, settings, vocab_size) VALUES (?, ?, ?, ?)"
+        values = (task.encoder.description, *task.fold_key, task.encoder.vocab_size)
+        tok_id = connection.execute(sql, values).lastrowid
         connection.execute(_TAKE_FRESH, (tok_id,))
     connection.execute("DROP TABLE fresh")
     return int(tok_id or 0)
@@ -347,5 +339,5 @@ def _batches(connection: sqlite3.Connection) -> Iterator[list[tuple[int, str]]]:
         last = rows[-1][0]
 
 
-def _json(values: Any, sort: bool = True) -> str:
-    return json.dumps(values, ensure_ascii=False, sort_keys=sort)
+def _json(values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False, sort_keys=True)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from lmscripts.classification import aggregate, calibration, metrics
 from lmscripts.classification.batches import Part, by_length, collate
-from lmscripts.classification.classifier import ClassifierObjective, ClassifierSettings
+from lmscripts.classification.classifier import ClassifierSettings
+from lmscripts.classification.objective import ClassifierObjective
 from lmscripts.distributed import sum_over_processes
 from lmscripts.errors import UserError
 from lmscripts.loader import to_device
@@ -178,6 +179,13 @@ def calibrate(
         return temperature, None, said
     probabilities = aggregate.calibrated(logits, True, temperature)
     return temperature, tuple(map(float, calibration.tune_thresholds(probabilities, truth))), said
+
+
+def best_shares(part: Part, multi_label: bool) -> dict[str, float]:
+    """What the shares among a part's metrics are when all its documents are right; NaN for what it cannot tell."""
+    truth = part.truth[np.unique(part.owners)]
+    thresholds = np.full(truth.shape[1], 0.5) if multi_label else None
+    return _shares(truth, truth.astype(np.float64), thresholds)
 
 
 def _likelihood(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool) -> float:

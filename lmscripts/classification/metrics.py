@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-_CELLS_AT_ONCE = 4_000_000  # counts of resamples times documents that are in memory at once: 32 MB
+_CELLS_AT_ONCE = 4_000_000  # counts of resamples times units that are in memory at once: 32 MB
 
 
 @dataclass(frozen=True)
@@ -66,25 +66,23 @@ def tally(truth: Flags, decided: Flags) -> Tally:
     return _as_tally(np.asarray(_contributions(truth, decided).sum(axis=0), dtype=np.float64).reshape(-1))
 
 
-def resampled_tally(
-    truth: Flags, decided: Flags, documents: NDArray[Any], resamples: int = 2000, seed: int = 0
-) -> Tally:
-    """Counts of R samples of as many documents, drawn with replacement (Efron's bootstrap).
+def resampled_tally(truth: Flags, decided: Flags, units: NDArray[Any], resamples: int = 2000, seed: int = 0) -> Tally:
+    """Counts of R samples of as many units, drawn with replacement (Efron's bootstrap).
 
-    Rows of one document are drawn together: the fragments of a text are alike, and intervals that took them for
-    independent would be too narrow. Which documents are drawn depends on seed and number of documents alone, so that
-    two classifiers on the same documents (numbered alike) are compared on the same samples.
+    Rows of one unit are drawn together: the fragments of a text are alike, and so are the texts of an author, and
+    intervals that took them for independent would be too narrow. Which units are drawn depends on seed and number of
+    units alone, so that two classifiers on the same units (numbered alike) are compared on the same samples.
 
     Args:
         truth: (N, K) labels that the rows have.
         decided: (N, K) labels that they were given.
-        documents: (N,) the document of each row.
+        units: (N,) the unit of each row: its document, or what the split kept together with it.
         resamples: R.
         seed: of the draws.
     """
     from scipy.sparse import csr_matrix
 
-    _, owners = np.unique(documents, return_inverse=True)
+    _, owners = np.unique(units, return_inverse=True)
     rows, count = len(owners), int(owners.max()) + 1 if len(owners) else 0
     if count == 0:
         raise UserError("there are no documents to draw samples from")
@@ -104,9 +102,10 @@ def overall(counts: Tally, multi_label: bool) -> dict[str, Floats]:
     """Numbers for all labels together, each of shape (...,).
 
     One label a row: accuracy, balanced accuracy (mean recall of the labels that occur), macro F1 and Matthews'
-    correlation (Gorodkin 2004, for K labels; 0 where all rows have one label or were given one). Several: subset
-    accuracy (all labels of the row right), micro F1, macro F1. Macro F1 is the mean over labels that occur or were
-    given, so a label that is absent from truth and decisions does not count.
+    correlation (Gorodkin 2004, for K labels; 0 where all rows were given one label). Several: subset accuracy (all
+    labels of the row right), micro F1, macro F1. Macro F1 is the mean over labels that occur or were given, so a label
+    that is absent from truth and decisions does not count. Rows that all have one label cannot show whether labels are
+    told apart: balanced accuracy and Matthews' correlation are NaN then.
     """
     each = per_label(counts)
     macro_f1 = _mean_of_defined(each["f1"])
@@ -116,11 +115,13 @@ def overall(counts: Tally, multi_label: bool) -> dict[str, Floats]:
     rows, right = counts.rows, counts.hits.sum(-1)
     together = right * rows - (counts.support * counts.predicted).sum(-1)
     spread = (rows**2 - (counts.predicted**2).sum(-1)) * (rows**2 - (counts.support**2).sum(-1))
+    correlation = np.where(spread > 0, together / np.sqrt(np.where(spread > 0, spread, 1.0)), 0.0)
+    is_mixed = (counts.support > 0).sum(-1) > 1
     return {
         "accuracy": _ratio(right, rows),
-        "balanced_accuracy": _mean_of_defined(each["recall"]),
+        "balanced_accuracy": np.where(is_mixed, _mean_of_defined(each["recall"]), np.nan),
         "macro_f1": macro_f1,
-        "mcc": np.where(spread > 0, together / np.sqrt(np.where(spread > 0, spread, 1.0)), 0.0),
+        "mcc": np.where(is_mixed, correlation, np.nan),
     }
 
 
@@ -177,25 +178,25 @@ def plain(value: Any) -> Any:
 
 
 def measured(
-    truth: Flags, decided: Flags, documents: NDArray[Any], multi_label: bool, resamples: int = 2000, seed: int = 0
+    truth: Flags, decided: Flags, units: NDArray[Any], multi_label: bool, resamples: int = 2000, seed: int = 0
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Everything about some decisions in values for JSON, and the resampled values of the overall numbers.
 
     Args:
         truth: (N, K) labels that the rows have.
         decided: (N, K) labels that they were given.
-        documents: (N,) the document of each row.
+        units: (N,) the unit of each row, as in `resampled_tally`.
         multi_label: a row may have several labels, or none.
-        resamples: samples of documents behind each interval.
+        resamples: samples of units behind each interval.
         seed: of the samples.
 
     Returns:
-        {"documents", "rows", "metrics": {name: {"value", "interval"}}, "per_label": [...]} and {name: (R,)}. Intervals
-        are None when there is one document: it says nothing about others.
+        {"units", "rows", "metrics": {name: {"value", "interval"}}, "per_label": [...]} and {name: (R,)}. Intervals
+        are None when there is one unit: it says nothing about others.
     """
     counts = tally(truth, decided)
-    number = len(np.unique(documents))
-    drawn = resampled_tally(truth, decided, documents, resamples, seed)
+    number = len(np.unique(units))
+    drawn = resampled_tally(truth, decided, units, resamples, seed)
     samples = overall(drawn, multi_label)
     each, each_sample = per_label(counts), per_label(drawn)
 
@@ -213,7 +214,7 @@ def measured(
         for label in range(truth.shape[1])
     ]
     metrics = {name: pair(value, interval(samples[name])) for name, value in overall(counts, multi_label).items()}
-    return {"documents": number, "rows": len(truth), "metrics": metrics, "per_label": labels}, samples
+    return {"units": number, "rows": len(truth), "metrics": metrics, "per_label": labels}, samples
 
 
 def differences(
@@ -222,11 +223,11 @@ def differences(
     first_samples: Mapping[str, Floats],
     second_samples: Mapping[str, Floats],
 ) -> dict[str, Any]:
-    """First minus second of overall numbers, with paired intervals: both sides on the same samples of documents.
+    """First minus second of overall numbers, with paired intervals: both sides on the same samples of units.
 
     Args:
         first: "metrics" of `measured`.
-        second: the same of another classifier, on documents numbered alike.
+        second: the same of another classifier, on units numbered alike.
         first_samples: what `measured` returned beside it.
         second_samples: the same of the other, with the same seed and number of samples.
     """
@@ -240,15 +241,21 @@ def differences(
     return found
 
 
-def surest_mistakes(probabilities: Floats, truth: Flags, decided: Flags) -> list[tuple[int, int]]:
-    """(row, label) of the rows that were given a wrong label, the surest first.
+def surest_mistakes(probabilities: Floats, truth: Flags, decided: Flags, multi_label: bool) -> list[tuple[int, int]]:
+    """(row, label) of the rows whose labels are not all right, the surest mistake first.
+
+    With one label a row, the label that was wrongly given. With several, the label about which the classifier was
+    surest and wrong: given with a high probability, or missed (the row has it) with a low one.
 
     Args:
         probabilities: (N, K).
         truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given; of several wrong ones the likeliest counts.
+        decided: (N, K) labels that they were given.
+        multi_label: a row may have several labels, or none.
     """
     sure = np.where(decided & ~truth, probabilities, -1.0)
+    if multi_label:
+        sure = np.where(truth & ~decided, 1.0 - probabilities, sure)
     labels = sure.argmax(1)
     top = sure[np.arange(len(sure)), labels]
     return [(int(row), int(labels[row])) for row in np.argsort(-top, kind="stable") if top[row] >= 0]

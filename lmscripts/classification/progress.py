@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +17,12 @@ from transformers import PreTrainedModel
 
 from lmscripts import checkpoint as checkpoints
 from lmscripts.classification.batches import Part
-from lmscripts.classification.classifier import ClassifierObjective, ClassifierSettings
+from lmscripts.classification.classifier import ClassifierSettings
 from lmscripts.classification.database import Database
-from lmscripts.classification.judging import RowAnswers, judge
+from lmscripts.classification.judging import RowAnswers, best_shares, calibrate, judge
 from lmscripts.classification.metrics import plain
+from lmscripts.classification.objective import ClassifierObjective
+from lmscripts.classification.sqlite_file import opened
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder, remove_leftovers
 from lmscripts.resume import load_weights
@@ -33,6 +38,7 @@ class ClassifierState(TrainingState):
 
     Attributes:
         run_id: its number in the database.
+        key: drawn at random when it was entered there; another run may have its number in another database.
         best_epoch: the epoch with the best validation metric, from 1; 0 before there is one.
         best_value: that metric.
         history: a record for each epoch, for the statistics.
@@ -40,6 +46,7 @@ class ClassifierState(TrainingState):
     """
 
     run_id: int = 0
+    key: str = ""
     best_epoch: int = 0
     best_value: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -50,17 +57,17 @@ class ClassifierState(TrainingState):
         """Sums and counts of the epoch to go on with; the sums belong to the first process."""
         return {name: value * (process == 0) for name, value in self.epoch_sums.items()}, dict(self.epoch_counts)
 
-    def is_better(self, metric: str, value: float) -> bool:
-        """Whether an epoch's value is better than the best before; of equal ones the first is kept."""
-        if not np.isfinite(value):
+    def is_better(self, metric: str, value: float | None) -> bool:
+        """Whether an epoch's value is better than the best before; of equal ones the first is kept, None never is."""
+        if value is None or not np.isfinite(value):
             return False
         if self.best_value is None:
             return True
         return value < self.best_value if metric == "loss" else value > self.best_value
 
     def is_stale(self, patience: int | None) -> bool:
-        """Whether the last `patience` epochs were no better than the best before them."""
-        return patience is not None and len(self.history) - self.best_epoch >= patience
+        """Whether the last `patience` epochs were no better than the best before them; never without a best one."""
+        return patience is not None and self.best_epoch > 0 and len(self.history) - self.best_epoch >= patience
 
 
 def restore(
@@ -109,26 +116,105 @@ def load_best(accelerator: Accelerator, objective: ClassifierObjective, run_dir:
             tensor.copy_(broadcast(tensor.contiguous()))
 
 
+# ---- the metric that chooses -------------------------------------------------------------------------------------
+
+
+def check_metric(metric: str, default: str, validation: Part, multi_label: bool) -> list[str]:
+    """Whether the validation part can say which epoch is the best; asked before training.
+
+    Args:
+        metric: that is to say it.
+        default: the metric that is taken when none is asked for.
+        validation: the validation part.
+        multi_label: a document may have several labels.
+
+    Returns:
+        A sentence where it cannot, so that the last weights will be taken.
+
+    Raises:
+        UserError: another metric than the default was asked for and there is no validation part, or the metric does
+            not exist.
+    """
+    if not validation.num_rows:
+        if metric != default:
+            raise UserError(
+                f"--metric {metric} chooses the best epoch on the validation part, and there is none: give "
+                "--validation_share or --validation_file, or leave out --metric"
+            )
+        return ["there is no validation part: the last weights will be taken"]
+    found = {"loss": 0.0} | best_shares(validation, multi_label)
+    if np.isfinite(found[_known(found, metric, multi_label)]):
+        return []
+    truth = validation.truth[np.unique(validation.owners)]
+    return [
+        f"beware: {metric} cannot be computed on the validation part, whose {len(truth):,} documents have "
+        f"{int(truth.any(0).sum())} of the {truth.shape[1]} labels: no epoch will be the best, the last weights are "
+        "taken, and --patience has no effect"
+    ]
+
+
+def chosen_value(record: Mapping[str, Any], metric: str, multi_label: bool) -> float | None:
+    """What says how good an epoch is; None without a validation part, or where it is undefined there."""
+    found = record["validation"]
+    value: float | None = found[_known(found, metric, multi_label)] if found else None
+    return value
+
+
+def _known(found: Mapping[str, Any], metric: str, multi_label: bool) -> str:
+    """The name of a metric among those that were computed."""
+    name = "subset_accuracy" if multi_label and metric == "accuracy" else metric
+    if name not in found:
+        which = "several labels a row" if multi_label else "one label a row"
+        raise UserError(f"--metric {metric} does not exist for {which}: choose among {', '.join(found)}")
+    return name
+
+
 # ---- the database ------------------------------------------------------------------------------------------------
 
 
 def open_run(
     database: Database,
-    run_id: int,
+    state: ClassifierState,
     name: str,
     model_dir: Path,
     options: Mapping[str, Any],
     facts: Mapping[str, Any],
-) -> int:
-    """Enter a run into the database, or find it there when it is continued; returns its number."""
-    if run_id:
-        try:
-            database.end_run(run_id, "running")
-            return run_id
-        except UserError:
-            pass  # the database was built anew since
-    ids = {"tok_id": database.tok_id, "split_id": database.split_id}
-    return database.start_run(name, options, facts, **ids, model_dir=model_dir)
+) -> tuple[int, str]:
+    """Enter a run into the database, or find it there when it is continued.
+
+    A row with the number of the run may be another's, where the database was built anew since: the key tells.
+
+    Returns:
+        Its number and its key.
+    """
+    if state.run_id and state.key and _key_of(database, state.run_id) == state.key:
+        database.end_run(state.run_id, "running")
+        return state.run_id, state.key
+    key, ids = secrets.token_hex(16), {"tok_id": database.tok_id, "split_id": database.split_id}
+    run_id = database.start_run(name, options, {**facts, "key": key}, **ids, model_dir=model_dir)
+    for record in state.history:  # what the other database knew
+        _write_epoch(database, run_id, record["step"], record)
+    return run_id, key
+
+
+def _key_of(database: Database, run_id: int) -> str | None:
+    with opened(database.path) as connection:
+        row = connection.execute("SELECT facts FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+    return None if row is None else json.loads(row[0]).get("key")
+
+
+@contextmanager
+def failing(database: Database, state: ClassifierState, is_main: bool) -> Iterator[None]:
+    """Write "failed" into the database if the block ends with an error; the end of the process is none."""
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException:
+        if is_main:
+            with suppress(UserError, OSError):  # the error itself is what has to be shown
+                database.end_run(state.run_id, "failed")
+        raise
 
 
 def close_epoch(
@@ -142,6 +228,9 @@ def close_epoch(
 ) -> dict[str, Any]:
     """Write an epoch into the database; called by the main process.
 
+    Where a document may have several labels it is judged with temperature and thresholds fitted on the validation
+    part, as the model would be exported after this epoch: with others, another epoch would be the best.
+
     Args:
         database: the file of the task.
         state: of the run.
@@ -149,18 +238,26 @@ def close_epoch(
         trained: metrics of its training rows, as they were met.
         validation: the validation part.
         answers: the model's answers to it; None without one.
-        settings: of the classifier.
+        settings: of the classifier, before calibration.
 
     Returns:
         Its record for the statistics: "epoch", "step", "train" and "validation" metrics.
     """
-    judged = {} if answers is None else judge(answers, validation, settings).document
-    found = {"train": dict(trained), "validation": judged}
-    for part, metrics in found.items():
-        known = {name: value for name, value in metrics.items() if np.isfinite(value)}
-        database.write_epoch(state.run_id, epoch, state.step, part, known)
-    record: dict[str, Any] = plain({"epoch": epoch, "step": state.step, **found})
+    judged: dict[str, float] = {}
+    if answers is not None:
+        if settings.multi_label:
+            temperature, thresholds, _ = calibrate(answers, validation, settings)
+            settings = replace(settings, temperature=temperature, thresholds=thresholds)
+        judged = judge(answers, validation, settings).document
+    record: dict[str, Any] = plain({"epoch": epoch, "step": state.step, "train": dict(trained), "validation": judged})
+    _write_epoch(database, state.run_id, state.step, record)
     return record
+
+
+def _write_epoch(database: Database, run_id: int, step: int, record: Mapping[str, Any]) -> None:
+    for part in ("train", "validation"):
+        known = {name: value for name, value in record[part].items() if value is not None}
+        database.write_epoch(run_id, record["epoch"], step, part, known)
 
 
 def epoch_in_words(record: Mapping[str, Any], metric: str, say: Callable[[Mapping[str, float]], str]) -> str:

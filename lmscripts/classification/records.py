@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import difflib
 import io
 import itertools
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from lmscripts.classification.csv_rows import CsvRow, csv_rows
 from lmscripts.errors import UserError
 from lmscripts.text_reading import MAX_RECORD_BYTES, format_of, open_binary, reading
 
@@ -30,7 +30,6 @@ _MARKS = (  # the longer ones first, as one begins with another
 )
 _UNDECODED = re.compile("[\udc80-\udcff]")
 SURROGATE = re.compile("[\ud800-\udfff]")
-_DASHES = re.compile(r"[-=_+|:,;\s]*[-=]{3}[-=_+|:,;\s]*")
 RAW_CHARACTERS = 200
 
 
@@ -46,7 +45,7 @@ class TableOptions:
         format: csv, tsv, jsonl or parquet; empty goes by the name of the file.
         delimiter: of csv and tsv; empty finds it in the header.
         encoding: empty takes UTF-8, or what a byte order mark says; given, rows that it cannot decode are bad rows.
-        quotes: whether a field may stand in double quotes.
+        quotes: csv and tsv: whether a field may stand in double quotes; a quote that is astray makes a bad row then.
         on_bad_row: leave bad rows out and count them, or fail at the first.
     """
 
@@ -87,7 +86,7 @@ def read_records(path: str, options: TableOptions, repairs: Counter[str]) -> Ite
     """(first line, what is read -> what stands in its column) of every record, or why it is none.
 
     Raises:
-        UserError: no such file, format, column or encoding; a damaged file; a quote that is never closed.
+        UserError: no such file, format, column or encoding; a damaged file.
     """
     kind = options.format or format_of(path)[0]
     if kind == "txt":
@@ -104,7 +103,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The known name nearest to a given one, as the end of a sentence; empty where none is near."""
     by_case = {each.strip().lower(): each for each in known}
     near = difflib.get_close_matches(name.strip().lower(), list(by_case), n=1)
-    return f"; did you mean {by_case[near[0]]!r}?" if near else ""
+    return f"; did you mean {by_case[near[0]]!r:.60}?" if near else ""
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse what Python has no codec of text for.
+
+    Raises:
+        UserError: no such encoding, or a codec that turns bytes into bytes.
+    """
+    try:
+        # "hex", "zlib" and "rot13" are codecs too; that they are none of text is only said under this name.
+        is_text = getattr(codecs.lookup(encoding), "_is_text_encoding", True)
+    except (LookupError, ValueError):
+        is_text = False
+    if not is_text:
+        raise UserError(f"there is no encoding of text {encoding!r:.60}; cp932, euc-jp or latin-1, for example")
 
 
 def _find_columns(path: str, header: Sequence[str], options: TableOptions) -> dict[str, int]:
@@ -178,74 +192,62 @@ def _encoding_hint(path: str) -> str:
     )
 
 
-class _Lines:
-    """Feeds lines to a csv reader, counts them, and knows whether it asked for more than there are."""
-
-    def __init__(self, lines: Iterator[str]) -> None:
-        self.lines, self.number, self.ended = lines, 0, False
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        for line in self.lines:
-            self.number += 1
-            return line
-        self.ended = True
-        raise StopIteration
-
-
 def _csv_records(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    lines = _Lines(_text_lines(path, options, repairs))
-    first = next((line for line in lines if line.strip()), "")
-    if not first:
+    first, lines = "", _text_lines(path, options, repairs)
+    num_blank = 0
+    for first in lines:
+        if first.strip():
+            break
+        num_blank += 1
+    if not first.strip():
         raise UserError(f"{path} is empty; it must begin with a header that names the columns")
     delimiter = options.delimiter or _find_delimiter(path, first, options)
-    quoting: Any = csv.QUOTE_MINIMAL if options.quotes else csv.QUOTE_NONE
-    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, skipinitialspace=True, quoting=quoting)
-    header: list[str] | None = None
-    columns: dict[str, int] = {}
+    rows = csv_rows(itertools.chain(["\n"] * num_blank, [first], lines), delimiter, options.quotes)
+    top = next(rows)
+    if top.stray_from:
+        raise UserError(f"{path}:{top.first}: {_stray_quote(top)}; the header must name the columns")
+    header = [name.strip() for name in top.fields]
+    columns = _find_columns(path, header, options)
+    width = max((place for place, name in enumerate(header, 1) if name), default=0)
     may_be_dashes = True
-    start = lines.number
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{path}:{start}: no row of a table ({error}); is a quote not closed?") from error
-        if row is None:
-            return
-        if lines.ended:
-            raise UserError(
-                f"{path}:{start}: the quote that opens in the row of this line is never closed, and would swallow the "
-                f"rest up to line {lines.number}; close it, or double quotes that are part of a text"
-            )
-        if header is None:
-            header = [name.strip() for name in row]
-            columns = _find_columns(path, header, options)
-        elif may_be_dashes and row and _DASHES.fullmatch(delimiter.join(row)):
+    for row in rows:
+        if may_be_dashes and not row.stray_from and _is_dashes(delimiter.join(row.fields)):
             repairs["lines_of_dashes"] += 1
-            may_be_dashes = False
-        elif row:
-            may_be_dashes = False
-            yield start, _csv_fields(start, row, header, columns, delimiter)
-        start = lines.number + 1
+        else:
+            yield row.first, _csv_fields(row, (width, len(header)), columns, delimiter)
+        may_be_dashes = False
 
 
-def _csv_fields(
-    line: int, row: list[str], header: list[str], columns: dict[str, int], delimiter: str
-) -> Fields | BadRow:
-    """What is read from a row, or why it is none."""
-    raw = delimiter.join(row)
+def _is_dashes(line: str) -> bool:
+    return not line.strip("-=_+|:,; \t") and re.search("[-=]{3}", line) is not None
+
+
+def _csv_fields(row: CsvRow, widths: tuple[int, int], columns: dict[str, int], delimiter: str) -> Fields | BadRow:
+    """What is read from a row, or why it is none; it has from the one to the other number of fields."""
+    fields, (least, most) = row.fields, widths
+    raw = delimiter.join(fields)
     shown = SURROGATE.sub("\ufffd", raw)[:RAW_CHARACTERS]
+    upto = f", on the lines {row.first} to {row.last}" if row.last > row.first else ""
     if _UNDECODED.search(raw):
-        return BadRow(line, "cannot be decoded", "it holds bytes that are not of the given encoding", shown)
-    if len(row) < len(header):
-        return BadRow(line, "too few fields", f"{len(row)} where the header has {len(header)}", shown)
-    if any(field.strip() for field in row[len(header) :]):
-        details = f"{len(row)} where the header has {len(header)}; a text with {delimiter!r} in it must stand in quotes"
-        return BadRow(line, "too many fields", details, shown)
-    return {name: row[place] for name, place in columns.items()}
+        return BadRow(row.first, "cannot be decoded", "it holds bytes that are not of the given encoding", shown)
+    if row.stray_from:
+        return BadRow(row.first, "stray quote", _stray_quote(row), shown)
+    if len(fields) < least:
+        return BadRow(row.first, "too few fields", f"{len(fields)} where the header has {least}{upto}", shown)
+    if any(field.strip() for field in fields[most:]):
+        way_out = f"a text with {delimiter!r} in it must stand in quotes"
+        return BadRow(
+            row.first, "too many fields", f"{len(fields)} where the header has {most}{upto}; {way_out}", shown
+        )
+    return {name: fields[place] for name, place in columns.items()}
+
+
+def _stray_quote(row: CsvRow) -> str:
+    what = "closes in the midst of a field in" if row.closed else "is not closed up to"
+    return (
+        f"the quote that opens a field in line {row.stray_from} {what} line {row.last}; put a text with quotes in "
+        "it in quotes and double its own, or give --no_quotes where quotes mean nothing"
+    )
 
 
 def _find_delimiter(path: str, line: str, options: TableOptions) -> str:
@@ -253,7 +255,7 @@ def _find_delimiter(path: str, line: str, options: TableOptions) -> str:
     kind = options.format or format_of(path)[0]
     candidates = sorted(_DELIMITERS, key=lambda mark: mark != "\t") if kind == "tsv" else list(_DELIMITERS)
     headers = {
-        mark: [name.strip() for row in csv.reader([line], delimiter=mark, skipinitialspace=True) for name in row]
+        mark: [name.strip() for row in csv_rows(iter([line]), mark, options.quotes) for name in row.fields]
         for mark in candidates
     }
     wanted = set(options.columns().values())
@@ -313,4 +315,5 @@ def _parquet_records(path: str, options: TableOptions, repairs: Counter[str]) ->
                     number += 1
                     yield number, {name: record[column] for name, column in columns.items()}
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not a parquet file that can be read ({error})") from error
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{path} is not a parquet file that can be read ({reason})") from error

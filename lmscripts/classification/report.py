@@ -6,13 +6,16 @@ already. The page holds no script and forbids itself the network, so it can be p
 
 from __future__ import annotations
 
-import html
+import csv
+import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmscripts.classification.charts import STYLE
+from lmscripts.classification.charts import MOST_LABELS_IN_MATRIX, STYLE
+from lmscripts.classification.markup import Markup, escape, percent, table
+from lmscripts.classification.mistakes import wrong_document
 
 Numbers = Mapping[str, Any]
 Section = tuple[str, str, str]  # id, title, HTML
@@ -25,15 +28,9 @@ METRICS = {
     "subset_accuracy": "Subset accuracy",
     "micro_f1": "Micro F1",
 }
-_MOST_LABELS_IN_MATRIX = 40
-_LONGEST_TEXT = 20_000
 _LONGEST_VALUE = 300
 _FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
-class Markup(str):
-    """Text that is HTML already."""
 
 
 def safe_cell(value: Any) -> Any:
@@ -47,31 +44,20 @@ def safe_cell(value: Any) -> Any:
     return f"'{value}"
 
 
-def escape(value: Any) -> Markup:
-    """HTML of any value; control characters, which HTML has no place for, become a visible sign."""
-    if isinstance(value, Markup):
-        return value
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", str(value))
-    return Markup(html.escape(text, quote=True))
+def confusion_table(numbers: Numbers) -> list[list[Any]]:
+    """Every pair of true and predicted label that occurs, however many labels there are."""
+    level, names = numbers["levels"][numbers["level"]], numbers["labels"]
+    rows: list[list[Any]] = [["true", "predicted", f"{numbers['level']}s", "share of the true label"]]
+    for line, (counts, shares) in enumerate(zip(level["confusion"], level["confusion_by_row"], strict=True)):
+        rows += [[names[line], names[column], n, f"{shares[column]:.6f}"] for column, n in enumerate(counts) if n]
+    return rows
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share in per cent; a dash where it has no meaning."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], text_columns: int = 1, caption: str = "") -> Markup:
-    """A table whose first columns are text and whose others are numbers."""
-
-    def line(cells: Sequence[Any], kind: str) -> str:
-        marks = ["" if number < text_columns else ' class="n"' for number in range(len(cells))]
-        return "<tr>" + "".join(f"<{kind}{m}>{escape(c)}</{kind}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
-
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    body = "".join(line(row, "td") for row in rows)
-    return Markup(
-        f'<div class="wide"><table>{title}<thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
-    )
+def csv_text(rows: list[list[Any]]) -> str:
+    """Rows as CSV in which no cell is a formula."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([safe_cell(cell) for cell in row] for row in rows)
+    return text.getvalue()
 
 
 def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) -> str:
@@ -89,7 +75,7 @@ def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) 
         ("training", "Training", _training(numbers, charts)),
         ("results", "Documents and fragments", _levels(numbers)),
         ("labels", "Each label", _labels(numbers)),
-        ("confusions", "Confusions", _confusions(numbers)),
+        ("confusions", "Confusions", _confusions(numbers, charts)),
         ("calibration", "Calibration", _calibration(numbers, charts)),
         ("coverage", "Leaving out the unsure", _coverage(numbers, charts)),
         ("baselines", "Baselines", _baselines(numbers)),
@@ -119,52 +105,6 @@ def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) 
 """
 
 
-def wrong_document(document: Numbers) -> Markup:
-    """A wrongly labelled document with the fragment that decided.
-
-    Args:
-        document: "doc_id", "line", "name", "true", "predicted" (names), "confidence", "true_probability", "text",
-            "span" (start and end of the decisive fragment in the text, or None), "fragments" (probability of the
-            predicted label in each) and "decisive" (its number, or None).
-    """
-    several = document["decisive"] is not None and len(document["fragments"]) > 1
-    text, (start, end) = document["text"], (several and document["span"]) or (0, 0)
-    line = "" if document["line"] is None else f"line {document['line']}"
-    where = ", ".join(filter(None, (f"document {document['doc_id']}", line, document["name"])))
-    strip = "".join(
-        f'<i{" class=decisive" if number == document["decisive"] else ""} style="--p:{probability:.3f}" '
-        f'title="fragment {number + 1}: {percent(probability)}"></i>'
-        for number, probability in enumerate(document["fragments"])
-    )
-    fragments = ""
-    if several:
-        place, count = document["decisive"], len(document["fragments"])
-        said = f"fragment {place + 1} of {count} decided: {percent(document['fragments'][place])}"
-        fragments = f'<p class="dim strip">{strip} {said}</p>'
-    first, last = max(0, start - 120), min(len(text), (end or 400) + 120)
-    cut = _marked(text, start, min(end, start + 1200), first, min(last, start + 1320))
-    whole = ""
-    if len(text) > last - first:
-        note = f" (its first {_LONGEST_TEXT:,} characters)" if len(text) > _LONGEST_TEXT else ""
-        whole = f"<details><summary>whole text{note}</summary>{_marked(text, start, end, 0, _LONGEST_TEXT)}</details>"
-    sure, other = percent(document["confidence"]), percent(document["true_probability"])
-    return Markup(
-        f'<article><h3><span class="bad">{escape(document["predicted"])}</span> <small>{sure}</small>, '
-        f'in truth <span class="good">{escape(document["true"])}</span> <small>{other}</small></h3>'
-        f'<p class="dim">{escape(where)}</p>{fragments}{cut}{whole}</article>'
-    )
-
-
-def _marked(text: str, start: int, end: int, first: int, last: int) -> str:
-    """Characters `first` to `last` of a text with those from `start` to `end` highlighted."""
-    start, end = (min(max(place, first), last) for place in (start, end))
-    before, inside, behind = (escape(part) for part in (text[first:start], text[start:end], text[end:last]))
-    language = ' lang="ja"' if re.search("[\u3041-\u30ff]", text[first:last]) else ""
-    mark = f"<mark>{inside}</mark>" if inside else ""
-    dots = ("…" if first else "", "…" if last < len(text) else "")
-    return f"<blockquote{language}>{dots[0]}{before}{mark}{behind}{dots[1]}</blockquote>"
-
-
 # ---- sections ----------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +120,8 @@ def _summary(numbers: Numbers) -> str:
         for name, found in level["metrics"].items()
     )
     main = next(iter(level["metrics"]))
-    sentence = f"{level['documents']:,} test documents, {len(numbers['labels'])} labels."
+    groups = "" if level["units"] == level["documents"] else f" in {level['units']:,} groups"
+    sentence = f"{level['documents']:,} test documents{groups}, {len(numbers['labels'])} labels."
     sentence = sentence if numbers["level"] == "document" else f"{level['rows']:,} fragments of {sentence}"
     for baseline in numbers["baselines"]:
         gap = with_interval(main, baseline["difference"][main], signed=True)
@@ -252,12 +193,16 @@ def _labels(numbers: Numbers) -> str:
     return text
 
 
-def _confusions(numbers: Numbers) -> str:
+def _confusions(numbers: Numbers, charts: Mapping[str, str]) -> str:
     level, names = numbers["levels"][numbers["level"]], numbers["labels"]
     if numbers["multi_label"]:
         return ""
     parts = []
-    if len(names) <= _MOST_LABELS_IN_MATRIX:
+    if len(names) > MOST_LABELS_IN_MATRIX:
+        said = f"{len(names):,} labels are too many for a table of numbers: the picture shows the share of each true "
+        said += "label, and the file that ends in _confusion.csv has every cell that is not empty."
+        parts.append(f"<p>{said}</p>{_figure(charts, 'confusion')}")
+    else:
         for values, caption in (
             (level["confusion"], f"{numbers['level']}s"),
             (level["confusion_by_row"], "share of the true label"),
@@ -335,12 +280,23 @@ def _comparison(numbers: Numbers) -> str:
 
 
 def _notes(numbers: Numbers) -> str:
+    level = numbers["levels"]["document"]
+    grouped = level["units"] < level["documents"]
+    apart = (
+        f""", so that p is too small where they are alike, as in the \
+{level["units"]:,} groups here: go by the intervals"""
+        if grouped
+        else ""
+    )
     text = f"""Intervals hold the middle 95 % of {numbers["resamples"]:,} samples of the test documents, drawn with \
-replacement (seed {numbers["seed"]}); the fragments of a document are drawn together. An interval without width says \
-only that no sample differed, not that the number is certain.
-Differences are taken on the same samples for both sides; p is McNemar's exact test, two-sided.
+replacement (seed {numbers["seed"]}). Documents of one group, text or name are drawn together, as the split keeps them \
+together, and so are the fragments of a document. An interval without width says only that no sample differed, not \
+that the number is certain.
+Differences are taken on the same samples for both sides; p is McNemar's exact test, two-sided, which takes documents \
+for independent{apart}.
 A dash stands where a number has no meaning: the precision of a label that was never given, the recall of one that no \
-test document has. Such labels do not count in the means.
+test document has, balanced accuracy and Matthews correlation where all test documents have one label. Such labels do \
+not count in the means.
 Matthews correlation is 0 for guessing and 1 for no mistake; balanced accuracy is the mean recall.
 Baselines were fitted on the training part of this split and judged on the same test documents; those on TF-IDF are \
 logistic regressions (C = 10) on n-grams of 2 to 4 characters, or 1 to 2 words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,16 @@ class ResultFiles:
             )
 
 
+def check_run_name(name: str | None) -> None:
+    """Keep all files of a run in one folder.
+
+    Raises:
+        UserError: the name cannot begin the name of a file.
+    """
+    if name is not None and (not name or Path(name).name != name or "\0" in name):
+        raise UserError(f"--run_name {name!r} cannot begin the name of a file: put folders into --output_dir")
+
+
 def export_model(
     target: Path, model: PreTrainedModel, tokenizer_dir: Path, settings: ClassifierSettings, card: str
 ) -> None:
@@ -119,10 +130,10 @@ def write_tables(
     all_probabilities = np.full(part.truth.shape, np.nan)
     all_probabilities[judged.places] = judged.probabilities
     counts = np.bincount(part.owners, minlength=len(part.doc_ids))
-    truth = ["|".join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
+    truth = [settings.separator.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
     head = ["document", "line", "name", "true_label", "predicted_label"]
     shares = [f"probability of {label}" for label in labels]
-    predicted = ["|".join(found) for found in names_of(all_probabilities, labels, thresholds)]
+    predicted = [settings.separator.join(found) for found in names_of(all_probabilities, labels, thresholds)]
     rows = [
         [int(doc_id), *places[doc_id], true, found, *_rounded(values), int(count)]
         for doc_id, true, found, values, count in zip(
@@ -132,7 +143,7 @@ def write_tables(
     write_text(files.predictions, _csv([*head, *shares, "fragments"], rows))
     folds, named = part.folds, names_of(judged.fragment_probabilities, labels, thresholds)
     pieces = [
-        [doc_id, *places[doc_id], truth[owner], "|".join(found), *_rounded(values), *span]
+        [doc_id, *places[doc_id], truth[owner], settings.separator.join(found), *_rounded(values), *span]
         for doc_id, owner, found, values, *span in zip(
             folds.doc_ids.tolist(),
             part.owners,
@@ -182,8 +193,9 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
 
 def card_text(title: str, rows: Mapping[str, Any], tested: Judged | None, options_yaml: str) -> str:
     """Model card: what it was made from and how right it is, in the words of this run."""
-    measured = {} if tested is None else {name: f"{value:.4f}" for name, value in tested.document.items()}
-    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    measured = {} if tested is None else {name: _shown(value) for name, value in tested.document.items()}
+    cells = {name: " ".join(str(value).split()).replace("|", "\\|") for name, value in rows.items()}
+    lines = [f"| {name} | {cell} |" for name, cell in cells.items()]
     lines += [f"| test documents: {name.replace('_', ' ')} | {value} |" for name, value in measured.items()]
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"""---
@@ -223,6 +235,10 @@ training documents: how well it does on other text was not measured.
 """
 
 
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if np.isfinite(value) else "undefined"
+
+
 # ---- the end of a run --------------------------------------------------------------------------------------------
 
 
@@ -260,7 +276,7 @@ def finish(
         settings = replace(settings, temperature=temperature, thresholds=thresholds)
     else:
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-        said.append("there is no validation part: the last weights are taken, without calibration")
+        said.append("there is no validation part: the model is not calibrated")
     judged = {name: judge(found, part, settings) for name, (part, found) in parts.items() if found is not None}
     for name, result in judged.items():
         _store(database, state.run_id, name, parts[name], result)
@@ -270,10 +286,11 @@ def finish(
             database.write_test_metrics(state.run_id, level, getattr(tested, level))
         write_tables(files, database, parts["test"][0], tested, labels, settings)
     else:
-        said.append("there is no test part: nothing is said about other texts")
+        said.append("there is no test part: nothing is said about other texts, and there is nothing to report")
     calibration = {"temperature": settings.temperature, "thresholds": settings.thresholds}
     facts = {**facts, **calibration, "best_epoch": state.best_epoch, "steps": state.step}
-    about = {"run": state.run_id, "database": str(database.path), **facts}
+    place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
+    about = {"run": state.run_id, "database": place, **facts}
     write_text(files.statistics, statistics_text(about, state.history, tested))
     rows = {"labels": ", ".join(labels), "began with": source.name, "architecture": model.config.model_type}
     rows |= {"best epoch": str(state.best_epoch or "the last"), "temperature": f"{settings.temperature:.4f}"}
@@ -281,10 +298,11 @@ def finish(
     merge_lora(model)
     export_model(files.model, model, source.encoder.folder, settings, card_text(files.name, rows, tested, options_yaml))
     database.end_run(state.run_id, "done", facts)
-    if tested is not None:
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in tested.document.items())
-        said.append(f"test documents: {shown}")
-    said.append(f"the model is in {files.model}, the predictions in {files.predictions}")
+    said.append(f"the model is in {files.model}")
+    if tested is None:
+        return said
+    shown = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
+    said += [f"the predictions are in {files.predictions}", f"test documents: {shown}"]
     return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {state.run_id}"]
 
 

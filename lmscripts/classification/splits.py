@@ -1,13 +1,17 @@
 """Train, validation and test parts of a table, by document, so that nothing of a test document is seen in training.
 
-Documents of one group, and documents with the same text (after NFKC, white space aside), are one unit, and a unit is
-never taken apart. Units are put in the order of a hash of the seed and their name, class by class; the first of them
-are for testing, the last for validation, and those between for training. Hence
+Documents of one group, those with the same text (after NFKC, white space aside) and those with the same id are one
+unit, and a unit is never taken apart. Units are put in the order of a hash of the seed and their name, class by class;
+the first of them are for testing, the last for validation, and those between for training. Where a class is cut, above
+or below its share, depends on what the classes before it have left over. Hence
 
 - the same table, seed and shares always give the same parts, whatever the order of the rows;
-- a part's rows of a class differ from its share by at most the rows of the largest unit of the class (half of it at
-  each end, and one unit where the share of a part would be none), if the units hold one class each;
-- rows that are added move only what stands near the ends, not everything.
+- a part's rows of a class differ from its share by at most the rows of the largest unit of the class (and one unit
+  where the share of a part would be none), if the units hold one class each;
+- a part's rows of all classes together differ from its share by about as little, however many small classes there are;
+- a class of four units or more is in every part, unless there are so many that a part would exceed its share by more
+  than ten units and more than a tenth of the smallest part;
+- rows that are added move only what stands near the ends of a class, not everything.
 
 A document with several labels, and a unit with several classes, counts for its rarest class. Every class has rows for
 training.
@@ -16,12 +20,13 @@ training.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +34,12 @@ from numpy.typing import NDArray
 from lmscripts.classification.tables import PARTS
 from lmscripts.errors import UserError
 
-_FLOOR_UNITS = 4  # classes of that many units are in every part
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_LISTED, _LONGEST = 20, 60  # labels in a sentence, and characters of each
+_FLOOR_UNITS = 4  # classes of that many units are in every part ...
+_SPARE_UNITS, _SPARE_SHARE = 10, 0.1  # ... while it exceeds its share by no more: units, or of the smallest part's rows
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,8 @@ class SplitSettings:
         method: "stratified", or "given" for what the table or its files say.
         seed: another seed gives other parts.
         train, validation, test: shares; they are divided by their sum, which must be 1 (or 100) but for rounding. With
-            "given" only `validation` matters: where no document is given for validation, that share of the documents
-            for training is taken.
+            "given" only `validation` is looked at: where no document is given for validation, that share of the
+            documents for training is taken.
         use_groups: whether documents of one group stay together.
     """
 
@@ -53,11 +63,16 @@ class SplitSettings:
     use_groups: bool = True
 
     def shares(self) -> tuple[float, float, float]:
-        """Shares of train, validation and test that sum to 1.
+        """Shares of train, validation and test that sum to 1; of what is given for training with "given".
 
         Raises:
             UserError: a share below 0, none for training, or a sum that is neither 1 nor 100.
         """
+        if self.method == "given":
+            validation = self.validation / 100 if self.validation > 1 else self.validation
+            if not 0 <= validation < 1:
+                raise UserError(f"the share for validation must be 0 or more and below 1, not {self.validation}")
+            return 1 - validation, validation, 0.0
         given = (self.train, self.validation, self.test)
         total = sum(given)
         shown = f"train {self.train}, validation {self.validation}, test {self.test}"
@@ -70,12 +85,13 @@ class SplitSettings:
 
 @dataclass(frozen=True, slots=True)
 class SplitDocument:
-    """What a split needs to know of a document: labels, the hash of its text, its group, and a part it was given."""
+    """What a split needs to know of a document: labels, hash of its text, group, the part it was given, and its id."""
 
     labels: tuple[int, ...]
     text_hash: bytes
     group: str | None = None
     given_part: str | None = None
+    name: str | None = None
 
 
 def text_hash(text: str) -> bytes:
@@ -108,34 +124,50 @@ def split_documents(documents: Sequence[SplitDocument], settings: SplitSettings)
 def split_report(documents: Sequence[SplitDocument], parts: Sequence[str], labels: Sequence[str]) -> list[str]:
     """What a split gives, as sentences: rows and shares of each part and class, and what to beware of."""
     sizes = Counter(parts)
-    counts = Counter((part, label) for document, part in zip(documents, parts) for label in document.labels)
-    totals = Counter(label for document in documents for label in document.labels)
+    counts = Counter((part, label) for document, part in zip(documents, parts) for label in document.labels or (None,))
+    totals = Counter(label for document in documents for label in document.labels or (None,))
+    known: list[tuple[int | None, str]] = [(label, shown(name)) for label, name in enumerate(labels)]
+    listed = known[:_LISTED] + [(None, "no label")] * (None in totals)
     lines = []
     for part in PARTS:
         shares = ", ".join(
             f"{name} {counts[part, label]:,} ({counts[part, label] / max(totals[label], 1):.1%})"
-            for label, name in enumerate(labels[:20])
+            for label, name in listed
         )
-        more = f", and {len(labels) - 20:,} more labels" if len(labels) > 20 else ""
+        more = f", and {len(labels) - _LISTED:,} more labels" if len(labels) > _LISTED else ""
         lines.append(f"{part}: {sizes[part]:,} documents ({sizes[part] / max(len(parts), 1):.1%}): {shares}{more}")
-        if sizes[part] and (absent := [name for label, name in enumerate(labels) if not counts[part, label]]):
-            lines.append(f"{part} has no row of {', '.join(map(repr, absent[:10]))}; too few rows or groups")
-    seen: dict[bytes, set[str]] = defaultdict(set)
+        if sizes[part] and (absent := [name for label, name in known if not counts[part, label]]):
+            lines.append(f"{part} has no row of {in_words(absent)}; too few rows or groups")
+    return [*lines, *_warnings(documents, parts)]
+
+
+def _warnings(documents: Sequence[SplitDocument], parts: Sequence[str]) -> list[str]:
+    """What stands in more than one part, as only given parts may have it, and texts of more than one label."""
+    keys = ("text_hash", "group", "name")
+    seen: dict[str, dict[Any, set[str]]] = {key: defaultdict(set) for key in keys}
     classes: dict[bytes, set[tuple[int, ...]]] = defaultdict(set)
-    groups: dict[str, set[str]] = defaultdict(set)
     for document, part in zip(documents, parts):
-        seen[document.text_hash].add(part)
         classes[document.text_hash].add(document.labels)
-        if document.group is not None:
-            groups[document.group].add(part)
-    for found, what in (
-        (sum(len(each) > 1 for each in seen.values()), "texts stand in more than one part"),
-        (sum(len(each) > 1 for each in groups.values()), "groups stand in more than one part"),
-        (sum(len(each) > 1 for each in classes.values()), "texts occur with different labels"),
-    ):
-        if found:
-            lines.append(f"beware: {found:,} {what}")
-    return lines
+        for key in keys:
+            if (value := getattr(document, key)) is not None:
+                seen[key][value].add(part)
+    found = {
+        f"{word} stand in more than one part": sum(len(each) > 1 for each in seen[key].values())
+        for key, word in zip(keys, ("texts", "groups", "ids"))
+    }
+    found["texts occur with different labels"] = sum(len(each) > 1 for each in classes.values())
+    return [f"beware: {number:,} {what}" for what, number in found.items() if number]
+
+
+def in_words(names: Sequence[str]) -> str:
+    """The first names of a list, bounded, and how many more there are."""
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(map(shown, names[:_LISTED])) + more
+
+
+def shown(name: str) -> str:
+    """A name from a table as a line of a terminal may show it: not too long, and no control characters."""
+    return name if name.isprintable() and len(name) <= _LONGEST else f"{name!r:.{_LONGEST}}"
 
 
 def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[str]:
@@ -166,7 +198,7 @@ def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[
 
 
 def _units(documents: Sequence[SplitDocument], use_groups: bool) -> list[str]:
-    """A name for each document's unit: documents that share a group or a text, directly or by others, share it.
+    """A name for each document's unit: documents that share a group, a text or an id, directly or by others, share it.
 
     The name is the smallest group of the unit, or the hash of its text, so that further rows hardly ever change it.
     """
@@ -183,11 +215,14 @@ def _units(documents: Sequence[SplitDocument], use_groups: bool) -> list[str]:
     names = []
     for document in documents:
         text = f"text {document.text_hash.hex()}"
-        leader.setdefault(text, text)
+        keys = [text]
         if use_groups and document.group is not None:
-            group = f"group {document.group}"  # sorts before "text", and so names the unit
-            leader.setdefault(group, group)
-            low, high = sorted((find(group), find(text)))
+            keys.append(f"group {document.group}")  # sorts before "text", and so names the unit
+        if document.name is not None:
+            keys.append(f"titled {document.name}")  # sorts behind it
+        for key in keys:
+            leader.setdefault(key, key)
+            low, high = sorted((find(key), find(text)))
             leader[high] = low
         names.append(text)
     return [find(name) for name in names]
@@ -213,29 +248,67 @@ def _assign(
     strata: dict[int, list[str]] = defaultdict(list)
     for unit in sizes:
         strata[min(held[unit], key=lambda label: rarity[label], default=-1)].append(unit)
+    shares = np.array([1 - validation - test, validation, test])
     part_of: dict[str, str] = {}
-    for stratum in strata.values():
-        ordered = sorted(stratum, key=lambda unit: _order(unit, seed))
+    due, given = np.zeros(3), np.zeros(3)  # rows of all classes so far: what the parts should have, and have
+    for label in sorted(strata):
+        ordered = sorted(strata[label], key=lambda unit: _order(unit, seed))
         rows = np.array([sizes[unit] for unit in ordered], np.int64)
-        part_of.update(zip(ordered, _cut(rows, validation, test)))
+        due += rows.sum() * shares
+        places = _cut(rows, shares, due - given, due)
+        given += np.bincount(places, rows, 3)
+        part_of.update((unit, PARTS[place]) for unit, place in zip(ordered, places))
     _let_train_see(totals, held, part_of, seed)
     return [part_of[unit] for unit in units]
 
 
-def _cut(rows: NDArray[np.int64], validation: float, test: float) -> list[str]:
-    """Parts of units in their order: a unit goes where its middle lies; every part gets one of four units or more."""
-    middles = (np.cumsum(rows) - rows / 2) / rows.sum()
-    # A middle that lies on the border, as far as floats tell, is for training.
-    parts = np.where(middles < test - 1e-9, "test", np.where(middles > 1 - validation + 1e-9, "validation", "train"))
-    if len(rows) >= _FLOOR_UNITS:
-        smallest = np.argsort(rows, kind="stable")
-        for part, share in (("test", test), ("validation", validation), ("train", 1 - test - validation)):
-            if share > 0 and part not in parts:
-                spare = (place for place in smallest if (parts == parts[place]).sum() > 1)
-                parts[next(spare)] = part
-    if "train" not in parts:
-        parts[np.argmax(rows)] = "train"
-    return [str(part) for part in parts]
+def _cut(rows: Ints, shares: Floats, wanted: Floats, due: Floats) -> Ints:
+    """Place in PARTS of every unit of a class, in their order.
+
+    Args:
+        rows: (U,) of each unit.
+        shares: (3,) of train, validation and test.
+        wanted: (3,) rows that would make up for the classes before.
+        due: (3,) rows that all classes up to this one should have.
+    """
+    total, largest = int(rows.sum()), rows.max()
+    ends = {1: _ends(rows[::-1], shares[1]), 2: _ends(rows, shares[2])}
+    choices = []
+    for (tested, last), (validated, first) in itertools.product(ends[2], ends[1]):
+        got = np.array([total - tested - validated, validated, tested])
+        # Above and below the share at either end: one of the four ways is always within a unit of the shares.
+        if got[0] > 0 and abs(got[0] - shares[0] * total) <= largest + 1e-6:
+            distance = round(float(np.square(got - wanted).sum()), 6)
+            choices.append((distance, -got[0], tested, last, len(rows) - first))
+    places = np.zeros(len(rows), np.int64)
+    if choices:
+        *_, last, first = min(choices)
+        places[:last], places[first:] = 2, 1
+    for part in (2, 1) if len(rows) >= _FLOOR_UNITS else ():
+        if shares[part] > 0 and part not in places:
+            _give_smallest(places, rows, part, wanted[part], _SPARE_SHARE * due[shares > 0].min())
+    return places
+
+
+def _ends(rows: Ints, share: float) -> list[tuple[int, int]]:
+    """(rows, units) from the beginning on that are next to a share of all: below it and above it, or exactly it."""
+    sums = np.append(0, np.cumsum(rows))
+    aim = share * sums[-1]
+    below = int(np.searchsorted(sums, aim + 1e-6, "right")) - 1
+    exact = abs(sums[below] - aim) < 1e-6
+    return [(int(sums[end]), end) for end in ((below,) if exact else (below, below + 1))]
+
+
+def _give_smallest(places: Ints, rows: Ints, part: int, wanted: float, spare: float) -> None:
+    """Give a part that got nothing of a class the smallest unit, unless that takes it far from its share.
+
+    The rows to spare are the same for all parts, as those of one that has too many go to another.
+    """
+    for place in np.argsort(rows, kind="stable"):
+        if (places == places[place]).sum() > 1:
+            if rows[place] - wanted <= max(_SPARE_UNITS * rows[place], spare):
+                places[place] = part
+            return
 
 
 def _let_train_see(classes: Iterable[int], held: dict[str, set[int]], part_of: dict[str, str], seed: int) -> None:

@@ -1,9 +1,10 @@
 """The SQLite file of a classification task: its schema, whether a file is one, opening it, and who may change it.
 
     meta            what it was made from: names and hashes of the source, options, counts
-    documents       the good rows of the table; bad_rows: the others, with the reason
+    documents       the good rows of the table, or of each of its files; bad_rows: the others, with the reason
     labels          0, 1, ... with their names; document_labels: which a document has
-    tokenizations   a tokenizer with fold settings; folds: its rows, int32 ids (little endian) with special tokens
+    tokenizations   a tokenizer with fold settings; folds: its rows, int32 ids (little endian) with special tokens,
+                    and `row_checks` of each
     splits          settings of a split; split_members: the part of every document
     runs            one row a run; epochs, predictions (float32, little endian) and test_metrics: what it gave
 
@@ -25,22 +26,22 @@ from urllib.parse import quote
 from lmscripts.errors import UserError, naming
 
 APPLICATION_ID = 0x6C6D7363  # "lmsc"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 120.0
 _MAGIC = b"SQLite format 3\0"
 _LOCK_SECONDS = 6 * 3600.0
 
 SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE documents(doc_id INTEGER PRIMARY KEY, line INTEGER, name TEXT, text TEXT NOT NULL, grp TEXT,
+CREATE TABLE documents(doc_id INTEGER PRIMARY KEY, file TEXT, line INTEGER, name TEXT, text TEXT NOT NULL, grp TEXT,
     given_part TEXT, text_hash BLOB NOT NULL);
 CREATE TABLE labels(label_id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE document_labels(doc_id INTEGER, label_id INTEGER, PRIMARY KEY(doc_id, label_id)) WITHOUT ROWID;
-CREATE TABLE bad_rows(line INTEGER, reason TEXT, raw TEXT);
+CREATE TABLE bad_rows(file TEXT, line INTEGER, reason TEXT, details TEXT, raw TEXT);
 CREATE TABLE tokenizations(tok_id INTEGER PRIMARY KEY, tokenizer TEXT, fingerprint TEXT, settings TEXT,
-    UNIQUE(fingerprint, settings));
+    vocab_size INTEGER, UNIQUE(fingerprint, settings));
 CREATE TABLE folds(fold_id INTEGER PRIMARY KEY, tok_id INTEGER, doc_id INTEGER, idx INTEGER, n INTEGER,
-    char_start INTEGER, char_end INTEGER, ids BLOB);
+    char_start INTEGER, char_end INTEGER, ids BLOB, row_check INTEGER);
 CREATE UNIQUE INDEX folds_of_documents ON folds(tok_id, doc_id, idx);
 CREATE TABLE splits(split_id INTEGER PRIMARY KEY, settings TEXT UNIQUE);
 CREATE TABLE split_members(split_id INTEGER, doc_id INTEGER, part TEXT, PRIMARY KEY(split_id, doc_id)) WITHOUT ROWID;
@@ -81,8 +82,8 @@ def check_ours(path: Path) -> None:
         )
     if version != SCHEMA_VERSION:
         raise OtherVersionError(
-            f"{path} has schema version {version}, and this version reads {SCHEMA_VERSION}; nothing was changed. Build "
-            "it again from the table with --overwrite, or give another --database"
+            f"{path} has schema version {version}, and this version reads {SCHEMA_VERSION}; nothing was changed. Give "
+            "the table from which it was made, with --overwrite to build it again, or give another --database"
         )
 
 
@@ -104,6 +105,17 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         raise database_error(path, error) from error
 
 
+def check_pages(path: Path, connection: sqlite3.Connection) -> None:
+    """Read the whole file once, as only a page that is read is found to be damaged.
+
+    Raises:
+        OtherVersionError: it is.
+    """
+    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise damaged(path, " ".join(str(found).split())[:100])
+
+
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """What the block writes is written whole when it ends well, and not at all otherwise."""
@@ -123,8 +135,14 @@ def database_error(path: Path, error: sqlite3.DatabaseError) -> UserError:
     reasons = ("locked", "full", "readonly", "unable to open", "disk i/o")
     if any(reason in str(error).lower() for reason in reasons):
         return UserError(f"{path} cannot be used now ({error}); its folder must be writable, with room on the disk")
+    return damaged(path, str(error))
+
+
+def damaged(path: Path, what: str) -> OtherVersionError:
+    """The error of a file that cannot be trusted, with the way out."""
     return OtherVersionError(
-        f"{path} is truncated or damaged ({error}); nothing was changed. Build it again from the table with --overwrite"
+        f"{path} is truncated or damaged ({what}); nothing was changed. Give the table from which it was made, with "
+        "--overwrite to build it again (runs in it would be lost)"
     )
 
 

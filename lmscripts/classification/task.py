@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmscripts.classification.batches import Floats, Part, balanced_weights, num_batches, read_part
+from lmscripts.classification.checks import check_metric, check_shares
 from lmscripts.classification.classifier import Source, find_source, fold_settings
-from lmscripts.classification.database import Database, Progress, open_or_build
+from lmscripts.classification.database import DATABASE_SUFFIXES, Database, Progress, database_of, open_or_build
 from lmscripts.classification.records import TableOptions
-from lmscripts.classification.splits import SplitSettings
+from lmscripts.classification.splits import SplitSettings, in_words
 from lmscripts.classification.tables import PARTS
 from lmscripts.errors import UserError
 from lmscripts.folding import FoldSettings
@@ -35,7 +36,7 @@ class Task:
     Attributes:
         source: the model to begin with.
         folds: how texts become rows.
-        split: which documents are for what.
+        split: which documents are for what, as the database has it.
         database: the file with all of them.
         labels: names of the K labels.
         multi_label: whether a document may have several.
@@ -51,9 +52,12 @@ class Task:
     sources: Any
 
     def sentences(self) -> list[str]:
-        """What was read, and how it was split."""
+        """What was read, and how it was split; nothing of it is longer than a person would read."""
         database = self.database
-        lines = [*database.done, f"labels: {', '.join(self.labels)}", *database.split_sentences(database.split_id)]
+        lines = [*database.done, *database.reading_sentences(), f"{len(self.labels)} labels: {in_words(self.labels)}"]
+        if self.split.method == "given":
+            lines.append("the documents were given their parts by the table or its files")
+        lines += database.split_sentences(database.split_id)
         if without := len(database.documents_without_rows(database.tok_id)):
             lines.append(f"beware: {without:,} documents give no row; they are neither trained nor judged")
         return [*lines, *self.source.notices]
@@ -71,18 +75,20 @@ def open_task(options: Any, progress: Progress) -> Task:
     """
     if not Path(options.input_file).exists():  # said before the Hub is asked for a model
         raise UserError(f"the table {options.input_file} does not exist (seen from {Path.cwd()})")
+    check_logfile(options)
     source = find_source(options.model_name_or_path, options.tokenizer_dir)
     others = {name: getattr(options, name) for name in _FOLDING}
     folds = fold_settings(source, options.max_length, unit=options.fold_unit, **others)
     files = {"validation": options.validation_file, "test": options.test_file}
     files = {part: file for part, file in files.items() if file}
     shares = (options.train_share, options.validation_share, options.test_share)
-    method: Any = "given" if files or options.split_column else "stratified"
+    method: Literal["given", "stratified"] = "given" if files or options.split_column else "stratified"
     split = SplitSettings(method, options.split_seed, *shares)
     names = {"id": options.id_column, "group": options.group_column, "split": options.split_column}
     names |= {name: getattr(options, name) for name in ("separator", "delimiter", "encoding")}
     given: dict[str, Any] = {name: value or "" for name, value in names.items()}
-    table = TableOptions(options.text, options.label, labels=options.labels, on_bad_row=options.on_bad_row, **given)
+    given |= {name: getattr(options, name) for name in ("labels", "quotes", "on_bad_row")}
+    table = TableOptions(options.text, options.label, **given)
     database = open_or_build(
         options.input_file,
         source.encoder,
@@ -96,7 +102,29 @@ def open_task(options: Any, progress: Progress) -> Task:
         progress=progress,
     )
     meta = database.meta()
-    return Task(source, folds, split, database, database.labels(), bool(meta["multi_label"]), meta["sha256"])
+    multi_label = bool(meta["multi_label"])
+    check_metric(options.metric, multi_label)  # once more, as now an SQLite file has said what it holds
+    if database.split.method == "given":
+        check_shares(vars(options))
+    return Task(source, folds, database.split, database, database.labels(), multi_label, meta["sha256"])
+
+
+def check_logfile(options: Any) -> None:
+    """Refuse a log file that cannot be, or that would be written into what is read.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not options.logfile:
+        return
+    log = Path(options.logfile)
+    if log.is_dir() or not log.parent.is_dir():
+        what = "is a folder" if log.is_dir() else f"cannot be written, as there is no folder {log.parent}"
+        raise UserError(f"--logfile {log} {what} (seen from {Path.cwd()})")
+    others = [options.input_file, options.validation_file, options.test_file, options.database]
+    others.append(database_of(options.input_file))
+    if log.resolve() in [Path(other).resolve() for other in others if other] or log.suffix in DATABASE_SUFFIXES:
+        raise UserError(f"--logfile {log} is a table or database of this run: the log needs a file of its own")
 
 
 def fixed_settings(options: Any, task: Task) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,21 +12,26 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from lmscripts.classification.stored import row_checks
 from lmscripts.errors import UserError
 from lmscripts.folding import Folder, FoldSettings
 from lmscripts.tokenization import Encoder
 
 Documents = list[tuple[int, str]]  # (doc_id, text)
-FoldRow = tuple[int, int, int, int, int, bytes]  # (doc_id, idx, n, char_start, char_end, ids)
+FoldRow = tuple[int, int, int, int, int, bytes, int]  # (doc_id, idx, n, char_start, char_end, ids, row_check)
 
 
 def _fold_rows(folder: Folder, batch: Documents) -> list[list[FoldRow]]:
     """For each document the values of its rows."""
     folds = folder([text for _, text in batch])
-    return [
-        [(doc_id, f.idx, f.n, f.char_start, f.char_end, f.ids.astype("<i4").tobytes()) for f in each]
+    rows = [
+        (doc_id, f.idx, f.n, f.char_start, f.char_end, f.ids.astype("<i4").tobytes())
         for (doc_id, _), each in zip(batch, folds)
+        for f in each
     ]
+    *numbers, blobs = zip(*rows) if rows else ((),) * 6
+    checked = ((*row, check) for row, check in zip(rows, row_checks(numbers, blobs).tolist()))
+    return [list(itertools.islice(checked, len(each))) for each in folds]
 
 
 def fold_in_order(folder: Folder, batches: Iterable[Documents], num_workers: int) -> Iterator[list[list[FoldRow]]]:
