@@ -48,6 +48,7 @@ from turns import Turns, Watch
 
 from lmscripts.causal import CausalLanguageModel, boundary_ids, causal_batches
 from lmscripts.corpus import Span, read_documents
+from lmscripts.fitting import fuse_activations
 from lmscripts.loader import Prefetcher
 from lmscripts.optim import build_optimizer
 from lmscripts.order import stream_key
@@ -152,6 +153,7 @@ def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
         most_eval_rows=0,
     )
     network = material.model()
+    fuse_activations(network)
     objective = CausalLanguageModel(network, "sdpa").train()
     adam = {"learning_rate": learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
     optimizer = build_optimizer("adamw", network, **adam)
