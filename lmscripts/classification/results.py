@@ -299,11 +299,13 @@ def finish(
     export_model(files.model, model, source.encoder.folder, settings, card_text(files.name, rows, tested, options_yaml))
     database.end_run(state.run_id, "done", facts)
     said.append(f"the model is in {files.model}")
-    if tested is None:
-        return said
+    return said if tested is None else [*said, *_told(files, database, state, tested)]
+
+
+def _told(files: ResultFiles, database: Database, state: ClassifierState, tested: Judged) -> list[str]:
     shown = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
-    said += [f"the predictions are in {files.predictions}", f"test documents: {shown}"]
-    return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {state.run_id}"]
+    report = f"for a report: python scripts/analyze_results.py {database.path} --run {state.run_id}"
+    return [f"the predictions are in {files.predictions}", f"test documents: {shown}", report]
 
 
 def _store(database: Database, run_id: int, name: str, part: tuple[Part, RowAnswers | None], judged: Judged) -> None:
