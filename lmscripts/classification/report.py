@@ -137,7 +137,9 @@ def _model(numbers: Numbers) -> str:
     names = ("status", "model_dir", "started", "ended", "tokenizer", "tokenizer_fingerprint")
     rows = [(name.replace("_", " "), run[name]) for name in names if run[name] is not None]
     rows += [(f"folding: {name}", value) for name, value in _flat(run["folding"])]
-    facts = f"<details open><summary>Facts</summary>{_facts(_flat(run['facts']))}</details>"
+    chosen = ("best_epoch", "metric", "steps", "parameters", "processes")
+    rows += [(name.replace("_", " "), run["facts"][name]) for name in chosen if name in run["facts"]]
+    facts = f"<details><summary>Facts</summary>{_facts(_flat(run['facts']))}</details>"
     return _facts(rows) + facts + f"<details><summary>Options</summary>{_facts(_flat(run['options']))}</details>"
 
 
@@ -149,8 +151,11 @@ def _data(numbers: Numbers) -> str:
         counts = [(part["labels"][number], part["documents"]) for part in parts.values()]
         rows.append([label, *(c for count, total in counts for c in (f"{count:,}", percent(count / total)))])
     settings = [(f"split: {name}", value) for name, value in _flat(numbers["run"]["split"])]
-    facts = [(name, value) for name, value in _flat(numbers["data"]) if not name.startswith("rows_of_labels")]
-    return table(head, rows) + _facts([*facts, *settings])
+    hidden = ("rows_of_labels", "sources")  # the first is the table above; the second repeats the hashes
+    facts = [(name, value) for name, value in _flat(numbers["data"]) if not name.startswith(hidden)]
+    counts = [(name, value) for name, value in facts if name.startswith("num_")]
+    whole = f"<details><summary>How it was read and split</summary>{_facts([*facts, *settings])}</details>"
+    return table(head, rows) + _facts(counts) + whole
 
 
 def _training(numbers: Numbers, charts: Mapping[str, str]) -> str:
