@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 # Most logits held at a time, for at least so many positions. On the CPU they should stay in its cache and in memory
 # that the C library keeps: blocks of over 32 MiB go back to the kernel and are cleared anew each time. With fewer
 # positions the time would go into adding to the gradient of the output matrix.
-LOGITS_AT_ONCE = {"cpu": (1 << 21, 192)}
+LOGITS_AT_ONCE = {"cpu": (1 << 21, 128)}
 LOGITS_ON_DEVICE = (1 << 24, 1)
 
 
