@@ -64,7 +64,7 @@ def load_pretrained(
     loader: Any = architecture
     config = _config_of(source, architecture, local)
     set_dropout(config, hidden_dropout, attention_dropout)
-    with _quiet():
+    with quiet_loading():
         try:
             model, info = loader.from_pretrained(
                 source,
@@ -128,7 +128,7 @@ def _not_loaded(source: str, local: bool, part: str, error: Exception | None) ->
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No report of transformers about what it leaves out: what matters is refused here."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
@@ -224,7 +224,7 @@ def _tokenizer_beside(name_or_path: str) -> Encoder | None:
     if local and not any((place / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        with _quiet():
+        with quiet_loading():
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(place) if local else name_or_path, local_files_only=local
             )

@@ -6,9 +6,8 @@ folded, how the answers of the rows are combined, the temperature, and for sever
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from lmscripts.checkpoint import checkpoint_step, list_checkpoints
 from lmscripts.classification.aggregate import AGGREGATES
 from lmscripts.errors import UserError
 from lmscripts.folding import FoldSettings
-from lmscripts.pretrained import set_dropout
+from lmscripts.pretrained import quiet_loading, set_dropout
 from lmscripts.run_folder import read_state
 from lmscripts.saved_models import find_model, weight_files
 from lmscripts.tokenization import Encoder, load_encoder
@@ -249,7 +247,7 @@ def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
             "architecture alone"
         )
     auto: Any = AutoModelForSequenceClassification
-    with _quiet():
+    with quiet_loading():
         try:
             model, info = auto.from_pretrained(
                 source.load_from,
@@ -280,17 +278,6 @@ def in_body(model: PreTrainedModel, name: str) -> bool:
 
 def _serves_head(model: PreTrainedModel, name: str) -> bool:
     return name.removeprefix(f"{model.base_model_prefix}.").startswith(_ALSO_NEW)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No report of transformers about heads; what matters is said or refused here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 # ---- a classifier's own folder -----------------------------------------------------------------------------------
