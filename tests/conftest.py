@@ -39,6 +39,21 @@ def launch(config, name, *arguments, processes=None, cwd=None, check=True, timeo
     return done
 
 
+def forget_accelerator():
+    """accelerate keeps one state for the whole process: what comes next may want another precision."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left():
+    """Tests run in any order, each as if it were the first."""
+    yield
+    forget_accelerator()
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
     """A folder for artefacts that several tests read and none changes."""

@@ -138,23 +138,18 @@ def test_the_copy_computes_with_its_own_weights_and_is_not_trained(kind):
 def test_a_prepared_and_compiled_objective_is_copied_with_its_precision():
     """Mixed precision replaces `forward` by a bound method: the copy's must be bound to the copy."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    try:
-        objective = Bert()
-        objective.compile(backend="eager")
-        Accelerator(cpu=True, mixed_precision="bf16").prepare(objective)
-        average = averaging.start(objective, 0.5)
-        copied = average.module
-        before = copied(IDS)
-        assert torch.equal(before, objective.eval()(IDS))
-        assert not torch.equal(before, type(copied).forward(copied, IDS))
-        for parameter in objective.parameters():
-            nn.init.zeros_(parameter)
-        assert torch.equal(copied(IDS), before)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    objective = Bert()
+    objective.compile(backend="eager")
+    Accelerator(cpu=True, mixed_precision="bf16").prepare(objective)
+    average = averaging.start(objective, 0.5)
+    copied = average.module
+    before = copied(IDS)
+    assert torch.equal(before, objective.eval()(IDS))
+    assert not torch.equal(before, type(copied).forward(copied, IDS))
+    for parameter in objective.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(copied(IDS), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,8 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT, launch, run_script
+from conftest import ROOT, forget_accelerator, launch, run_script
 from runs import kill_tree, same_bits, wait_for_step
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
@@ -105,8 +104,7 @@ def here(monkeypatch, capsys):
 
     def forget():
         gc.collect()  # of an earlier run, which would hold the lock of its folder
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerator()
 
     def call(*arguments, code=0):
         forget()
@@ -199,8 +197,9 @@ def test_every_test_document_stands_once_in_order_with_its_truth(trained, table)
     rows = predictions(trained[0])
     with sqlite3.connect(table.with_suffix(".sqlite")) as connection:
         sql = "SELECT d.doc_id, d.line, l.name FROM documents d JOIN document_labels USING (doc_id) "
-        sql += "JOIN labels l USING (label_id) JOIN split_members m USING (doc_id) WHERE m.part = 'test' ORDER BY 1"
-        expected = connection.execute(sql).fetchall()
+        sql += "JOIN labels l USING (label_id) JOIN split_members m USING (doc_id) JOIN runs r USING (split_id) "
+        sql += "WHERE m.part = 'test' AND r.run_id = ? ORDER BY 1"
+        expected = connection.execute(sql, (statistics(trained[0])["run"],)).fetchall()
     assert [(int(row["document"]), int(row["line"]), row["true_label"]) for row in rows] == expected
     names = [name for name in rows[0] if name.startswith("probability of ")]
     for row in rows:

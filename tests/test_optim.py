@@ -293,18 +293,11 @@ def test_muon_without_hidden_matrices_or_in_an_old_torch_is_refused(monkeypatch)
         build_optimizer("muon", Network(), **settings())
 
 
-@pytest.fixture
-def accelerator():
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_accelerate_prepares_every_optimizer(tmp_path, accelerator, name):
+def test_accelerate_prepares_every_optimizer(tmp_path, name):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
     plain, network = Network(), Network()
     train(plain, build_optimizer(name, plain, **settings()), range(6))
     optimizer = accelerator.prepare(build_optimizer(name, network, **settings()))

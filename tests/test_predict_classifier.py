@@ -131,6 +131,24 @@ def test_a_folder_of_another_tool_is_used_with_defaults_and_says_so(workspace, t
     assert len(done.stdout.splitlines()) == len(TEXTS) + 1
 
 
+def test_a_name_on_the_hub_answers_like_its_folder(workspace, tokenizer_dir, tmp_path, monkeypatch):
+    """From the cache, as without a network; nothing is read but what is there."""
+    from huggingface_hub import constants
+
+    commit = "0" * 40
+    place = tmp_path / "hub" / "models--someone--topics"
+    folder = build(place / "snapshots" / commit, tokenizer_dir, None)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    expected = predict("--model_dir", folder, "--input_file", tmp_path / "texts.txt")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert predict("--model_dir", "someone/topics", "--input_file", tmp_path / "texts.txt") == expected
+    (folder / "config.json").unlink()
+    arguments = ("--model_dir", "someone/topics", "--input_file", tmp_path / "texts.txt")
+    assert "neither a folder" in run_here(SCRIPT, *arguments, check=False).stderr
+
+
 def test_no_text_at_all_is_a_table_without_lines(model_dir):
     assert len(run_here(SCRIPT, "--model_dir", model_dir).stdout.splitlines()) == 1
 
