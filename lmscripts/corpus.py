@@ -214,6 +214,7 @@ def read_documents(
     document_per_line: bool = False,
     text_column: str = "text",
     on_bad_line: Literal["skip", "fail"] = "skip",
+    keep_spaces: bool = False,
 ) -> Iterator[list[str]]:
     """The documents of the spans in order, each a non-empty list of non-empty lines without surrounding white space.
 
@@ -223,6 +224,8 @@ def read_documents(
         document_per_line: in plain text, every line is a document.
         text_column: column or key of the text in tables.
         on_bad_line: what to do with a record that cannot be read: leave it out and count it, or stop.
+        keep_spaces: lines as they stand, with indentation and what is at their ends; in tables also the empty ones
+            between the first line with text and the last.
 
     Raises:
         UserError: a file in another encoding, damaged or cut off, or without the column.
@@ -231,12 +234,12 @@ def read_documents(
         if span.start == 0:
             report.num_files += 1
         if span.path.startswith(HUB):
-            documents = _hub_documents(span.path, text_column, report)
+            documents = _hub_documents(span.path, text_column, report, keep_spaces)
         elif format_of(span.path)[0] == "txt":
-            documents = _text_documents(span, document_per_line, report)
+            documents = _text_documents(span, document_per_line, report, keep_spaces)
         else:
             documents = (
-                record_lines(text, report, place)
+                record_lines(text, report, place, keep_spaces)
                 for text, place in read_records(span.path, text_column, on_bad_line, report)
             )
         for document in documents:
@@ -245,7 +248,7 @@ def read_documents(
                 yield piece
 
 
-def _text_documents(span: Span, document_per_line: bool, report: TextReport) -> Iterator[list[str]]:
+def _text_documents(span: Span, document_per_line: bool, report: TextReport, keep_spaces: bool) -> Iterator[list[str]]:
     """Documents of a plain (or compressed) text file, each cut where it passes MAX_DOCUMENT_BYTES."""
     check_encoding(span.path)
     number = 0  # complete lines before the present one, counted from the start of the span
@@ -265,15 +268,16 @@ def _text_documents(span: Span, document_per_line: bool, report: TextReport) -> 
                 report.count("byte_order_marks")
             if not ends:
                 report.count("long_lines_cut", 1, place)
-            text = clean_bytes(raw, report, place)
-            if text:
+            text = clean_bytes(raw, report, place, keep_spaces)
+            is_blank = not text.strip()
+            if not is_blank:
                 if size + len(raw) > MAX_DOCUMENT_BYTES and document:
                     report.count("long_documents_cut", 1, place)
                     yield document
                     document, size = [], 0
                 document.append(text)
                 size += len(raw)
-            is_document_end = ends and (document_per_line or (whole and not text))
+            is_document_end = ends and (document_per_line or (whole and is_blank))
             if is_document_end and document:
                 yield document
                 document, size = [], 0
@@ -314,7 +318,7 @@ def _bounded(document: list[str], report: TextReport) -> Iterator[list[str]]:
         yield piece
 
 
-def _hub_documents(name: str, text_column: str, report: TextReport) -> Iterator[list[str]]:
+def _hub_documents(name: str, text_column: str, report: TextReport, keep_spaces: bool) -> Iterator[list[str]]:
     """Documents of a data set on the Hub, streamed: `hub:NAME[:CONFIG][:SPLIT][:COLUMN]`."""
     import datasets
 
@@ -332,7 +336,7 @@ def _hub_documents(name: str, text_column: str, report: TextReport) -> Iterator[
                 )
             place = f"{name}:{number}"
             if isinstance(text := record.get(column), str) and text.strip():
-                yield record_lines(text, report, lambda place=place: place)  # type: ignore[misc]
+                yield record_lines(text, report, lambda place=place: place, keep_spaces)  # type: ignore[misc]
             else:
                 report.count("records_without_text", 1, lambda place=place: place)  # type: ignore[misc]
     except UserError:
@@ -342,14 +346,19 @@ def _hub_documents(name: str, text_column: str, report: TextReport) -> Iterator[
 
 
 def spread_sample(
-    paths: Sequence[str | Path], num_lines: int, *, document_per_line: bool = False, text_column: str = "text"
+    paths: Sequence[str | Path],
+    num_lines: int,
+    *,
+    document_per_line: bool = False,
+    text_column: str = "text",
+    keep_spaces: bool = False,
 ) -> list[str]:
     """Up to `num_lines` lines from about 200 places of the corpus, in its order; reads little more than these."""
     places = [spans for spans in plan_spans(paths, 200, document_per_line=document_per_line) if spans]
     lines: list[str] = []
     for number, spans in enumerate(places):
         end = len(lines) + (num_lines - len(lines)) // (len(places) - number)
-        options = {"document_per_line": document_per_line, "text_column": text_column}
+        options = {"document_per_line": document_per_line, "text_column": text_column, "keep_spaces": keep_spaces}
         for document in read_documents(spans, TextReport(), **options):  # type: ignore[arg-type]
             lines += document[: end - len(lines)]
             if len(lines) >= end:

@@ -53,8 +53,9 @@ class Source:
         max_documents: read no more than so many documents of the input.
         document_per_line: .txt files hold one document a line instead of one sentence.
         text_column: column of tables and JSON lines.
-        line_ends: "keep" encodes every line of a document but the last with its line feed, "drop" none; None keeps
-            them for a tokenizer without a mask token that gives line feeds back.
+        line_ends: "keep" encodes every line of a document as it stands, with the white space around it, and all but
+            the last with their line feed; "drop" encodes lines alone. None keeps for a tokenizer without a mask token
+            that gives line feeds back.
     """
 
     input_files: tuple[str, ...]
@@ -88,7 +89,7 @@ class Source:
                 f"--line_ends keep: the tokenizer in {encoder.folder} does not give a line feed back; take --line_ends "
                 "drop, or a tokenizer that was made with --objective causal"
             )
-        return options | {"line_ends": "keep"}
+        return options | {"line_ends": "keep", "spaces": "keep"}
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,13 @@ def describe_source(source: Source) -> Description:
     return Description(store_fingerprint(text["fingerprint"], encoder.fingerprint, options), text, tokenizer, options)
 
 
-def _documents(files: Sequence[Path], source: Source, report: TextReport) -> Iterator[Documents]:
+def _documents(files: Sequence[Path], source: Source, keep_spaces: bool, report: TextReport) -> Iterator[Documents]:
     documents = read_documents(
         [Span(str(path)) for path in files],
         report,
         document_per_line=source.document_per_line,
         text_column=source.text_column,
+        keep_spaces=keep_spaces,
     )
     return batches(islice(documents, source.max_documents))
 
@@ -168,14 +170,15 @@ def prepare_store(
     remove_leftovers(folder)
     report = TextReport()
     held_out = find_files(source.validation_files) if source.validation_files else None
+    keep_spaces = described.options.get("spaces") == "keep"
     return build_store(
         folder,
-        _documents(find_files(source.input_files), source, report),
+        _documents(find_files(source.input_files), source, keep_spaces, report),
         tokenizer_dir=source.tokenizer_dir,
         tokenizer_facts=described.tokenizer,
         source_facts=described.text,
         options=described.options,
-        validation_batches=None if held_out is None else _documents(held_out, source, report),
+        validation_batches=None if held_out is None else _documents(held_out, source, keep_spaces, report),
         num_workers=num_workers,
         text_report=report.as_dict,
         progress=progress,

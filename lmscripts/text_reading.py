@@ -202,18 +202,18 @@ def cut_position(line: bytes, limit: int) -> int:
     return cut
 
 
-def clean_bytes(raw: bytes, report: TextReport, place: Place) -> str:
+def clean_bytes(raw: bytes, report: TextReport, place: Place, keep_spaces: bool = False) -> str:
     """A line as text: decoded, without control characters and surrounding white space, repairs counted."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:
         text = raw.decode("utf-8", "replace")
         report.count("invalid_utf8_lines", 1, place)
-    return clean_text(text, report, place)
+    return clean_text(text, report, place, keep_spaces)
 
 
-def clean_text(text: str, report: TextReport, place: Place) -> str:
-    """A line without control characters and surrounding white space, repairs counted."""
+def clean_text(text: str, report: TextReport, place: Place, keep_spaces: bool = False) -> str:
+    """A line without control characters and (unless `keep_spaces`) surrounding white space, repairs counted."""
     if _CONTROL.search(text):
         if number := text.count("\0"):
             report.count("nul_characters", number, place)
@@ -221,11 +221,11 @@ def clean_text(text: str, report: TextReport, place: Place) -> str:
         text, number = _CONTROL.subn(" ", text)
         if number:
             report.count("control_characters", number, place)
-    return text.strip()
+    return text if keep_spaces else text.strip()
 
 
-def record_lines(text: str, report: TextReport, place: Place) -> list[str]:
-    """The clean, non-empty lines of one record's text."""
+def record_lines(text: str, report: TextReport, place: Place, keep_spaces: bool = False) -> list[str]:
+    """The clean lines of one record's text: those that are not empty, or with `keep_spaces` all from first to last."""
     if _SURROGATE.search(text):  # JSON may escape half a character, which no encoding can hold
         text = _SURROGATE.sub("\ufffd", text)
         report.count("invalid_utf8_lines", 1, place)
@@ -234,10 +234,13 @@ def record_lines(text: str, report: TextReport, place: Place) -> list[str]:
         if len(line) * 4 > MAX_LINE_BYTES and len(raw := line.encode()) > MAX_LINE_BYTES:
             for piece, ends in raw_lines(io.BytesIO(raw)):
                 report.count("long_lines_cut", 0 if ends else 1, place)
-                lines.append(clean_bytes(piece, report, place))
+                lines.append(clean_bytes(piece, report, place, keep_spaces))
         else:
-            lines.append(clean_text(line, report, place))
-    return [line for line in lines if line]
+            lines.append(clean_text(line, report, place, keep_spaces))
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    if keep_spaces:
+        return lines[filled[0] : filled[-1] + 1] if filled else []
+    return [lines[number] for number in filled]
 
 
 def read_records(

@@ -46,6 +46,7 @@ class SplitTask:
         document_per_line: see `read_documents`.
         text_column: see `read_documents`.
         on_bad_line: see `read_documents`.
+        keep_spaces: see `read_documents`.
     """
 
     index: int
@@ -57,6 +58,7 @@ class SplitTask:
     document_per_line: bool = False
     text_column: str = "text"
     on_bad_line: Literal["skip", "fail"] = "skip"
+    keep_spaces: bool = False
 
     @property
     def text_file(self) -> Path:
@@ -73,6 +75,7 @@ class SplitTask:
             "document_per_line": self.document_per_line,
             "text_column": self.text_column,
             "on_bad_line": self.on_bad_line,
+            "keep_spaces": self.keep_spaces,
         }
 
 
@@ -111,7 +114,7 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
     report, runs = TextReport(), Counter[str]()
     to_line = _line_writer(task, runs)
     aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
-    options = {"document_per_line": task.document_per_line, "text_column": task.text_column}
+    options = {name: getattr(task, name) for name in ("document_per_line", "text_column", "keep_spaces")}
     reported = 0
     try:
         with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:

@@ -40,7 +40,8 @@ class Options:
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence")
     text_column: str = option("text", help="column of tables and JSON lines that holds the text")
     line_ends: Literal["keep", "drop"] | None = option(
-        None, help="of a document: for the model to learn, or not; keep for a causal tokenizer, else drop"
+        None,
+        help="and white space around lines: for the model to learn or not; default: keep if the tokenizer is causal",
     )
     inspect: str | None = option(None, help="print counts and rows of this store, check its hashes, and exit")
 
@@ -99,7 +100,7 @@ def build(options: Options) -> None:
     family = "bert"
     if store.manifest["options"].get("line_ends") == "keep":
         family = "gpt2"
-        print("the line feeds between the lines of a document are in the store")
+        print("lines are in the store as they stand, with their white space and line feeds")
     print(
         f"next: python scripts/run_pretraining.py --dataset_dir {output} --model_type {family}-tiny "
         f"--model_dir runs/{family}"

@@ -236,7 +236,7 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
     target, model = Path(options.model_dir), Path(options.from_sentencepiece)
     paths = find_files(options.input_file) if options.input_file else []
     per_line = options.document_format == "line"
-    reading = {"document_per_line": per_line, "text_column": options.text_column}
+    reading = {"document_per_line": per_line, "text_column": options.text_column, "keep_spaces": True}
     lines = spread_sample(paths, CHECKED_LINES, **reading) if paths else []
     length = options.model_max_length if origins["model_max_length"] != "default" else None
     with replaced_folder(target, options.overwrite) as aside:
@@ -287,11 +287,12 @@ def run(options: Options, origins: dict[str, str]) -> None:
     spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line)
     segmented = needs_words(options.tokenizer_type, words)
     with splits_folder(target, options.intermediate_dir) as folder:
-        reading = (per_line, options.text_column, options.on_bad_line)
+        reading = (per_line, options.text_column, options.on_bad_line, causal)
         tasks = [SplitTask(i, tuple(part), folder, source, words, segmented, *reading) for i, part in enumerate(spans)]
         report = segment(tasks, workers, paths)
         trained = train(options, tasks, settings)
-    lines = spread_sample(paths, MEASURED_LINES, document_per_line=per_line, text_column=options.text_column)
+    form = {"document_per_line": per_line, "text_column": options.text_column, "keep_spaces": causal}
+    lines = spread_sample(paths, MEASURED_LINES, **form)
     record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": settings.facts()}
     del record["text"]["examples"]  # names of files
     length = options.model_max_length

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from lmscripts import text_reading
 from lmscripts.corpus import (
     Span,
     TextReport,
@@ -234,8 +235,6 @@ def test_line_ends(tmp_path, line_end):
 
 
 def test_line_ends_across_blocks(tmp_path, monkeypatch):
-    from lmscripts import text_reading
-
     path = write(tmp_path / "a.txt", TEXT.replace("\n", "\r\n"))
     for limit in (50, 51, 52, 53):
         with path.open("rb") as file:
@@ -341,3 +340,31 @@ def test_user_errors_end_in_one_sentence(capsys, error, sentence):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), user_errors():
         _ = 1 // 0
+
+
+CODE = "def f(x):\n    if x:\n        return 1  \n\n\n\treturn\u30002"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_white_space_is_kept_where_it_is_asked_for(tmp_path, keep):
+    """Indentation, line ends and empty lines are part of what a causal model learns; masked ones read sentences."""
+    record = tmp_path / "code.jsonl"
+    record.write_text(json.dumps({"text": f"\n \n{CODE}\n\n"}) + "\n" + json.dumps({"text": " \n "}) + "\n")
+    plain = tmp_path / "code.txt"
+    plain.write_bytes(CODE.replace("\n\n\n", "\n \t\n").encode() + b"\n")
+    lines = CODE.split("\n")
+    if keep:
+        assert read(record, keep_spaces=True) == [lines]
+        assert read(plain, keep_spaces=True) == [lines[:3], lines[5:]]  # a blank line ends a document of a text file
+        assert spread_sample([record, plain], 99, keep_spaces=True) == [*lines, *lines[:3], *lines[5:]]
+    else:
+        stripped = ["def f(x):", "if x:", "return 1", "return\u30002"]
+        assert read(record) == [stripped]
+        assert read(plain) == [stripped[:3], stripped[3:]]
+
+
+def test_a_long_line_that_is_cut_keeps_its_spaces(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_reading.raw_lines, "__defaults__", (None, 64))
+    line = "  " + "word " * 40 + " "
+    (tmp_path / "long.txt").write_text(line + "\n")
+    assert "".join(read(tmp_path / "long.txt", keep_spaces=True)[0]) == line
