@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,11 +17,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def run_script(name, *arguments, cwd=None, check=True, timeout=300, env=None, prefix=()):
-    """Run scripts/NAME as a user would; returns the finished process with its output."""
+    """Run scripts/NAME as a user would; returns the finished process with its output.
+
+    Where nothing in front of it and no environment asks for a Python of its own, it is forked from one that has torch
+    and transformers loaded.
+    """
     command = [*prefix, sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
-    )
+    if env or prefix:
+        whole = {**os.environ, **(env or {})}
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=whole)
+    else:
+        done = forked.run(command, cwd, os.environ, timeout)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
