@@ -6,6 +6,7 @@ environment counts while torch is imported, and those that are killed, are start
 
 import array
 import gc
+import importlib
 import json
 import os
 import random
@@ -87,19 +88,14 @@ def _serve(connection):
         connection.sendall(status.to_bytes(4, "little", signed=True))
 
 
+# What every script that computes imports; nothing of this project, and nothing that starts a thread.
+_PRELOADED = ("torch._dynamo", "accelerate", "transformers.models.auto.modeling_auto")
+_MODELS = ("bert", "electra", "gpt2", "roberta")
+
+
 def _preload():
-    """What every script that computes imports; nothing of this project, and nothing that starts a thread."""
-    import accelerate
-    import torch._dynamo
-    import transformers.models.auto.modeling_auto
-    from transformers import (  # noqa: F401
-        AutoTokenizer,
-        BertForMaskedLM,
-        ElectraForPreTraining,
-        GPT2LMHeadModel,
-        PreTrainedTokenizerFast,
-        RobertaForMaskedLM,
-    )
+    for name in (*_PRELOADED, *(f"transformers.models.{model}.modeling_{model}" for model in _MODELS)):
+        importlib.import_module(name)
 
 
 if __name__ == "__main__":
