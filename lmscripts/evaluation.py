@@ -8,14 +8,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lmscripts.corpus import HUB
+from lmscripts.corpus import HUB, Span, read_documents
 from lmscripts.distributed import sum_over_processes
 from lmscripts.errors import UserError
+from lmscripts.files import file_sha256
 from lmscripts.loader import to_device
 from lmscripts.preparation import Source, prepare_beside
 from lmscripts.text_reading import check_encoding, format_of, open_binary, read_records, reading
@@ -24,12 +25,15 @@ from lmscripts.token_store import TokenStore
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from numpy.typing import NDArray
 
     from lmscripts.objectives import Batch, Objective
 
     # Rows of the given numbers as a batch with its counts.
-    MakeBatch = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]]], tuple[Batch, dict[str, float]]]
+    MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
 Progress = Callable[[int, int], None]  # passes done, passes in all
+TEXT_COLUMN = "text"  # of tables and JSON lines where none is named
+SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.packing` makes no rows of text
 
 
 def sum_over_batches(
@@ -141,6 +145,37 @@ def sums_and_counts(
 
 
 # ---- text --------------------------------------------------------------------------------------------------------
+
+
+def text_facts(files: Sequence[Path], text_column: str | None, document_per_line: bool) -> list[dict[str, Any]]:
+    """Name, bytes (see `raw_text_bytes`) and sha256 of each file of a text.
+
+    Args:
+        files: from `find_files`.
+        text_column: of tables and JSON lines, if one was named.
+        document_per_line: whether .txt files were said to hold one document a line.
+
+    Raises:
+        UserError: a file that is given twice, an option without effect on these files, or not one document.
+    """
+    known: dict[tuple[int, int], Path] = {}
+    for path in files:
+        if not str(path).startswith(HUB):
+            status = path.stat()
+            if (other := known.setdefault((status.st_dev, status.st_ino), path)) is not path:
+                raise UserError(f"{other} and {path} are the same file, whose text would count twice: give it once")
+    are_text = [format_of(path)[0] == "txt" for path in files]
+    if text_column is not None and all(are_text):
+        raise UserError(f"--text_column {text_column} has no effect: only .txt files are given, which have no columns")
+    if document_per_line and not any(are_text):
+        raise UserError("--document_per_line has no effect: no .txt file is given, and a record is a document")
+    column = text_column or TEXT_COLUMN
+    sizes, report = raw_text_bytes(files, column), TextReport()
+    spans = [Span(str(path)) for path in files]
+    if next(read_documents(spans, report, document_per_line=document_per_line, text_column=column), None) is None:
+        told = "; ".join(["not one line that is not empty", *report.sentences()[1:]])
+        raise UserError(f"{' '.join(map(str, files))} holds no text: {sum(sizes)} bytes, {told}")
+    return [{"file": p.name, "bytes": size, "sha256": file_sha256(p)} for p, size in zip(files, sizes, strict=True)]
 
 
 def raw_text_bytes(files: Sequence[Path], text_column: str) -> list[int]:

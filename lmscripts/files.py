@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, naming
 
 _HOST = re.sub(r"\W", "_", socket.gethostname())
 
@@ -27,16 +28,54 @@ def file_sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that an earlier one is never half overwritten."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    """Write a text file aside and rename it, so that an earlier one is never half overwritten.
+
+    Of a link the file that it stands for is written. An earlier file keeps its mode, a new one gets the usual one. Half
+    characters, which stand for the bytes of names that are not UTF-8, are escaped by a backslash, as JSON does it too.
+
+    Raises:
+        UserError: there is something that is no file.
+    """
+    aside, place, mode = _beside(path)
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with naming(path), open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(aside, place)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Try out what `write_text` will do: better said now than after hours.
+
+    Raises:
+        UserError: there is something that is no file, or none can be made.
+    """
+    try:
+        aside = _beside(path)[0]
+        aside.touch(exist_ok=False)
+        aside.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _beside(path: Path) -> tuple[Path, Path, int | None]:
+    """A new name beside a file, the file with links followed, and its mode if there is one."""
+    place = Path(os.path.realpath(path))
+    # Not the whole name, which may be as long as a name can be.
+    aside = place.with_name(f".{place.name[:40]}.{uuid.uuid4().hex[:8]}")
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return aside, place, None
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, a pipe or a socket"
+        raise UserError(f"{path} is {what}, not a file: give the name of a file")
+    return aside, place, stat.S_IMODE(status.st_mode)
 
 
 def sync_folder(folder: Path) -> None:

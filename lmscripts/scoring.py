@@ -24,113 +24,39 @@ from lmscripts.objectives import CORRUPTION
 from lmscripts.packing import PackedRows
 from lmscripts.pretraining import PretrainingData, mlm_masking
 from lmscripts.token_store import Part
+from lmscripts.windows import slide, window_rows
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from accelerate import Accelerator
 
+    from lmscripts.evaluation import MakeBatch
+
 LOGITS_AT_ONCE = 1 << 26
-_LENGTH_STEP = 16  # rows are padded to a multiple of this, so that rows of similar lengths share a batch
 
 
 def no_progress(done: int, passes: int) -> None:
     """Say nothing."""
 
 
-# ---- causal: sliding windows -------------------------------------------------------------------------------------
+def unknown_id(tokenizer: Any) -> int:
+    """Id of the token that stands for what a tokenizer does not know; -1 where there is none.
 
-
-@dataclass(frozen=True)
-class Windows:
-    """W windows over documents, those of one padded length side by side, the longest first.
-
-    A document of n tokens has n + 1 positions: its inputs are the begin token and its tokens, its targets the tokens
-    and the end token.
-
-    Attributes:
-        document: (W,) which document.
-        start: (W,) first position in the document.
-        length: (W,) positions.
-        scored_from: (W,) positions of the window that only give context.
-        padded: (W,) length with padding.
-    """
-
-    document: NDArray[np.int64]
-    start: NDArray[np.int64]
-    length: NDArray[np.int64]
-    scored_from: NDArray[np.int64]
-    padded: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return int(self.document.size)
-
-
-def slide(part: Part, block_size: int, stride: int) -> Windows:
-    """Windows of `block_size` positions that begin every `stride` positions; each target is scored exactly once.
-
-    All of the first window is scored, of every further one what no earlier window reached: with at least
-    block_size - stride positions before it.
-
-    Raises:
-        UserError: the stride is not in [1, block_size].
-    """
-    if not 1 <= stride <= block_size:
-        raise UserError(f"--stride must lie between 1 and --block_size {block_size}, got {stride}")
-    positions = np.diff(part.document_tokens) + 1
-    count = 1 + np.maximum(0, -(-(positions - block_size) // stride))
-    document = np.repeat(np.arange(positions.size), count)
-    number = expand_ranges(np.zeros_like(count), count)
-    start = number * stride
-    length = np.minimum(block_size, positions[document] - start)
-    padded = np.minimum(block_size, -(-length // _LENGTH_STEP) * _LENGTH_STEP)
-    scored_from = np.where(number == 0, 0, block_size - stride)
-    order = np.argsort(-padded, kind="stable")
-    return Windows(*(values[order] for values in (document, start, length, scored_from, padded)))
-
-
-def batches_of_equal_length(lengths: NDArray[np.int64], positions: int, most_rows: int) -> list[tuple[int, int]]:
-    """Cut rows into batches of one length each.
+    GPT-2's own names its end token as the unknown one, too, but builds every text from bytes and never gives it.
 
     Args:
-        lengths: (N,) of the rows, equal ones side by side.
-        positions: of a batch, at most; one row is always taken.
-        most_rows: of a batch.
-
-    Returns:
-        First and last + 1 row of each batch.
+        tokenizer: from transformers.
     """
-    ends = np.append(np.flatnonzero(np.diff(lengths)) + 1, lengths.size).tolist() if lengths.size else []
-    batches, begin = [], 0
-    for end in ends:
-        rows = max(1, min(positions // int(lengths[begin]), most_rows))
-        batches += [(at, min(end, at + rows)) for at in range(begin, end, rows)]
-        begin = end
-    return batches
+    number = tokenizer.unk_token_id
+    if number is None:
+        return -1
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return -1 if number in ends and getattr(model, "unk_token", "") is None else int(number)
 
 
-def window_rows(
-    part: Part, windows: Windows, first: int, last: int, begin_id: int, end_id: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The windows [first, last), of one padded length T, as rows.
-
-    Returns:
-        (B, T) inputs, padded with the end token; (N,) flat positions that are scored, in order; (N,) their targets.
-    """
-    some = slice(first, last)
-    width = int(windows.padded[first])
-    at = np.arange(width)
-    document, start, length = windows.document[some, None], windows.start[some, None], windows.length[some, None]
-    place = start + at  # position in the document
-    offset = part.document_tokens[document]
-    size = part.document_tokens[document + 1] - offset
-    most = max(0, part.tokens.size - 1)
-    tokens = part.tokens if part.tokens.size else np.zeros(1, np.int64)
-    inputs = np.where(place == 0, begin_id, tokens[np.clip(offset + place - 1, 0, most)].astype(np.int64))
-    targets = np.where(place == size, end_id, tokens[np.clip(offset + place, 0, most)].astype(np.int64))
-    inputs = np.where(at < length, inputs, end_id)
-    scored = np.flatnonzero((at >= windows.scored_from[some, None]) & (at < length))
-    return inputs, scored, targets.reshape(-1)[scored]
+# ---- causal: sliding windows -------------------------------------------------------------------------------------
 
 
 def score_causal(
@@ -142,6 +68,7 @@ def score_causal(
     block_size: int,
     stride: int,
     batch_size: int,
+    unknown_id: int = -1,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Score every token and the end of every document of a part of a store, each once, each document by itself.
@@ -154,11 +81,12 @@ def score_causal(
         block_size: positions of a window.
         stride: positions from one window to the next.
         batch_size: windows of full length in a forward pass; of shorter ones more are taken.
+        unknown_id: from `unknown_id`; -1 for none.
         progress: called after each forward pass.
 
     Returns:
-        "nats": sum of cross-entropies; "correct": targets with the highest logit; "targets"; "windows"; in float64, the
-        same bits for any number of processes.
+        "nats": sum of cross-entropies; "correct": targets with the highest logit; "targets"; "windows"; "unknown":
+        targets that the tokenizer does not know; in float64, the same bits for any number of processes.
     """
     windows = slide(part, block_size, stride)
     separate_head = has_separate_head(model)
@@ -166,7 +94,7 @@ def score_causal(
     most_rows = len(windows)
     if not separate_head:
         most_rows = max(1, LOGITS_AT_ONCE // (block_size * vocabulary))
-    batches = batches_of_equal_length(windows.padded, batch_size * block_size, most_rows)
+    batches = windows.batches(batch_size * block_size, most_rows)
 
     def measure(number: int) -> dict[str, float]:
         inputs, scored, targets = window_rows(part, windows, *batches[number], *boundary)
@@ -182,7 +110,8 @@ def score_causal(
             logits = model(input_ids=ids, use_cache=False).logits
             found.append(_nats_and_correct(logits.flatten(0, 1).index_select(0, places), wanted))
         nats, correct = (sum(values) for values in zip(*found, strict=True))
-        return {"nats": nats, "correct": correct, "targets": float(places.numel()), "windows": float(len(inputs))}
+        sizes = {"targets": float(targets.size), "windows": float(len(inputs))}
+        return {"nats": nats, "correct": correct, **sizes, "unknown": float(np.count_nonzero(targets == unknown_id))}
 
     with torch.no_grad(), accelerator.autocast():
         totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
@@ -272,6 +201,7 @@ def score_pseudo(
     block_size: int,
     batch_size: int,
     most_documents: int | None = None,
+    unknown_id: int = -1,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
     """Pseudo-log-likelihood (arXiv:1910.14659, section 2.3): every token is masked once and predicted from all others.
@@ -288,10 +218,11 @@ def score_pseudo(
         block_size: tokens of a row with [CLS] and [SEP], at most.
         batch_size: rows of full length in a forward pass; of shorter ones more are taken.
         most_documents: score only the first documents.
+        unknown_id: from `unknown_id`; -1 for none.
         progress: called after each forward pass.
 
     Returns:
-        "nats": the pseudo-log-likelihood with the sign of a loss; "correct"; "targets": tokens; float64.
+        "nats": the pseudo-log-likelihood with the sign of a loss; "correct"; "targets": tokens; "unknown"; in float64.
     """
     pieces = cut(part, block_size - 2, most_documents)
     head: Any = model.get_output_embeddings()
@@ -313,7 +244,8 @@ def score_pseudo(
         positions = torch.arange(length + 2, device=inputs.device).expand_as(inputs)
         hidden = family.encode(model, inputs, positions, {"attention_mask": None}, slots)
         nats, correct = _nats_and_correct(family.predict(model, hidden), wanted)
-        return {"nats": nats, "correct": correct, "targets": float(row.size)}
+        unknown = np.count_nonzero(targets == unknown_id)
+        return {"nats": nats, "correct": correct, "targets": float(row.size), "unknown": float(unknown)}
 
     with torch.no_grad(), accelerator.autocast():
         totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
@@ -339,6 +271,7 @@ def score_masks(
     unit: Unit,
     probability: float,
     batch_size: int,
+    unknown_id: int = -1,
     progress: Progress = no_progress,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What an objective with masks measures on all rows of a text, masked as the held-out rows of a training run are.
@@ -351,10 +284,11 @@ def score_masks(
         unit: what is masked as a whole.
         probability: share of the tokens to predict.
         batch_size: rows of a forward pass; fewer where their logits would be too many.
+        unknown_id: from `unknown_id`; -1 for none.
         progress: called after each forward pass.
 
     Returns:
-        The objective's metrics, and the counts of its targets.
+        The objective's metrics, and its counts; "unknown": masked tokens that the tokenizer does not know.
 
     Raises:
         UserError: the text is so short that no token of it is masked.
@@ -376,7 +310,8 @@ def score_masks(
         most_eval_rows=rows.num_rows,
         pin_memory=accelerator.device.type == "cuda",
     )
-    found = sums_and_counts(accelerator, objective, data.eval_batch, rows.num_rows, at_once, progress=progress)
+    make_batch = _counting_unknown(data.eval_batch, unknown_id)
+    found = sums_and_counts(accelerator, objective, make_batch, rows.num_rows, at_once, progress=progress)
     sums, counts = found or ({}, {})
     if not counts.get("mlm"):
         raise UserError(
@@ -384,3 +319,13 @@ def score_masks(
             "more text"
         )
     return objective.metrics(sums, counts), counts
+
+
+def _counting_unknown(make_batch: MakeBatch, unknown_id: int) -> MakeBatch:
+    """The same batches, with the number of masked tokens that have this id among their counts."""
+
+    def counting(numbers: NDArray[np.int64]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        batch, counts = make_batch(numbers)
+        return batch, counts | {"unknown": float(batch["weights"][batch["labels"] == unknown_id].sum())}
+
+    return counting

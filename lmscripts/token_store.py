@@ -394,5 +394,5 @@ def build_store(
             "text": text_report(),
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
-        (aside / "manifest.json").write_text(text, encoding="utf-8")
+        (aside / "manifest.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     return open_store(folder)

@@ -9,7 +9,7 @@ Runs under `accelerate launch` too. A model without trained weights is refused, 
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import signal
 import sys
@@ -18,18 +18,19 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 from lmscripts.config import option, parse_options
 from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.files import file_sha256, write_text
+from lmscripts.files import write_text
 from lmscripts.option_checks import check_numbers, check_useless
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from lmscripts.preparation import Source
     from lmscripts.saved_models import SavedModel
-    from lmscripts.token_store import Part
+    from lmscripts.token_store import Part, TokenStore
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Options:
     require_trained: bool = option(False, help="make it an error if the model was never trained")
 
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence", group="text")
-    text_column: str = option("text", help="column of tables and JSON lines that holds the text", group="text")
+    text_column: str | None = option(None, help="column of tables and JSON lines; default: text", group="text")
     line_ends: Literal["keep", "drop"] | None = option(
         None, help="causal: line feeds between the lines of a document; default: as prepare_corpus.py", group="text"
     )
@@ -94,12 +95,17 @@ def evaluate(options: Options) -> None:
     """Load and check everything, score, then print and write the result; ends the process."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, stop)
-    output = open_output(options.output_file)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show costs no result
+    from lmscripts.corpus import find_files
+    from lmscripts.evaluation_result import check_output
+
+    files = find_files(options.input_file)
+    output = check_output(options.output_file, files)
     import torch
     from transformers import AutoTokenizer, logging
 
     from lmscripts import distributed, evaluation, saved_models
-    from lmscripts.preparation import Source
     from lmscripts.pretraining import open_family_rows
     from lmscripts.tracking import versions
 
@@ -107,7 +113,7 @@ def evaluate(options: Options) -> None:
     logging.disable_progress_bar()
     if options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--precision fp16 needs a GPU, and this machine shows none: take fp32 or bf16")
-    files, text = read_text(options)
+    text = evaluation.text_facts(files, options.text_column, options.document_per_line)
     saved = saved_models.open_model(options.model_dir, options.generator_dir, options.tokenizer_dir)
     chosen = choose(options, saved)
     if saved.untrained and options.require_trained:
@@ -115,15 +121,7 @@ def evaluate(options: Options) -> None:
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
 
-    source = Source(
-        tuple(map(str, files)),
-        saved.encoder.folder,
-        validation_fraction=0.0,
-        document_per_line=options.document_per_line,
-        text_column=options.text_column,
-        line_ends=options.line_ends if saved.kind == "causal" else "drop",
-    )
-    with evaluation.temporary_store(source, options.num_workers) as store:
+    with evaluation.temporary_store(source_of(options, files, saved), options.num_workers) as store:
         tokenizer, rows = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True), None
         if saved.kind != "causal":
             rows = open_family_rows(store, "train", saved.family, tokenizer, chosen["block_size"], "isolated")
@@ -132,7 +130,8 @@ def evaluate(options: Options) -> None:
             torch.set_num_threads(options.cpu_threads)
             device = f"cpu, {options.cpu_threads} thread{'s' * (options.cpu_threads > 1)} per process"
         distributed.check_agreement({"the text": store.fingerprint, "the model": saved.weights, "options": chosen})
-        accelerator.print("".join(f"{notice}\n" for notice in saved.notices), end="", flush=True)
+        if accelerator.is_main_process:
+            say("\n".join([*saved.notices, *notices(options, store)]))
         for model in saved.models.values():
             model.to(accelerator.device)
         counts = {name: store.manifest["parts"]["train"][name] for name in ("documents", "tokens", "text_bytes")}
@@ -140,12 +139,12 @@ def evaluate(options: Options) -> None:
         score = score_causal if saved.kind == "causal" else score_masked
         metrics, found = score(accelerator, saved, (store.part("train"), rows, tokenizer), chosen, counts)
         check_finite(saved, metrics, options.precision)
-        chosen["line_ends"] = store.manifest["options"].get("line_ends", "drop")
+        chosen["line_ends"], read = store.manifest["options"].get("line_ends", "drop"), store.manifest["text"]
     result = {"model": describe(saved), "untrained": bool(saved.untrained), "untrained_because": saved.untrained}
     result |= {"text": text, "metrics": metrics, "counts": counts | found, "options": chosen}
-    result["versions"] = versions() | {"device": device}
+    result |= {"text_report": read, "versions": versions() | {"device": device}}
     if accelerator.is_main_process:
-        report(result, saved, output)
+        report(result, output)
     accelerator.wait_for_everyone()
     leave(0)
 
@@ -166,48 +165,22 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
 # ---- what is asked for -------------------------------------------------------------------------------------------
 
 
-def open_output(name: str | None) -> Path | None:
-    """The file for the result, where one can be written: better said now than after hours."""
-    if name is None:
-        return None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise UserError(f"--output_file {path} is a folder: give the name of a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output_file {path} cannot be written: {path.parent} is no folder that may be written to")
-    return path
-
-
-def read_text(options: Options) -> tuple[list[Path], list[dict[str, Any]]]:
-    """The files with their sizes and hashes; refuses a text without a document."""
-    from lmscripts.corpus import Span, TextReport, find_files, read_documents
-    from lmscripts.evaluation import raw_text_bytes
-
-    files = find_files(options.input_file)
-    sizes = raw_text_bytes(files, options.text_column)
-    spans = [Span(str(path)) for path in files]
-    form: dict[str, Any] = {"document_per_line": options.document_per_line, "text_column": options.text_column}
-    if next(read_documents(spans, TextReport(), **form), None) is None:
-        raise UserError(
-            f"{' '.join(map(str, files))} holds no text: {sum(sizes)} bytes, not one line that is not empty"
-        )
-    facts = [
-        {"file": path.name, "bytes": size, "sha256": file_sha256(path)} for path, size in zip(files, sizes, strict=True)
-    ]
-    return files, facts
-
-
 def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     """The options that decide the numbers, with defaults filled in; refuses those without effect on this model."""
+    from lmscripts import evaluation
+
     kinds = {"causal": "a causal model", "masked": "a masked language model", "electra": "ELECTRA's pair"}
     why = f"on {kinds[saved.kind]} ({saved.model_type})"
     given, chosen = vars(options), {"batch_size": options.batch_size, "precision": options.precision}
-    chosen |= {name: given[name] for name in ("document_per_line", "text_column")}
+    chosen |= {"document_per_line": options.document_per_line}
+    chosen |= {"text_column": options.text_column or evaluation.TEXT_COLUMN}
     chosen["block_size"] = size = options.block_size or saved.longest
     if size is None:
         raise UserError(f"the configuration of {saved.name} does not say its longest input: give --block_size")
     if saved.longest is not None and size > saved.longest:
         raise UserError(f"--block_size {size} is longer than the {saved.longest} positions of {saved.name}")
+    if saved.kind != "causal" and size < evaluation.SHORTEST_ROW:
+        raise UserError(f"--block_size {size} is too short {why}: it must be at least {evaluation.SHORTEST_ROW}")
     if options.pseudo_perplexity and saved.kind != "masked":
         raise UserError(f"--pseudo_perplexity has no effect {why}: it is for one masked language model")
     if saved.kind == "causal":
@@ -219,6 +192,21 @@ def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     check_useless(given, why, "stride", "line_ends")
     chosen |= {"mask_unit": options.mask_unit or "token", "mask_probability": options.mask_probability or 0.15}
     return chosen | {name: given[name] for name in ("pseudo_perplexity", "max_documents")}
+
+
+def source_of(options: Options, files: list[Path], saved: SavedModel) -> Source:
+    """The text, all of it, as the model reads it."""
+    from lmscripts.evaluation import TEXT_COLUMN
+    from lmscripts.preparation import Source
+
+    return Source(
+        tuple(map(str, files)),
+        saved.encoder.folder,
+        validation_fraction=0.0,
+        document_per_line=options.document_per_line,
+        text_column=options.text_column or TEXT_COLUMN,
+        line_ends=options.line_ends if saved.kind == "causal" else "drop",
+    )
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------
@@ -236,13 +224,13 @@ def score_causal(
     from lmscripts.causal import boundary_ids
 
     part, _, tokenizer = opened
-    sizes = {name: chosen[name] for name in ("block_size", "stride", "batch_size")}
-    progress = Progress(accelerator, "windows")
-    totals = scoring.score_causal(
-        accelerator, saved.models[""], part, boundary_ids(tokenizer), **sizes, progress=progress
-    )
+    settings = {name: chosen[name] for name in ("block_size", "stride", "batch_size")}
+    settings |= {"unknown_id": scoring.unknown_id(tokenizer), "progress": Progress(accelerator, "windows")}
+    totals = scoring.score_causal(accelerator, saved.models[""], part, boundary_ids(tokenizer), **settings)
     found = {name: int(totals[name]) for name in ("targets", "windows")}
-    return scoring.per_text(totals, int(counts["raw_bytes"]), int(counts["text_bytes"])), found
+    found["unknown_tokens"] = int(totals["unknown"])
+    metrics = scoring.per_text(totals, int(counts["raw_bytes"]), int(counts["text_bytes"]))
+    return metrics | {"unknown_share": totals["unknown"] / totals["targets"]}, found
 
 
 def score_masked(
@@ -257,20 +245,23 @@ def score_masked(
         objective = objectives.build("electra", saved.models, "sdpa")
     else:
         objective = objectives.MaskedLanguageModel(saved.models[""], saved.family, "sdpa")
+    settings = {"batch_size": chosen["batch_size"], "unknown_id": scoring.unknown_id(tokenizer)}
     masks = {"unit": chosen["mask_unit"], "probability": chosen["mask_probability"]}
-    masks |= {"batch_size": chosen["batch_size"], "progress": Progress(accelerator, "rows")}
+    masks |= {**settings, "progress": Progress(accelerator, "rows")}
     metrics, targets = scoring.score_masks(accelerator, objective, rows, tokenizer, **masks)
+    metrics["unknown_share"] = targets["unknown"] / targets["mlm"]
     found: Numbers = {"rows": rows.num_rows, "masked": int(targets["mlm"])}
+    found["unknown_tokens"] = int(targets["unknown"])
     if saved.kind == "electra":
         found["judged"] = int(targets["rtd"])
     if chosen["pseudo_perplexity"]:
-        sizes = {"block_size": chosen["block_size"], "batch_size": chosen["batch_size"]}
-        sizes |= {"most_documents": chosen["max_documents"], "progress": Progress(accelerator, "masks")}
+        sizes = {**settings, "block_size": chosen["block_size"], "progress": Progress(accelerator, "masks")}
+        sizes |= {"most_documents": chosen["max_documents"]}
         objective.eval()
         model = (objective.family, saved.models[""])
         totals = scoring.score_pseudo(accelerator, *model, part, special_ids(tokenizer), **sizes)
         metrics |= scoring.pseudo_metrics(totals)
-        found["pseudo_tokens"] = int(totals["targets"])
+        found |= {"pseudo_tokens": int(totals["targets"]), "pseudo_unknown_tokens": int(totals["unknown"])}
     return metrics, found
 
 
@@ -295,7 +286,30 @@ class Progress:
                 self.bar.close()
         elif time.monotonic() - self.said > 10:
             self.said = time.monotonic()
-            print(f"{self.what}: {done:,} of {passes:,} forward passes", file=sys.stderr, flush=True)
+            say(f"{self.what}: {done:,} of {passes:,} forward passes", sys.stderr)
+
+
+def notices(options: Options, store: TokenStore) -> list[str]:
+    """What is to be known before the numbers: the precision, and what was read and repaired of the text."""
+    from lmscripts.text_report import TextReport
+
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    said = TextReport.from_dict(store.manifest["text"]).sentences()
+    if launched in ("no", options.precision):
+        return said
+    return [
+        f"the launch says mixed precision {launched}; the numbers are those of --precision {options.precision}",
+        *said,
+    ]
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print at once; a reader that has gone (`| head`) costs no result."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- the result --------------------------------------------------------------------------------------------------
@@ -317,33 +331,17 @@ def check_finite(saved: SavedModel, metrics: Numbers, precision: str) -> None:
             raise UserError(f"{name} of {saved.name} is {value}: damaged weights, or {precision} is too coarse")
 
 
-def report(result: dict[str, Any], saved: SavedModel, output: Path | None) -> None:
-    """Print the result and write it down."""
-    print(table(result, saved))
+def report(result: dict[str, Any], output: Path | None) -> None:
+    """Write the result down, then print it: also where it cannot be written, and where nobody reads what is printed."""
+    from lmscripts.evaluation_result import as_json, remarks, table
+
+    try:
+        if output is not None:
+            write_text(output, as_json(result))
+    finally:
+        say("\n".join([table(result), *remarks(result)]))
     if output is not None:
-        write_text(output, json.dumps(result, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-        print(f"the numbers are in {output}")
-
-
-def table(result: dict[str, Any], saved: SavedModel) -> str:
-    """The result for people."""
-    step = "" if saved.step is None else f", step {saved.step:,}"
-    size = sum(file["bytes"] for file in result["text"])
-    lines = [("model", f"{saved.name}: {saved.model_type}{step}, {result['model']['parameters']:,} parameters")]
-    lines += [(f"  {name}", f"sha256 {digest}") for name, digest in saved.weights.items()]
-    lines += [("tokenizer", saved.encoder.description)]
-    lines += [("text", f"{len(result['text'])} files, {size:,} bytes")]
-    lines += [("options", ", ".join(f"{name} {value}" for name, value in result["options"].items()))]
-    lines += [(name.replace("_", " "), f"{count:,}") for name, count in result["counts"].items()]
-    shares = ("accuracy", "precision", "recall")
-    for name, value in result["metrics"].items():
-        lines.append((name.replace("_", " "), f"{value:.2%}" if name.endswith(shares) else f"{value:.4f}"))
-    if saved.untrained:
-        lines.append(
-            ("UNTRAINED", f"THIS MODEL WAS NEVER TRAINED; the numbers are chance: {'; '.join(saved.untrained)}")
-        )
-    width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+        say(f"the numbers are in {output}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from runs import log_of
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 BLOCK = 64
+EARLIER = json.dumps({"format": "lmscripts evaluation"})  # a result that may be replaced
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_causal_figures_equal_plain_transformers_document_by_document(gpt2, text
     documents = [[]]
     for line in raw.decode("utf-8-sig").split("\n"):
         if line.strip():
-            documents[-1].append(line.strip())
+            documents[-1].append(line.removesuffix("\r"))
         elif documents[-1]:
             documents.append([])
     documents = ["\n".join(lines) for lines in documents if lines]
@@ -189,13 +190,13 @@ def test_the_figures_of_a_run_are_those_of_its_last_evaluation(workspace, tokeni
 def test_a_random_model_is_never_scored_silently(causal_tokenizer, text, tmp_path):
     """The older system did: it passed over the checkpoint and evaluated what initialisation had made."""
     earlier = tmp_path / "result.json"
-    earlier.write_text("{}", encoding="utf-8")
+    earlier.write_text(EARLIER, encoding="utf-8")
     model = save_model(tmp_path / "model", causal_tokenizer, "gpt2", trained=False)
 
     done, _ = evaluate(model, text, earlier, "--require_trained", check=False)
     assert done.returncode == 2
     assert "was never trained" in done.stderr
-    assert earlier.read_text(encoding="utf-8") == "{}"
+    assert earlier.read_text(encoding="utf-8") == EARLIER
 
     done, result = evaluate(model, text, earlier)
     assert "THIS MODEL WAS NEVER TRAINED" in done.stdout
@@ -220,7 +221,13 @@ def test_a_random_model_is_never_scored_silently(causal_tokenizer, text, tmp_pat
         ("gpt2", ["--block_size", "65"], "--block_size 65 is longer than the 64 positions of"),
         ("gpt2", ["--mask_unit", "word"], "--mask_unit word has no effect on a causal model (gpt2)"),
         ("bert", ["--stride", "8"], "--stride 8 has no effect on a masked language model (bert)"),
-        ("bert", ["--output_file", "/nowhere/result.json"], "/nowhere is no folder that may be written to"),
+        (
+            "bert",
+            ["--output_file", "/nowhere/result.json"],
+            "/nowhere/result.json cannot be written: /nowhere is no",
+        ),
+        ("bert", ["--block_size", "9"], "--block_size 9 is too short on a masked language model (bert): it must be at"),
+        ("bert", ["--text_column", "body"], "--text_column body has no effect: only .txt files are given"),
         ("bert", ["--precision", "fp16"], "--precision fp16 needs a GPU"),
         ("bert", ["--max_documents", "3"], "--max_documents 3 has no effect without --pseudo_perplexity"),
     ],
@@ -259,7 +266,7 @@ def test_a_signal_leaves_nothing_behind(gpt2, text, tmp_path):
     """Also the earlier result stays as it was."""
     temporary, output = tmp_path / "temporary", tmp_path / "result.json"
     temporary.mkdir()
-    output.write_text("earlier", encoding="utf-8")
+    output.write_text(EARLIER, encoding="utf-8")
     arguments = [
         "--model_dir",
         gpt2,
@@ -285,4 +292,4 @@ def test_a_signal_leaves_nothing_behind(gpt2, text, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped by SIGTERM; no result was written" in errors
     assert not list(temporary.glob("lmscripts*"))
-    assert output.read_text(encoding="utf-8") == "earlier"
+    assert output.read_text(encoding="utf-8") == EARLIER

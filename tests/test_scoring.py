@@ -2,6 +2,7 @@
 
 import math
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from lmscripts import scoring
+from lmscripts import scoring, windows
 from lmscripts.errors import UserError
 from lmscripts.evaluation import evaluate, raw_text_bytes, sum_over_batches
 from lmscripts.models import FAMILIES, gpt2
@@ -104,10 +105,11 @@ def brute_force(model, part, block_size, stride):
 @pytest.mark.parametrize(("block_size", "stride"), [(64, 64), (64, 16), (64, 1), (10, 3), (1, 1), (7, 7)])
 def test_every_target_is_scored_once_with_the_context_that_the_stride_gives(block_size, stride):
     part = make_part()
-    windows = scoring.slide(part, block_size, stride)
+    made = windows.slide(part, block_size, stride)
+    found = made.between(0, len(made))
     scored = {}
     for document, start, length, scored_from in zip(
-        windows.document, windows.start, windows.length, windows.scored_from, strict=True
+        found.document, found.start, found.length, found.scored_from, strict=True
     ):
         assert 0 < length <= block_size
         for at in range(scored_from, length):
@@ -125,6 +127,25 @@ def test_loss_equals_a_plain_forward_pass_for_each_window(make, stride):
     found = score(model, part, stride=stride)
     assert found["targets"] == targets == sum(LENGTHS) + len(LENGTHS)
     assert abs(found["nats"] - nats) / targets < 1e-5
+
+
+def test_unknown_tokens_are_counted_among_those_that_are_scored():
+    model, part = make_gpt2(), make_part()
+    token = int(np.bincount(part.tokens).argmax())
+    plain, found = score(model, part, stride=16), score(model, part, stride=16, unknown_id=token)
+    assert found.pop("unknown") == np.count_nonzero(part.tokens == token) > plain.pop("unknown") == 0
+    assert found == plain
+
+
+def test_what_the_unknown_token_is():
+    assert scoring.unknown_id(make_tokenizer()) == 1
+    end = {"eos_token": "<e>", "unk_token": "<e>"}
+    words = {"<e>": 0, "a": 1}
+    of_bytes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, [])), **end)
+    assert scoring.unknown_id(of_bytes) == -1  # as GPT-2's own
+    of_words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<e>")), **end)
+    assert scoring.unknown_id(of_words) == 0
+    assert scoring.unknown_id(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, [])))) == -1
 
 
 def test_more_context_changes_the_loss():
@@ -145,9 +166,9 @@ def test_a_longer_neighbour_changes_no_bit():
     for neighbour in (17, 31):
         part = make_part([20, neighbour])
         part.tokens[:20] = np.arange(20) + 50
-        windows = scoring.slide(part, 64, 64)
-        assert windows.padded.tolist() == [32, 32]
-        inputs, _, _ = scoring.window_rows(part, windows, 0, 2, BEGIN, END)
+        made = windows.slide(part, 64, 64)
+        assert made.between(0, 2).padded.tolist() == [32, 32]
+        inputs, _, _ = windows.window_rows(part, made, 0, 2, BEGIN, END)
         ids = torch.from_numpy(inputs)
         hidden = gpt2.encode(model, ids, torch.arange(32).expand_as(ids), {"attention_mask": None})
         found.append(gpt2.predict(model, hidden)[0, :21])
@@ -156,13 +177,56 @@ def test_a_longer_neighbour_changes_no_bit():
 
 def test_the_padded_length_of_a_row_depends_on_nothing_but_the_row():
     for lengths in ([20], [20, 300], [1, 20, 63]):
-        windows = scoring.slide(make_part(lengths), 64, 32)
-        batches = scoring.batches_of_equal_length(windows.padded, 128, 100)
-        assert [n for pair in batches for n in range(*pair)] == list(range(len(windows)))
+        made = windows.slide(make_part(lengths), 64, 32)
+        every = made.between(0, len(made))
+        batches = made.batches(128, 100)
+        assert [n for pair in batches for n in range(*pair)] == list(range(len(made)))
         for first, last in batches:
-            assert set(windows.padded[first:last]) == {windows.padded[first]}
-        mine = windows.padded[(windows.document == lengths.index(20)) & (windows.start == 0)]
+            assert set(every.padded[first:last]) == {every.padded[first]}
+        mine = every.padded[(every.document == lengths.index(20)) & (every.start == 0)]
         assert mine.tolist() == [32]
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(64, 64), (64, 16), (64, 1), (10, 3), (1, 1), (37, 20)])
+@pytest.mark.parametrize("lengths", [[], [0], LENGTHS, [64, 0, 63, 65, 500, 1, 1, 80]])
+def test_windows_made_on_demand_are_those_that_are_listed_and_sorted(lengths, block_size, stride):
+    """The order and the batches decide the last bits of every figure."""
+    rows = []
+    for document, positions in enumerate(length + 1 for length in lengths):
+        for start in range(0, max(1, positions - block_size + stride), stride):
+            length = min(block_size, positions - start)
+            padded = min(block_size, -(-length // 16) * 16)
+            rows.append((document, start, length, block_size - stride if start else 0, padded))
+    rows.sort(key=lambda row: -row[-1])
+    made = windows.slide(make_part(lengths), block_size, stride)
+    assert len(made) == len(rows)
+    for first, last in ((0, len(rows)), (3, 5), (len(rows) // 2, len(rows))):
+        found = vars(made.between(first, min(last, len(rows)))).values()
+        assert [tuple(map(int, row)) for row in zip(*found, strict=True)] == rows[first:last]
+    expected, begin = [], 0
+    while begin < len(rows):
+        most, end = max(1, min(128 // rows[begin][-1], 5)), begin
+        while end < min(len(rows), begin + most) and rows[end][-1] == rows[begin][-1]:
+            end += 1
+        expected.append((begin, end))
+        begin = end
+    batches = made.batches(128, 5)
+    assert len(batches) == len(expected)
+    assert list(batches) == expected
+
+
+def test_windows_of_every_token_need_no_memory():
+    part = make_part([3_000_000, 5])
+    tracemalloc.start()
+    made = windows.slide(part, 512, 1)
+    batches = made.batches(512, 8)
+    assert batches[len(batches) - 2][1] == len(made) - 1 == 3_000_001 - 512 + 1
+    inputs, scored, targets = windows.window_rows(part, made, *batches[len(batches) - 2], BEGIN, END)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert scored.tolist() == [511]
+    assert targets.tolist() == [END]
+    assert inputs[0].tolist() == part.tokens[3_000_000 - 512 : 3_000_000].tolist()
 
 
 @pytest.mark.parametrize("make", [make_gpt2, make_granite])
@@ -185,7 +249,7 @@ def test_few_logits_at_once(make, monkeypatch):
 
 def test_a_stride_longer_than_the_block_is_refused():
     with pytest.raises(UserError, match="between 1 and --block_size 64, got 65"):
-        scoring.slide(make_part(), 64, 65)
+        windows.slide(make_part(), 64, 65)
 
 
 def test_bits_per_byte_are_those_of_the_raw_text():
@@ -230,6 +294,11 @@ def test_pseudo_perplexity_equals_one_forward_pass_for_each_token(family):
     settings["most_documents"] = 2
     first = scoring.score_pseudo(accelerator, FAMILIES[family], objective.model, part, special, **settings)
     assert first["targets"] == 6
+    token = int(part.tokens[2])
+    known = scoring.score_pseudo(
+        accelerator, FAMILIES[family], objective.model, part, special, **settings, unknown_id=token
+    )
+    assert known["unknown"] == part.tokens[:6].tolist().count(token) > first["unknown"] == 0
 
 
 def make_tokenizer():
@@ -271,6 +340,13 @@ def test_masked_loss_equals_plain_models_on_the_same_masks(tmp_path):
     assert counts["mlm"] == targets
     assert abs(metrics["loss"] - nats / targets) < 1e-5
     assert metrics["accuracy"] == right / targets
+    assert counts["unknown"] == 0
+    masked = [
+        batch["labels"][batch["weights"] > 0] for batch, _ in map(data.eval_batch, np.arange(rows.num_rows)[:, None])
+    ]
+    token = torch.cat(masked).mode().values.item()
+    _, counts = scoring.score_masks(Accelerator(cpu=True), objective, rows, tokenizer, **settings, unknown_id=token)
+    assert counts["unknown"] == (torch.cat(masked) == token).sum() > 0
 
 
 def test_a_text_without_a_masked_token_is_refused(tmp_path):
