@@ -89,7 +89,7 @@ def table(result: Result) -> str:
         lines.append((name.replace("_", " "), f"{value:.2%}" if name.endswith(shares) else f"{value:.4f}"))
     if result["untrained"]:
         why = "; ".join(result["untrained_because"])
-        lines.append(("UNTRAINED", f"THIS MODEL WAS NEVER TRAINED; the numbers are chance: {why}"))
+        lines.append(("UNTRAINED", f"BY ITS WEIGHTS THIS MODEL WAS NEVER TRAINED; the numbers are chance: {why}"))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
 

@@ -9,22 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ElectraForMaskedLM,
-    ElectraForPreTraining,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ElectraForMaskedLM, PreTrainedModel
 
 from lmscripts.checkpoint import (
     CHECKSUMS,
@@ -36,12 +25,20 @@ from lmscripts.checkpoint import (
 )
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
-from lmscripts.models import DECODERS, FAMILIES
+from lmscripts.model_kind import (
+    OFFSET_POSITIONS,
+    Kind,
+    architecture_of,
+    check_looks_back,
+    check_saved_as,
+    kind_of,
+    longest_input,
+)
 from lmscripts.pretrained import load_pretrained
 from lmscripts.run_folder import read_state
 from lmscripts.tokenization import Encoder, load_encoder
+from lmscripts.untrained import signs_of_no_training
 
-Kind = Literal["causal", "masked", "electra"]
 # In the order in which transformers looks for them; of a model in parts the index names the parts.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -139,14 +136,28 @@ def _from_hub(name: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers takes the weights of a folder from; empty where there are none."""
+    """The files that transformers takes the weights of a folder from; empty where there are none.
+
+    Raises:
+        UserError: they are several, and their index is damaged.
+    """
     for name in _WEIGHTS:
         if (file := folder / name).is_file():
             if not name.endswith(".json"):
                 return [file]
-            parts = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / part for part in sorted(set(parts))]
+            return [folder / part for part in _parts(file)]
     return []
+
+
+def _parts(index: Path) -> list[str]:
+    """Names of the files that the index of weights in several files speaks of."""
+    try:
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: it is no index of weights ({type(error).__name__}: {error})") from None
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise UserError(f"{index} is damaged: its weight_map names no files of weights")
+    return sorted(parts)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------
@@ -162,43 +173,37 @@ def open_model(name: str, generator_dir: str | None = None, tokenizer_dir: str |
 
     Raises:
         UserError: no weights, or weights that do not fill the model; a damaged checkpoint; a tokenizer that does not
-            suit the model; a model of a kind that is not evaluated; an option without effect.
+            suit the model; a model of a kind that is not evaluated, or one that looks ahead; an option without effect.
     """
     place, notices = find_model(name)
     hub = not Path(name).expanduser().is_dir()
     config = _config(place)
-    kind, family = _kind_of(place, config)
-    if kind != "electra" and generator_dir is not None:
-        raise UserError(f"--generator_dir {generator_dir} has no effect: {place} is no discriminator of ELECTRA")
-    folders = {"": (name if hub else str(place), _architecture(kind, family, config))}
-    if kind == "electra":
-        if generator_dir is None and not (place / "generator" / "config.json").is_file():
-            raise UserError(
-                f"{place} is an ELECTRA discriminator without its generator, whose samples it is to find: give "
-                "--generator_dir"
-            )
-        generator = find_model(generator_dir)[0] if generator_dir else place / "generator"
+    kind, family = kind_of(place, config)
+    folders = {"": (name if hub else str(place), architecture_of(kind, family, config))}
+    check_saved_as(place, config, folders[""][1])
+    if generator := _generator(place, kind, generator_dir):
         folders["generator"] = (str(generator), ElectraForMaskedLM)
+        check_saved_as(generator, _config(generator), ElectraForMaskedLM)
+        notices = [*notices, *([f"the generator is {generator}"] if generator_dir else [])]
     if not hub:
         for folder, _ in folders.values():
             _check_has_weights(Path(folder))
-    models: dict[str, PreTrainedModel] = {}
-    for subfolder, (folder, architecture) in folders.items():
-        attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
-        settings: Any = {"attn_implementation": attention, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-        loaded: Any = AutoModelForCausalLM if kind == "causal" else architecture
-        models[subfolder] = load_pretrained(folder, loaded, **settings)
-        models[subfolder].train(False)
+    models = {subfolder: _load(kind, *what) for subfolder, what in folders.items()}
+    longest = longest_input([model.config for model in models.values()])
     encoder = _tokenizer(name, place, tokenizer_dir, hub)
     _check_vocabulary(models, encoder, place)
+    notices += _check_special_ids(models, encoder, kind, place, chosen=tokenizer_dir is not None)
+    if kind == "causal":
+        check_looks_back(models[""], _ordinary_ids(models[""], encoder), longest, place)
     weights: dict[str, str] = {}
     for subfolder, (folder, _) in folders.items():
         files = weight_files(Path(folder) if subfolder else place)
         weights |= {str(Path(subfolder, file.name)): file_sha256(file) for file in files}
     step, untrained = _state(place)
-    untrained += [
-        f"{sub or 'the model'}: {why}" for sub, model in models.items() for why in signs_of_no_training(model)
-    ]
+    for subfolder, model in models.items():
+        signs, part = signs_of_no_training(model, step), subfolder or "the model"
+        untrained += [f"{part}: {why}" for why in signs.untrained]
+        notices += [f"it cannot be told whether {part} was trained: {why}" for why in signs.doubts]
     return SavedModel(
         name=name if place == Path(name).expanduser() or hub else f"{name} ({place.name})",
         kind=kind,
@@ -209,9 +214,34 @@ def open_model(name: str, generator_dir: str | None = None, tokenizer_dir: str |
         weights=weights,
         step=step,
         untrained=untrained,
-        longest=_longest_input(family, [model.config for model in models.values()]),
+        longest=longest,
         notices=notices,
     )
+
+
+def _generator(place: Path, kind: Kind, generator_dir: str | None) -> Path | None:
+    """The folder of ELECTRA's other half; None for other models."""
+    own = place / "generator"
+    if kind != "electra" or (own / "config.json").is_file():
+        if generator_dir is not None:
+            why = f"{place} has its own in {own}" if kind == "electra" else f"{place} is no discriminator of ELECTRA"
+            raise UserError(f"--generator_dir {generator_dir} has no effect: {why}")
+        return own if kind == "electra" else None
+    if generator_dir is None:
+        raise UserError(
+            f"{place} is an ELECTRA discriminator without its generator, whose samples it is to find: give "
+            "--generator_dir"
+        )
+    return find_model(generator_dir)[0]
+
+
+def _load(kind: Kind, folder: str, architecture: Any) -> PreTrainedModel:
+    attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
+    settings: Any = {"attn_implementation": attention, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    loaded: Any = AutoModelForCausalLM if kind == "causal" else architecture
+    model = load_pretrained(folder, loaded, **settings)
+    model.train(False)
+    return model
 
 
 def _config(place: Path) -> Any:
@@ -221,27 +251,6 @@ def _config(place: Path) -> Any:
         return AutoConfig.from_pretrained(str(place), local_files_only=True)
     except Exception as error:  # whatever a foreign or damaged file makes transformers raise
         raise UserError(f"{place / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-def _kind_of(place: Path, config: Any) -> tuple[Kind, str]:
-    """What the model predicts, and the family whose functions run it."""
-    family = str(config.model_type)
-    if family == "electra":
-        generator = list(getattr(config, "architectures", None) or []) == ["ElectraForMaskedLM"]
-        return ("masked" if generator else "electra"), family
-    if family in FAMILIES and family not in DECODERS:
-        return "masked", family
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return "causal", family if family in DECODERS else DECODERS[0]
-    known = ", ".join(name for name in FAMILIES if name not in DECODERS)
-    raise UserError(f"{place} is a model of the type {family}; evaluated are {known} and causal language models")
-
-
-def _architecture(kind: Kind, family: str, config: Any) -> Any:
-    """The class of transformers that the weights must fill."""
-    if family == "electra":
-        return ElectraForPreTraining if kind == "electra" else ElectraForMaskedLM
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if kind == "causal" else FAMILIES[family].architecture
 
 
 def _check_has_weights(folder: Path) -> None:
@@ -270,8 +279,7 @@ def _check_vocabulary(models: dict[str, PreTrainedModel], encoder: Encoder, plac
     rooms = {}
     highest = max(encoder.tokenizer.get_vocab().values())
     for subfolder, model in models.items():
-        embeddings: Any = model.get_input_embeddings()
-        rooms[subfolder] = int(embeddings.weight.shape[0])
+        rooms[subfolder] = _room(model)
         if highest >= rooms[subfolder]:
             raise UserError(
                 f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {place / subfolder} "
@@ -284,6 +292,53 @@ def _check_vocabulary(models: dict[str, PreTrainedModel], encoder: Encoder, plac
         )
 
 
+def _check_special_ids(
+    models: dict[str, PreTrainedModel], encoder: Encoder, kind: Kind, place: Path, *, chosen: bool
+) -> list[str]:
+    """Compare the special tokens that a score depends on with what config.json says of them.
+
+    Many configurations say nothing, or what their class says of itself (an id beyond the vocabulary): that proves
+    nothing. Of the padding only RoBERTa's kin depends, by their positions; elsewhere it often differs.
+    """
+    notices = []
+    for subfolder, model in models.items():
+        important = {"bos", "eos"} if kind == "causal" else {"cls", "sep", "mask"}
+        important |= {"pad"} if model.config.model_type in OFFSET_POSITIONS else set()
+        for name in ("pad", "bos", "eos", "cls", "sep", "mask"):
+            ours, said = getattr(encoder, f"{name}_id"), getattr(model.config, f"{name}_token_id", None)
+            allowed = [each for each in (said if isinstance(said, list) else [said]) if isinstance(each, int)]
+            if ours is None or ours in allowed or not any(0 <= each < _room(model) for each in allowed):
+                continue
+            sentence = (
+                f"the {name} token has the id {ours} in the tokenizer {encoder.folder}, but {place / subfolder} says "
+                f"{said} in its config.json"
+            )
+            if chosen and name in important:
+                raise UserError(f"{sentence}: it is the tokenizer of another model, or config.json has to be corrected")
+            notices += [sentence] if name in important or kind != "causal" else []
+    if chosen:
+        notices.append(
+            f"nothing proves that the tokenizer {encoder.folder} is that of {place}: only the size of the vocabulary "
+            "and the ids of special tokens could be compared"
+        )
+    return list(dict.fromkeys(notices))
+
+
+def _room(model: PreTrainedModel) -> int:
+    """Entries of the vocabulary that the model has embeddings for."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def _ordinary_ids(model: PreTrainedModel, encoder: Encoder) -> set[int]:
+    """Ids of tokens that stand for nothing but text."""
+    special: set[Any] = set(encoder.special_ids)
+    for key, value in model.config.to_dict().items():
+        if key.endswith(("_token_id", "_token_index")):
+            special |= set(value) if isinstance(value, list) else {value}
+    return set(encoder.tokenizer.get_vocab().values()) - special
+
+
 def _state(place: Path) -> tuple[int | None, list[str]]:
     """Steps done, and why the state says that nothing was trained."""
     if not (place / "training_state.json").is_file():
@@ -292,63 +347,3 @@ def _state(place: Path) -> tuple[int | None, list[str]]:
     step = int(progress["step"])
     begun_anew = step == 0 and not progress.get("origin")  # else the weights are those of an earlier training
     return step, ["training_state.json says step 0"] if begun_anew else []
-
-
-def _longest_input(family: str, configs: Iterable[Any]) -> int | None:
-    found = [getattr(config, "max_position_embeddings", None) for config in configs]
-    lengths = [int(number) for number in found if number]
-    if not lengths:
-        return None
-    return min(lengths) - ((next(iter(configs)).pad_token_id or 0) + 1 if family == "roberta" else 0)
-
-
-# ---- was it trained? ---------------------------------------------------------------------------------------------
-
-
-def signs_of_no_training(model: PreTrainedModel) -> list[str]:
-    """Parts of a model whose weights are still as initialisation leaves them, in words; empty for a trained model.
-
-    Initialisation sets the gains of normalisations and all biases to one value; the first optimizer step moves them.
-    Where none has moved, the model is compared with a freshly initialised one, so that weights that were trained in
-    another way (without gains and biases, or in a precision in which they could not move) are not called untrained.
-    """
-    body = f"{model.base_model_prefix}."
-    constants = _gains_and_biases(model)
-    in_head = [name for name in constants if not name.startswith(body)]
-    untouched = {name for name, tensor in constants.items() if bool((tensor == tensor.reshape(-1)[0]).all())}
-    parts = {"every part": list(constants), "the head": in_head}
-    for part, names in parts.items():
-        if names and untouched.issuperset(names):
-            scope = [n for n, _ in model.named_parameters() if part == "every part" or not n.startswith(body)]
-            if _looks_fresh(model, scope):
-                what = f"{len(names)} biases and gains of normalisations" if part == "every part" else "its biases"
-                return [f"{part} is as freshly initialised: {what} have not moved"]
-    return []
-
-
-def _gains_and_biases(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters that initialisation sets to one value: biases, and the weights of normalisations."""
-    found = {}
-    for name, tensor in model.named_parameters():
-        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        if tensor.ndim == 1 and tensor.numel() > 1 and (name.endswith("bias") or "norm" in owner.lower()):
-            found[name] = tensor.detach()
-    return found
-
-
-def _looks_fresh(model: PreTrainedModel, names: list[str]) -> bool:
-    """Whether the named parameters have mean and spread of those of a freshly initialised model, within chance."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        architecture: Any = type(model)
-        fresh = dict(architecture(model.config).named_parameters())
-    for name in names:
-        ours, theirs = model.get_parameter(name).detach().double(), fresh[name].detach().double()
-        if ours.numel() < 2:
-            continue
-        spread = float(theirs.std())
-        # Six standard errors of a mean and of a standard deviation; nothing to spare for constants.
-        room = 6 * spread / ours.numel() ** 0.5 + 1e-6
-        if abs(float(ours.mean() - theirs.mean())) > 2 * room or abs(float(ours.std()) - spread) > 2 * room:
-            return False
-    return True

@@ -321,7 +321,7 @@ def describe(saved: SavedModel) -> dict[str, Any]:
 
     facts: dict[str, Any] = {"name": saved.name, "type": saved.model_type, "kind": saved.kind, "step": saved.step}
     facts |= {"parameters": num_parameters(saved.models), "weights_sha256": saved.weights}
-    return facts | {"tokenizer": saved.encoder.description}
+    return facts | {"tokenizer": saved.encoder.description, "notices": saved.notices}
 
 
 def check_finite(saved: SavedModel, metrics: Numbers, precision: str) -> None:

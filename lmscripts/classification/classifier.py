@@ -20,6 +20,7 @@ from lmscripts.checkpoint import checkpoint_step, list_checkpoints
 from lmscripts.classification.aggregate import AGGREGATES
 from lmscripts.errors import UserError
 from lmscripts.folding import FoldSettings
+from lmscripts.model_kind import OFFSET_POSITIONS
 from lmscripts.pretrained import quiet_loading, set_dropout
 from lmscripts.run_folder import read_state
 from lmscripts.saved_models import find_model, weight_files
@@ -27,7 +28,6 @@ from lmscripts.tokenization import Encoder, load_encoder
 
 KEY = "lmscripts_classifier"
 _FORMAT = 1
-_OFFSET_POSITIONS = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "longformer")
 _ALSO_NEW = ("pooler.",)  # of a body: a layer that serves the head alone and that language models are saved without
 _LONGEST = 512
 
@@ -145,8 +145,8 @@ def _trains_classifier(checkpoint: Path) -> bool:
 def _longest(config: Any, encoder: Encoder) -> int | None:
     """Tokens of the longest input by the position embeddings and by what the tokenizer says."""
     found = []
-    if positions := getattr(config, "max_position_embeddings", None):
-        found.append(int(positions) - (config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0))
+    if (positions := getattr(config, "max_position_embeddings", None)) and positions > 0:  # XLNet says -1 for none
+        found.append(int(positions) - (config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0))
     if 0 < (said := int(encoder.tokenizer.model_max_length)) < 10**9:
         found.append(said)
     return min(found, default=None)
