@@ -9,14 +9,15 @@ that a prompt begins as a document does. Text in which "<s>" or "</s>" stands li
 wants the token gives its id.
 
 The unigram vocabulary is trained by sentencepiece, as the trainer of `tokenizers` loses the byte fallback, and is then
-taken apart: the mark U+2581 becomes the space that it stood for, so that no character of a text has a second meaning.
+taken apart: the mark U+2581 becomes the space that it stood for, so that no character of a text has a second meaning,
+and characters that have to be there get the entries that sentencepiece did not give them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from lmscripts.errors import UserError
 from lmscripts.segmentation import WordTokenizer
-from lmscripts.tokenization import Encoder
+from lmscripts.tokenization import UNUSED, Encoder
 from lmscripts.tokenizer_folder import write_json, write_record
 from lmscripts.tokenizer_training import (
     TokenizerType,
@@ -32,7 +33,6 @@ from lmscripts.tokenizer_training import (
     VocabularySettings,
     count_characters,
     most_frequent,
-    require_text,
     run_sentencepiece,
     sampled_lines,
     train_bpe,
@@ -53,6 +53,7 @@ DIFFICULT_LINES = (
     "ＡＢＣａｂｃ１２３！＠～〜＃全角",
     "全角\u3000空白\u3000\u3000と\u00a0改行しない空白\u2009細い空白\u200b幅なし",
     "は\u3099は\u309aか\u3099 e\u0301 a\u0323\u0302 X\u0301 結合文字",
+    "T\u0301\u0323 セ\u032e\u3099 a\u0316\u0301 o\u0301\u031b が\u0323 각\u11a8 \u1100\u1161 \u00e9\u0323 marks",
     "①②㍿㌔㊤ｱﾞ ﬁ ½ ℃ … ― ‐ − – —",
     "葛\U000e0100城 𠮷野家 𩸽 \U00020bb7\U0002a6d6 稀な漢字",
     "👍🏽 👩‍👩‍👧‍👦 🇯🇵 ❤️ 🏳️‍🌈",
@@ -65,11 +66,18 @@ DIFFICULT_LINES = (
     "a" * 300 + "漢" * 100,
 )
 
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Text that reads like a byte or a special token, "<0x0A>", must never be taken for it. All its characters are in the
 # vocabulary with a logarithm of probability of -20 or so; this is far below a sum of a few of them.
 _NEVER = -10_000.0
-# Bytes that sentencepiece keeps for itself in its training text: its mark of a space, and what separates columns.
-_SENTENCEPIECE_MARKS = re.compile("[\u2581\t\x00]")
+# Characters that sentencepiece keeps for itself in its training text: its mark of a space, that of an unknown character
+# (it leaves out lines that hold one), and what separates columns.
+_SENTENCEPIECE_MARKS = "\u2581\u2585\t\x00"
+# What `decoders.ByteFallback` reads as a byte: hexadecimal digits of both cases, also behind a sign.
+_READ_AS_BYTE = re.compile("<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
+# Characters of a text below which sentencepiece may find nothing at all.
+_LITTLE_TEXT = 10_000
+_BATCH_LINES = 1000
 _LONE_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -114,44 +122,89 @@ def train_causal(tokenizer_type: TokenizerType, files: Sequence[Path], settings:
 def train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings) -> Trained:
     """A unigram vocabulary (arXiv:1804.10959) in which spaces are spaces and rare characters are their bytes.
 
-    Printable ASCII is always kept, for the sake of text that reads like a special token; `min_frequency` has no
-    meaning here.
+    The space and printable ASCII are always kept, whether the text has them or not: text that reads like a special
+    token or a byte is made of them. `min_frequency` has no meaning here. Of a text too small for sentencepiece only
+    the characters are kept.
 
     Raises:
         UserError: no text, or no room.
     """
-    required = PRINTABLE_ASCII + "\u2581"
-    fixed = settings.size - settings.room() + 256 + len(required)
+    fixed = settings.size - settings.room() + len(BYTE_PIECES) + 1 + len(PRINTABLE_ASCII)
     if settings.size <= fixed:
         raise UserError(
             f"a lossless unigram vocabulary needs more than {fixed} entries for the special tokens, the 256 bytes and "
             f"printable ASCII; --vocab_size is {settings.size}"
         )
-    units: Counter[str] = Counter()
-    for line in sampled_lines(files):
-        units.update(part for part in _SENTENCEPIECE_MARKS.split(line) if part)
-    require_text(units)
+    units = _parts(Counter(sampled_lines(files)), _SENTENCEPIECE_MARKS)
     characters, _ = count_characters(units)
-    alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.size - fixed))
-    trained = run_sentencepiece(
-        units,
-        settings,
-        characters,
-        alphabet,
-        byte_fallback=True,
-        required_chars=required,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-    )
-    assert trained.scores is not None
-    # Special tokens, reserved entries and bytes have the score 0; what is trained has a logarithm.
+    frequent = most_frequent(characters, min(settings.limit_alphabet, settings.size - fixed))
+    kept = {" ", *PRINTABLE_ASCII, *frequent}
+    # sentencepiece refuses a text of which the alphabet covers less than 98 %, so it gets that which is covered.
+    scores = _with_characters(_train_pieces(_parts(units, characters.keys() - kept), settings), kept, settings)
+    reserved = [*settings.reserved(), *BYTE_PIECES]
+    filling = settings.fill_up(len(reserved) + len(scores))
     return Trained(
-        [piece.replace("\u2581", " ") for piece in trained.pieces],
-        scores=[score if score < 0 else _NEVER for score in trained.scores],
-        num_characters=trained.num_characters,
-        num_text_characters=trained.num_text_characters,
+        [*reserved, *scores, *filling],
+        scores=[*[_NEVER] * len(reserved), *scores.values(), *[_NEVER] * len(filling)],
+        num_characters=len(characters.keys() & kept),
+        num_text_characters=len(characters),
     )
+
+
+def _parts(units: Counter[str], separators: Iterable[str]) -> Counter[str]:
+    """What stands between the separators, and how often."""
+    if not (alternatives := "".join(map(re.escape, sorted(separators)))):
+        return units
+    separator = re.compile(f"[{alternatives}]+")
+    parts: Counter[str] = Counter()
+    for unit, count in units.items():
+        for part in separator.split(unit):
+            if part:
+                parts[part] += count
+    return parts
+
+
+def _train_pieces(units: Counter[str], settings: VocabularySettings) -> dict[str, float]:
+    """The ordinary pieces that sentencepiece finds, the best ones first, with the logarithms of their probabilities."""
+    characters, _ = count_characters(units)
+    if not characters:
+        return {}
+    try:
+        trained = run_sentencepiece(
+            units,
+            settings,
+            characters,
+            list(characters),
+            byte_fallback=True,
+            required_chars=PRINTABLE_ASCII + "\u2581",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+        )
+    except UserError:
+        if characters.total() < _LITTLE_TEXT:
+            return {}
+        raise
+    assert trained.scores is not None
+    return {
+        piece.replace("\u2581", " "): score
+        for piece, score in zip(trained.pieces, trained.scores, strict=True)
+        if piece not in settings.special_tokens and not (UNUSED.fullmatch(piece) or _READ_AS_BYTE.fullmatch(piece))
+    }
+
+
+def _with_characters(scores: dict[str, float], kept: set[str], settings: VocabularySettings) -> dict[str, float]:
+    """The pieces with every character of `kept` among them, in as many entries as there are.
+
+    For some texts sentencepiece leaves out required characters that do not occur. They come last and score below every
+    other piece, and the worst pieces of several characters make room for them, as in a smaller vocabulary.
+    """
+    missing = sorted(kept - scores.keys())
+    too_many = max(0, len(scores) + len(missing) - (settings.room() - len(BYTE_PIECES)))
+    several = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
+    left_out = {piece for _, piece in several[:too_many]}
+    lowest = min(scores.values(), default=0.0) - 1.0
+    return {piece: score for piece, score in scores.items() if piece not in left_out} | dict.fromkeys(missing, lowest)
 
 
 def write_causal_tokenizer(
@@ -202,17 +255,37 @@ def fast_causal_tokenizer(trained: Trained, tokenizer_type: TokenizerType) -> To
 def check_lossless(encoder: Encoder, lines: Sequence[str]) -> None:
     """Check that decoding gives back every line, with special tokens left out as `generate` would.
 
+    Besides `lines`, it tries text that reads like a special token, a reserved entry or a byte.
+
     Raises:
-        UserError: names the first line that it does not give back.
+        UserError: names the first line that it does not give back, or that gives a special token or a reserved entry.
     """
-    for line in lines:
-        decoded = encoder.tokenizer.decode(
-            encoder.tokenizer(line, verbose=False)["input_ids"], skip_special_tokens=True
-        )
-        if decoded != line:
-            raise UserError(
-                f"the tokenizer in {encoder.folder} is not lossless: {line[:80]!r} comes back as {decoded[:80]!r}"
-            )
+    tokenizer = encoder.tokenizer
+    never = {*encoder.special_ids, *encoder.reserved_ids}
+    for batch in (lines, _lines_of_look_alikes(encoder)):
+        for start in range(0, len(batch), _BATCH_LINES):
+            part = list(batch[start : start + _BATCH_LINES])
+            for line, ids in zip(part, tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]):
+                decoded = tokenizer.decode(ids, skip_special_tokens=True)
+                if decoded != line:
+                    raise UserError(
+                        f"the tokenizer in {encoder.folder} is not lossless: {line[:80]!r} comes back as "
+                        f"{decoded[:80]!r}"
+                    )
+                if found := sorted(never.intersection(ids)):
+                    raise UserError(
+                        f"the tokenizer in {encoder.folder} takes text for {tokenizer.convert_ids_to_tokens(found[0])} "
+                        f"(id {found[0]}), in the line {line[:80]!r}"
+                    )
+
+
+def _lines_of_look_alikes(encoder: Encoder) -> list[str]:
+    """All texts that read like a byte or an entry that no text gives: alone, beside letters, and beside spaces."""
+    entries = encoder.tokenizer.convert_ids_to_tokens([*encoder.special_ids, *encoder.reserved_ids])
+    texts = dict.fromkeys([*entries, *BYTE_PIECES, *map(str.lower, BYTE_PIECES), "<0x+A>"])
+    return [
+        line for text in texts for line in (text, f"{text}{text} a{text}b {text} 1", f"東京{text}は {text}　{text}。")
+    ]
 
 
 def keeps_line_feeds(encoder: Encoder) -> bool:

@@ -7,8 +7,9 @@ do not pass this comparison, for three reasons:
 - They give the table of normalisation rules to `normalizers.Precompiled`, which looks up clusters of less than six
   bytes, by their shortest beginning, and else single characters. sentencepiece takes the longest rule at each place:
   half-width voiced kana (two characters of three bytes) become one kana, an accent behind a letter stays. The tables
-  that sentencepiece ships are Unicode's NFKC with some exceptions; so NFKC goes first, the exceptions are kept from it,
-  and the table does the rest. Which steps a table needs is found by trying its rules.
+  that sentencepiece ships are Unicode's NFKC with some exceptions, and without its sorting of marks; so NFKC goes
+  first, between the ends of the rules, the exceptions are kept from it, and the table does the rest. Which steps a
+  table needs is found by trying its rules.
 - They cut the text at spaces, strip all kinds of white space, and put the mark of a beginning only where there is none.
 - Special tokens and bytes can be read out of the text "<s>" or "<0x0A>". In sentencepiece they cannot.
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 import itertools
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ _MASK_NAMES = {"mask_token": ("[MASK]", "<mask>"), "cls_token": ("[CLS]", "<cls>
 # Text that a normalisation step must leave alone passes it as characters of private use.
 _STAND_INS, _STAND_INS_OF_OWN = range(0xF0000, 0xF0040), range(0xF0040, 0xF0080)
 _UNKNOWN_TEXT = chr(0xF0080)  # a character that no model knows
+_END_OF_RULE = chr(0xF0081)
 _TRIED_RULES = 10_000
 
 
@@ -47,7 +50,7 @@ def import_sentencepiece(
     Args:
         model_file: `.model` of sentencepiece, unigram or bpe.
         folder: exists and is empty.
-        lines: text to check it on besides.
+        lines: text to check it on besides; only what is checked is sure, and U+F0000 to U+F0081 in a text do differ.
         model_max_length: tokens beyond which transformers warns.
 
     Returns:
@@ -323,8 +326,10 @@ def _table_steps(table: bytes) -> list[Any]:
     expected = [_applied(rules, longest, text) for text in tried]
     others = [character for character in _all_characters() if character not in rules]
     candidates = []
-    for before in ([], [normalizers.NFKC()], [normalizers.NFKC(), normalizers.Lowercase()]):
-        steps = [*before, *_deletions(rules), normalizers.Precompiled(table)]
+    after = [*_deletions(rules), normalizers.Precompiled(table)]
+    whole = [normalizers.Replace(_ends_of_rules(rules), _END_OF_RULE), normalizers.NFKC()]
+    joined = normalizers.Replace(_END_OF_RULE, "")
+    for steps in (after, [*whole, *after, joined], [*whole, normalizers.Lowercase(), *after, joined]):
         if (guarded := _around(steps, others, _STAND_INS)) is not None:
             candidates.append(guarded)
 
@@ -333,6 +338,39 @@ def _table_steps(table: bytes) -> list[Any]:
         return sum(apply(text) != result for text, result in zip(tried, expected))
 
     return min(candidates, key=num_wrong)
+
+
+def _ends_of_rules(rules: dict[str, str]) -> Regex:
+    """Where no rule goes on, in front of marks and of what NFKC would join with the character before it.
+
+    sentencepiece joins what stands side by side and sorts nothing: "T" with an acute and a dot below, in this order,
+    stays as it is, and so does a syllable of Hangul before a final consonant of its own.
+    """
+    apart = {character: unicodedata.normalize("NFKD", character) for character in _all_characters()}
+    joining = {last for character in apart for last in unicodedata.normalize("NFD", character)[1:]}
+    marks = {one for one, parts in apart.items() if unicodedata.category(parts[0])[0] == "M"}
+    joining |= marks.union(one for one, parts in apart.items() if parts[0] in joining)
+    firsts: dict[tuple[str, str], set[str]] = {}  # what comes first in the rules with a middle and a rest
+    for source in rules:
+        for place in range(1, len(source)):
+            if source[place] in joining:
+                firsts.setdefault((source[1:place], source[place:]), set()).add(source[0])
+    rests: dict[tuple[frozenset[str], str], list[str]] = {}
+    for (middle, rest), characters in firsts.items():
+        rests.setdefault((frozenset(characters), middle), []).append(rest)
+    goes_on = sorted(
+        rf"(?<={_one_of(first)}{re.escape(middle)})(?:{_any_of(sorted(rest))})"
+        for (first, middle), rest in rests.items()
+    )
+    # tokenizers 0.23 fails on a text with something put before its first character.
+    return Regex(rf"(?<=[\s\S])(?={_one_of(joining)})(?!{'|'.join(goes_on) or '(?!)'})")
+
+
+def _one_of(characters: Iterable[str]) -> str:
+    """A class of characters as a regular expression."""
+    codes = sorted(map(ord, characters))
+    runs = [list(run) for _, run in itertools.groupby(enumerate(codes), lambda pair: pair[1] - pair[0])]
+    return "[" + "".join(rf"\x{{{run[0][1]:x}}}-\x{{{run[-1][1]:x}}}" for run in runs) + "]"
 
 
 def _all_characters() -> Iterator[str]:
@@ -356,6 +394,5 @@ def _deletions(rules: dict[str, str]) -> list[Any]:
     for target in ("", " "):
         sources = [source for source, result in rules.items() if len(source) == 1 and result == target]
         if sources:
-            characters = "".join(rf"\x{{{ord(source):x}}}" for source in sorted(sources))
-            steps.append(normalizers.Replace(Regex(f"[{characters}]"), target))
+            steps.append(normalizers.Replace(Regex(_one_of(sources)), target))
     return steps

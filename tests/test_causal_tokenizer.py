@@ -12,13 +12,25 @@ import pytest
 from conftest import SAMPLE, run_script
 from transformers import AutoTokenizer
 
-from lmscripts.causal_tokenizer import DIFFICULT_LINES, check_lossless, keeps_line_feeds, readable_pieces
+from lmscripts.causal_tokenizer import (
+    CAUSAL_SPECIAL_TOKENS,
+    DIFFICULT_LINES,
+    PRINTABLE_ASCII,
+    check_lossless,
+    fast_causal_tokenizer,
+    keeps_line_feeds,
+    readable_pieces,
+    train_causal,
+    write_causal_tokenizer,
+)
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.preparation import Source, describe_source, prepare_store
+from lmscripts.segmentation import WordTokenizer
 from lmscripts.token_store import store_fingerprint
 from lmscripts.tokenization import load_encoder
 from lmscripts.tokenizer_report import check_encoder
+from lmscripts.tokenizer_training import Trained, VocabularySettings
 
 KINDS = ("unigram", "bpe")
 ARTICLES = SAMPLE / "articles.txt"
@@ -249,6 +261,93 @@ def test_awkward_training_text(tmp_path):
     check_lossless(load_encoder(tmp_path / "t"), [*lines, *random_texts(300, seed=3)])
 
 
+# ---- texts that leave characters out ----
+
+ENGLISH = (SAMPLE / "english.txt").read_text(encoding="utf-8")
+TEXTS = {
+    "ascii": ENGLISH,
+    "one line of ascii": ENGLISH.replace("\n", " "),
+    "short line": ENGLISH.split("\n")[0],
+    "japanese": "".join(one for one in ARTICLES.read_text(encoding="utf-8")[:9000] if not one.isascii() or one == "\n"),
+    "short japanese line": "吾輩は猫である。",
+    "one character": "a",
+    "nothing but one character": "a" * 24,
+    "two characters": "abab\n" * 300,
+    "reads like bytes": "<0x0a><0xFF>\n<0x0a>\n" * 200,
+    "reads like reserved": "[unused0] <s> [unused400]\n[unused400]\n</s>\n" * 100,
+    "reserved by sentencepiece": "▅ ab▁\n" * 5000,
+}
+
+
+def vocabulary_settings(size):
+    return VocabularySettings(size=size, special_tokens=CAUSAL_SPECIAL_TOKENS, multiple=0)
+
+
+def encoder_of(folder, trained, kind):
+    words = WordTokenizer(kind="none", normalization="none")
+    folder.mkdir()
+    write_causal_tokenizer(folder, trained, kind, words, model_max_length=512, record={})
+    return load_encoder(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_the_text_was_the_tokenizer_is_lossless(tmp_path, kind):
+    for number, (name, text) in enumerate(TEXTS.items()):
+        (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+        trained = train_causal(kind, [tmp_path / "in.txt"], vocabulary_settings(420))
+        assert len(trained.pieces) <= 420
+        assert len(set(trained.pieces)) == len(trained.pieces), name
+        encoder = encoder_of(tmp_path / str(number), trained, kind)
+        lines = [*DIFFICULT_LINES, *text.split("\n")[:50], *random_texts(100, seed=number)]
+        check_lossless(encoder, lines)
+        check_encoder(encoder, lines)
+
+
+@pytest.mark.parametrize(("name", "size"), [("ascii", 420), ("japanese", 1600)])
+def test_characters_that_sentencepiece_left_out_have_entries(tmp_path, name, size):
+    """As many entries as were asked for; what was put in costs the worst pieces and changes no other text."""
+    (tmp_path / "in.txt").write_text(TEXTS[name], encoding="utf-8")
+    small, large = (train_causal("unigram", [tmp_path / "in.txt"], vocabulary_settings(each)) for each in (size, 9999))
+    assert len(small.pieces) == size < len(large.pieces) < 9999
+    scores = dict(zip(small.pieces[270:], small.scores[270:]))
+    best = max((score, piece) for piece, score in zip(large.pieces, large.scores) if len(piece) > 1)[1]
+    assert best in scores
+    assert set(PRINTABLE_ASCII + " ") <= scores.keys()
+    absent = set(PRINTABLE_ASCII) - set(TEXTS[name])
+    assert len(absent) > 20
+    used = {piece: score for piece, score in scores.items() if not set(piece) & absent}
+    assert len(used) == len(scores) - len(absent)
+    several = [score for piece, score in used.items() if len(piece) > 1]
+    assert max(scores[character] for character in absent) <= min(several)
+    assert min(scores.values()) > -100
+    with_and_without = [
+        fast_causal_tokenizer(Trained(list(known), scores=list(known.values())), "unigram")
+        for known in (dict(zip(small.pieces, small.scores)), dict(zip(small.pieces[:270], small.scores[:270])) | used)
+    ]
+    for line in TEXTS[name].split("\n")[:100]:
+        before, after = (tokenizer.encode(line).tokens for tokenizer in with_and_without)
+        assert before == after
+
+
+@pytest.mark.parametrize(
+    ("left_out", "put_in", "sentence"),
+    [
+        ("<", {}, "is not lossless"),
+        ("x", {}, "is not lossless"),
+        ("", {"<0x0a>": -5.0}, "is not lossless"),
+        ("", {"[unused77]": -5.0}, r"takes text for \[unused77\]"),
+    ],
+)
+def test_a_tokenizer_that_takes_text_for_something_else_is_found(tmp_path, left_out, put_in, sentence):
+    """By the check alone, with no line of the user's that has such text."""
+    (tmp_path / "in.txt").write_text(ENGLISH, encoding="utf-8")
+    trained = train_causal("unigram", [tmp_path / "in.txt"], vocabulary_settings(420))
+    scores = {piece: score for piece, score in zip(trained.pieces, trained.scores) if piece != left_out} | put_in
+    encoder = encoder_of(tmp_path / "t", Trained(list(scores), scores=list(scores.values())), "unigram")
+    with pytest.raises(UserError, match=sentence):
+        check_lossless(encoder, [])
+
+
 # ---- line ends in the store ----
 
 
@@ -274,6 +373,18 @@ def test_line_feeds_are_in_the_store(folder, tmp_path):
     for name in ("tokens", "word_starts", "document_tokens", "sentence_lengths"):
         paths = [opened.folder / "train" / f"{name}.bin" for opened in (store, again)]
         assert file_sha256(paths[0]) == file_sha256(paths[1])
+
+
+def test_white_space_is_in_the_store(folder, tmp_path):
+    """A program comes back with its indentation and its empty lines; all but the ends of the record is predicted."""
+    texts = ["def f(x):\n    if x:\n        return 1  \n\n\nclass A:\n\tpass", "　段落の頭。\n\n　次の段落。 "]
+    file = tmp_path / "programs.jsonl"
+    file.write_text("".join(json.dumps({"text": f"\n{text}\n"}) + "\n" for text in texts), encoding="utf-8")
+    store = prepare_store(Source((str(file),), folder, validation_fraction=0.0), tmp_path / "store", 1)
+    part, tokenizer = store.part("train"), load_encoder(folder).tokenizer
+    ends = part.document_tokens
+    assert [tokenizer.decode(part.tokens[a:b].tolist()) for a, b in itertools.pairwise(ends)] == texts
+    assert store.manifest["parts"]["train"]["text_bytes"] == sum(len(text.encode()) + 1 for text in texts)
 
 
 def test_dropped_line_ends_are_the_store_of_before(folder, tmp_path, tokenizer_dir):
