@@ -7,10 +7,13 @@ leaks under eager attention. An additive float mask is right under "eager" and "
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from lmscripts.errors import UserError
 
 AttentionPath = Literal["eager", "sdpa", "varlen"]
 VARLEN = "lmscripts_varlen"
@@ -162,11 +165,30 @@ def use_attention(path: AttentionPath) -> str:
     return VARLEN
 
 
-def choose_attention(wanted: str, device: str, precision: str, attention_dropout: float) -> AttentionPath:
-    """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16, no attention dropout), else sdpa."""
+def choose_attention(
+    wanted: str,
+    device: str,
+    precision: str,
+    attention_dropout: float,
+    paths: Sequence[AttentionPath] = ("varlen", "sdpa", "eager"),
+) -> AttentionPath:
+    """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16, no attention dropout), else sdpa, else eager.
+
+    Args:
+        wanted: "auto", or one of the paths.
+        device: "cuda", "cpu".
+        precision: "fp16", "bf16", "no".
+        attention_dropout: of the attention weights.
+        paths: what the model has, the fastest first.
+
+    Raises:
+        UserError: the model does not have the wanted one.
+    """
     if wanted == "auto":
         fits = device == "cuda" and precision in ("fp16", "bf16") and attention_dropout == 0
-        return "varlen" if fits else "sdpa"
+        return next(path for path in paths if path != "varlen" or fits)
     if wanted not in ("eager", "sdpa", "varlen"):
         raise ValueError(f"attention must be auto, eager, sdpa or varlen, got {wanted}")
+    if wanted not in paths:
+        raise UserError(f"models of this type cannot compute --attention {wanted}: give {' or '.join(paths)}, or auto")
     return wanted  # type: ignore[return-value]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lmscripts.attention import AttentionPath, attention_inputs, segment_ends, use_attention
+from lmscripts.attention import AttentionPath, attention_inputs
 from lmscripts.cross_entropy import chunked_cross_entropy
 from lmscripts.errors import UserError
 from lmscripts.models import gpt2
@@ -42,6 +42,8 @@ def boundary_ids(tokenizer: Any) -> tuple[int, int]:
 class CausalLanguageModel(nn.Module):
     """Predict every token of a document and its end (GPT-2; arXiv:2005.14165, section 2.1, trains the same way).
 
+    Of models other than GPT-2 `lmscripts.models.decoders.check_isolation` has to be asked first.
+
     Attributes:
         models: the transformers model, untouched.
         weights: one loss term, "clm".
@@ -54,8 +56,6 @@ class CausalLanguageModel(nn.Module):
         self.model = model
         self.attention: AttentionPath = attention
         self.z_loss = z_loss
-        if not isinstance(model, GPT2LMHeadModel):
-            check_isolation(model, attention)
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
@@ -84,11 +84,11 @@ class CausalLanguageModel(nn.Module):
         return sums if self.training else sums | {"clm_correct": correct}
 
     def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Cross-entropy per target, perplexity, bits per byte of text; where counted, the share of right ones."""
+        """Cross-entropy per target, perplexity, bits per byte of the text as read; where counted, right ones."""
         targets = max(1.0, counts["clm"])
         loss = sums["clm_entropy"] / targets
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        found["bits_per_byte"] = sums["clm_entropy"] / math.log(2) / max(1.0, counts["bytes"])
+        found["bits_per_text_byte"] = sums["clm_entropy"] / math.log(2) / max(1.0, counts["bytes"])
         if self.z_loss:
             found["z_loss"] = sums["clm_penalty"] / targets
         if "clm_correct" in sums:
@@ -108,7 +108,8 @@ def _operations(model: PreTrainedModel, sequence_length: int) -> float:
     layers = gpt2.layers(model)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     matrices = sum(p.numel() for p in layers.parameters() if p.ndim >= 2) + head.weight.numel()
-    return float(6 * matrices + 12 * len(layers) * model.config.hidden_size * sequence_length)
+    width = head.weight.shape[1]
+    return float(6 * matrices + 12 * len(layers) * width * sequence_length)
 
 
 def causal_batches(rows: Rows, sizes: list[int]) -> list[tuple[Batch, dict[str, float]]]:
@@ -119,15 +120,15 @@ def causal_batches(rows: Rows, sizes: list[int]) -> list[tuple[Batch, dict[str, 
         sizes: rows of each batch, B; they sum to N.
 
     Returns:
-        For each batch: input_ids (B, T) int32, position_ids (B, T) int32, segments (B, T) int32 (left out when every
-        row is one full segment), labels (B * T,) int64 and weights (B * T,) fp32, 0 where a position is empty. And its
-        counts: targets of the term "clm" and real (text) "tokens".
+        For each batch: input_ids (B, T) int32, position_ids (B, T) int32, segments (B, T) int32 (left out when no row
+        holds a second one: what is empty comes last, where nothing sees it), labels (B * T,) int64 and weights
+        (B * T,) fp32, 0 where a position is empty. And its counts: targets of the term "clm" and real (text) "tokens".
     """
     if rows.targets is None:
         raise ValueError("these rows have no targets")
     real = rows.segments >= 0
     labels, weights = rows.targets.astype(np.int64), real.astype(np.float32)
-    several: np.ndarray[Any, Any] = (rows.segments != 0).any(1)  # else one segment fills the row
+    several = np.any(rows.segments > 0, axis=1)
     batches, begin = [], 0
     for size in sizes:
         part = slice(begin, begin + size)
@@ -143,42 +144,3 @@ def causal_batches(rows: Rows, sizes: list[int]) -> list[tuple[Batch, dict[str, 
         counts = {"clm": float(real[part].sum()), "tokens": float(np.count_nonzero(rows.content[part]))}
         batches.append(({name: torch.from_numpy(array) for name, array in arrays.items()}, counts))
     return batches
-
-
-@torch.no_grad()
-def check_isolation(model: Any, attention: AttentionPath) -> None:
-    """Prove that a model of any architecture keeps the documents of a row apart and gives its own logits here.
-
-    Position ids and a mask are not understood by all decoders alike (some have no position ids, some overlay a window,
-    some scale their logits), so two short documents in one row are compared with each of them alone.
-
-    Args:
-        model: any causal model of transformers.
-        attention: how attention is computed.
-
-    Raises:
-        UserError: the logits differ, or the model cannot be called this way.
-    """
-    was_training, vocabulary = model.training, int(model.config.vocab_size)
-    model.eval()
-    lengths, ids = [9, 14], torch.randint(0, vocabulary, (1, 23), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "segments": torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))[None]}
-    batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
-    batch["segment_ends"] = segment_ends(batch["segments"], 4)
-    try:
-        inputs = attention_inputs(attention, batch, model.dtype, causal=True)
-        packed = gpt2.predict(model, gpt2.encode(model, ids, batch["position_ids"], inputs))[0]
-        model.set_attn_implementation("sdpa" if attention == "varlen" else attention)  # as anybody would call it
-        alone: Any = [model(input_ids=part, use_cache=False).logits[0] for part in torch.split(ids, lengths, 1)]
-        difference = float((packed - torch.cat(alone)).abs().max() / torch.cat(alone).abs().max())
-    except Exception as error:  # an architecture of any kind
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"a {type(model).__name__} cannot be trained on packed rows ({reason})") from error
-    finally:
-        model.set_attn_implementation(use_attention(attention))
-        model.train(was_training)
-    if not difference < 1e-3:
-        raise UserError(
-            f"a {type(model).__name__} gives other logits in packed rows than alone, by {difference:.1e} of the "
-            "highest: its documents would not be kept apart, so it is not trained here"
-        )

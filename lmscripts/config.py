@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import jsonargparse
 
-from lmscripts.config_foreign import ForeignOptions, Translation, Written
+from lmscripts.config_foreign import LINE, ForeignOptions, Translation, Written
 from lmscripts.config_yaml import (
     Entry,
     alternatives,
@@ -31,6 +30,8 @@ from lmscripts.config_yaml import (
     help_with_default,
     is_tuple,
     listed,
+    nearest,
+    normal,
     plain_value,
     read_yaml,
     shown,
@@ -42,8 +43,8 @@ MISSING = dataclasses.MISSING
 OptionsType = TypeVar("OptionsType")
 Names = Mapping[str, str]
 RawValue = str | None  # None is a YAML null
+Beneath = Callable[[Mapping[str, tuple[Any, bool]], Callable[[str], dict[str, Any]]], Mapping[str, Any]]
 
-_LINE = "command line"
 _NONE: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -80,6 +81,8 @@ def parse_options(
     renamed_values: Mapping[str, Names] = _NONE,
     accepted_unused: Names = _NONE,
     foreign: Translation | None = None,
+    one_of: Collection[Collection[str]] = (),
+    beneath: Beneath | None = None,
 ) -> OptionsType:
     """Options from the command line, over those of `--config file.yaml`, over the defaults.
 
@@ -93,9 +96,13 @@ def parse_options(
         renamed_values: option (name now) -> {older value: its name now}.
         accepted_unused: older name -> a sentence that says why it is not needed any more.
         foreign: a module that translates the keys of another system, as `lmscripts.lightning` does.
+        one_of: options of which one is given; where it stands on the line it replaces any that the file has.
+        beneath: gets what was given, name to value and whether it stands on the line, and a function that reads a file
+            of options; returns values that count instead of the defaults, and instead of what was given.
     """
     older: dict[str, Any] = {"renamed": renamed, "renamed_values": renamed_values, "accepted_unused": accepted_unused}
-    return parse_options_with_origin(options_class, description=description, argv=argv, foreign=foreign, **older)[0]
+    older |= {"foreign": foreign, "one_of": one_of, "beneath": beneath}
+    return parse_options_with_origin(options_class, description=description, argv=argv, **older)[0]
 
 
 def parse_options_with_origin(
@@ -103,6 +110,7 @@ def parse_options_with_origin(
     *,
     description: str,
     argv: Sequence[str] | None = None,
+    beneath: Beneath | None = None,
     **older_names: Any,
 ) -> tuple[OptionsType, dict[str, str]]:
     """As `parse_options`, and for each option where it comes from: "command line", the file's name, or "default".
@@ -115,12 +123,14 @@ def parse_options_with_origin(
         if "-h" in words or "--help" in words:
             _say(reader.help_text(description), sys.stdout)
             sys.exit(0)
-        given = reader.collect(reader.split_words(words), _LINE)
+        given = reader.collect(reader.split_words(words), LINE)
         built_in = {name: given.pop(name).value for name in reader.built_in if name in given}
         in_file: dict[str, _Given] = {}
         if (file_name := built_in.get("config")) is not None:
             in_file = reader.collect(read_yaml(file_name, reader.blocks), file_name)
         given = reader.merge(given, in_file)
+        if beneath is not None:
+            given = reader.lay_under(given, beneath)
         _say("".join(f"{notice}\n" for notice in dict.fromkeys(reader.notices)), sys.stderr)
         values = {name: item.value for name, item in given.items()}
         if built_in.get("print_config"):
@@ -172,14 +182,16 @@ class _Reader:
         renamed_values: Mapping[str, Names] = _NONE,
         accepted_unused: Names = _NONE,
         foreign: Translation | None = None,
+        one_of: Collection[Collection[str]] = (),
     ) -> None:
         self.fields = {field.name: field for field in dataclasses.fields(options_class)}
         self.built_in = {field.name: field for field in dataclasses.fields(_EveryScript)}
         self.hints = {**typing.get_type_hints(_EveryScript), **typing.get_type_hints(options_class)}
-        self.renamed = {_normal(old): _normal(new) for old, new in renamed.items()}
-        self.renamed_values = {_normal(name): values for name, values in renamed_values.items()}
-        self.accepted_unused = {_normal(name): reason for name, reason in accepted_unused.items()}
+        self.renamed = {normal(old): normal(new) for old, new in renamed.items()}
+        self.renamed_values = {normal(name): values for name, values in renamed_values.items()}
+        self.accepted_unused = {normal(name): reason for name, reason in accepted_unused.items()}
         self.foreign = foreign
+        self.one_of = one_of
         foreign_keys = tuple(foreign.KEYS) if foreign else ()
         self.blocks = {key.split(".")[0] for key in foreign_keys if "." in key}
         self.foreign_given: dict[str, Written] = {}
@@ -235,7 +247,7 @@ class _Reader:
 
     def _takes(self, entry: Entry, word: str) -> bool:
         """Whether a word can be a value of the option before it; else it belongs to the positional option."""
-        name = self.renamed.get(_normal(entry.key), _normal(entry.key))
+        name = self.renamed.get(normal(entry.key), normal(entry.key))
         hint = self.hints.get(name)
         if hint is None or is_tuple(hint):
             return hint is not None or name not in self.own
@@ -257,21 +269,21 @@ class _Reader:
 
     def collect(self, entries: Sequence[Entry], origin: str) -> dict[str, _Given]:
         """What stands on the command line, or in a file."""
-        dashes, kind = ("--", "unknown option") if origin == _LINE else ("", f"{origin}: unknown key")
-        known = [*self.known, *(self.built_in if origin == _LINE else ())]
+        dashes, kind = ("--", "unknown option") if origin == LINE else ("", f"{origin}: unknown key")
+        known = [*self.known, *(self.built_in if origin == LINE else ())]
         unknown: dict[str, Entry] = {}
         for entry in entries:
-            if _normal(entry.key) not in known:
+            if normal(entry.key) not in known:
                 unknown.setdefault(entry.key, entry)
         if unknown:
             answers = []
             for name, entry in unknown.items():
-                place, near = f" in line {entry.line}" if entry.line else "", _nearest(name, known, dashes)
+                place, near = f" in line {entry.line}" if entry.line else "", nearest(name, known, dashes)
                 answers.append(f"{dashes}{name}{place}{near and f' ({near})'}")
             raise UserError(f"{kind}{'s' if len(answers) > 1 else ''} {listed(answers, 'and')}")
         given: dict[str, _Given] = {}
         for entry in entries:
-            spelled = _normal(entry.key)
+            spelled = normal(entry.key)
             if spelled in self.own or spelled in self.built_in:
                 self._take(given, spelled, entry.values, origin, entry.label)
             else:
@@ -283,29 +295,36 @@ class _Reader:
         defaults: dict[str, _Given] = {}
         if self.foreign and self.foreign_given:
             own = {name: item.value for name, item in {**in_file, **on_line}.items()}
-            old = ForeignOptions(self.foreign_given, own, self.foreign_in_file)
+            old = ForeignOptions(self.foreign_given, own, self.foreign_in_file, [*on_line])
             self.foreign.translate(old)
             self.notices += old.notices
             for name, values, sources in old.meanings:
-                place = next((source for source in sources if source.origin == _LINE), sources[0])
+                place = next((source for source in sources if source.origin == LINE), sources[0])
                 value = self._convert(name, values, place.origin, place.label)
                 written = " and ".join(f"{source.key} {source.shown}" for source in sources)
-                self._keep(
-                    on_line if place.origin == _LINE else in_file, name, _Given("", written, value, place.origin)
-                )
+                self._keep(on_line if place.origin == LINE else in_file, name, _Given("", written, value, place.origin))
             for name, text in old.defaults.items():
                 defaults[name] = _Given("", text, self._convert(name, [text], "default", name), "default")
-        return {**defaults, **in_file, **on_line}
+        decided = {name for name, item in on_line.items() if item.value is not None}
+        replaced = {name for group in self.one_of if decided & {*group} for name in group}
+        return {**defaults, **{n: item for n, item in in_file.items() if n not in replaced}, **on_line}
+
+    def lay_under(self, given: dict[str, _Given], beneath: Beneath) -> dict[str, _Given]:
+        """What was given, over the options of the run that this one goes on from where there is one."""
+        explicit = {n: (item.value, item.origin == LINE) for n, item in given.items() if item.origin != "default"}
+        under = beneath(explicit, lambda file: {n: i.value for n, i in self.collect(read_yaml(file), file).items()})
+        return {**given, **{name: _Given(name, "", value, "the run before") for name, value in under.items()}}
 
     def _set_aside(self, key: str, entry: Entry, origin: str) -> None:
         """Keeps a key of the other system for its translation; the line is read before the file and stays."""
-        values = entry.values or [None]
-        self.foreign_in_file |= origin != _LINE
-        if origin == _LINE:
+        values, is_list = entry.values or [None], entry.is_list
+        self.foreign_in_file |= origin != LINE
+        if origin == LINE:
             values = [None if text == "null" else plain_value(text) for text in entry.values]
-            values = values[0] or [None] if len(values) == 1 and isinstance(values[0], list) else values
-        written, before = Written(key, values, entry.label, origin), self.foreign_given.get(key)
-        if before and before.origin == origin and before.values != values:
+            is_list = len(values) == 1 and isinstance(values[0], list)
+            values = values[0] or [None] if is_list else values
+        written, before = Written(key, values, entry.label, origin, is_list), self.foreign_given.get(key)
+        if before and before.origin == origin and (before.values, before.is_list) != (values, is_list):
             raise UserError(f"{key} is given twice: {before.shown} and {written.shown}; give one")
         if before is None:
             self.foreign_given[key] = written
@@ -332,13 +351,13 @@ class _Reader:
         if before is not None and is_tuple(self.hints[name]) and before.spelled == item.spelled != "":
             item = dataclasses.replace(item, value=(before.value or ()) + (item.value or ()))
         elif before is not None and before.value != item.value:
-            place = "" if item.origin == _LINE else f"{item.origin}: "
+            place = "" if item.origin == LINE else f"{item.origin}: "
             raise UserError(f"{place}{name} is given twice: {before.written} and {item.written}; give one")
         collected[name] = item
 
     def _convert(self, name: str, raw: list[RawValue], origin: str, label: str) -> Any:
         """Checks what was written against the type of the field."""
-        hint, on_line = self.hints[name], origin == _LINE
+        hint, on_line = self.hints[name], origin == LINE
         new_values: Mapping[Any, str] = self.renamed_values.get(name, {})
         self.notices += [f"--{name} {old} is now --{name} {new_values[old]}" for old in raw if old in new_values]
         raw = [new_values.get(item, item) for item in raw]
@@ -352,7 +371,7 @@ class _Reader:
             raise UserError(f"{label} takes one value, not {len(raw)} ({listed(raw, 'and')})")
         for item in raw:
             if not self._typed(name, [item] if is_tuple(hint) else item)[0]:
-                near = _nearest(str(item), [str(choice) for choice in choices(hint)])
+                near = nearest(str(item), [str(choice) for choice in choices(hint)])
                 raise UserError(f"{label} must be {describe(hint)}, not {shown(item)}{near and f'; {near}'}")
         return self._typed(name, raw if is_tuple(hint) else raw[0])[1]
 
@@ -372,18 +391,6 @@ class _Reader:
             return False, None
         numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
         return all(map(math.isfinite, numbers)), value
-
-
-def _normal(name: str) -> str:
-    return name.replace("-", "_")
-
-
-def _nearest(word: str, known: Iterable[str], dashes: str = "") -> str:
-    """`did you mean --x?`, or nothing where no name is near."""
-    name = _normal(word.lstrip("-–—"))
-    longer = [candidate for candidate in known if candidate.startswith(name)]
-    near = longer if len(longer) == 1 else difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {dashes}{near[0]}?" if near else ""
 
 
 def _say(text: str, stream: TextIO, rank_variable: str = "RANK") -> None:

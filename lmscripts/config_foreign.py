@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from lmscripts.errors import UserError
 
+LINE = "command line"
+
 
 class Translation(Protocol):
     """A module that knows the keys of another system."""
@@ -32,13 +34,15 @@ class Written:
         key: its name.
         values: texts, None for null; lists and mappings where they were nested; empty for a flag without a value.
         label: the words for it in an error.
-        origin: "command line" or the file's name.
+        origin: `LINE` or the file's name.
+        is_list: it was written as a list, be it of a single value.
     """
 
     key: str
     values: list[Any]
     label: str
     origin: str
+    is_list: bool = False
 
     @property
     def text(self) -> str:
@@ -73,22 +77,27 @@ class ForeignOptions:
     Attributes:
         own: values of the script's own options that were given by their names here, on the line or in the file.
         in_file: the file has such keys, be it that the line has beaten them all.
+        on_line: own options that were given on the line, by their names here.
         meanings: what the keys mean.
         defaults: values for own options that were not given in any way, as the other system had them.
         notices: sentences for the user.
     """
 
-    def __init__(self, written: Mapping[str, Written], own: Mapping[str, Any], in_file: bool) -> None:
+    def __init__(
+        self, written: Mapping[str, Written], own: Mapping[str, Any], in_file: bool, on_line: Collection[str] = ()
+    ) -> None:
         """Nothing is translated yet.
 
         Args:
             written: key to what was written; the command line has already beaten the file.
             own: see above.
             in_file: see above.
+            on_line: see above.
         """
         self._written = {key: item for key, item in written.items() if item.values != [None]}
         self.own = own
         self.in_file = in_file
+        self.on_line = on_line
         self.meanings: list[Meaning] = []
         self.defaults: dict[str, str] = {}
         self.notices: list[str] = []

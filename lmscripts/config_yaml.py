@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 import textwrap
@@ -27,12 +28,14 @@ class Entry(NamedTuple):
         values: as written: a text, None for a YAML null; below a block also lists and mappings of these.
         label: the words for it in an error.
         line: of the file; None on the command line.
+        is_list: it is a list in the file, be it of a single value.
     """
 
     key: str
     values: list[Any]
     label: str
     line: int | None = None
+    is_list: bool = False
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -131,10 +134,11 @@ def _entry(key: str, key_node: yaml.Node, value_node: yaml.Node, file_name: str,
     label = f"{file_name}, line {line}: {key}"
     if key in ("compute_environment", "distributed_type"):
         raise UserError(f"{file_name} is a file for Accelerate: give it to `accelerate launch --config_file`")
-    items = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+    is_list = isinstance(value_node, yaml.SequenceNode)
+    items = value_node.value if is_list else [value_node]
     if key.split(".")[0] not in blocks and not all(isinstance(item, yaml.ScalarNode) for item in items):
         raise UserError(f"{label} must be a value or a list of values")
-    return Entry(key, [_plain(item) for item in items], label, line)
+    return Entry(key, [_plain(item) for item in items], label, line, is_list)
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -184,7 +188,8 @@ def describe(hint: Any) -> str:
 
 def help_with_default(field: dataclasses.Field[Any], hint: Any) -> str:
     """The help of an option with its choices and its default."""
-    notes = [f"one of {', '.join(str(choice) for choice in choices(hint))}"] if choices(hint) else []
+    only = "or" if alternatives(hint) & {int, float, str} else "one of"
+    notes = [f"{only} {', '.join(str(choice) for choice in choices(hint))}"] if choices(hint) else []
     if field.metadata["required"]:
         notes.append("required")
     elif field.default not in (None, (), ""):
@@ -203,3 +208,16 @@ def listed(items: Iterable[Any], conjunction: str) -> str:
     """Words as a list: a, b or c."""
     words = [str(item) for item in items]
     return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def normal(name: str) -> str:
+    """A name of an option with underscores: dashes are the same."""
+    return name.replace("-", "_")
+
+
+def nearest(word: str, known: Iterable[str], dashes: str = "") -> str:
+    """`did you mean --x?`, or nothing where no name is near."""
+    name = normal(word.lstrip("-–—"))
+    longer = [candidate for candidate in known if candidate.startswith(name)]
+    near = longer if len(longer) == 1 else difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {dashes}{near[0]}?" if near else ""

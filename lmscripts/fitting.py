@@ -82,7 +82,25 @@ def fuse_activations(model: PreTrainedModel) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-# ---- freezing ----
+# ---- layers, and freezing them ----
+
+
+def stacked_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of an encoder or decoder, wherever it keeps them.
+
+    They are the first list of modules that have parts themselves (unlike a list of projections), and of such lists one
+    that is as long as the configuration says (unlike the experts within a layer).
+
+    Raises:
+        UserError: the model has no such list.
+    """
+    base: Any = model.base_model
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [found for found in lists if all(any(True for _ in layer.children()) for layer in found)]
+    number = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not lists:
+        raise UserError(f"a {type(model).__name__} keeps its layers in no list, so they cannot be counted or frozen")
+    return next((found for found in lists if len(found) == number), lists[0])
 
 
 def freeze(model: PreTrainedModel, num_layers: int) -> int:
@@ -102,19 +120,19 @@ def freeze(model: PreTrainedModel, num_layers: int) -> int:
         UserError: the model has fewer layers, or the number is below -1.
     """
     base: Any = model.base_model
-    # The layers are the longest list of modules, in encoders and decoders alike.
-    layers = max((module for module in base.modules() if isinstance(module, nn.ModuleList)), key=len)
+    layers = stacked_layers(model)
     if not -1 <= num_layers <= len(layers):
         raise UserError(
             f"frozen-layers is {num_layers}, but the model has {len(layers)} layers: give -1 to {len(layers)}"
         )
     if num_layers == -1:
         return 0
-    tables = [m for m in base.children() if isinstance(m, nn.Embedding)]  # a decoder's
-    tables += [base.embeddings] if hasattr(base, "embeddings") else []
-    frozen = [*tables, *layers[:num_layers]]
+    inside = {id(module) for module in layers.modules()}
+    frozen: list[nn.Module] = [m for m in base.modules() if isinstance(m, nn.Embedding) and id(m) not in inside]
+    frozen += [base.embeddings] if hasattr(base, "embeddings") else []  # with their LayerNorm
+    frozen += layers[:num_layers]
     frozen += [base.embeddings_project] if hasattr(base, "embeddings_project") else []
-    parameters = [parameter for part in frozen for parameter in part.parameters()]
-    for parameter in parameters:
+    parameters = {id(parameter): parameter for part in frozen for parameter in part.parameters()}
+    for parameter in parameters.values():
         parameter.requires_grad_(False)
-    return sum(parameter.numel() for parameter in parameters)
+    return sum(parameter.numel() for parameter in parameters.values())

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lmscripts.checkpoint import look_for_whole
 from lmscripts.errors import UserError
-from lmscripts.models import DECODERS
+from lmscripts.models import DECODERS, decoders
 from lmscripts.option_checks import check_useless
 from lmscripts.phases import BY_PHASE, Phase, by_phase
 from lmscripts.preparation import Source, find_tokenizer, prepare_beside
 from lmscripts.presets import Preset, load_preset
-from lmscripts.resume import newest_of
-from lmscripts.run_folder import find_checkpoint, read_state
+from lmscripts.run_folder import read_state
 from lmscripts.token_store import TokenStore, open_store
 from lmscripts.tokenization import load_encoder
 
@@ -58,12 +58,12 @@ def open_inputs(options: Any, parameter_file: Path) -> tuple[Any, Preset, list[P
     values |= {"beta2": _BETA2.get(preset.family, 0.999)}
     values |= {"eval_every": options.save_steps or preset.save_steps}
     values |= {
-        "sequence_length": options.sequence_length or (preset.sequence_length or _longest_input(preset),),
+        "sequence_length": options.sequence_length or row_lengths(preset, options),
         "mask_probability": (preset.mask_probability,),
     }
     values |= {"batch_size": (preset.batch_size * preset.accumulation_steps,)}  # the older way to say it
-    if options.decay_from is not None:
-        options = _branched(options)
+    if options.decay_from is not None:  # everything of that checkpoint; `lmscripts.branching` made the schedule
+        options = replace(options, start_from=options.decay_from, carry_over="everything", decay_from=None)
     elif not options.phase_steps:
         values |= {"max_steps": None if options.epochs else preset.train_steps}
     values |= {"mask_unit": "word" if options.do_whole_word_mask else "token"}
@@ -114,42 +114,6 @@ def _resized(preset: Preset, options: Any) -> Preset:
     return preset
 
 
-def _branched(options: Any) -> Any:
-    """The options of a decay branch: everything of the checkpoint, and from its step on a rate that falls to its end.
-
-    A branch that is continued knows its schedule itself; the checkpoint that it left may be gone.
-
-    Raises:
-        UserError: the checkpoint was not saved while its rate was stable, or another rate is asked for.
-    """
-    own = newest_of(Path(options.model_dir)) if options.do_continue else None
-    checkpoint = own or find_checkpoint(Path(options.decay_from))[0]
-    state = read_state(checkpoint)
-    plan, step = state.get("schedule"), state["progress"]["step"]
-    if plan is None:
-        raise UserError(f"{checkpoint} does not say its schedule: it was saved by an older version")
-    decay = {"wsd": plan["decay_steps"] or 0, "constant": 0}.get(plan["schedule"])
-    if decay is None:
-        raise UserError(f"{checkpoint} was trained with --schedule {plan['schedule']}, whose rate is never stable")
-    begin, end = plan["warmup_steps"], plan["max_steps"] - decay
-    if own is None and not begin <= step <= end:
-        raise UserError(f"{checkpoint} is at step {step}, but its rate was stable from step {begin} to {end} only")
-    if options.learning_rate not in (None, plan["peak"]):
-        raise UserError(f"--learning_rate is {options.learning_rate}, but that of {checkpoint} is {plan['peak']}")
-    return replace(
-        options,
-        decay_from=None,
-        start_from=str(checkpoint),
-        carry_over="everything",
-        schedule="wsd",
-        learning_rate=plan["peak"],
-        warmup_steps=plan["warmup_steps"],
-        decay_steps=decay if own else options.decay_steps,
-        max_steps=plan["max_steps"] if own else step + options.decay_steps,
-        epochs=None,
-    )
-
-
 def _phases(options: Any) -> list[Phase]:
     steps: Sequence[int | None] = options.phase_steps or (options.max_steps,)
     settings = by_phase({name: getattr(options, name) for name in BY_PHASE}, len(steps))
@@ -183,8 +147,27 @@ def _open_stores(options: Any) -> dict[str, TokenStore]:
     return {"": prepare_beside(source, Path(options.model_dir), options.num_workers or 2)}
 
 
-def _longest_input(preset: Preset) -> int:
-    """Tokens that the pretrained model of a preset can read at once."""
+def row_lengths(preset: Preset, options: Any) -> tuple[int, ...]:
+    """Tokens of a row where no option says it.
+
+    They are those of the run that is continued; else the preset's, but of a pretrained model that the options name no
+    more than it reads at once.
+    """
+    if preset.sequence_length and not any(getattr(options, name) for name in _PRETRAINED):
+        return (preset.sequence_length,)
+    own = look_for_whole(Path(options.model_dir))[0] if options.do_continue else None
+    if own is not None:
+        return tuple(read_state(own)["fixed"]["sequence_length"])
+    lengths = [length for length in (preset.sequence_length, _longest_input(preset)) if length]
+    if not lengths:
+        raise UserError(
+            f"the model {preset.pretrained_model} does not say how long its input may be: give --sequence_length"
+        )
+    return (min(lengths),)
+
+
+def _longest_input(preset: Preset) -> int | None:
+    """Tokens that the pretrained model of a preset can read at once; None for a decoder that does not say it."""
     from transformers import AutoConfig
 
     name = preset.pretrained_discriminator or preset.pretrained_model or ""
@@ -192,8 +175,10 @@ def _longest_input(preset: Preset) -> int:
         config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         raise UserError(f"the pretrained model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if preset.family in DECODERS:
+        return decoders.longest_input(config)
     positions = getattr(config, "max_position_embeddings", None)
-    if (config.model_type != preset.family and preset.family not in DECODERS) or positions is None:
+    if config.model_type != preset.family or positions is None:
         raise UserError(f"the pretrained model {name} is a {config.model_type}, not a {preset.family}")
     return int(positions) - ((config.pad_token_id or 0) + 1 if preset.family == "roberta" else 0)
 

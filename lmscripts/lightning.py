@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmscripts.config_foreign import LINE
 from lmscripts.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ RENAMED = {
     "model.num_warmup_steps": "warmup_steps",
 }
 SIZES = ("n_layer", "n_head", "n_embd")
+LENGTHS = ("max_steps", "epochs", "phase_steps")
 # How they stood there where nothing was said and where this script would do otherwise. Adam's are torch's.
 DEFAULTS = {
     "optimizer": "adam",
@@ -43,6 +45,9 @@ DEFAULTS = {
     "schedule": "constant",
     "max_grad_norm": "0",
     "logging_steps": "50",
+    "attention_dropout": "0.1",
+    "eval_every": "epoch",
+    "save_steps": "epoch",
 }
 DEFAULT_BATCH_SIZE, DEFAULT_EPOCHS = 2, 1000
 # Its documentation sets 16 for a GPU, and such a file has to run without one too.
@@ -152,8 +157,9 @@ def translate(old: ForeignOptions) -> None:
         old.drop(key, reason)
     if _is_config(old):
         for name, value in DEFAULTS.items():
-            old.default(name, value, f"--{name} is {value}, as it was in the older trainer")
-        if not old.decided("max_steps", "epochs", "phase_steps"):
+            if name != "attention_dropout" or old.own.get("attention") != "varlen":  # which has none
+                old.default(name, value, f"--{name} is {value}, as it was in the older trainer")
+        if not old.decided(*LENGTHS):
             said = f"--epochs is {DEFAULT_EPOCHS}, as it was in the older trainer where nothing said how long"
             old.default("epochs", str(DEFAULT_EPOCHS), said)
     _run(old)
@@ -162,9 +168,13 @@ def translate(old: ForeignOptions) -> None:
 def _length(old: ForeignOptions) -> None:
     """How long a run is, which here is one number, and the learning rate's schedule.
 
-    There the schedule had a length of its own; without it the rate stayed constant after the warmup.
+    There the schedule had a length of its own; without it the rate stayed constant after the warmup. A length on the
+    line replaces those of the file; that the schedule is linear does not depend on its length.
     """
-    given = [item for key in (_EPOCHS, _STEPS, _SCHEDULE) if (item := old.get(key)) is not None]
+    written = [item for key in (_EPOCHS, _STEPS, _SCHEDULE) if (item := old.get(key)) is not None]
+    on_line = [item for item in written if item.origin == LINE]
+    own = any(name in old.on_line and old.own[name] is not None for name in LENGTHS)
+    given = on_line if on_line or own else written
     if len(given) > 1 and not (given[0].key == _STEPS and given[0].text == given[1].text):
         first, second = given[:2]
         raise UserError(
@@ -175,9 +185,8 @@ def _length(old: ForeignOptions) -> None:
         steps = str(old.whole(_SCHEDULE, 0))
         words = f"{_SCHEDULE} {steps} is now --schedule linear"
         old.combine([_SCHEDULE], "schedule", "linear", words)
-        old.rename(_SCHEDULE, "max_steps")
-    old.rename(_EPOCHS, "epochs")
-    old.rename(_STEPS, "max_steps")
+    for item in given:
+        old.rename(item.key, "epochs" if item.key == _EPOCHS else "max_steps")
 
 
 def _batch(old: ForeignOptions) -> None:
@@ -215,7 +224,7 @@ def _processes(written: Written | None) -> int:
     if written is None:
         return 1
     values = [str(value) for value in written.values]
-    if len(values) == 1:
+    if len(values) == 1 and not written.is_list:  # there 3 was three GPUs, and [3] the GPU number 3
         text = values[0]
         if re.fullmatch(r"\d+", text):
             return max(int(text), 1)

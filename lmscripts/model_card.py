@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,6 +24,7 @@ from lmscripts.models import DECODERS
 from lmscripts.packing import Rows
 from lmscripts.phases import PhasedData
 from lmscripts.pretraining import PretrainingData
+from lmscripts.stream import StreamRows
 from lmscripts.tracking import SHARES, read_log, versions
 
 _FILL_MASK = """from transformers import pipeline
@@ -133,11 +137,12 @@ def pretraining_card(
             )
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     last = data.phases[-1]
-    source = last.held_out or last.train
-    shown = source.read(np.arange(min(3, source.num_rows)))
     if causal:
-        examples, use, task = continuations(model, tokenizer, shown), _GENERATE, "text-generation"
+        prompts = document_beginnings(last)
+        examples, use, task = continuations(model, tokenizer, prompts), _GENERATE, "text-generation"
     else:
+        source = last.held_out or last.train
+        shown = source.read(np.arange(min(3, source.num_rows)))
         examples = fill_mask_examples(model, tokenizer, last, shown)
         use, task = (_PAIR, "") if family == "electra" else (_FILL_MASK, "fill-mask")
     return model_card(title, origin, use, rows, options_yaml, examples, task)
@@ -183,28 +188,49 @@ def fill_mask_examples(
     return examples
 
 
+def document_beginnings(data: PretrainingData, number: int = 3, most_tokens: int = 12) -> list[NDArray[np.int64]]:
+    """How documents begin: held-out ones, then those of the training text; again from the first where there are fewer.
+
+    Args:
+        data: of a causal model.
+        number: of beginnings, P.
+        most_tokens: tokens of each, the begin token among them; never more than half of the document.
+
+    Returns:
+        P arrays of (n,) ids.
+    """
+    found: list[NDArray[np.int64]] = []
+    for source in (data.held_out, data.train):
+        if not isinstance(source, StreamRows) or source.layout.begin_id is None:
+            continue
+        tokens, ends = source.part.tokens, source.part.document_tokens
+        for document in range(min(number, source.part.num_documents)):
+            begin, size = int(ends[document]), int(ends[document + 1] - ends[document])
+            text = tokens[begin : begin + min(most_tokens - 1, -(-size // 2))]
+            found.append(np.array([source.layout.begin_id, *text], np.int64))
+    return list(islice(cycle(found), number))
+
+
 def continuations(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    prompt_tokens: int = 12,
+    prompts: Sequence[NDArray[np.int64]],
     new_tokens: int = 40,
     seed: int = 0,
 ) -> list[str]:
-    """How the model goes on from the beginning of each row: sampled from its 50 likeliest tokens, always the same.
+    """How the model goes on from each prompt: sampled from its 50 likeliest tokens, always the same.
 
     Args:
         model: a causal language model from transformers.
         tokenizer: of the model.
-        rows: B rows of text, of which the first tokens are the prompts.
-        prompt_tokens: tokens of each prompt.
+        prompts: ids; a prompt that comes again is gone on from in another way.
         new_tokens: tokens to sample, at most.
         seed: of the sampling; the state of the generators outside is left alone.
     """
     examples = []
-    longest = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
-    for number, (ids, segments) in enumerate(zip(rows.ids, rows.segments, strict=True)):
-        prompt = torch.from_numpy(ids[segments == segments[0]][: min(prompt_tokens, longest // 2)].astype(np.int64))
+    longest = getattr(model.config, "max_position_embeddings", max(map(len, prompts), default=0) + new_tokens)
+    for number, ids in enumerate(prompts):
+        prompt = torch.from_numpy(ids[: longest // 2])
         length = min(prompt.numel() + new_tokens, longest)
         inputs = prompt[None].to(next(model.parameters()).device)
         with torch.random.fork_rng(), torch.no_grad():

@@ -53,7 +53,7 @@ def check_numbers(
     """Check options by name; None is always fine.
 
     Args:
-        values: option names and values.
+        values: option names and values; a word instead of a number has no bounds.
         positive: must be greater than 0.
         not_negative: must be at least 0.
         below_one: must be at least 0 and less than 1.
@@ -70,7 +70,7 @@ def check_numbers(
         for name in names:
             given = values[name] if isinstance(values[name], tuple) else (values[name],)
             for value in given:
-                if value is not None and not fits(value):
+                if value is not None and not isinstance(value, str) and not fits(value):
                     raise UserError(f"--{name} must be {bounds}, got {value}")
 
 
@@ -109,9 +109,7 @@ def check_pretraining(values: Mapping[str, Any]) -> None:
         raise UserError(f"--ema_decay must lie between 0 and 1, got {values['ema_decay']}")
     if values["decay_from"] is not None:
         check_useless(values, "with --decay_from, which takes everything", "start_from", "carry_over", "phase_steps")
-        if decay_steps is None:
-            raise UserError(f"--decay_from {values['decay_from']} needs --decay_steps")
-    elif (decay_steps is not None) != (values["schedule"] == "wsd"):
+    if (decay_steps is not None) != (values["schedule"] == "wsd"):
         raise UserError(f"--decay_steps {decay_steps} is not for --schedule {values['schedule']}; wsd needs it")
     if values["attention"] == "varlen" and values["attention_dropout"] > 0:
         raise UserError(f"--attention varlen has no dropout, but --attention_dropout is {values['attention_dropout']}")

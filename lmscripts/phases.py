@@ -103,6 +103,15 @@ class PhasedData:
         """The phase of a step; the last one for a step after the end."""
         return next((p for p, end in zip(self.phases, self.ends, strict=True) if step < end), self.phases[-1])
 
+    def is_due(self, step: int, every: int | str) -> bool:
+        """Whether what is done every so many steps, or at the end of every "epoch", is done after so many steps."""
+        if step == 0 or not isinstance(every, str):
+            return step == 0 or step % int(every) == 0
+        phase, begin = self.of_step(step - 1), max((end for end in self.ends[:-1] if end < step), default=0)
+        rows = [min(number * phase.batch_size, phase.total_rows) for number in (step - 1 - begin, step - begin)]
+        before, after = (number // phase.train.num_rows for number in rows)
+        return after > before
+
     def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
         """As `PretrainingData.step_batches`, for the steps [first, stop) of the run."""
         begin = 0

@@ -1,4 +1,4 @@
-"""Further pretraining: a saved BERT, RoBERTa or ELECTRA, checked, made to fit the rows and the tokenizer of a run.
+"""Further pretraining: a saved model, checked, made to fit the rows and the tokenizer of a run.
 
 transformers initialises at random what the weights lack, ignores what the model has no place for, and takes a
 tokenizer without looking at the model; each is a warning at most. Here each is refused with a sentence.
@@ -7,6 +7,7 @@ tokenizer without looking at the model; each is a warning at most. Here each is 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from lmscripts.errors import UserError
 from lmscripts.tokenization import Encoder
 from lmscripts.tokenizer_extension import segmentation_difference
+from lmscripts.tokenizer_folder import copy_tokenizer
 
 _TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json",
@@ -31,6 +33,13 @@ _TOKENIZER_FILES: tuple[str, ...] = (
 )
 _TOKENIZER_FILES += ("sentencepiece.bpe.model", "tokenizer.model")
 _SPECIAL = ("pad", "unk", "cls", "sep", "mask")
+# What the configurations of transformers call them, decoders included.
+_HIDDEN_DROPOUTS: tuple[str, ...] = ("hidden_dropout_prob", "hidden_dropout", "dropout", "dropout_p", "mlp_dropout")
+_HIDDEN_DROPOUTS += ("resid_pdrop", "embd_pdrop", "emb_pdrop", "resid_dropout", "embed_dropout")
+_HIDDEN_DROPOUTS += ("residual_dropout", "embedding_dropout")
+_ATTENTION_DROPOUTS: tuple[str, ...] = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
+_ATTENTION_DROPOUTS += ("lsh_attention_probs_dropout_prob", "local_attention_probs_dropout_prob")
+_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 # ---- loading ----
@@ -62,7 +71,7 @@ def load_pretrained(
     local = place.is_dir()
     source = str(place) if local else name_or_path
     loader: Any = architecture
-    config = _config_of(source, architecture, local)
+    config = load_config(name_or_path, architecture)
     set_dropout(config, hidden_dropout, attention_dropout)
     with quiet_loading():
         try:
@@ -82,17 +91,53 @@ def load_pretrained(
     return trainable
 
 
-def set_dropout(config: Any, hidden: float, attention: float) -> None:
-    """Set the dropouts of a configuration under whichever names its family has for them."""
-    hidden_names = ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "resid_dropout", "hidden_dropout")
-    attention_names = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
-    for names, value in ((hidden_names, hidden), (attention_names, attention)):
-        for name in names:
-            if hasattr(config, name):
-                setattr(config, name, value)
+def set_dropout(config: Any, hidden: float, attention: float) -> list[str]:
+    """Set the dropouts of a configuration under whichever names its family has for them.
+
+    Layers are never dropped as a whole, and within the feed-forward layers no more than hidden states are.
+
+    Args:
+        config: of a model of any type; it is changed.
+        hidden: of the hidden states.
+        attention: of the attention weights.
+
+    Returns:
+        Sentences for the user: what has no effect on such a model.
+    """
+    parts = [config, *(part for part in (getattr(config, "attn_config", None),) if part is not None)]
+    sentences = []
+    for kind, names, value in (("hidden", _HIDDEN_DROPOUTS, hidden), ("attention", _ATTENTION_DROPOUTS, attention)):
+        found = [_set_number(part, name, value) for part in parts for name in names]
+        if value and not any(found):
+            sentences.append(f"--{kind}_dropout {value} has no effect on a {config.model_type}")
+    for name, most in {"activation_dropout": hidden, **dict.fromkeys(_LAYER_DROPS, 0.0)}.items():
+        if (getattr(config, name, None) or 0.0) > most:
+            setattr(config, name, most)
+    return sentences
 
 
-def _config_of(source: str, architecture: type[PreTrainedModel], local: bool) -> PretrainedConfig:
+def _set_number(config: Any, name: str, value: float) -> bool:
+    """Whether a configuration has this number; it is set."""
+    saved = getattr(config, name, None)
+    if not isinstance(saved, int | float):
+        return False
+    try:
+        if saved != value:
+            setattr(config, name, value)
+    except Exception:  # MPT says int where a probability is meant, and transformers insists on it
+        return False
+    return True
+
+
+def load_config(name_or_path: str, architecture: Any) -> PretrainedConfig:
+    """The configuration of a saved model, which must be of the architecture's type.
+
+    Raises:
+        UserError: there is none, or it is of another type.
+    """
+    place = Path(name_or_path).expanduser()
+    local = place.is_dir()
+    source = str(place) if local else name_or_path
     config_class: Any = getattr(architecture, "config_class", None)
     if config_class is None:  # of AutoModelForCausalLM
         try:
@@ -202,6 +247,7 @@ def adopt_tokenizer(
             )
     theirs = _tokenizer_beside(name_or_path)
     if theirs is None:
+        _check_loads_again(models[0], ours, name_or_path)
         sentences = [
             f"{name_or_path} has no tokenizer beside it: only the size of the vocabulary could be checked "
             f"({max(tokens) + 1:,} entries, room for {len(_word_table(models[0])):,})"
@@ -236,6 +282,26 @@ def _tokenizer_beside(name_or_path: str) -> Encoder | None:
         raise UserError(f"the tokenizer beside the model {name_or_path} cannot be loaded ({reason})") from error
     # Without any vocabulary transformers makes a tokenizer of special tokens alone.
     return encoder if set(tokenizer.get_vocab().values()) - set(encoder.special_ids) else None
+
+
+def _check_loads_again(model: PreTrainedModel, ours: Encoder, name_or_path: str) -> None:
+    """Refuse a tokenizer that would be another one beside this model.
+
+    For some types of models AutoTokenizer takes the class of their own tokenizer, whatever tokenizer_config.json says.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet_loading():
+        copy_tokenizer(Path(ours.folder), Path(folder))
+        model.config.save_pretrained(folder)
+        try:
+            beside: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            difference = segmentation_difference(ours.tokenizer, beside)
+        except Exception as error:  # of the class that it takes instead
+            difference = " ".join(str(error).split())[:200]
+        if difference:
+            raise UserError(
+                f"beside a {model.config.model_type} such as {name_or_path} AutoTokenizer makes another tokenizer of "
+                f"{ours.folder}: {difference}"
+            )
 
 
 def _check_special(theirs: Encoder, ours: Encoder, name_or_path: str) -> None:
@@ -278,7 +344,8 @@ def _adopt_padding(
     Models from before 2023 had [PAD] elsewhere than at id 0 and a configuration that said 0: the embedding there, of
     [UNK], was never trained. RoBERTa's positions depend on the id, so there it must be right.
     """
-    wrong = [model for model in models if model.config.pad_token_id != pad_id]
+    masked = [model for model in models if not model.can_generate()]  # a decoder meets no padding before its text
+    wrong = [model for model in masked if model.config.pad_token_id != pad_id]
     if not wrong:
         return []
     saved = wrong[0].config.pad_token_id

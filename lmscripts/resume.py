@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,24 @@ from lmscripts.fitting import position_table, repeat_positions
 from lmscripts.pretrained import adopt_tokenizer
 from lmscripts.run_folder import TrainingState, read_state
 
+# What config.json of a checkpoint may say otherwise than the model that is to get its weights.
+_DROPOUTS = ("dropout", "dropout_prob", "pdrop")  # --hidden_dropout and --attention_dropout may change at any step
+_MAY_DIFFER = {
+    "transformers_version": "says who wrote the file",
+    "architectures": "is written when a model is saved",
+    "dtype": "is that of the file; weights are loaded into float32",
+    "torch_dtype": "is the older name of dtype",
+    "use_cache": "is about writing text; training never keeps a cache",
+    "initializer_range": "is about weights that were never trained",
+}
+_MAY_DIFFER_FROM_ANOTHER = {
+    "n_positions": "learned positions are repeated, computed ones go on",
+    "max_position_embeddings": "the same under the name of other families",
+    "pad_token_id": "is compared with the tokenizer, and may be put right",
+    "bos_token_id": "likewise",
+    "eos_token_id": "likewise",
+}
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim.swa_utils import AveragedModel
@@ -25,9 +44,16 @@ if TYPE_CHECKING:
     from lmscripts.objectives import Objective
 
 
-def newest_of(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, whole or not; None without any."""
-    return next(reversed(checkpoints.list_checkpoints(run_dir)), None)
+def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Path | None:
+    """The checkpoint whose models a run has, whatever it once began with; None for a run that begins.
+
+    Args:
+        run_dir: the run's folder.
+        do_continue: the newest of its checkpoints, whole or not, if there is one.
+        branch_from: else the checkpoint that a decay branch leaves.
+    """
+    own = checkpoints.list_checkpoints(run_dir) if do_continue else []
+    return own[-1] if own else Path(branch_from) if branch_from else None
 
 
 def check_steps(step: int, stop_step: int) -> None:
@@ -43,6 +69,42 @@ def check_steps(step: int, stop_step: int) -> None:
         )
 
 
+def check_architecture(models: Mapping[str, PreTrainedModel], checkpoint: Path, another_run: bool) -> None:
+    """Refuse a checkpoint of models that compute something else with weights of the same shapes.
+
+    Heads, activation or epsilon cannot be seen in the weights: they would be loaded, and trained on as another model.
+
+    Args:
+        models: as they were built, by subfolder.
+        checkpoint: folder of the checkpoint.
+        another_run: the checkpoint is of another run, whose positions and special tokens are looked at elsewhere.
+
+    Raises:
+        UserError: config.json of the checkpoint differs in anything but `_MAY_DIFFER`.
+    """
+    free = {*_MAY_DIFFER, *(_MAY_DIFFER_FROM_ANOTHER if another_run else ())}
+    for subfolder, model in models.items():
+        file = checkpoint / subfolder / "config.json"
+        if not file.is_file():
+            continue  # the weights are missing as well, which is said where they are loaded
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error})") from None
+        now = model.config.to_dict()
+        if saved.get("model_type") == now["model_type"]:
+            then = type(model.config).from_dict(saved).to_dict()  # what an older version left out is at its default
+        else:
+            then, now = ({"model_type": config.get("model_type")} for config in (saved, now))
+        names = [name for name in now if name not in free and not name.startswith("_") and not name.endswith(_DROPOUTS)]
+        if differing := [
+            f"{name} is {then[name]} there, {now[name]} here" for name in names if then[name] != now[name]
+        ]:
+            raise UserError(
+                f"{checkpoint} does not fit the model ({file.relative_to(checkpoint)}: {'; '.join(differing)})"
+            )
+
+
 def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, tokenizer: Any = None) -> list[str]:
     """Load a checkpoint's weights into models of the same shape.
 
@@ -56,8 +118,9 @@ def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, tokeni
         Sentences for the user.
 
     Raises:
-        UserError: names, shapes or tokenizers differ.
+        UserError: names, shapes, tokenizers or what config.json says of the model differ.
     """
+    check_architecture(models, checkpoint, another_run=tokenizer is not None)
     first: dict[int, Tensor] = {}
     for subfolder, model in models.items():
         file = checkpoint / subfolder / "model.safetensors"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Metrics = Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
-_SPOKEN = ("loss", "perplexity", "per_byte")
+_SPOKEN = ("loss", "perplexity", "_byte")
 SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}  # dense bf16, from the makers' data sheets
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -154,7 +154,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
     words, said = [], ""
     for name, value in metrics.items():
         if name.endswith((*_SPOKEN, *SHARES)):
-            owner, _, what = ("", "", "bits per byte") if name == "bits_per_byte" else name.rpartition("_")
+            owner, _, what = ("", "", "bits per text byte") if name == "bits_per_text_byte" else name.rpartition("_")
             words.append(f"{owner if owner != said else ''} {what} ".lstrip())
             words[-1] += f"{value:.2%}" if name.endswith(SHARES) else f"{value:.4f}"
             said = owner

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Literal
 
 from lmscripts import lightning
+from lmscripts.branching import branch_options
 from lmscripts.config import dump_options, option, parse_options
 from lmscripts.errors import leave, user_errors
 from lmscripts.option_checks import OLDER_NAMES, check_pretraining
@@ -30,6 +31,7 @@ Optimizer = Literal["adamw", "adam", "radam", "lamb", "sgd", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
 CarryOver = Literal["weights", "moments", "everything"]
 TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
+Every = int | Literal["epoch"]
 PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_size"
 
 
@@ -48,10 +50,10 @@ class Options:
     carry_over: CarryOver | None = option(None, help="what to take; moments = weights too", group="run")
     stop_at_step: int | None = option(None, help="end this job after so many steps, checkpoint saved", group="run")
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
-    save_steps: int | None = option(None, help="steps between checkpoints; default: the preset's", group="run")
+    save_steps: Every | None = option(None, help="steps between checkpoints; default: the preset's", group="run")
     keep_last: int = option(3, help="checkpoints to keep", group="run")
     keep_every: int = option(0, help="also keep checkpoints at multiples of so many steps; 0 = none", group="run")
-    eval_every: int | None = option(None, help="steps between evaluations; default: save_steps", group="run")
+    eval_every: Every | None = option(None, help="steps between evaluations; default: save_steps", group="run")
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
     logging_steps: int | None = option(None, help="steps between log lines; default: the preset's", group="run")
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
@@ -126,7 +128,8 @@ class Options:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    options = parse_options(Options, description=__doc__ or "", foreign=lightning, **OLDER_NAMES)
+    also = {"foreign": lightning, "one_of": [lightning.LENGTHS], "beneath": branch_options}
+    options = parse_options(Options, description=__doc__ or "", **also, **OLDER_NAMES)
     with user_errors():
         run(options)
 
@@ -180,7 +183,9 @@ def run(options: Options) -> None:
     distributed.check_agreement(fixed)
     torch.use_deterministic_algorithms(options.deterministic)
     device, precision = accelerator.device.type, accelerator.mixed_precision
-    path = attention.choose_attention(options.attention, device, precision, options.attention_dropout)
+    like = resume.built_like(run_dir, options.do_continue, options.start_from if branch else None)
+    ways = models.attention_paths(preset, like)
+    path = attention.choose_attention(options.attention, device, precision, options.attention_dropout, ways)
     data = phases.open_phases(
         stretches,
         rows,
@@ -207,7 +212,7 @@ def run(options: Options) -> None:
         preset,
         tokenizer,
         data.longest.layout,
-        like=resume.newest_of(run_dir) if options.do_continue else None,
+        like=like,
         seed=options.seed,
         attn_implementation=attention.use_attention(path),
         hidden_dropout=options.hidden_dropout,
@@ -263,7 +268,7 @@ def run(options: Options) -> None:
         phase = data.of_step(state.step - 1)
         if phase.num_eval_rows == 0 or state.evaluated_step == state.step:
             return False
-        if state.step % options.eval_every and state.step != data.num_steps:
+        if not data.is_due(state.step, options.eval_every) and state.step != data.num_steps:
             return False
         held_out = (phase.eval_batch, phase.num_eval_rows, phase.micro_batch_size)
         with meter.paused():
@@ -311,7 +316,7 @@ def run(options: Options) -> None:
             record |= {"learning_rate": learning_rate, "gradient_norm": float(norm), "tokens": state.real_tokens}
             log(state.step, record | {"skipped_steps": state.skipped_steps}, words)
         stopped = stops > 0 or stopped_while_evaluating()
-        if stopped or state.step == stop_step or state.step % options.save_steps == 0:
+        if stopped or state.step == stop_step or data.is_due(state.step, options.save_steps):
             state.window_sums, state.window_counts = meter.open_window(accelerator)
             with meter.paused():
                 folder.save(accelerator, objective, optimizer, average, state)

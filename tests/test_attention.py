@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lmscripts.attention import additive_mask, attention_inputs, choose_attention, segment_ends, use_attention
+from lmscripts.errors import UserError
 from lmscripts.models import DECODERS, FAMILIES, build
 from lmscripts.models.encoder import narrow_last_layer
 from lmscripts.packing import Layout
@@ -146,6 +147,14 @@ def test_choice_of_the_path():
     assert choose_attention("auto", "cpu", "no", 0.0) == "sdpa"
     with pytest.raises(ValueError, match="flash"):
         choose_attention("flash", "cpu", "no", 0.0)
+
+
+def test_choice_of_the_path_where_a_model_does_not_have_all():
+    assert choose_attention("auto", "cuda", "bf16", 0.0, ("sdpa", "eager")) == "sdpa"
+    assert choose_attention("auto", "cuda", "bf16", 0.0, ("eager",)) == "eager"
+    assert choose_attention("eager", "cpu", "no", 0.0, ("sdpa", "eager")) == "eager"
+    with pytest.raises(UserError, match="cannot compute --attention varlen: give sdpa or eager, or auto"):
+        choose_attention("varlen", "cuda", "bf16", 0.0, ("sdpa", "eager"))
 
 
 def test_varlen_refuses_attention_dropout(parameter_file):

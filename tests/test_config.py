@@ -147,6 +147,22 @@ def test_the_line_beats_the_file_wherever_it_stands(tmp_path: Path) -> None:
         assert options.input_file == ("a.txt",)
 
 
+def test_one_of_several_on_the_line_replaces_any_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "vocab_size: 1\nsizes: [9]\ninput_file: a.txt\n")
+
+    def read(*words: str) -> Options:
+        one_of = [("vocab_size", "stop_at_step", "sizes")]
+        return parse_options(Options, description="", argv=["--config", file, *words], one_of=one_of)
+
+    options = read("--stop_at_step", "3")
+    assert (options.vocab_size, options.sizes, options.stop_at_step) == (32768, (1, 2), 3)
+    options = read("--stop_at_step", "null", "--title", "x")
+    assert (options.vocab_size, options.sizes, options.stop_at_step) == (1, (9,), None)
+    assert capsys.readouterr().err == ""
+
+
 def test_origins(tmp_path: Path) -> None:
     file = write(tmp_path, "vocab_size: 1\ninput_file: a.txt\n")
     argv = ["--config", file, "--input_file", "b.txt"]

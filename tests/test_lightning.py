@@ -28,6 +28,8 @@ class Options:
     do_continue: bool = option(False, help="Go on.")
     max_time: str | None = option(None, help="Time.")
     logging_steps: int | None = option(None, help="Steps.")
+    save_steps: int | Literal["epoch"] | None = option(None, help="Steps.")
+    eval_every: int | Literal["epoch"] | None = option(None, help="Steps.")
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="Tracker.")
     seed: int = option(42, help="Seed.")
     input_file: tuple[str, ...] = option((), help="Text.")
@@ -38,6 +40,8 @@ class Options:
     n_layer: int | None = option(None, help="Layers.")
     n_head: int | None = option(None, help="Heads.")
     n_embd: int | None = option(None, help="Width.")
+    attention_dropout: float = option(0.0, help="Dropout.")
+    attention: Literal["auto", "sdpa", "varlen"] = option("auto", help="Path.")
     phase_steps: tuple[int, ...] = option((), help="Phases.")
     batch_size: tuple[int, ...] = option((), help="Rows.")
     micro_batch_size: tuple[int, ...] = option((32,), help="Rows.")
@@ -101,6 +105,9 @@ DOCUMENTED_VALUES = {
     "beta2": 0.999,
     "epsilon": 1e-8,
     "logging_steps": 50,
+    "attention_dropout": 0.1,
+    "eval_every": "epoch",
+    "save_steps": "epoch",
     "model_type": "gpt2-small",
     "model_dir": "lightning_logs/version_0",
 }
@@ -206,7 +213,8 @@ def parse(*words: str, file: str | None = None, options_class: type[Any] = Optio
     if file is not None:
         Path("config.yaml").write_text(file, encoding="utf-8")
         words = (*words, "--config", "config.yaml")
-    return parse_options(options_class, description="Trains.", argv=words, foreign=lightning)
+    also = {"foreign": lightning, "one_of": [lightning.LENGTHS]}
+    return parse_options(options_class, description="Trains.", argv=words, **also)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str, file: str | None = None) -> str:
@@ -351,6 +359,11 @@ def test_what_a_key_means(words: list[str], expected: dict[str, Any]) -> None:
         ("model: {batch_size: 4}\ntrainer: {accumulate_grad_batches: 8, gpus: 2}", 64, 4),
         ("model: {batch_size: 4}\ntrainer: {gpus: 2, num_nodes: 3}", 24, 4),
         ("trainer: {gpus: [0, 3, 5]}", 6, 2),
+        ("trainer: {gpus: [3], accumulate_grad_batches: 4}", 8, 2),  # the GPU number 3, not three
+        ("trainer: {gpus: 3, accumulate_grad_batches: 4}", 24, 2),
+        ("trainer: {gpus: '3,', accumulate_grad_batches: 4}", 8, 2),
+        ("trainer:\n  devices:\n  - 3", 2, 2),
+        ("trainer: {gpus: []}", 2, 2),
         ("trainer:\n  gpus: '0,1'", 4, 2),
         ("trainer: {gpus: 0}", 2, 2),
         ("trainer: {devices: 4}", 8, 2),
@@ -412,6 +425,10 @@ def test_keys_that_are_not_needed_say_why(key: str, capsys: pytest.CaptureFixtur
         ),
         (["--schedule", "constant"], "model: {num_training_steps: 9}", {"max_steps": 9, "schedule": "constant"}),
         (["--max_steps=5", "--epochs=null"], "trainer: {max_epochs: 3}", {"max_steps": 5, "epochs": None}),
+        (["--attention", "varlen"], "trainer: {max_epochs: 1}", {"attention_dropout": 0.0}),
+        (["--save_steps", "7"], "trainer: {max_epochs: 1}", {"save_steps": 7, "eval_every": "epoch"}),
+        (["--trainer.gpus=[3]"], "model: {batch_size: 4}", {"batch_size": (4,)}),
+        (["--trainer.gpus", "3"], "model: {batch_size: 4}", {"batch_size": (12,)}),
         ([], "model: {lr: 1}\noptimizer: adamw", {"optimizer": "adamw"}),
         ([], "model.lr: 1e-3", {"learning_rate": 1e-3}),
         ([], "epochs: 2\ntrainer: {max_epochs: 2}", {"epochs": 2.0}),
@@ -423,6 +440,43 @@ def test_the_line_beats_the_file_whichever_names_they_use(
 ) -> None:
     options = parse(*words, file=file)
     assert {name: getattr(options, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "max_steps", "epochs"),
+    [
+        ("--max_steps 10", "trainer: {max_epochs: 2}", 10, None),
+        ("--max_steps 10", "epochs: 2\nmodel: {lr: 1}", 10, None),
+        ("--max_steps 10", "phase_steps: [3, 4]\nmodel: {lr: 1}", 10, None),
+        ("--max_steps 10", "trainer: {max_epochs: 2, max_steps: 5}", 10, None),
+        ("--trainer.max_steps 10", "trainer: {max_epochs: 2}", 10, None),
+        ("--trainer.max_steps 10", "epochs: 2", 10, None),
+        ("--trainer.max_steps 10", "model: {num_training_steps: 9}", 10, None),
+        ("--trainer.max_epochs 3", "max_steps: 5", None, 3.0),
+        ("--epochs 3", "trainer: {max_steps: 5}", None, 3.0),
+        ("--epochs 3", "model: {num_training_steps: 9}", None, 3.0),
+        ("--model.num_training_steps 9", "trainer: {max_epochs: 2}", 9, None),
+        ("--max_steps 10 --max_time 1h", "trainer: {max_epochs: 2, max_time: '00:00:10:00'}", 10, None),
+        ("--max_time 1h", "trainer: {max_epochs: 2}", None, 2.0),
+        ("--max_steps null", "trainer: {max_epochs: 2}", None, 2.0),
+        ("--epochs null", "max_steps: 5\nmodel: {lr: 1}", 5, None),
+    ],
+)
+def test_a_length_on_the_line_replaces_any_length_of_the_file(
+    words: str, file: str, max_steps: int | None, epochs: float | None
+) -> None:
+    options = parse(*words.split(), file=file)
+    assert (options.max_steps, options.epochs, options.phase_steps) == (max_steps, epochs, ())
+    assert options.max_time == ("1h" if "--max_time" in words else None)
+    assert (options.schedule == "linear") == ("num_training" in file + words)
+
+
+def test_two_lengths_in_one_place_are_still_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, file in (
+        (["--trainer.max_steps=5", "--trainer.max_epochs=3"], "epochs: 3"),
+        ([], "trainer: {max_epochs: 2, max_steps: 5}"),
+    ):
+        assert "disagree" in refusal(capsys, *words, file=file)
 
 
 def test_a_key_beside_the_options_of_our_own_run_brings_no_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -558,7 +612,9 @@ def test_only_the_standard_library_is_imported() -> None:
         tree = ast.parse((ROOT / "lmscripts" / name).read_text(encoding="utf-8"))
         modules = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
         modules |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        assert modules - {"lmscripts.errors"} <= sys.stdlib_module_names | {"collections.abc"}
+        assert modules - {"lmscripts.errors", "lmscripts.config_foreign"} <= sys.stdlib_module_names | {
+            "collections.abc"
+        }
     code = "import sys, lmscripts.lightning; print([m for m in ('torch', 'yaml', 'jsonargparse') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)

@@ -6,12 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -20,6 +25,7 @@ from transformers import (
     ElectraConfig,
     ElectraForMaskedLM,
     ElectraForPreTraining,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -28,7 +34,9 @@ from transformers.utils import logging
 from lmscripts.attention import use_attention
 from lmscripts.errors import UserError
 from lmscripts.fitting import freeze, lengthen_positions
-from lmscripts.pretrained import adopt_tokenizer, load_pretrained
+from lmscripts.inputs import row_lengths
+from lmscripts.presets import load_preset
+from lmscripts.pretrained import adopt_tokenizer, load_pretrained, set_dropout
 from lmscripts.tokenizer_extension import plan_extension, write_extension
 
 FAMILIES = {
@@ -108,6 +116,38 @@ def test_dropout_takes_effect(family, tmp_path):
     assert torch.equal(still(ids).logits, still(ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("opt", ["dropout", "attention_dropout"]),
+        ("xglm", ["dropout", "attention_dropout"]),
+        ("gpt_neo", ["embed_dropout", "resid_dropout", "attention_dropout"]),
+        ("gpt2", ["resid_pdrop", "embd_pdrop", "attn_pdrop"]),
+        ("gpt_neox", ["hidden_dropout", "attention_dropout"]),
+        ("starcoder2", ["residual_dropout", "embedding_dropout", "attention_dropout"]),
+        ("bert", ["hidden_dropout_prob", "attention_probs_dropout_prob"]),
+    ],
+)
+def test_every_dropout_of_a_configuration_is_set(model_type, names):
+    """OPT and XGLM call theirs just `dropout`, and were trained with 0.1 whatever was asked for."""
+    config = AutoConfig.for_model(model_type)
+    assert set_dropout(config, 0.3, 0.2) == []
+    assert {name: getattr(config, name) for name in names} == {
+        name: 0.2 if name.startswith("att") else 0.3 for name in names
+    }
+    assert set_dropout(config, 0.0, 0.0) == []
+    left = {name: value for name, value in config.to_dict().items() if name.endswith(("dropout", "drop")) and value}
+    assert not {name for name in left if "classifier" not in name and "summary" not in name}
+
+
+def test_dropouts_that_a_model_has_not_are_named():
+    assert set_dropout(AutoConfig.for_model("llama"), 0.3, 0.2) == ["--hidden_dropout 0.3 has no effect on a llama"]
+    assert len(set_dropout(AutoConfig.for_model("mamba"), 0.3, 0.2)) == 2
+    assert set_dropout(AutoConfig.for_model("mamba"), 0.0, 0.0) == []
+    mpt = AutoConfig.for_model("mpt")  # whose probability of attention is an int
+    assert set_dropout(mpt, 0.3, 0.2) == ["--attention_dropout 0.2 has no effect on a mpt"]
+
+
 def test_registered_attention(tmp_path):
     name = use_attention("varlen")
     assert load(save(tiny(), tmp_path), attn_implementation=name).config._attn_implementation == name
@@ -159,7 +199,9 @@ def test_model_and_tokenizer_from_the_cache_of_the_hub(model_dir, tmp_path):
     program = """
 import sys
 from transformers import AutoTokenizer, BertForMaskedLM
-from lmscripts.pretrained import adopt_tokenizer, load_pretrained
+from lmscripts.inputs import row_lengths
+from lmscripts.presets import load_preset
+from lmscripts.pretrained import adopt_tokenizer, load_pretrained, set_dropout
 dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 model = load_pretrained("someone/tiny", BertForMaskedLM, attn_implementation="sdpa", **dropout)
 print(adopt_tokenizer(model, "someone/tiny", AutoTokenizer.from_pretrained(sys.argv[1])))
@@ -571,6 +613,53 @@ def test_fast_tokenizers(tmp_path):
     assert torch.allclose(table[5], table[[7, 8]].mean(0))
     with pytest.raises(UserError, match=r"normalizer.lowercase is false and true"):
         adopt_tokenizer(model, str(folder), AutoTokenizer.from_pretrained(tmp_path / "cased"))
+
+
+def byte_pairs(folder, pre_tokenizer):
+    """A tokenizer of single bytes, as byte-level ones of any size begin."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["<s>", "</s>", *letters])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_tokenizer_that_would_be_another_beside_the_model_is_refused(tmp_path):
+    """Beside a Qwen 2, AutoTokenizer makes a tokenizer that cuts as Qwen's does, whatever the files say."""
+    tokenizer = byte_pairs(tmp_path / "tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False))
+    sizes = {"vocab_size": 258, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1, **SIZES}
+    for model_type, refused in (("qwen2", True), ("llama", False)):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+        folder = save(model, tmp_path / model_type)
+        if refused:
+            with pytest.raises(UserError, match=r"beside a qwen2 such as .* AutoTokenizer makes another tokenizer"):
+                adopt_tokenizer(model, str(folder), tokenizer)
+        else:
+            assert "has no tokenizer beside it" in adopt_tokenizer(model, str(folder), tokenizer)[0]
+
+
+# ---- rows ----
+
+
+@pytest.mark.parametrize(
+    ("preset", "model_type", "settings", "given", "length"),
+    [
+        ("gpt2-small", "gpt2", {"n_positions": 128}, True, 128),
+        ("gpt2-small", "llama", {"max_position_embeddings": 4096}, True, 1024),
+        ("gpt2-small", "bloom", {}, True, 1024),
+        ("bert-small", "bert", {"max_position_embeddings": 64}, True, 64),
+        ("gpt2-small", "gpt2", {"n_positions": 128}, False, 1024),
+    ],
+)
+def test_rows_are_as_long_as_the_model_reads_by_default(preset, model_type, settings, given, length, tmp_path):
+    """A model of 128 positions was lengthened to 1,024 without being asked."""
+    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
+    options = dict.fromkeys(("pretrained_generator_model_name_or_path", "pretrained_discriminator_model_name_or_path"))
+    options |= {"pretrained_model_name_or_path": str(tmp_path) if given else None}
+    options |= {"do_continue": False, "model_dir": str(tmp_path / "run")}
+    chosen = load_preset(ROOT / "parameter.json", preset)
+    chosen = replace(chosen, pretrained_model=str(tmp_path)) if given else chosen
+    assert row_lengths(chosen, SimpleNamespace(**options)) == (length,)
 
 
 def test_japanese_and_fast_are_told_apart(tokenizer_dir, model_dir):

@@ -1,9 +1,34 @@
+"""The data of a run, its steps and epochs, what a checkpoint has to agree with, and what the card shows."""
+
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
 from conftest import SAMPLE, run_script
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from lmscripts.errors import UserError
-from lmscripts.pretraining import check_tokenizer
+from lmscripts.model_card import continuations, document_beginnings
+from lmscripts.packing import Layout
+from lmscripts.phases import PhasedData
+from lmscripts.pretraining import PretrainingData, check_tokenizer
+from lmscripts.resume import check_architecture, load_weights
+from lmscripts.stream import StreamRows
+from lmscripts.token_store import Part
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "character"])
@@ -23,3 +48,136 @@ def test_type_of_a_japanese_tokenizer_is_seen(tokenizer_dir):
     check_tokenizer(tokenizer, tokenizer_type="wordpiece", mecab_dic="ipadic")
     with pytest.raises(UserError, match=r"unigram.*wordpiece"):
         check_tokenizer(tokenizer, tokenizer_type="unigram", mecab_dic=None)
+
+
+# ---- what a checkpoint has to agree with -------------------------------------------------------------------------
+
+SIZES = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 40, "pad_token_id": 0}
+GPT2 = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 40}
+HEADS = SIZES | {"num_attention_heads": 2, "max_position_embeddings": 40}
+MODELS = {
+    "bert": (BertForMaskedLM, BertConfig, HEADS),
+    "roberta": (RobertaForMaskedLM, RobertaConfig, HEADS),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
+    "llama": (LlamaForCausalLM, LlamaConfig, HEADS),
+    "discriminator": (ElectraForPreTraining, ElectraConfig, HEADS | {"embedding_size": 8}),
+    "generator": (ElectraForMaskedLM, ElectraConfig, HEADS | {"embedding_size": 8}),
+}
+
+
+def build(kind, **changes):
+    architecture, config, sizes = MODELS[kind]
+    return architecture(config(**sizes | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        ("bert", {"num_attention_heads": 4}, "num_attention_heads is 2 there, 4 here"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act is gelu there, relu here"),
+        ("roberta", {"layer_norm_eps": 0.1}, "layer_norm_eps is 1e-12 there, 0.1 here"),
+        ("gpt2", {"n_head": 4, "n_embd": 8}, "n_embd is 16 there, 8 here; n_head is 2 there, 4 here"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function is gelu_new there, relu here"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is False there, True here",
+        ),
+        ("llama", {"rms_norm_eps": 0.1}, "rms_norm_eps is 1e-06 there, 0.1 here"),
+        ("llama", {"num_attention_heads": 4, "head_dim": 8}, "num_attention_heads is 2 there, 4 here"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_parameters is"),
+        ("discriminator", {"num_attention_heads": 4}, "(config.json: num_attention_heads is 2 there, 4 here)"),
+        ("generator", {"num_attention_heads": 4}, "(generator/config.json: num_attention_heads is 2 there, 4 here)"),
+    ],
+)
+def test_a_checkpoint_of_a_model_that_computes_something_else(tmp_path, kind, changes, sentence):
+    """Its weights have the same shapes, so that loading them would say nothing."""
+    parts = {"": "discriminator", "generator": "generator"} if kind.endswith("tor") else {"": kind}
+    for subfolder, part in parts.items():
+        build(part).save_pretrained(tmp_path / subfolder)
+    models = {subfolder: build(part, **changes if part == kind else {}) for subfolder, part in parts.items()}
+    before = [parameter.clone() for model in models.values() for parameter in model.parameters()]
+    with pytest.raises(UserError) as refused:
+        load_weights(models, tmp_path)
+    assert sentence in str(refused.value)
+    now = [parameter for model in models.values() for parameter in model.parameters()]
+    assert all(map(torch.equal, before, now))
+
+
+def test_a_checkpoint_of_another_family(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model_type is bert there, roberta here"):
+        load_weights({"": build("roberta")}, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama"])
+def test_what_may_differ_from_a_checkpoint(tmp_path, kind):
+    """Dropouts belong to the options, the type and the path of attention to the file and the machine."""
+    model = build(kind)
+    model.half().save_pretrained(tmp_path)
+    dropouts = {
+        "bert": {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3},
+        "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
+        "llama": {"attention_dropout": 0.3},
+    }
+    other = build(kind, **dropouts.get(kind, dropouts["bert"]), use_cache=False, initializer_range=0.5)
+    other.set_attn_implementation("eager")
+    load_weights({"": other}, tmp_path)
+    assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_longer_rows_than_those_of_another_run(tmp_path):
+    build("gpt2").save_pretrained(tmp_path)
+    longer = {"": build("gpt2", n_positions=64, bos_token_id=3)}
+    check_architecture(longer, tmp_path, another_run=True)
+    with pytest.raises(UserError, match="n_positions is 32 there, 64 here"):
+        check_architecture(longer, tmp_path, another_run=False)
+
+
+# ---- epochs ------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_every_epoch_in_every_phase():
+    """7 rows by 3, 15 rows in all: ends behind 7 and 14 rows; then 4 rows by 5: every step ends an epoch."""
+    rest = {"held_out": None, "masking": None, "attention": "sdpa", "seed": 0, "shares": [1], "micro_batch_size": 1}
+    rest["most_eval_rows"] = 0
+    first = PretrainingData(SimpleNamespace(num_rows=7), batch_size=3, total_rows=15, **rest)
+    second = PretrainingData(SimpleNamespace(num_rows=4), batch_size=5, total_rows=10, **rest)
+    data = PhasedData([first, second])
+    assert [step for step in range(8) if data.is_due(step, "epoch")] == [0, 3, 5, 6, 7]
+    assert [step for step in range(8) if data.is_due(step, 3)] == [0, 3, 6]
+
+
+# ---- continuations -----------------------------------------------------------------------------------------------
+
+
+def stream(lengths, first):
+    """Documents of the given lengths, whose tokens count up from `first`."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    part = Part(None, np.arange(first, first + ends[-1], dtype=np.uint16), None, None, ends, None, np.array(lengths))
+    return StreamRows(part, Layout(8, "isolated", begin_id=1, end_id=2, pad_id=0), 100)
+
+
+def beginnings(held_out, train):
+    data = SimpleNamespace(held_out=held_out and stream(held_out, 100), train=stream(train, 500))
+    return [ids.tolist() for ids in document_beginnings(data)]
+
+
+def test_examples_begin_where_documents_do():
+    """One long held-out document, as a text without blank lines is, has one beginning: the others are of the text."""
+    held_out, short = [1, *range(100, 111)], [1, 500, 501]
+    assert beginnings([90], [4, 90, 30]) == [held_out, short, [1, *range(504, 515)]]
+    assert beginnings([90, 2, 90, 90], [4]) == [held_out, [1, 190], [1, *range(192, 203)]]
+    assert beginnings(None, [4]) == [short, short, short]
+
+
+def test_a_prompt_that_comes_again_goes_on_in_another_way(tokenizer_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    torch.manual_seed(0)
+    model = build("gpt2", vocab_size=len(tokenizer), n_positions=64, bos_token_id=2, eos_token_id=3)
+    prompts = [np.array([2, 900, 901])] * 3
+    state = torch.get_rng_state()
+    lines = continuations(model, tokenizer, prompts)
+    assert len(set(lines)) == 3
+    assert lines == continuations(model, tokenizer, prompts)
+    assert torch.equal(state, torch.get_rng_state())

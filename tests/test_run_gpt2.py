@@ -1,11 +1,13 @@
 """Whole GPT-2 runs: shape of the cluster, kills, phases, decay branches, going on with other decoders."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from conftest import TINY_PRESET, launch, run_script
-from runs import kill_at_random_moments, largest_difference, log_of, losses, same_bits, weights
+from runs import kill_at_random_moments, largest_difference, log_of, losses, newest_step, same_bits, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 
@@ -96,7 +98,7 @@ def test_a_branch_where_the_run_decays_is_the_run(common, workspace, stable):
 def test_a_branch_from_the_middle_falls_to_its_own_end(common, workspace, stable):
     branch = workspace / "branch10"
     more = ["--decay_from", stable / "checkpoint-10", "--decay_steps", "4", "--model_dir", branch]
-    run_script("run_pretraining.py", *common, *more, "--batch_size", "4", "--logging_steps", "1")
+    run_script("run_pretraining.py", *more, "--logging_steps", "1")  # nothing of the run is said again
     rates = {r["step"]: r["learning_rate"] for r in log_of(branch) if "learning_rate" in r}
     assert rates == pytest.approx({11: 1e-3, 12: 0.75e-3, 13: 0.5e-3, 14: 0.25e-3})
     stopped = workspace / "branch10_stopped"
@@ -104,13 +106,17 @@ def test_a_branch_from_the_middle_falls_to_its_own_end(common, workspace, stable
         where = ["--model_dir", stopped, "--stop_at_step", "14" if again else "12"]
         run_script("run_pretraining.py", *common, *more[:4], *where, "--batch_size", "4", *again)
     assert same_bits(weights(branch), weights(stopped))
+    for file in (branch / "config.yaml", branch / "final" / "README.md"):  # they say what was run
+        assert "\nschedule: wsd\n" in file.read_text(encoding="utf-8")
+        assert "\nmax_steps: 14\n" in file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "more", "sentence"),
     [
         ("checkpoint-20", [], "was stable from step 3 to 15 only"),
-        ("checkpoint-10", ["--learning_rate", "0.5"], "--learning_rate is 0.5, but that of"),
+        ("checkpoint-10", ["--learning_rate", "0.5"], "--learning_rate 0.5 has no effect with --decay_from"),
+        ("checkpoint-10", ["--n_head", "16"], "(config.json: n_head is 2 there, 16 here)"),
         ("checkpoint-10", ["--seed", "7"], "seed: 42 then, 7 now"),
         ("checkpoint-10", ["--start_from", "x", "--carry_over", "weights"], "--start_from x has no effect with"),
         ("nothing", [], "is no checkpoint and holds none"),
@@ -122,6 +128,16 @@ def test_what_no_branch_can_start_from(common, tmp_path, stable, checkpoint, mor
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_evaluation_and_checkpoints_at_the_end_of_every_epoch(common, tmp_path):
+    arguments = [*common, "--epochs", "1.5", "--batch_size", "100", "--save_steps", "epoch", "--n_layer", "1"]
+    done = run_script("run_pretraining.py", *arguments, "--model_dir", tmp_path / "run")
+    rows = int(re.search(r"in (\d+) rows of", done.stdout)[1])
+    ends = [-(-rows // 100), -(-round(1.5 * rows) // 100)]
+    assert newest_step(tmp_path / "run") == ends[-1]
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in ends}
+    assert [r["step"] for r in log_of(tmp_path / "run") if "eval_loss" in r] == [0, *ends]
 
 
 def test_a_run_whose_rate_always_falls_has_no_branch(common, one_process, tmp_path):
@@ -141,6 +157,12 @@ def test_sizes_of_the_line_make_the_model(common, tmp_path):
     config = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
     wanted = {"n_layer": 3, "n_head": 4, "n_embd": 48, "n_positions": 96, "n_inner": 192}
     assert {name: config[name] for name in wanted} == wanted
+    sizes[sizes.index("--n_head") + 1] = "8"  # the weights have the same shapes
+    again = [*common, *sizes[:-1], "4", "--model_dir", tmp_path / "run", "--do_continue"]
+    done = run_script("run_pretraining.py", *again, check=False)
+    assert done.returncode == 2
+    assert "checkpoint-2 does not fit the model (config.json: n_head is 4 there, 8 here)" in done.stderr
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
 
 
 @pytest.mark.parametrize(
@@ -170,8 +192,10 @@ def test_what_is_handed_over_writes_text(common, workspace, one_process):
     final = one_process / "final"
     card = (final / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: text-generation" in card
-    assert card.count("**") >= 6  # three continuations
-    assert "held-out bits per byte" in card
+    examples = card.partition("## Examples\n\n")[2].partition("\n\n## ")[0].splitlines()
+    assert len(examples) == 3
+    assert all(re.fullmatch(r"- .+ \*\*.*\*\*", line) for line in examples)
+    assert "held-out bits per text byte" in card
     writer = pipeline("text-generation", model=str(final))
     assert writer("水は", max_new_tokens=5, do_sample=False)[0]["generated_text"]
 
@@ -185,7 +209,7 @@ def test_going_on_with_any_decoder(common, tokenizer_dir, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     arguments = [*common, "--pretrained_model_name_or_path", tmp_path / "llama", "--max_steps", "6"]
-    arguments += ["--frozen_layers", "1", "--batch_size", "4"]
+    arguments += ["--frozen_layers", "1", "--batch_size", "4", "--schedule", "wsd", "--decay_steps", "1"]
     run_script("run_pretraining.py", *arguments, "--model_dir", tmp_path / "whole")
     for more in (["--stop_at_step", "3"], ["--do_continue"]):
         run_script("run_pretraining.py", *arguments, *more, "--model_dir", tmp_path / "cut")
@@ -196,3 +220,7 @@ def test_going_on_with_any_decoder(common, tokenizer_dir, tmp_path):
     for name, tensor in LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict().items():
         frozen = "embed_tokens" in name or ".layers.0." in name
         assert torch.equal(after[name], tensor) == frozen, name
+    shutil.rmtree(tmp_path / "llama")  # a branch is made of its checkpoint
+    branch = ["--decay_from", tmp_path / "whole" / "checkpoint-5", "--decay_steps", "1"]
+    run_script("run_pretraining.py", *branch, "--model_dir", tmp_path / "branch")
+    assert same_bits(after, weights(tmp_path / "branch"))

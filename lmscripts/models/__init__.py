@@ -14,9 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmscripts import fitting, pretrained
+from lmscripts.attention import VARLEN, AttentionPath
 from lmscripts.checkpoint import CHECKSUMS, find_damage
 from lmscripts.errors import UserError
-from lmscripts.models import bert, electra, gpt2, roberta
+from lmscripts.models import bert, decoders, electra, gpt2, roberta
 from lmscripts.packing import Layout
 from lmscripts.presets import Preset
 
@@ -52,7 +53,8 @@ def build(
         The models by subfolder, and sentences for the user.
 
     Raises:
-        UserError: a pretrained model cannot be loaded or does not fit the tokenizer; too many layers to freeze.
+        UserError: a pretrained model cannot be loaded, does not fit the tokenizer or the rows, or would not keep
+            documents apart; too many layers to freeze.
     """
     settings = {"attn_implementation": attn_implementation, "hidden_dropout": hidden_dropout}
     settings["attention_dropout"] = attention_dropout  # type: ignore[assignment]
@@ -71,7 +73,31 @@ def build(
             frozen = fitting.freeze(model, preset.frozen_layers)
             parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
             notices.append(f"{frozen:,} parameters of {subfolder or 'the model'} are frozen: {parts}")
+    if preset.family in DECODERS:
+        notices += decoders.set_ids(models[""], layout, like)
+        if names:
+            path: AttentionPath = "varlen" if attn_implementation == VARLEN else attn_implementation  # type: ignore[assignment]
+            decoders.check_isolation(models[""], path, layout.packing)
+            said = f"--hidden_dropout {hidden_dropout} has no effect on a {models[''].config.model_type}"
+            if hidden_dropout and like is None and not decoders.drops_something(models[""], path):
+                notices += [said] * (said not in notices)
     return models, notices
+
+
+def attention_paths(preset: Preset, like: Path | None = None) -> tuple[AttentionPath, ...]:
+    """The ways to compute attention that the models of a preset have, the fastest first.
+
+    Args:
+        preset: may name a pretrained decoder of any type.
+        like: checkpoint of a run that is continued.
+
+    Raises:
+        UserError: transformers has no causal model of this type.
+    """
+    if not preset.pretrained_model or preset.family not in DECODERS:
+        return ("varlen", "sdpa", "eager")
+    name = preset.pretrained_model if like is None else str(like)
+    return decoders.attention_paths(decoders.causal_class(name, pretrained.load_config(name, AutoModelForCausalLM)))
 
 
 def pretrained_names(preset: Preset) -> dict[str, str]:
@@ -146,12 +172,13 @@ def _load(
         if not all(torch.equal(theirs[name], tensor) for name, tensor in ours.items()):
             notices.append(f"the embeddings of {names['generator']} differ: those of {names['']} are taken for both")
         electra.share_embeddings(models["generator"], models[""])
+    if preset.family in DECODERS:
+        models[""], notices = decoders.fit_rows(models[""], names[""], layout)
     for model in models.values():
-        window = getattr(model.config, "sliding_window", None)
-        if window is not None and window < layout.sequence_length:
-            raise UserError(f"{names['']} attends to {window} tokens at most: give a shorter --sequence_length")
-        before = model.config.max_position_embeddings
-        if fitting.lengthen_positions(model, positions):
+        before = decoders.longest_input(model.config)
+        if preset.family not in DECODERS and fitting.lengthen_positions(model, positions):
             notices.append(f"{before:,} position embeddings were lengthened to {positions:,}")
+        dropouts = settings["hidden_dropout"], settings["attention_dropout"]
+        notices += pretrained.set_dropout(model.config, *dropouts)  # as they are; it says what has no effect
     notices += pretrained.adopt_tokenizer([*models.values()], names[""], tokenizer)
     return models, list(dict.fromkeys(notices))

@@ -1,16 +1,17 @@
 """GPT-2 (OpenAI, "Language Models are Unsupervised Multitask Learners", 2019), and other decoders to go on with.
 
 New models are GPT-2. Everything but `config` works for any causal model of transformers whose logits are an output
-matrix times the last hidden states; `lmscripts.causal.check_isolation` proves it for a given one.
+matrix times the last hidden states; `lmscripts.models.decoders` fits a given one and proves it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lmscripts.fitting import stacked_layers
 from lmscripts.packing import Layout
 from lmscripts.presets import Preset
 
@@ -54,18 +55,15 @@ def encode(
     Returns:
         (B, T, H), or (slots, H).
     """
-    # One segment fills every row: the model's own causal mask and positions serve, and need no mask in memory.
+    # No row holds a second segment: the model's own causal mask and positions serve, and need no mask in memory.
     whole = attention["attention_mask"] is None and "cu_seq_lens_q" not in attention
-    numbers = None if whole else positions.long()
+    numbers = {} if whole else {"position_ids": positions.long()}  # of which not all decoders know
     body = model.base_model
-    hidden: Tensor = body(input_ids=input_ids, position_ids=numbers, use_cache=False, **attention).last_hidden_state
+    hidden: Tensor = body(input_ids=input_ids, use_cache=False, **numbers, **attention).last_hidden_state
     return hidden if slots is None else hidden.flatten(0, 1).index_select(0, slots)
 
 
-def layers(model: Any) -> nn.ModuleList:
-    """The layers of the decoder: its longest list of modules."""
-    lists = [module for module in model.base_model.children() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
+layers = stacked_layers
 
 
 def predict(model: Any, hidden: Tensor) -> Tensor:
