@@ -61,16 +61,16 @@ def no_accelerator_left():
     forget_accelerator()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder for artefacts that several tests read and none changes."""
+    """A folder for artefacts that several tests of a file read and none changes."""
     return tmp_path_factory.mktemp("workspace")
 
 
 @pytest.fixture(scope="session")
-def tokenizer_dir(workspace):
+def tokenizer_dir(tmp_path_factory):
     """A small Japanese wordpiece tokenizer of the sample articles."""
-    folder = workspace / "tokenizer"
+    folder = tmp_path_factory.mktemp("shared") / "tokenizer"
     run_script(
         "train_tokenizer.py", "--input_file", SAMPLE / "articles.txt", "--model_dir", folder, "--vocab_size", 2048
     )
@@ -78,9 +78,9 @@ def tokenizer_dir(workspace):
 
 
 @pytest.fixture(scope="session")
-def store_dir(workspace, tokenizer_dir):
+def store_dir(tokenizer_dir):
     """A token store of the sample articles with a tenth of them held out."""
-    folder = workspace / "store"
+    folder = tokenizer_dir.with_name("store")
     arguments = ["--input_file", SAMPLE / "articles.txt", "--tokenizer_dir", tokenizer_dir, "--output_dir", folder]
     run_script("prepare_corpus.py", *arguments, "--validation_fraction", 0.1, "--num_workers", 1)
     return folder

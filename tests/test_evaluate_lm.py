@@ -139,7 +139,7 @@ MORE = {"gpt2": ["--stride", "40"], "bert": ["--pseudo_perplexity", "--max_docum
 @pytest.fixture(scope="module")
 def alone(workspace, gpt2, bert, text):
     """Results of one process, to which the environment offers two threads."""
-    files = {family: workspace / f"{family}.json" for family in MORE}
+    files = {family: workspace / f"result-{family}.json" for family in MORE}
     for family, model in (("gpt2", gpt2), ("bert", bert)):
         evaluate(model, text, files[family], *MORE[family], env={"OMP_NUM_THREADS": "2"})
     return files
