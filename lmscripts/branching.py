@@ -21,6 +21,7 @@ _TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 _PRETRAINED: tuple[str, ...] = ("pretrained_model_name_or_path", "pretrained_generator_model_name_or_path")
 _PRETRAINED += ("pretrained_discriminator_model_name_or_path",)
 # Of the settings in a checkpoint, what is no option, or none of the family's: config.yaml has it as it was given.
+_LENGTHS = ("max_steps", "epochs")
 _NOT_TAKEN = ("format", "token store", "phase_steps", "mask_unit", "mask_probability")
 
 
@@ -78,12 +79,20 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
     if file.is_file():
         settled |= {name: before.get(name) for name in _PRETRAINED}
     _refuse_others(given, settled, before)
+    settled |= _of_that_job(given, before)
     before |= {name: tuple(v) if isinstance(v, list) else v for name, v in fixed.items() if name not in _NOT_TAKEN}
     left_out = {*given, *_ITS_OWN}
     for names, more in _TOGETHER:
         left_out |= {*names, *more} if left_out & {*names} else set()
     taken = {name: value for name, value in before.items() if name not in left_out}
     return taken | settled | ({} if own else {"decay_from": str(checkpoint)})
+
+
+def _of_that_job(given: Mapping[str, tuple[Any, bool]], before: Mapping[str, Any]) -> dict[str, None]:
+    """Options of the file that say where the run's own job began and ended, if the file is that run's config.yaml."""
+    names = ("start_from", "carry_over", "stop_at_step", "max_time")
+    of_file = {name: given[name][0] for name in names if name in given and not given[name][1]}
+    return {name: None for name, value in of_file.items() if value == before.get(name)}
 
 
 def _own_checkpoint(given: Mapping[str, tuple[Any, bool]]) -> Path | None:
@@ -104,9 +113,10 @@ def _own_checkpoint(given: Mapping[str, tuple[Any, bool]]) -> Path | None:
 def _refuse_others(
     given: Mapping[str, tuple[Any, bool]], settled: Mapping[str, Any], before: Mapping[str, Any]
 ) -> None:
-    """Refuse options that would be ignored; a file may repeat those of the run that the branch leaves."""
+    """Refuse options that would be ignored; a file may repeat those of the run that is left, and name any length."""
     for name, value in settled.items():
         written, on_line = given.get(name, (None, False))
-        if written not in (None, value) and (on_line or written != before.get(name)):
+        of_file = not on_line and (written == before.get(name) or name in _LENGTHS)
+        if written not in (None, value) and not of_file:
             there = "this branch has none" if value in (None, ()) else f"in this branch it is {shown(value)}"
             raise UserError(f"--{name} {shown(written)} has no effect with --decay_from: {there}")

@@ -16,7 +16,7 @@ from lmscripts import averaging
 from lmscripts import checkpoint as checkpoints
 from lmscripts.errors import UserError
 from lmscripts.fitting import position_table, repeat_positions
-from lmscripts.pretrained import adopt_tokenizer
+from lmscripts.pretrained import adopt_tokenizer, quiet_loading
 from lmscripts.run_folder import TrainingState, read_state
 
 # What config.json of a checkpoint may say otherwise than the model that is to get its weights.
@@ -36,6 +36,9 @@ _MAY_DIFFER_FROM_ANOTHER = {
     "bos_token_id": "likewise",
     "eos_token_id": "likewise",
 }
+
+# Of a decoder: they come from the tokenizer, whose fingerprint is compared, and change nothing that is computed.
+_SET_BY_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,8 +85,9 @@ def check_architecture(models: Mapping[str, PreTrainedModel], checkpoint: Path, 
     Raises:
         UserError: config.json of the checkpoint differs in anything but `_MAY_DIFFER`.
     """
-    free = {*_MAY_DIFFER, *(_MAY_DIFFER_FROM_ANOTHER if another_run else ())}
     for subfolder, model in models.items():
+        free = {*_MAY_DIFFER, *(_MAY_DIFFER_FROM_ANOTHER if another_run else ())}
+        free |= {*_SET_BY_TEXT} if model.can_generate() else set()
         file = checkpoint / subfolder / "config.json"
         if not file.is_file():
             continue  # the weights are missing as well, which is said where they are loaded
@@ -126,7 +130,7 @@ def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, tokeni
         file = checkpoint / subfolder / "model.safetensors"
         if not file.is_file():
             raise UserError(f"{checkpoint} holds no {subfolder or 'model'}: {file.relative_to(checkpoint)} is missing")
-        saved = load_file(file)
+        saved = _read_weights(model, file)
         if tokenizer is not None:
             _repeat_positions(model, saved)
         try:
@@ -142,6 +146,27 @@ def load_weights(models: Mapping[str, PreTrainedModel], checkpoint: Path, tokeni
                     f"{checkpoint}: {name} of the {subfolder} is shared, but differs from the other model's"
                 )
     return [] if tokenizer is None else adopt_tokenizer([*models.values()], str(checkpoint), tokenizer)
+
+
+def _read_weights(model: PreTrainedModel, file: Path) -> dict[str, Tensor]:
+    """Weights by the names that the model has for them, whatever names its file format has.
+
+    transformers holds the experts of a mixture as one tensor and saves each by itself.
+    """
+    saved = load_file(file)
+    if saved.keys() <= model.state_dict().keys():
+        return saved
+    architecture: Any = type(model)
+    with quiet_loading():
+        try:
+            loaded, info = architecture.from_pretrained(
+                file.parent, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except Exception:  # of weights that cannot be put together
+            return saved  # what does not fit is named by whoever compares them
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        return saved
+    return {name: tensor for name, tensor in loaded.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
 def restore(

@@ -77,7 +77,18 @@ def test_what_is_written_down_repeats_the_branch(parse, base, tmp_path):
 
 
 def test_the_file_of_the_run_may_be_given_as_well(parse, base):
-    assert parse("--config w/config.yaml --decay_from w/checkpoint-10 --decay_steps 4 --model_dir b").max_steps == 14
+    """Where that job stopped is its own affair: the run was stopped at step 10, where this one begins."""
+    branch = parse("--config w/config.yaml --decay_from w/checkpoint-10 --decay_steps 4 --model_dir b")
+    assert (branch.max_steps, branch.stop_at_step, branch.max_time) == (14, None, None)
+    line = "--config w/config.yaml --decay_from w/checkpoint-10 --decay_steps 4 --model_dir b --stop_at_step 12"
+    assert parse(line).stop_at_step == 12
+
+
+def test_the_length_of_a_file_is_that_of_the_run_and_not_of_its_branch(parse, base, tmp_path):
+    """A run whose length stood on the line, and its file with another one."""
+    (tmp_path / "l.yaml").write_text("epochs: 3\n", encoding="utf-8")
+    branch = parse("--config l.yaml --decay_from w/checkpoint-10 --decay_steps 4 --model_dir b")
+    assert (branch.max_steps, branch.epochs) == (14, None)
 
 
 def test_what_is_given_wins_with_what_belongs_to_it(parse, base):

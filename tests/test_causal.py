@@ -364,7 +364,7 @@ def test_a_cap_that_small_logits_do_not_show_is_found(tied, packing):
     """Left out, it doubled the loss of a Gemma 2 that had been trained for a while."""
     model = decoder("gemma2", tie_word_embeddings=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match="Gemma2ForCausalLM gives other logits"):
+    with pytest.raises(UserError, match="Gemma2ForCausalLM caps or scales its logits"):
         check_isolation(model, "eager", packing)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
@@ -491,7 +491,7 @@ def test_going_on_with_a_decoder_says_what_was_changed(tokenizer_dir, tmp_path):
     assert path == "eager"  # it has no SDPA, and auto found out
     assert (model.config.dropout, model.config.activation_dropout, model.config.layerdrop) == (0.1, 0.1, 0.0)
     assert "no effect" not in "\n".join(notices)
-    refused = {"bloom": "BloomForCausalLM does not understand packed rows", "gemma2": "gives other logits"}
+    refused = {"bloom": "BloomForCausalLM does not understand packed rows", "gemma2": "caps or scales its logits"}
     refused |= {"granite": "beside a granite such as .* AutoTokenizer makes another tokenizer"}
     for name, sentence in refused.items():
         decoder(name, vocab_size=len(tokenizer)).save_pretrained(tmp_path / name)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SAMPLE, run_script
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -17,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -60,6 +63,7 @@ MODELS = {
     "roberta": (RobertaForMaskedLM, RobertaConfig, HEADS),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "llama": (LlamaForCausalLM, LlamaConfig, HEADS),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, HEADS | {"num_key_value_heads": 2, "num_local_experts": 3}),
     "discriminator": (ElectraForPreTraining, ElectraConfig, HEADS | {"embedding_size": 8}),
     "generator": (ElectraForMaskedLM, ElectraConfig, HEADS | {"embedding_size": 8}),
 }
@@ -124,6 +128,27 @@ def test_what_may_differ_from_a_checkpoint(tmp_path, kind):
     other.set_attn_implementation("eager")
     load_weights({"": other}, tmp_path)
     assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_experts_are_loaded_under_the_names_that_the_model_has(tmp_path):
+    """transformers holds the experts of a layer as one tensor and saves each by itself."""
+    model, other = build("mixtral"), build("mixtral")
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() != model.state_dict().keys()
+    load_weights({"": other}, tmp_path)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(name for name in weights if "experts" in name)]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_weights({"": build("mixtral")}, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_ends_of_documents_come_from_the_tokenizer(tmp_path, kind):
+    """A run may have been begun with the ids that its pretrained model named; what they are, the rows say."""
+    build(kind, bos_token_id=1, eos_token_id=2).save_pretrained(tmp_path)
+    load_weights({"": build(kind, bos_token_id=2, eos_token_id=3, pad_token_id=0)}, tmp_path)
 
 
 def test_longer_rows_than_those_of_another_run(tmp_path):

@@ -258,6 +258,8 @@ def _problem(model: Any, path: AttentionPath, packing: Packing) -> str | None:
                     parts = [model(input_ids=document, use_cache=False).logits[0] for document in documents]
                 for logits, alone in zip(ours, (whole, torch.cat(parts)), strict=False):
                     if not (difference := _relative_difference(logits, alone)) < 1e-3:
+                        if factor > 1:  # as small as they are at first, its logits show nothing of it
+                            return "caps or scales its logits, which the loss here does not"
                         return f"gives other logits in packed rows than alone, by {difference:.1e} of the highest"
                 factor = max(1.0, 1e4 / float(whole.abs().max()))
             if packing == "isolated" and (leak := _leak(model, path, ids)) > 1e-5:
