@@ -66,13 +66,8 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
     begin, end = plan["warmup_steps"], plan["max_steps"] - decay
     if own is None and not begin <= step <= end:
         raise UserError(f"{checkpoint} is at step {step}, but its rate was stable from step {begin} to {end} only")
-    settled = {
-        "schedule": "wsd",
-        "learning_rate": plan["peak"],
-        "warmup_steps": begin,
-        "epochs": None,
-        "phase_steps": (),
-    }
+    settled = {"schedule": "wsd", "learning_rate": plan["peak"], "warmup_steps": begin}
+    settled |= {"epochs": None, "phase_steps": ()}
     settled |= {"max_steps": plan["max_steps"] if own else step + steps, "decay_steps": decay if own else steps}
     file = checkpoint.parent / "config.yaml"
     before = read(str(file)) if file.is_file() else {}
