@@ -1,7 +1,10 @@
 """Token folding: a text that is longer than a row becomes several rows, cut between words, and nothing is lost.
 
-What is folded are the ids that the tokenizer gives for the whole text, line feeds included, as `tokenizer(text)` would:
-the rows of a text, without special tokens and repeated tokens, one after the other, are those ids exactly.
+What is folded are the ids of the whole text, line feeds included, as `tokenizer(text, split_special_tokens=True)` gives
+them: the rows of a text, without special tokens and repeated tokens, one after the other, are those ids exactly.
+
+What looks like a special token in a text ("</s>", "[SEP]") is text: nobody who writes it ends a row or makes a gap. A
+tokenizer that cannot be told so, as its vocabulary itself has the piece, gives its unknown token for it.
 
 A row begins where a word begins. A word is what stands between white space; in scripts that are written without spaces
 it is what `Encoder` takes for one (a word of MeCab or Sudachi). Only a word that alone exceeds a row is cut: where the
@@ -109,7 +112,7 @@ def fold(tokenizer: Any, texts: Sequence[str], settings: FoldSettings) -> list[l
     """Rows of every text; see `Folder`, which is for more than one call with the same tokenizer.
 
     Args:
-        tokenizer: an `Encoder`, or a tokenizer of transformers.
+        tokenizer: an `Encoder`, or a tokenizer of transformers; from then on special tokens in a text are text for it.
         texts: blank ones, and ones of which the tokenizer makes nothing, give no row.
         settings: how.
 
@@ -129,7 +132,8 @@ class Folder:
         room: tokens of text that a row holds.
 
     Raises:
-        UserError: `max_length` leaves no room beside the special tokens.
+        UserError: `max_length` leaves no room beside the special tokens; when called, a special token that stands in a
+            text and cannot be told from a real one.
     """
 
     def __init__(self, tokenizer: Any, settings: FoldSettings) -> None:
@@ -145,6 +149,9 @@ class Folder:
             )
         self._aligner = None if self.encoder.tokenizer.is_fast else Aligner(self.encoder.tokenizer)
         self._bytes = fallback_bytes(self.encoder.tokenizer)
+        self._special = np.array([id for id in self.encoder.special_ids if id != self.encoder.unk_id], np.int32)
+        if self._only_special_are_added():
+            self.encoder.tokenizer.split_special_tokens = True
 
     def __call__(self, texts: Sequence[str]) -> list[list[Fold]]:
         """Rows of every text, encoded in one go."""
@@ -152,12 +159,13 @@ class Folder:
             # Whoever called the tokenizer with truncation since has left it set, and the ends of texts would be lost.
             self.encoder.tokenizer.backend_tokenizer.no_truncation()
             self.encoder.tokenizer.backend_tokenizer.no_padding()
+            self.encoder.tokenizer.backend_tokenizer.encode_special_tokens = True
         encoded = self.encoder.encode(texts)
         ends = np.cumsum(encoded.lengths)
         spans = [slice(int(end - length), int(end)) for end, length in zip(ends, encoded.lengths)]
         shortest = 1 if self.settings.unit == "words" else self.room + 1
         long = [place for place, length in enumerate(encoded.lengths) if length >= shortest and texts[place].strip()]
-        ids = [encoded.ids[span].astype(np.int32) for span in spans]
+        ids = [self._as_text(encoded.ids[span].astype(np.int32), text) for span, text in zip(spans, texts)]
         words = [encoded.word_starts[spans[place]] for place in long]
         cuts = dict(zip(long, self._cuts([texts[place] for place in long], [ids[place] for place in long], words)))
         folds = []
@@ -169,6 +177,24 @@ class Folder:
             else:
                 folds.append([])
         return folds
+
+    def _only_special_are_added(self) -> bool:
+        """Whether a tokenizer can be told to take special tokens for text; a slow one would take all added ones so."""
+        tokenizer = self.encoder.tokenizer
+        return tokenizer.is_fast or set(tokenizer.get_added_vocab().values()) <= set(self.encoder.special_ids)
+
+    def _as_text(self, ids: NDArray[np.int32], text: str) -> NDArray[np.int32]:
+        """Ids of a text with the unknown token where they have a special one all the same."""
+        found = np.isin(ids, self._special)
+        if not found.any():
+            return ids
+        if self.encoder.unk_id is None:
+            token = self.encoder.tokenizer.convert_ids_to_tokens(int(ids[found][0]))
+            raise UserError(
+                f"the text {text[:60]!r} holds {token}, which the tokenizer {self.encoder.folder} takes for its "
+                "special token, and it has no unknown token to put in its place: take it out of the text"
+            )
+        return np.where(found, np.int32(self.encoder.unk_id), ids)
 
     def _cuts(self, texts: list[str], ids: list[NDArray[np.int32]], words: list[Flags]) -> list[tuple[Ints, Ints]]:
         """Where words begin, for each text: as tokens and, for all tokens, as characters."""

@@ -232,7 +232,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     log = tracking.Reporter(accelerator, run_dir, state.step, stop_step, continued)
     facts = {"metric": options.metric, "processes": world, "parameters": network.num_parameters()}
     facts |= {"versions": tracking.versions(), "continued_from": state.step}
-    about = (files.name, files.model, vars(options), facts)
+    about = (files.name, files.model, vars(options), facts, task.origin)
     entry = partial(progress.open_run, task.database, state, *about)
     state.run_id, state.key = distributed.from_main(accelerator, entry)
     facts |= {"key": state.key}
@@ -325,7 +325,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
         stopped = None in answers.values()
     if complete and not stopped:
         judged = {name: (part, answers.get(name)) for name, part in judged.items()}
-        about = (settings, task.source, network, facts, saved_options)
+        about = (settings, task.source, network, facts, saved_options, task.labels)
         finish = partial(results.finish, files, task.database, state, *about, judged)
         say(*distributed.from_main(accelerator, finish))
     elif stopped:
@@ -333,8 +333,8 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
         say(f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
     else:
         say(f"--stop_at_step {stop_step} is reached; go on with --do_continue")
-    if rank == 0 and (stopped or not complete):
-        task.database.end_run(state.run_id, "stopped")
+    if stopped or not complete:
+        distributed.from_main(accelerator, partial(task.database.end_run, state.entry, "stopped"))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     leave(distributed.STOPPED_EARLY if stopped else 0)  # here, where model and processes still stand

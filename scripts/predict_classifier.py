@@ -87,6 +87,8 @@ def predict(options: Options) -> None:
     table = TableOptions(options.text, label="", quotes=options.quotes, **names)
     batches = in_batches(read_texts(options.input_file, options.input_format or "", table), options.texts_at_once)
     batches = itertools.chain([next(batches, [])], batches)  # a mistake in the input is said before anything is written
+    if options.input_file == "-" and options.input_format is None:
+        print("standard input is read as lines of text: give --input_format if it is a table", file=sys.stderr)
     logging.disable_progress_bar()
     model, source, settings, notices = open_classifier(options.model_dir)
     print("".join(f"{notice}\n" for notice in notices), end="", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from lmscripts.classification.checks import check_options
 from lmscripts.classification.database import Database, database_of, open_database, open_or_build
 from lmscripts.classification.records import TableOptions
 from lmscripts.classification.splits import SplitSettings
-from lmscripts.classification.sqlite_file import SCHEMA
+from lmscripts.classification.sqlite_file import SCHEMA, process_name
 from lmscripts.classification.task import open_task
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
@@ -176,7 +177,7 @@ def test_an_sqlite_file_keeps_the_parts_that_its_table_gave(tmp_path, encoder):
     first = open_or_build(table, encoder, FOLDS, given, TableOptions(split="part"))
     again = open_or_build(first.path, encoder, FOLDS, SPLIT)
     assert (again.split_id, again.split, again.done[0][:9]) == (first.split_id, given, "found all")
-    other = open_or_build(first.path, encoder, FOLDS, SplitSettings(seed=5, train=0.5, validation=0.2, test=0.3))
+    other = open_or_build(first.path, encoder, FOLDS, SplitSettings(seed=5, train=0.5, validation=0.1, test=0.4))
     for part in ("train", "validation", "test"):
         read = [made.read_labels(made.split_id, part)[0].tolist() for made in (first, other)]
         assert read[0] == read[1]
@@ -307,13 +308,17 @@ def test_another_tokenizer_is_another_tokenization(table, encoder, tmp_path_fact
 
 def test_another_source_is_refused_with_both_hashes_or_replaced(table, encoder):
     made = open_or_build(table, encoder, FOLDS, SPLIT)
-    made.start_run("r", {}, {}, tok_id=1, split_id=1, model_dir="m")
+    run = made.start_run("r", {}, {}, tok_id=1, split_id=1, model_dir="m")
     old = made.meta()["sha256"]["leanings.csv"][:16]
     write_table(table, 66)
     before = files(table.parent)
     with pytest.raises(UserError, match=rf"{old}.*now the source.*sha256.*1 runs in it would be lost") as raised:
         open_or_build(table, encoder, FOLDS, SPLIT)
     assert files(table.parent) == before
+    with pytest.raises(UserError, match=r"run 1 \(r\) is training with .*wait"):  # in this process, which lives
+        open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+    assert files(table.parent) == before
+    made.end_run(run, "stopped")
     new = open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
     assert new.meta()["num_documents"] == 66
     assert new.meta()["sha256"]["leanings.csv"][:16] in str(raised.value)
@@ -883,7 +888,7 @@ def test_what_a_run_gives_comes_back(table, encoder):
     made.write_epoch(run, 1, 12, "validation", {"loss": 0.4})  # repeated after a resume
     made.write_epoch(run, 2, 20, "validation", {"loss": float("nan")})
     sql = "SELECT epoch, step, part, metric, value FROM epochs WHERE run_id = ? ORDER BY epoch, metric"
-    assert query(made.path, sql, run) == [
+    assert query(made.path, sql, run.run_id) == [
         (1, 10, "validation", "accuracy", 0.25),
         (1, 12, "validation", "loss", 0.4),
         (2, 20, "validation", "loss", None),
@@ -893,18 +898,99 @@ def test_what_a_run_gives_comes_back(table, encoder):
     made.write_predictions(run, "test", "fragment", np.array([3, 3]), np.array([0, 1]), probabilities, logits)
     made.write_predictions(other, "test", "document", [3], None, probabilities[:1], logits[:1])
     sql = "SELECT doc_id, fold_idx, probabilities, logits FROM predictions WHERE run_id = ? AND level = ?"
-    stored = query(made.path, sql, run, "document")
+    stored = query(made.path, sql, run.run_id, "document")
     assert [row[:2] for row in stored] == [(3, -1), (4, -1)]
     assert np.array_equal(np.frombuffer(stored[0][2], "<f4"), probabilities[0])
-    assert [row[:2] for row in query(made.path, sql, run, "fragment")] == [(3, 0), (3, 1)]
+    assert [row[:2] for row in query(made.path, sql, run.run_id, "fragment")] == [(3, 0), (3, 1)]
     made.write_test_metrics(run, "document", {"accuracy": 0.9})
     made.end_run(run, "done", {"seconds": 3})
-    (row,) = query(made.path, "SELECT name, options, facts, status, ended > started FROM runs WHERE run_id = ?", run)
-    assert (row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) == ("first", options, {"seconds": 3}, "done", 1)
-    assert query(made.path, "SELECT status FROM runs WHERE run_id = ?", other) == [("running",)]
-    with pytest.raises(UserError, match="no run 99"):
-        made.end_run(99, "done")
+    sql = "SELECT name, options, facts, status, ended > started FROM runs WHERE run_id = ?"
+    (row,) = query(made.path, sql, run.run_id)
+    facts = {"seconds": 3, "key": run.key}
+    assert (row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) == ("first", options, facts, "done", 1)
+    assert query(made.path, "SELECT status FROM runs WHERE run_id = ?", other.run_id) == [("running",)]
     with pytest.raises(UserError, match="do not go with"):
         made.write_predictions(run, "test", "document", [3], None, probabilities, logits)
     again = open_or_build(table, encoder, FoldSettings(max_length=20), SPLIT)
     assert query(again.path, "SELECT count(*) FROM predictions") == [(5,)]
+
+
+def test_nothing_is_written_into_the_entry_of_another_run(table, encoder):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    origin, about = made.origin(1, 1), {"tok_id": 1, "split_id": 1, "model_dir": "m"}
+    run = made.start_run("A", {}, {}, **about, origin=origin)
+    made.path.unlink()
+    write_table(table, 66)
+    again = open_or_build(table, encoder, FOLDS, SPLIT)
+    assert again.start_run("B", {}, {}, **about).run_id == run.run_id
+    before, shares = dump(made.path), np.ones((1, 2))
+    for write in (
+        lambda: made.write_epoch(run, 1, 10, "train", {"loss": 0.5}),
+        lambda: made.write_test_metrics(run, "document", {"accuracy": 0.9}),
+        lambda: made.write_predictions(run, "test", "document", [3], None, shares, shares),
+        lambda: made.go_on_with_run(run),
+        lambda: made.end_run(run, "done", {}),
+        lambda: made.read_places(run),
+    ):
+        with pytest.raises(UserError, match=r"leanings\.sqlite was built again since run 1 .*--do_continue"):
+            write()
+    assert not made.holds_run(run)
+    with pytest.raises(UserError, match="was built again while this run was about to begin"):
+        made.start_run("A", {}, {}, **about, origin=origin)
+    assert dump(made.path) == before
+
+
+@pytest.mark.parametrize("swapped", ["tokenization", "split"])
+def test_a_run_does_not_begin_with_another_tokenization_or_split_of_its_number(table, encoder, swapped):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    origin = made.origin(1, 1)
+    made.path.unlink()
+    folds, split = (FoldSettings(max_length=20), SPLIT) if swapped == "tokenization" else (FOLDS, SplitSettings(seed=9))
+    open_or_build(table, encoder, folds, split)
+    open_or_build(table, encoder, FOLDS, SPLIT)
+    with pytest.raises(UserError, match="about to begin"):
+        made.start_run("A", {}, {}, tok_id=1, split_id=1, model_dir="m", origin=origin)
+
+
+def test_a_run_whose_process_is_gone_was_killed_and_holds_nobody_up(table, encoder):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    about = {"tok_id": 1, "split_id": 1}
+    folders = ("mine", "others", "mine")
+    for number, folder in enumerate(folders, 1):
+        made.start_run(f"r{number}", {}, {}, **about, model_dir=folder)
+    program = "import os; from lmscripts.classification.sqlite_file import process_name; print(process_name())"
+    gone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    with contextlib.closing(sqlite3.connect(made.path)) as connection, connection:
+        sql = "UPDATE runs SET facts = json_set(facts, '$.process', ?) WHERE run_id < 3"
+        connection.execute(sql, (gone,))
+    made.start_run("again", {}, {}, **about, model_dir="mine")
+    states = [status for (status,) in query(made.path, "SELECT status FROM runs ORDER BY run_id")]
+    assert states == ["killed", "running", "running", "running"]  # the third is of this process, which lives
+
+    write_table(table, 66)
+    with pytest.raises(UserError, match="run 3"):
+        open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+    elsewhere = f"elsewhere {gone.split(' ', 1)[1]}"
+    reused = " ".join([*process_name().split(" ")[:2], "1"])  # our number, begun at another time
+    with contextlib.closing(sqlite3.connect(made.path)) as connection, connection:
+        sql = "UPDATE runs SET facts = json_set(facts, '$.process', ?)"
+        connection.execute(sql, (elsewhere,))
+    with pytest.raises(UserError, match=r"as running on another machine.*remove the file"):
+        open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+    with contextlib.closing(sqlite3.connect(made.path)) as connection, connection:
+        connection.execute(sql, (reused,))
+    assert open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True).meta()["num_documents"] == 66
+
+
+def test_what_a_killed_builder_left_goes_and_what_a_living_one_needs_stays(table, encoder):
+    open_or_build(table, encoder, FOLDS, SPLIT)
+    clean = files(table.parent)
+    left = [table.with_name(f".leanings.sqlite.{end}") for end in ("lock", "building")]
+    for path in left:
+        path.touch()
+    with open(left[0], encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        open_or_build(table, encoder, FOLDS, SPLIT)
+        assert all(path.exists() for path in left)
+    open_or_build(table, encoder, FOLDS, SPLIT)
+    assert files(table.parent) == clean

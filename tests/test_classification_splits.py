@@ -173,6 +173,10 @@ def test_given_parts():
     given = ["train"] * 20 + ["test"] * 4 + ["validation"] * 4
     documents = [SplitDocument((n % 2,), text_hash(str(n)), None, part) for n, part in enumerate(given)]
     assert split_documents(documents, SplitSettings(method="given")) == given
+    for share in (0.3, 30):
+        with pytest.raises(UserError, match=f"4 documents were given .*--validation_share {share:g} has no effect"):
+            split_documents(documents, SplitSettings(method="given", validation=share))
+    assert split_documents(documents, SplitSettings(method="given", validation=0)) == given
     without = [d for d in documents if d.given_part != "validation"]
     parts = split_documents(without, SplitSettings(method="given", train=0.8, validation=0.2, test=0))
     assert parts[20:] == ["test"] * 4

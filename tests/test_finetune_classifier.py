@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import html
 import json
 import os
 import runpy
@@ -20,7 +21,7 @@ from runs import kill_tree, same_bits, wait_for_step
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from lmscripts.classification import batches, progress
+from lmscripts.classification import batches, progress, results
 from lmscripts.classification.aggregate import AGGREGATES, document_logits
 from lmscripts.classification.classifier import (
     KEY,
@@ -34,7 +35,7 @@ from lmscripts.classification.database import open_or_build
 from lmscripts.classification.judging import RowAnswers, calibrate, judge
 from lmscripts.classification.objective import ClassifierObjective, step_scale
 from lmscripts.classification.records import TableOptions
-from lmscripts.classification.results import ResultFiles, write_tables
+from lmscripts.classification.results import ResultFiles, card_text, write_tables
 from lmscripts.classification.splits import SplitSettings
 from lmscripts.classification.stored import FoldRows
 from lmscripts.errors import UserError
@@ -352,6 +353,7 @@ def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_tab
         (["--run_name", "../outside"], "--output_dir"),
         (["--separator", "|", "--metric", "mcc"], "one label a row"),
         (["--aggregate", "median"], "mean_probabilities"),
+        (["--keep_last", 0], "keep_last"),
         (["--model_name_or_path", "no/such/folder/here"], "no/such/folder/here"),
     ],
 )
@@ -570,12 +572,13 @@ def runs_of(database):
 
 def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
     options, path = {"options": TableOptions(group="article")}, tmp_path / "own.sqlite"
-    database, about = build(table, bert, path, **options), (tmp_path / "model", {}, {})
+    database = build(table, bert, path, **options)
+    about = (tmp_path / "model", {}, {}, database.origin(1, 1))
     state = progress.ClassifierState()
     state.run_id, state.key = progress.open_run(database, state, "A", *about)
     record = {"epoch": 1, "step": 5, "train": {"loss": 2.0}, "validation": {"loss": 1.5, "mcc": None}}
     state.history = [record]
-    database.end_run(state.run_id, "stopped")
+    database.end_run(state.entry, "stopped")
     assert progress.open_run(database, state, "A", *about) == (state.run_id, state.key)
     assert runs_of(database) == [(1, "A", "running")]
 
@@ -584,13 +587,85 @@ def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
     other = progress.open_run(database, progress.ClassifierState(), "B", *about)
     assert other[0] == state.run_id
     assert other[1] != state.key
-    database.end_run(other[0], "done")
+    database.end_run(other, "done")
     number, key = progress.open_run(database, state, "A", *about)
     assert runs_of(database) == [(1, "B", "done"), (2, "A", "running")]
     assert (number, key) not in [(state.run_id, state.key), other]
     with sqlite3.connect(path) as connection:
         rows = connection.execute("SELECT run_id, epoch, part, metric, value FROM epochs").fetchall()
     assert rows == [(2, 1, "train", "loss", 2.0), (2, 1, "validation", "loss", 1.5)]  # with what came before
+
+
+@pytest.mark.parametrize(("module", "name"), [(progress, "close_epoch"), (results, "finish")])
+def test_a_run_whose_database_is_built_anew_meanwhile_stops_and_writes_nothing(
+    module, name, table, bert, here, tmp_path, monkeypatch
+):
+    lines = table.read_text(encoding="utf-8").splitlines()[:49]
+    mine, path, out = tmp_path / "mine.csv", tmp_path / "own.sqlite", tmp_path / "out"
+    mine.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    arguments = [
+        mine,
+        "--model_name_or_path",
+        bert,
+        "--max_length",
+        32,
+        "--tracker",
+        "none",
+        "--output_dir",
+        out,
+        "-e",
+        1,
+    ]
+    usual, seen = getattr(module, name), []
+
+    def with_another_database(*given):
+        path.unlink()
+        for number, old in enumerate(WORDS):
+            lines[1:] = [line.replace(f",{old},", f",{'zyx'[number]},") for line in lines[1:]]
+        (tmp_path / "other.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        database = build(tmp_path / "other.csv", bert, path)
+        database.start_run("B", {}, {}, tok_id=1, split_id=1, model_dir="b")
+        seen.append(path.read_bytes())
+        return usual(*given)
+
+    monkeypatch.setattr(module, name, with_another_database)
+    said = here(*arguments, "--database", path, code=2)
+    assert "own.sqlite was built again since run 1 was entered there" in said
+    assert said.count("error: ") == 1
+    assert [path.read_bytes()] == seen  # the other run's entry, untouched
+    assert [file.name for file in out.iterdir()] == ["own_training"]
+
+    monkeypatch.setattr(module, name, usual)
+    go_on = ["--database", tmp_path / "again.sqlite", "--run_name", "own", "--do_continue"]  # as the sentence says
+    assert ("going on from" in here(*arguments, *go_on)) == (name == "finish")
+    rows = predictions(out, "own_testset_predictions.csv")
+    assert {row["true_label"] for row in rows} <= set(WORDS)
+    assert [column for column in rows[0] if column.startswith("prob")] == [f"probability of {n}" for n in sorted(WORDS)]
+
+
+def test_what_a_killed_process_left_beside_the_results_goes_and_nothing_else(tmp_path):
+    files, long = ResultFiles(tmp_path, "k"), ResultFiles(tmp_path, "k" * 40)
+    left = tmp_path / ".k_train_test_stats.json.4a3ae9ca"
+    of_others = [tmp_path / ".k_train_test_stats.json.mine", tmp_path / ".kk_train_test_stats.json.4a3ae9ca"]
+    cut_off = tmp_path / f".{'k' * 40}.4a3ae9ca"  # of any run whose name begins so
+    for path in (left, *of_others, cut_off, files.statistics):
+        path.touch()
+    files.remove_leftovers()
+    long.remove_leftovers()
+    assert set(tmp_path.iterdir()) == {*of_others, cut_off, files.statistics}
+    os.utime(cut_off, (1, 1))
+    long.remove_leftovers()
+    assert set(tmp_path.iterdir()) == {*of_others, files.statistics}
+
+
+def test_a_card_shows_names_as_they_are(tmp_path):
+    hostile = "<script>alert(1)</script> a|b *c* [d](e) `f` \\"
+    card = card_text("x <b>", {"labels": hostile}, None, "label: |\n  ```\n  <img>\n")
+    (row,) = (line for line in card.splitlines() if line.startswith("| labels"))
+    assert not set("<>*`[]\\") & set(row)
+    assert html.unescape(row) == f"| labels | {hostile} |"
+    assert "# x &lt;b&gt;" in card
+    assert card.rstrip().endswith("````yaml\nlabel: |\n  ```\n  <img>\n````")
 
 
 def several_labels(part):
@@ -605,7 +680,8 @@ def test_of_several_labels_an_epoch_is_judged_as_the_model_would_be_exported(tab
     database = build(table, bert, tmp_path / "own.sqlite", options=TableOptions(group="article"))
     # All labels above one half, and told apart without a mistake by a higher threshold.
     answers = RowAnswers(1.0 + 3.0 * part.truth[part.owners], np.ones(part.num_rows))
-    state = progress.ClassifierState(step=7, run_id=1)
+    state = progress.ClassifierState(step=7)
+    state.run_id, state.key = database.start_run("A", {}, {}, tok_id=1, split_id=1, model_dir="m")
     assert judge(answers, part, settings).document["macro_f1"] < 0.8
     record = progress.close_epoch(database, state, 1, {"loss": 1.0}, part, answers, settings)
     assert record["validation"]["macro_f1"] == 1.0
@@ -638,8 +714,7 @@ def test_a_metric_that_the_validation_part_cannot_tell_is_said_before_training_a
     assert state.is_better("accuracy", progress.chosen_value(record, "accuracy", False))
 
 
-def test_names_that_hold_a_bar_are_parted_by_the_separator_of_the_table(table, bert, tmp_path):
-    database = build(table, bert, tmp_path / "own.sqlite", options=TableOptions(group="article"))
+def test_names_that_hold_a_bar_are_parted_by_the_separator_of_the_table(tmp_path):
     part, settings = some_part(), ClassifierSettings(FoldSettings(), multi_label=True, separator=";")
     truth = part.truth.copy()
     truth[:, :2] = True
@@ -647,7 +722,8 @@ def test_names_that_hold_a_bar_are_parted_by_the_separator_of_the_table(table, b
     judged = judge(RowAnswers(4.0 * truth[part.owners] - 2.0, np.ones(part.num_rows)), part, settings)
     files = ResultFiles(tmp_path, "topics")
     tuned = replace(settings, thresholds=(0.5,) * 3)
-    write_tables(files, database, part, judged, ["a|a", "b|b", "c"], tuned)
+    places = {doc_id: (doc_id, "") for doc_id in part.doc_ids.tolist()}
+    write_tables(files, places, part, judged, ["a|a", "b|b", "c"], tuned)
     for name in ("topics_testset_predictions.csv", "topics_testset_fragments.csv"):
         for row in predictions(tmp_path, name):
             assert row["true_label"] == row["predicted_label"]

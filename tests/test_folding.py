@@ -139,7 +139,10 @@ def settings_to_try():
 def test_rows_are_the_ids_of_the_whole_text_and_spans_are_the_text(encoders, name):
     encoder = encoders(name)
     tokenizer = AutoTokenizer.from_pretrained(encoder.folder)
-    whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    asked = {"add_special_tokens": False, "split_special_tokens": True}
+    whole = [tokenizer(text, **asked)["input_ids"] for text in TEXTS]
+    not_from_text = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    whole = [[tokenizer.unk_token_id if number in not_from_text else number for number in ids] for ids in whole]
     before, after = special_tokens_around(tokenizer)
     for settings in settings_to_try():
         for text, ids, folds in zip(TEXTS, whole, fold(encoder, TEXTS, settings)):
@@ -262,6 +265,42 @@ def test_special_tokens_are_those_of_the_tokenizer(encoders):
         tokenizer = encoders(name).tokenizer
         found = special_tokens_around(tokenizer)
         assert [tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in found] == [before, after]
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "foreign t5"])
+def test_a_special_token_written_in_a_text_is_text(encoders, name):
+    """A second </s> made models fail that look for the end, and any [SEP] or <pad> told them of a row's inside."""
+    encoder = encoders(name)
+    tokens = sorted(set(encoder.tokenizer.all_special_tokens))
+    texts = [f"{place} {token} {place}{token}" for place in ("a", "dog") for token in tokens] + ["".join(tokens)]
+    folder = Folder(encoder, FoldSettings(max_length=40))
+    encoder.tokenizer(texts[0], split_special_tokens=False)  # whoever asks for something else changes nothing
+    special = set(encoder.special_ids) - {encoder.unk_id}
+    for text, folds in zip(texts, folder(texts), strict=True):
+        ids = text_ids(encoder, folds)
+        assert len(ids) > 0
+        assert not special & set(ids), text
+    plain = "dog < a > s"
+    (expected,) = encoder.encode([plain]).rows()
+    assert text_ids(encoder, folder([plain])[0]) == expected.tolist()
+
+
+def test_a_special_token_that_cannot_be_told_from_text_is_named(encoders):
+    """Its vocabulary has the piece, so the tokenizer finds it even in text, and says nothing of an unknown token."""
+    encoder = encoders("foreign t5")
+    assert encoder.unk_id is None
+    with pytest.raises(UserError, match="'dog <pad>' holds <pad>"):
+        fold(encoder, ["dog", "dog <pad>"], FoldSettings(max_length=40))
+
+
+def test_added_words_of_a_slow_tokenizer_stay_words(encoders, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(encoders("wordpiece mecab").folder)
+    tokenizer.add_tokens(["東京ドーム計画"])
+    tokenizer.save_pretrained(tmp_path)
+    folder = Folder(load_encoder(tmp_path), FoldSettings(max_length=40))
+    ids = text_ids(folder.encoder, folder(["東京ドーム計画[SEP]の星"])[0])
+    assert ids[:2] == [folder.encoder.tokenizer.convert_tokens_to_ids("東京ドーム計画"), folder.encoder.unk_id]
+    assert folder.encoder.sep_id not in ids
 
 
 def test_a_word_longer_than_a_row_is_cut_between_characters_and_every_other_word_stays_whole(encoders):

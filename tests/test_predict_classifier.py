@@ -173,8 +173,8 @@ def test_a_table_on_standard_input_is_one(model_dir, tmp_path):
     assert "standard input has no column '本文'" in done.stderr
 
 
-def texts_of(text, kind="", **settings):
-    stream = io.TextIOWrapper(io.BytesIO(text.encode()))
+def texts_of(given, kind="", **settings):
+    stream = io.TextIOWrapper(io.BytesIO(given.encode()))
     with mock.patch.object(sys, "stdin", stream):
         return [each.text for each in applying.read_texts("-", kind, TableOptions(label="", **settings))]
 
@@ -188,13 +188,34 @@ def texts_of(text, kind="", **settings):
         ('"id"; "text"\n1;星\n', "csv"),
         ("text\tlabel\n星\t宇宙\n", "tsv"),
         ("text\n星\n", "csv"),
+        ("Text,label\n星,宇宙\n", "csv --text Text"),
+        ("TEXT\tlabel\n星\t宇宙\n", "tsv --text TEXT"),
     ],
 )
 def test_what_looks_like_a_table_on_standard_input_is_asked_about(text, kind):
     with pytest.raises(UserError, match=f"--input_format {kind} .*--input_format txt"):
         texts_of(text)
     assert len(texts_of(text, "txt")) == text.count("\n")
-    assert texts_of(text, kind) == ["星"]
+    kind, *column = kind.split(" --text ")
+    assert texts_of(text, kind, **({"text": column[0]} if column else {})) == ["星"]
+
+
+def test_a_json_list_on_standard_input_is_not_one_text():
+    for text in ('[{"text": "星"}]\n', ' [ {"text":\n'):
+        with pytest.raises(UserError, match=r"JSON list.*--input_format jsonl.*--input_format txt"):
+            texts_of(text)
+        assert len(texts_of(text, "txt")) == 1
+
+
+def test_standard_input_that_is_taken_for_lines_is_said_to_be(model_dir):
+    """A header without the column of the texts is a line like any other, and was answered without a word."""
+    said = "standard input is read as lines of text"
+    for text in ("body;x\n星;1\n", "星\n"):
+        done = run_here(SCRIPT, "--model_dir", model_dir, standard_input=text.encode())
+        assert said in done.stderr
+        assert said not in done.stdout
+    asked = run_here(SCRIPT, "--model_dir", model_dir, "--input_format", "txt", standard_input="星\n".encode())
+    assert said not in asked.stderr
 
 
 def test_lines_that_are_no_table_are_texts():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from lmscripts.folding import Fold, Folder
 from lmscripts.text_reading import MAX_RECORD_BYTES, format_of, open_binary, reading
 
 EMPTY = "empty text"
+_JSON_LIST = re.compile(r"\[\s*\{")
 _OF_KIND = {  # options that say how an input is read -> the kinds of input for which they do
     "text": ("csv", "tsv", "jsonl", "parquet"),
     "id_column": ("csv", "tsv", "jsonl", "parquet"),
@@ -128,11 +131,8 @@ def _standard_input(stream: BinaryIO, kind: str, table: TableOptions) -> Iterato
     """Lines of text as they come, or the rows of a table, which is stored first, as its reader looks at it twice."""
     if kind in ("", "txt"):
         first = stream.readline(MAX_RECORD_BYTES + 1)
-        if not kind and (found := _table_begun(first, table)):
-            raise UserError(
-                f"standard input begins like {found}: give --input_format {found} to read it as a table, or "
-                "--input_format txt to take each line for a text"
-            )
+        if not kind:
+            _check_no_table(first, table)
         yield from _lines(stream, table.encoding, first)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -145,17 +145,42 @@ def _standard_input(stream: BinaryIO, kind: str, table: TableOptions) -> Iterato
             raise UserError(str(error).replace(str(stored), "standard input")) from error
 
 
-def _table_begun(line: bytes, table: TableOptions) -> str:
-    """The kind of table that begins with a line: a JSON record, or a header with the column of the texts; or none."""
+def _check_no_table(line: bytes, table: TableOptions) -> None:
+    """Refuse to take for a text what begins a table: a JSON record, a list of them, a header with the texts' column.
+
+    Raises:
+        UserError: saying how it is read as the table that it seems to be.
+    """
     text = line.decode(table.encoding or "utf-8", "replace").removeprefix("\ufeff").strip()
+    as_lines = "or --input_format txt to take each line for a text"
+    if _JSON_LIST.match(text):
+        raise UserError(
+            f"standard input begins like a JSON list: give a record a line and --input_format jsonl, {as_lines}"
+        )
+    kind, column = _table_begun(text, table)
+    if kind:
+        named = "" if column == table.text else f" --text {shlex.quote(column)}"
+        raise UserError(
+            f"standard input begins like {kind}: give --input_format {kind}{named} to read it as a table, {as_lines}"
+        )
+
+
+def _table_begun(text: str, table: TableOptions) -> tuple[str, str]:
+    """The kind of table that begins with a line, and the column of its texts as it is spelt there; or nothing."""
     if text.startswith("{"):
         try:
-            return "jsonl" if isinstance(json.loads(text), dict) else ""
+            return ("jsonl" if isinstance(json.loads(text), dict) else ""), table.text
         except (ValueError, RecursionError):
-            return ""
-    fields = {mark: [field.strip(" \"'") for field in text.split(mark)] for mark in ",\t;|"}
-    found = [mark for mark, names in fields.items() if table.text in names]
-    return "" if not found else "tsv" if found == ["\t"] else "csv"
+            return "", ""
+    found: dict[str, str] = {}
+    for mark in ",\t;|":
+        names = [field.strip(" \"'") for field in text.split(mark)]
+        alike = [name for name in names if name.casefold() == table.text.casefold()]
+        if alike:
+            found[mark] = table.text if table.text in alike else alike[0]
+    if not found:
+        return "", ""
+    return "tsv" if list(found) == ["\t"] else "csv", next(iter(found.values()))
 
 
 def _lines(stream: Any, encoding: str, first: bytes | None = None) -> Iterator[Text]:

@@ -9,22 +9,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lmscripts.classification.stored import FoldRows, Stored
 from lmscripts.distributed import micro_batches
+from lmscripts.errors import UserError
+from lmscripts.folding import special_tokens_around
 from lmscripts.order import permute, split_shares, stream_key
+from lmscripts.tokenization import Encoder
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Batch = dict[str, Tensor]
 
 WINDOW_BATCHES = 50
+_PADDING_TOLERANCE = 2e-3  # of the largest logit; float32 stays far below, another place read lies far above
 _ROWS, _BATCHES = 0xF01D, 0xBA7C  # which of the two permutations of an epoch
 
 
@@ -209,3 +214,48 @@ def step_batches(
 def _counts(part: Part, rows: Ints) -> dict[str, Any]:
     weight = float(part.weights[rows].sum(dtype=np.float64))
     return {"weight": weight, "rows": float(len(rows)), "tokens": float(part.lengths[rows].sum())}
+
+
+def check_padding(model: PreTrainedModel, encoder: Encoder, pad_id: int, longest: int | None) -> None:
+    """See that a row has the same logits alone and beside a longer one, to whose length it is filled up on the right.
+
+    XLNet, for one, reads its answer off the last place, whatever the attention mask says of it.
+
+    Args:
+        model: a classifier on the CPU; it is left in the mode that it was in.
+        encoder: its tokenizer.
+        pad_id: the padding token.
+        longest: tokens of its longest input; None where nothing says.
+
+    Raises:
+        UserError: the logits differ, or the model cannot compute them.
+    """
+    before, after = special_tokens_around(encoder.tokenizer)
+    special = {*encoder.special_ids, *encoder.reserved_ids}
+    words = [number for number in sorted(encoder.tokenizer.get_vocab().values()) if number not in special][:9]
+    room = len(words) if longest is None else min(len(words), longest - len(before) - len(after))
+    if room < 2:  # no row can be longer than another
+        return
+    long, short = ([*before.tolist(), *words[:number], *after.tolist()] for number in (room, (room + 1) // 3))
+    filler = len(long) - len(short)
+    ids = torch.tensor([[*short, *[pad_id] * filler], long])
+    mask = torch.tensor([[1] * len(short) + [0] * filler, [1] * len(long)])
+    was_training = model.training
+    kind, judge = model.config.model_type, cast(Any, model.train(False))
+    try:
+        with torch.no_grad():
+            padded = judge(input_ids=ids, attention_mask=mask).logits[0].float()
+            alone = judge(input_ids=ids[:1, : len(short)], attention_mask=mask[:1, : len(short)]).logits[0].float()
+    except Exception as error:  # whatever a model that is not made for this raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a model of the type {kind}, as its config.json has it, cannot answer rows of {encoder.folder} ({reason})"
+        ) from error
+    finally:
+        model.train(was_training)
+    difference, scale = float((padded - alone).abs().max()), float(alone.abs().max())
+    if difference > _PADDING_TOLERANCE * scale + 1e-6:
+        raise UserError(
+            f"a model of the type {kind} cannot be a classifier here: its logits of a row change by {difference:.2g} "
+            "when it is filled up to the length of another, so they would depend on the batch; take another type"
+        )

@@ -16,9 +16,10 @@ _POSITIVE: tuple[str, ...] = (
     "micro_batch_size",
     "learning_rate",
     "save_steps",
+    "keep_last",
 )
 _POSITIVE += ("stop_at_step", "max_length", "num_workers", "logging_steps", "expected_processes", "timeout")
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "keep_last", "seed", "split_seed", "overlap", "max_words")
+_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "seed", "split_seed", "overlap", "max_words")
 _SHARES, _VALIDATION_SHARE = {"train_share": 0.8, "test_share": 0.1}, 0.1  # defaults of the script
 
 

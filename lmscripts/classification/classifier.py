@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from lmscripts.checkpoint import checkpoint_step, list_checkpoints
 from lmscripts.classification.aggregate import AGGREGATES
+from lmscripts.classification.batches import check_padding
 from lmscripts.errors import UserError
 from lmscripts.folding import FoldSettings
 from lmscripts.model_kind import OFFSET_POSITIONS
@@ -202,7 +203,8 @@ def build_classifier(
         The model in training mode, in float32, and sentences for the user.
 
     Raises:
-        UserError: no weights, or weights that do not fill the model's body.
+        UserError: no weights, weights that do not fill the model's body, a configuration of which no classifier can be
+            made, or a model that padding confuses.
     """
     config, notices = source.config, []
     had = [config.id2label.get(number) for number in range(len(labels))], config.num_labels
@@ -216,13 +218,10 @@ def build_classifier(
         for name in ("classifier_dropout", "classifier_dropout_prob", "summary_last_dropout", "pooler_dropout"):
             if hasattr(config, name):
                 setattr(config, name, dropout)
-    auto: Any = AutoModelForSequenceClassification
     torch.manual_seed(seed)
-    try:
-        fresh = auto.from_config(config)
-    except ValueError as error:
-        raise UserError(f"transformers has no classifier of the type {config.model_type} ({source.name})") from error
+    fresh = _fresh(source, config)
     if from_scratch:
+        check_padding(fresh, source.encoder, config.pad_token_id, source.longest)
         return fresh.train(), [f"the model has the architecture of {source.name}, and fresh weights"]
     model, missing = _load(source, config)
     same = had == (list(labels), len(labels))
@@ -236,7 +235,21 @@ def build_classifier(
         notices.append(f"the head for {len(labels)} labels is new: {', '.join(sorted(new))}")
     else:
         notices.append(f"the head of {source.name} was made for the same labels, and is taken over")
+    check_padding(model, source.encoder, config.pad_token_id, source.longest)
     return model.train(), notices
+
+
+def _fresh(source: Source, config: Any) -> PreTrainedModel:
+    """The model with fresh weights."""
+    auto: Any = AutoModelForSequenceClassification
+    try:
+        model: PreTrainedModel = auto.from_config(config)
+    except ValueError as error:
+        raise UserError(f"transformers has no classifier of the type {config.model_type} ({source.name})") from error
+    except Exception as error:  # whatever a configuration that lacks something makes the model raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no classifier can be made as config.json of {source.name} says ({reason})") from error
+    return model
 
 
 def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
@@ -363,4 +376,5 @@ def open_classifier(name: str) -> tuple[PreTrainedModel, Source, ClassifierSetti
     model, missing = _load(source, source.config)
     if missing:
         raise UserError(f"{name} lacks {sorted(missing)[0]}, or has it in another shape: its answers would be random")
+    check_padding(model, source.encoder, padding_id(source.encoder), source.longest)
     return model.train(False), source, settings, [*source.notices, *notices]

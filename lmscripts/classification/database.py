@@ -15,16 +15,17 @@ from typing import Any
 
 from lmscripts.classification.records import TableOptions
 from lmscripts.classification.source_tables import SourceTable, add_tables, hash_tables, reading_options
-from lmscripts.classification.splits import SplitSettings, split_documents
+from lmscripts.classification.splits import SplitSettings, shown, split_documents
 from lmscripts.classification.sqlite_file import (
     OtherVersionError,
     check_pages,
     new_file,
     only_builder,
     opened,
+    remove_leftovers_of_builders,
     transaction,
 )
-from lmscripts.classification.stored import Stored, check_all_rows, read_meta, read_split_documents
+from lmscripts.classification.stored import Stored, check_all_rows, read_meta, read_running, read_split_documents
 from lmscripts.classification.tables import PARTS
 from lmscripts.classification.tokenising import fold_in_order
 from lmscripts.errors import UserError
@@ -114,13 +115,14 @@ def open_or_build(
         database: where the file is; by default beside the table, `NAME.sqlite`.
         part_files: "validation", "test" -> further tables; `source` is then for training (and `split.method` "given").
         overwrite: replace a file that was made from another source or by other options, or is damaged, which is
-            looked for then; its runs are lost.
+            looked for then; its runs are lost, and there must be none that goes on.
         num_workers: processes that tokenise; the result does not depend on it.
         progress: called with the number of documents of each batch that is tokenised.
 
     Raises:
         UserError: a table that cannot be used (see `tables`), a split that cannot be made, a file that is not ours,
-            is damaged or was made from another source; nothing is changed then.
+            is damaged or was made from another source, or is to be replaced while a run writes into it; nothing is
+            changed then.
     """
     target, paths = _files(Path(source), database, part_files or {})
     options = options or TableOptions()
@@ -137,6 +139,8 @@ def open_or_build(
         with only_builder(task.target):
             task = replace(task, sources=hash_tables(paths))  # those from before the wait may have been replaced
             found = _reuse(task, overwrite) or _extend(task, overwrite) or _build(task)
+    else:
+        remove_leftovers_of_builders(task.target)
     return found
 
 
@@ -290,6 +294,7 @@ def _shown(sources: Iterable[Sequence[str]]) -> str:
 
 
 def _build(task: _Task) -> Database:
+    _check_nobody_trains(task.target)
     Folder(task.encoder, task.folds)  # refuses rows without room for text before the table is read
     with new_file(task.target) as connection:
         num_documents, num_bad = add_tables(connection, task.sources, task.options)
@@ -298,6 +303,32 @@ def _build(task: _Task) -> Database:
         tok_id = _add_tokenization(connection, task)
     done = f"built {task.target}: {num_documents:,} documents, {num_bad:,} bad rows left out"
     return Database(task.target, tok_id, split_id, task.split, (done,))
+
+
+def _check_nobody_trains(target: Path) -> None:
+    """Refuse to replace a file that a run writes into, which would lose hours of it.
+
+    Raises:
+        UserError: there is one.
+    """
+    if not target.exists():
+        return
+    try:
+        with opened(target) as connection:
+            running = read_running(connection)
+    except OtherVersionError:
+        return  # no run can go on with it
+    for run_id, name, alive in running:
+        if alive:
+            raise UserError(
+                f"run {run_id} ({shown(name)}) is training with {target}, which cannot be built again meanwhile: wait "
+                "for its end or stop it, or give another --database"
+            )
+        if alive is None:
+            raise UserError(
+                f"run {run_id} ({shown(name)}) stands in {target} as running on another machine, so that it cannot be "
+                "built again: give another --database, or remove the file if that run was killed"
+            )
 
 
 def _make_split(connection: sqlite3.Connection, task: _Task) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +20,7 @@ from lmscripts.classification.database import Database
 from lmscripts.classification.judging import RowAnswers, best_shares, calibrate, judge
 from lmscripts.classification.metrics import plain
 from lmscripts.classification.objective import ClassifierObjective
-from lmscripts.classification.sqlite_file import opened
+from lmscripts.classification.stored import RunKey
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder, remove_leftovers
 from lmscripts.resume import load_weights
@@ -52,6 +50,11 @@ class ClassifierState(TrainingState):
     history: list[dict[str, Any]] = field(default_factory=list)
     epoch_sums: dict[str, float] = field(default_factory=dict)
     epoch_counts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def entry(self) -> RunKey:
+        """What it writes into the database by."""
+        return RunKey(self.run_id, self.key)
 
     def open_epoch(self, process: int) -> tuple[dict[str, float], dict[str, float]]:
         """Sums and counts of the epoch to go on with; the sums belong to the first process."""
@@ -179,28 +182,35 @@ def open_run(
     model_dir: Path,
     options: Mapping[str, Any],
     facts: Mapping[str, Any],
-) -> tuple[int, str]:
+    origin: str,
+) -> RunKey:
     """Enter a run into the database, or find it there when it is continued.
 
     A row with the number of the run may be another's, where the database was built anew since: the key tells.
 
+    Args:
+        database: the file of the task.
+        state: of the run, from its checkpoint if there is one.
+        name: of the run.
+        model_dir: folder of its model, which no other process may be writing.
+        options: of the script.
+        facts: whatever else is known of it.
+        origin: what the task was made from when it was opened.
+
     Returns:
         Its number and its key.
+
+    Raises:
+        UserError: the database was built anew from something else since.
     """
-    if state.run_id and state.key and _key_of(database, state.run_id) == state.key:
-        database.end_run(state.run_id, "running")
-        return state.run_id, state.key
-    key, ids = secrets.token_hex(16), {"tok_id": database.tok_id, "split_id": database.split_id}
-    run_id = database.start_run(name, options, {**facts, "key": key}, **ids, model_dir=model_dir)
+    if state.run_id and state.key and database.holds_run(state.entry):
+        database.go_on_with_run(state.entry)
+        return state.entry
+    ids = {"tok_id": database.tok_id, "split_id": database.split_id}
+    run = database.start_run(name, options, facts, **ids, model_dir=model_dir, origin=origin)
     for record in state.history:  # what the other database knew
-        _write_epoch(database, run_id, record["step"], record)
-    return run_id, key
-
-
-def _key_of(database: Database, run_id: int) -> str | None:
-    with opened(database.path) as connection:
-        row = connection.execute("SELECT facts FROM runs WHERE run_id = ?", (run_id,)).fetchone()
-    return None if row is None else json.loads(row[0]).get("key")
+        _write_epoch(database, run, record["step"], record)
+    return run
 
 
 @contextmanager
@@ -213,7 +223,7 @@ def failing(database: Database, state: ClassifierState, is_main: bool) -> Iterat
     except BaseException:
         if is_main:
             with suppress(UserError, OSError):  # the error itself is what has to be shown
-                database.end_run(state.run_id, "failed")
+                database.end_run(state.entry, "failed")
         raise
 
 
@@ -242,6 +252,9 @@ def close_epoch(
 
     Returns:
         Its record for the statistics: "epoch", "step", "train" and "validation" metrics.
+
+    Raises:
+        UserError: the database does not hold the run any more.
     """
     judged: dict[str, float] = {}
     if answers is not None:
@@ -250,14 +263,14 @@ def close_epoch(
             settings = replace(settings, temperature=temperature, thresholds=thresholds)
         judged = judge(answers, validation, settings).document
     record: dict[str, Any] = plain({"epoch": epoch, "step": state.step, "train": dict(trained), "validation": judged})
-    _write_epoch(database, state.run_id, state.step, record)
+    _write_epoch(database, state.entry, state.step, record)
     return record
 
 
-def _write_epoch(database: Database, run_id: int, step: int, record: Mapping[str, Any]) -> None:
+def _write_epoch(database: Database, run: RunKey, step: int, record: Mapping[str, Any]) -> None:
     for part in ("train", "validation"):
         known = {name: value for name, value in record[part].items() if value is not None}
-        database.write_epoch(run_id, record["epoch"], step, part, known)
+        database.write_epoch(run, record["epoch"], step, part, known)
 
 
 def epoch_in_words(record: Mapping[str, Any], metric: str, say: Callable[[Mapping[str, float]], str]) -> str:

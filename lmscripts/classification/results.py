@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +25,11 @@ from lmscripts.classification.classifier import KEY, ClassifierSettings, Source
 from lmscripts.classification.database import Database
 from lmscripts.classification.judging import Judged, RowAnswers, calibrate, judge
 from lmscripts.classification.lora import merge_lora
+from lmscripts.classification.markup import escape
 from lmscripts.classification.metrics import plain
 from lmscripts.classification.progress import ClassifierState
 from lmscripts.classification.report import safe_cell
-from lmscripts.classification.sqlite_file import opened
-from lmscripts.classification.stored import Stored
+from lmscripts.classification.stored import RunKey
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder, remove_leftovers, write_text
 from lmscripts.tokenizer_folder import copy_tokenizer
@@ -86,6 +89,16 @@ class ResultFiles:
                 "with the run that wrote it"
             )
 
+    def remove_leftovers(self) -> None:
+        """Remove what `write_text` of an earlier, killed process of this run left beside the files."""
+        for path in (self.predictions, self.fragments, self.statistics):
+            beginning = f".{path.name[:40]}."
+            for other in path.parent.glob(f"{glob.escape(beginning)}*"):
+                is_aside = re.fullmatch("[0-9a-f]{8}", other.name.removeprefix(beginning))
+                # A name that is cut off may be of another run, which is writing it for the moment.
+                if is_aside and (len(path.name) <= 40 or time.time() - other.stat().st_mtime > 60):
+                    other.unlink(missing_ok=True)
+
 
 def check_run_name(name: str | None) -> None:
     """Keep all files of a run in one folder.
@@ -120,12 +133,23 @@ def export_model(
 
 
 def write_tables(
-    files: ResultFiles, database: Stored, part: Part, judged: Judged, labels: list[str], settings: ClassifierSettings
+    files: ResultFiles,
+    places: Mapping[int, tuple[int, str]],
+    part: Part,
+    judged: Judged,
+    labels: list[str],
+    settings: ClassifierSettings,
 ) -> None:
-    """Predictions of a part's documents, every one of them once and in order, and of their rows."""
-    sql = "SELECT doc_id, line, name FROM documents ORDER BY doc_id"
-    with opened(database.path) as connection:
-        places = {doc_id: (line, name) for doc_id, line, name in connection.execute(sql)}
+    """Predictions of a part's documents, every one of them once and in order, and of their rows.
+
+    Args:
+        files: what is written.
+        places: line and name of every document.
+        part: the documents.
+        judged: what the model says of them.
+        labels: names of the K labels.
+        settings: of the classifier, after calibration.
+    """
     thresholds = None if settings.thresholds is None else np.array(settings.thresholds)
     all_probabilities = np.full(part.truth.shape, np.nan)
     all_probabilities[judged.places] = judged.probabilities
@@ -194,16 +218,16 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
 def card_text(title: str, rows: Mapping[str, Any], tested: Judged | None, options_yaml: str) -> str:
     """Model card: what it was made from and how right it is, in the words of this run."""
     measured = {} if tested is None else {name: _shown(value) for name, value in tested.document.items()}
-    cells = {name: " ".join(str(value).split()).replace("|", "\\|") for name, value in rows.items()}
-    lines = [f"| {name} | {cell} |" for name, cell in cells.items()]
+    lines = [f"| {name} | {_as_text(value)} |" for name, value in rows.items()]
     lines += [f"| test documents: {name.replace('_', ' ')} | {value} |" for name, value in measured.items()]
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    fence = "`" * max([3, *(len(found) + 1 for found in re.findall("`+", options_yaml))])
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
 ---
 
-# {title}
+# {_as_text(title)}
 
 Every number below was measured in this run.
 
@@ -229,10 +253,15 @@ training documents: how well it does on other text was not measured.
 
 {used}; {sys.platform}
 
-```yaml
+{fence}yaml
 {options_yaml.strip()}
-```
+{fence}
 """
+
+
+def _as_text(value: Any) -> str:
+    """A cell of Markdown that shows a value as it is, whatever signs of HTML or Markdown are in it."""
+    return re.sub(r"[|*`\[\]\\]", lambda found: f"&#{ord(found[0])};", escape(" ".join(str(value).split())))
 
 
 def _shown(value: float) -> str:
@@ -251,6 +280,7 @@ def finish(
     model: PreTrainedModel,
     facts: Mapping[str, Any],
     options_yaml: str,
+    labels: list[str],
     parts: Mapping[str, tuple[Part, RowAnswers | None]],
 ) -> list[str]:
     """Calibrate, judge, write everything; called by the main process.
@@ -264,27 +294,26 @@ def finish(
         model: the best one.
         facts: of the run, for the database.
         options_yaml: the options that repeat it.
+        labels: names of the K labels.
         parts: "validation" and "test", and what the model answers.
 
     Returns:
         Sentences for the user.
+
+    Raises:
+        UserError: the database does not hold the run any more; nothing is written then.
     """
-    labels, said = database.labels(), list[str]()
-    validation, answers = parts["validation"]
-    if answers is not None:
-        temperature, thresholds, said = calibrate(answers, validation, settings)
-        settings = replace(settings, temperature=temperature, thresholds=thresholds)
-    else:
-        settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-        said.append("there is no validation part: the model is not calibrated")
+    places = database.read_places(state.entry)
+    files.remove_leftovers()
+    settings, said = _calibrated(*parts["validation"], settings, len(labels))
     judged = {name: judge(found, part, settings) for name, (part, found) in parts.items() if found is not None}
     for name, result in judged.items():
-        _store(database, state.run_id, name, parts[name], result)
+        _store(database, state.entry, name, parts[name], result)
     tested = judged.get("test")
     if tested is not None:
         for level in ("document", "fragment"):
-            database.write_test_metrics(state.run_id, level, getattr(tested, level))
-        write_tables(files, database, parts["test"][0], tested, labels, settings)
+            database.write_test_metrics(state.entry, level, getattr(tested, level))
+        write_tables(files, places, parts["test"][0], tested, labels, settings)
     else:
         said.append("there is no test part: nothing is said about other texts, and there is nothing to report")
     calibration = {"temperature": settings.temperature, "thresholds": settings.thresholds}
@@ -293,13 +322,29 @@ def finish(
     about = {"run": state.run_id, "database": place, **facts}
     write_text(files.statistics, statistics_text(about, state.history, tested))
     rows = {"labels": ", ".join(labels), "began with": source.name, "architecture": model.config.model_type}
-    rows |= {"best epoch": str(state.best_epoch or "the last"), "temperature": f"{settings.temperature:.4f}"}
-    rows |= {"rows": f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"}
+    card = card_text(files.name, rows | _card_rows(state, settings), tested, options_yaml)
     merge_lora(model)
-    export_model(files.model, model, source.encoder.folder, settings, card_text(files.name, rows, tested, options_yaml))
-    database.end_run(state.run_id, "done", facts)
+    export_model(files.model, model, source.encoder.folder, settings, card)
+    database.end_run(state.entry, "done", facts)
     said.append(f"the model is in {files.model}")
     return said if tested is None else [*said, *_told(files, database, state, tested)]
+
+
+def _calibrated(
+    validation: Part, answers: RowAnswers | None, settings: ClassifierSettings, num_labels: int
+) -> tuple[ClassifierSettings, list[str]]:
+    """Settings as the model is exported with, and sentences for the user."""
+    if answers is None:
+        settings = replace(settings, thresholds=(0.5,) * num_labels if settings.multi_label else None)
+        return settings, ["there is no validation part: the model is not calibrated"]
+    temperature, thresholds, said = calibrate(answers, validation, settings)
+    return replace(settings, temperature=temperature, thresholds=thresholds), said
+
+
+def _card_rows(state: ClassifierState, settings: ClassifierSettings) -> dict[str, str]:
+    folding = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
+    best = str(state.best_epoch or "the last")
+    return {"best epoch": best, "temperature": f"{settings.temperature:.4f}", "rows": folding}
 
 
 def _told(files: ResultFiles, database: Database, state: ClassifierState, tested: Judged) -> list[str]:
@@ -308,12 +353,12 @@ def _told(files: ResultFiles, database: Database, state: ClassifierState, tested
     return [f"the predictions are in {files.predictions}", f"test documents: {shown}", report]
 
 
-def _store(database: Database, run_id: int, name: str, part: tuple[Part, RowAnswers | None], judged: Judged) -> None:
+def _store(database: Database, run: RunKey, name: str, part: tuple[Part, RowAnswers | None], judged: Judged) -> None:
     """Predictions of a part into the database, of documents and of rows."""
     rows, answers = part
     if answers is None:
         return
     documents = rows.doc_ids[judged.places]
-    database.write_predictions(run_id, name, "document", documents, None, judged.probabilities, judged.logits)
+    database.write_predictions(run, name, "document", documents, None, judged.probabilities, judged.logits)
     places = (rows.folds.doc_ids, rows.folds.idx)
-    database.write_predictions(run_id, name, "fragment", *places, judged.fragment_probabilities, answers.logits)
+    database.write_predictions(run, name, "fragment", *places, judged.fragment_probabilities, answers.logits)

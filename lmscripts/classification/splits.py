@@ -104,8 +104,8 @@ def split_documents(documents: Sequence[SplitDocument], settings: SplitSettings)
     """The part of every document: "train", "validation" or "test".
 
     Raises:
-        UserError: shares that make no sense, a part that was asked for and gets nothing, no part for a document where
-            the table was to give it, or a class without a row for training.
+        UserError: shares that make no sense or have no effect, a part that was asked for and gets nothing, no part for
+            a document where the table was to give it, or a class without a row for training.
     """
     train, validation, test = settings.shares()
     if settings.method == "given":
@@ -184,6 +184,11 @@ def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[
         units = _units(chosen, settings.use_groups)
         for place, part in zip(places, _assign(chosen, units, settings.seed, validation, 0.0)):
             parts[place] = part
+    elif "validation" in parts and settings.validation not in (0, SplitSettings.validation):
+        raise UserError(
+            f"{parts.count('validation'):,} documents were given to validation, beside which --validation_share "
+            f"{settings.validation:g} has no effect: leave it out"
+        )
     classes = {label for document in documents for label in document.labels}
     trained = {label for document, part in zip(documents, parts) if part == "train" for label in document.labels}
     if classes - trained or not trained:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -171,7 +172,7 @@ def new_file(path: Path) -> Iterator[sqlite3.Connection]:
     Raises:
         UserError: SQLite cannot write it.
     """
-    aside = path.with_name(f".{path.name}.building")
+    aside = _aside(path)
     try:
         with naming(aside):
             aside.unlink(missing_ok=True)
@@ -196,6 +197,10 @@ def new_file(path: Path) -> Iterator[sqlite3.Connection]:
         aside.unlink(missing_ok=True)
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.building")
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -211,7 +216,7 @@ def only_builder(path: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be written, or another process has been at it for hours.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = _lock(path)
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -219,12 +224,8 @@ def only_builder(path: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{lock.parent} cannot be written ({error.strerror}): give another --database") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever finished meanwhile has removed the file: a lock on a removed file locks nobody out.
-            if os.path.exists(lock) and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+            if _is_locked(lock, descriptor):
                 break
-        except (BlockingIOError, FileNotFoundError):
-            pass
         except BaseException:
             os.close(descriptor)
             raise
@@ -237,3 +238,63 @@ def only_builder(path: Path) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def remove_leftovers_of_builders(path: Path) -> None:
+    """Remove what a killed builder left beside a file, unless another one is at work or the folder is read only."""
+    lock = _lock(path)
+    if not lock.exists():  # which every builder has from beginning to end
+        return
+    with suppress(OSError):
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if _is_locked(lock, descriptor):
+                _aside(path).unlink(missing_ok=True)
+                lock.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _is_locked(lock: Path, descriptor: int) -> bool:
+    """Whether this process now holds the lock that it has opened."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever finished meanwhile has removed the file: a lock on a removed file locks nobody out.
+        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+# ---- processes that use a file for long --------------------------------------------------------------------------
+
+
+def process_name() -> str:
+    """What tells this process from all others: machine, number, and when it began, as numbers are given again."""
+    return f"{socket.gethostname()} {os.getpid()} {_beginning(os.getpid())}"
+
+
+def is_alive(process: str) -> bool | None:
+    """Whether a process of that name is there; None where this machine cannot tell, as it is of another one."""
+    host, number, beginning = process.rsplit(" ", 2)
+    if host != socket.gethostname():
+        return None
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _beginning(int(number)) == beginning
+
+
+def _beginning(process: int) -> str:
+    """When a process began, in ticks since the machine did; "-" where the system does not say, "" of a dead one."""
+    try:
+        found = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "-"
+    return "" if found[0] in "ZX" else found[19]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sqlite3
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmscripts.classification.splits import SplitDocument, shown, split_report
-from lmscripts.classification.sqlite_file import damaged, opened, transaction
+from lmscripts.classification.sqlite_file import damaged, is_alive, opened, process_name, transaction
 from lmscripts.errors import UserError
 from lmscripts.order import hash_counters
 
@@ -56,6 +58,13 @@ class FoldRows:
     n: Ints
     char_start: Ints
     char_end: Ints
+
+
+class RunKey(NamedTuple):
+    """What a run writes by: numbers are given again in a file that is built anew, and the key is drawn at random."""
+
+    run_id: int
+    key: str
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,23 @@ class Stored:
         with opened(self.path) as connection:
             return [connection.execute(sql, (int(doc_id),)).fetchone()[0] for doc_id in doc_ids]
 
+    def read_places(self, run: RunKey) -> dict[int, tuple[int, str]]:
+        """(line, name) of every document, by its number, as long as the file is the one that a run learnt from.
+
+        Raises:
+            UserError: it is not.
+        """
+        with opened(self.path) as connection:
+            if _facts_of(connection, run) is None:
+                raise self._other_run(run)
+            rows = connection.execute("SELECT doc_id, line, name FROM documents")
+            return {doc_id: (line, name) for doc_id, line, name in rows}
+
+    def origin(self, tok_id: int, split_id: int) -> str:
+        """What the file, a tokenization and a split were made from, to be compared."""
+        with opened(self.path) as connection:
+            return _read_origin(self.path, connection, tok_id, split_id)
+
     def documents_without_rows(self, tok_id: int) -> list[int]:
         """Documents of which a tokenizer makes no token (of control characters only, for example)."""
         sql = "SELECT doc_id FROM documents EXCEPT SELECT doc_id FROM folds WHERE tok_id = ? AND idx = 0 ORDER BY 1"
@@ -157,41 +183,75 @@ class Stored:
         tok_id: int,
         split_id: int,
         model_dir: str | Path,
-    ) -> int:
-        """Enter a run with the status "running"; returns its number."""
-        sql = (
+        origin: str | None = None,
+    ) -> RunKey:
+        """Enter a run of this process with the status "running".
+
+        An earlier run of the same folder that still has this status was killed, unless its process is there.
+
+        Args:
+            name: of the run.
+            options: of the script.
+            facts: whatever else is known of it.
+            tok_id: tokenization that it learns from.
+            split_id: likewise the split.
+            model_dir: folder of its model.
+            origin: what `origin` gave when the run looked what it is to learn from; None: never mind.
+
+        Raises:
+            UserError: the file is not made of that any more.
+        """
+        run = (
             "INSERT INTO runs(name, options, facts, tok_id, split_id, model_dir, started, status) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, 'running')"
         )
+        killed = "UPDATE runs SET status = 'killed' WHERE run_id = ? AND model_dir = ?"
+        key = secrets.token_hex(16)
+        facts = {**facts, "key": key, "process": process_name()}
         values = (name, _json(options), _json(facts), tok_id, split_id, str(model_dir), time.time())
         with opened(self.path, write=True) as connection, transaction(connection):
-            return int(connection.execute(sql, values).lastrowid or 0)
+            if origin is not None and _read_origin(self.path, connection, tok_id, split_id) != origin:
+                raise UserError(
+                    f"{self.path} was built again while this run was about to begin: nothing was written into it; "
+                    "start again, or give another --database"
+                )
+            for run_id, _, alive in read_running(connection):
+                if not alive:
+                    connection.execute(killed, (run_id, str(model_dir)))
+            return RunKey(int(connection.execute(run, values).lastrowid or 0), key)
 
-    def end_run(self, run_id: int, status: str, facts: Mapping[str, Any] | None = None) -> None:
-        """Write how a run ended ("done", "stopped", ...), and facts in place of those of its start.
+    def holds_run(self, run: RunKey) -> bool:
+        """Whether a run is entered here; another one may have its number."""
+        with opened(self.path) as connection:
+            return _facts_of(connection, run) is not None
 
-        Raises:
-            UserError: there is no such run.
-        """
-        sql = "UPDATE runs SET ended = ?, status = ?, facts = coalesce(?, facts) WHERE run_id = ?"
-        values = (time.time(), status, None if facts is None else _json(facts), run_id)
-        with opened(self.path, write=True) as connection, transaction(connection):
-            if connection.execute(sql, values).rowcount != 1:
-                raise UserError(f"{self.path} holds no run {run_id}")
+    def go_on_with_run(self, run: RunKey) -> None:
+        """Write that a run goes on, in this process."""
+        with self._writing(run) as (connection, facts):
+            sql = "UPDATE runs SET ended = NULL, status = 'running', facts = ? WHERE run_id = ?"
+            connection.execute(sql, (_json({**facts, "process": process_name()}), run.run_id))
 
-    def write_epoch(self, run_id: int, epoch: int, step: int, part: str, metrics: Mapping[str, float]) -> None:
+    def end_run(self, run: RunKey, status: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Write how a run ended ("done", "stopped", ...), and facts in place of those of its start."""
+        with self._writing(run) as (connection, known):
+            known = {name: value for name, value in known.items() if name != "process"}
+            ended = {**(known if facts is None else facts), "key": run.key}
+            sql = "UPDATE runs SET ended = ?, status = ?, facts = ? WHERE run_id = ?"
+            connection.execute(sql, (time.time(), status, _json(ended), run.run_id))
+
+    def write_epoch(self, run: RunKey, epoch: int, step: int, part: str, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a part after an epoch, in place of earlier ones; a NaN is stored as NULL."""
-        rows = [(run_id, epoch, step, part, metric, float(value)) for metric, value in metrics.items()]
-        self._write("INSERT OR REPLACE INTO epochs VALUES (?, ?, ?, ?, ?, ?)", rows)
+        rows = [(run.run_id, epoch, step, part, metric, float(value)) for metric, value in metrics.items()]
+        self._write(run, "INSERT OR REPLACE INTO epochs VALUES (?, ?, ?, ?, ?, ?)", rows)
 
-    def write_test_metrics(self, run_id: int, level: str, metrics: Mapping[str, float]) -> None:
+    def write_test_metrics(self, run: RunKey, level: str, metrics: Mapping[str, float]) -> None:
         """Write the metrics of the test part at a level ("document" or "fragment"), in place of earlier ones."""
-        rows = [(run_id, level, metric, float(value)) for metric, value in metrics.items()]
-        self._write("INSERT OR REPLACE INTO test_metrics VALUES (?, ?, ?, ?)", rows)
+        rows = [(run.run_id, level, metric, float(value)) for metric, value in metrics.items()]
+        self._write(run, "INSERT OR REPLACE INTO test_metrics VALUES (?, ?, ?, ?)", rows)
 
     def write_predictions(
         self,
-        run_id: int,
+        run: RunKey,
         part: str,
         level: str,
         doc_ids: Sequence[int] | Ints,
@@ -202,7 +262,7 @@ class Stored:
         """Write the predictions of a part, P of them for L labels, in place of earlier ones of the same rows.
 
         Args:
-            run_id: the run.
+            run: the run.
             part: validation or test.
             level: document or fragment.
             doc_ids: (P,).
@@ -220,14 +280,30 @@ class Stored:
                 f"{probabilities.shape} and logits of the shape {logits.shape}"
             )
         rows = [
-            (run_id, part, level, int(doc_id), int(place), p.tobytes(), z.tobytes())
+            (run.run_id, part, level, int(doc_id), int(place), p.tobytes(), z.tobytes())
             for doc_id, place, p, z in zip(doc_ids, places, probabilities.astype("<f4"), logits.astype("<f4"))
         ]
-        self._write("INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        self._write(run, "INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
-    def _write(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        with opened(self.path, write=True) as connection, transaction(connection):
+    def _write(self, run: RunKey, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        with self._writing(run) as (connection, _):
             connection.executemany(sql, rows)
+
+    @contextmanager
+    def _writing(self, run: RunKey) -> Iterator[tuple[sqlite3.Connection, dict[str, Any]]]:
+        """A transaction in which the run is known to be entered, and its facts."""
+        with opened(self.path, write=True) as connection, transaction(connection):
+            facts = _facts_of(connection, run)
+            if facts is None:
+                raise self._other_run(run)
+            yield connection, facts
+
+    def _other_run(self, run: RunKey) -> UserError:
+        return UserError(
+            f"{self.path} was built again since run {run.run_id} was entered there, which it does not hold any more: "
+            "nothing was written; to go on, give the table of the run, its --run_name, another --database and "
+            "--do_continue"
+        )
 
 
 def read_meta(path: Path, connection: sqlite3.Connection) -> dict[str, Any]:
@@ -237,6 +313,28 @@ def read_meta(path: Path, connection: sqlite3.Connection) -> dict[str, Any]:
         return {key: value if key == "source" else json.loads(value) for key, value in values.items()}
     except (ValueError, TypeError) as error:
         raise damaged(path, f"its facts are no JSON: {error}") from error
+
+
+def read_running(connection: sqlite3.Connection) -> list[tuple[int, str, bool | None]]:
+    """(number, name, whether its process is there or None for unknown) of every run whose end was not written."""
+    rows = connection.execute(
+        "SELECT run_id, name, facts FROM runs WHERE status = 'running' ORDER BY run_id"
+    ).fetchall()
+    processes = [json.loads(facts).get("process") for *_, facts in rows]
+    return [(*row[:2], bool(process) and is_alive(process)) for row, process in zip(rows, processes, strict=True)]
+
+
+def _facts_of(connection: sqlite3.Connection, run: RunKey) -> dict[str, Any] | None:
+    """Facts of a run; None if there is no such run, or another that has its number."""
+    row = connection.execute("SELECT facts FROM runs WHERE run_id = ?", (run.run_id,)).fetchone()
+    facts: dict[str, Any] = {} if row is None else json.loads(row[0])
+    return facts if facts.get("key") == run.key else None
+
+
+def _read_origin(path: Path, connection: sqlite3.Connection, tok_id: int, split_id: int) -> str:
+    tok = connection.execute("SELECT fingerprint, settings FROM tokenizations WHERE tok_id = ?", (tok_id,)).fetchone()
+    split = connection.execute("SELECT settings FROM splits WHERE split_id = ?", (split_id,)).fetchone()
+    return _json({"meta": read_meta(path, connection), "tokenization": tok, "split": split})
 
 
 def row_checks(numbers: Sequence[Sequence[int] | Ints], blobs: Sequence[bytes]) -> Ints:

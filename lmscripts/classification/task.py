@@ -41,6 +41,7 @@ class Task:
         labels: names of the K labels.
         multi_label: whether a document may have several.
         sources: hashes of the tables.
+        origin: what all of this was made from, see `Stored.origin`.
     """
 
     source: Source
@@ -50,6 +51,7 @@ class Task:
     labels: list[str]
     multi_label: bool
     sources: Any
+    origin: str
 
     def sentences(self) -> list[str]:
         """What was read, and how it was split; nothing of it is longer than a person would read."""
@@ -101,12 +103,13 @@ def open_task(options: Any, progress: Progress) -> Task:
         num_workers=options.num_workers,
         progress=progress,
     )
+    origin = database.origin(database.tok_id, database.split_id)  # first: what is read later is compared with it
     meta = database.meta()
     multi_label = bool(meta["multi_label"])
     check_metric(options.metric, multi_label)  # once more, as now an SQLite file has said what it holds
     if database.split.method == "given":
         check_shares(vars(options))
-    return Task(source, folds, database.split, database, database.labels(), multi_label, meta["sha256"])
+    return Task(source, folds, database.split, database, database.labels(), multi_label, meta["sha256"], origin)
 
 
 def check_logfile(options: Any) -> None:
