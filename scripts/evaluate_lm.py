@@ -47,7 +47,7 @@ class Options:
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence", group="text")
     text_column: str | None = option(None, help="column of tables and JSON lines; default: text", group="text")
     line_ends: Literal["keep", "drop"] | None = option(
-        None, help="causal: line feeds between the lines of a document; default: as prepare_corpus.py", group="text"
+        None, help="causal: line ends and white space around lines; default: as prepare_corpus.py", group="text"
     )
     num_workers: int = option(1, help="processes that tokenise", group="text")
 

@@ -60,7 +60,7 @@ def test_what_is_missing_is_named(tmp_path):
             find_files([str(tmp_path / name)])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="runs for ordinary users: root reads everything")
 def test_unreadable_file_is_named(tmp_path):
     write(tmp_path / "secret.txt", "x").chmod(0)
     with pytest.raises(UserError, match=r"secret\.txt cannot be read"):

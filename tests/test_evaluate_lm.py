@@ -234,7 +234,7 @@ def test_a_random_model_is_never_scored_silently(causal_tokenizer, text, tmp_pat
 )
 def test_what_is_refused(request, text, family, arguments, sentence):
     if "fp16" in arguments and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+        pytest.skip("runs where there is no GPU")
     model = request.getfixturevalue(family)
     done = run_script("evaluate_lm.py", "--model_dir", model, "--input_file", text, *arguments, check=False)
     assert done.returncode == 2
