@@ -28,8 +28,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lmscripts.causal import CausalLanguageModel
-from lmscripts.fitting import fuse_activations
+from lmscripts.models.fitting import fuse_activations
+from lmscripts.objectives.causal import CausalLanguageModel
 
 WAYS = ("ours", "theirs")
 

@@ -46,17 +46,17 @@ from transformers import (
 )
 from turns import Turns, Watch
 
-from lmscripts.causal import CausalLanguageModel, boundary_ids, causal_batches
-from lmscripts.corpus import Span, read_documents
-from lmscripts.fitting import fuse_activations
-from lmscripts.loader import Prefetcher
-from lmscripts.optim import build_optimizer
-from lmscripts.order import stream_key
-from lmscripts.packing import Layout
-from lmscripts.preparation import Source, prepare_store
-from lmscripts.pretraining import PretrainingData, open_stream
-from lmscripts.stream import StreamRows
-from lmscripts.text_report import TextReport
+from lmscripts.counters import stream_key
+from lmscripts.data.loader import Prefetcher
+from lmscripts.data.packing import Layout
+from lmscripts.data.preparation import Source, prepare_store
+from lmscripts.data.pretraining import PretrainingData, open_stream
+from lmscripts.data.stream import StreamRows
+from lmscripts.models.fitting import fuse_activations
+from lmscripts.objectives.causal import CausalLanguageModel, boundary_ids, causal_batches
+from lmscripts.text.corpus import Span, read_documents
+from lmscripts.text.report import TextReport
+from lmscripts.training.optim import build_optimizer
 
 LENGTH, ROWS = 128, 8
 WAYS = ("ours", "group_texts")

@@ -37,14 +37,14 @@ from paired import compare
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
-from lmscripts.attention import attention_inputs
-from lmscripts.masking import MaskingPlan, prediction_slots
+from lmscripts.counters import rows_at
+from lmscripts.data.masking import MaskingPlan, prediction_slots
+from lmscripts.data.pretraining import mlm_layout, open_rows, replacement_ids
+from lmscripts.data.token_store import open_store
+from lmscripts.models.attention import attention_inputs
 from lmscripts.models.electra import share_embeddings
 from lmscripts.objectives import Batch, ReplacedTokenDetection, masked_batches
-from lmscripts.optim import build_optimizer
-from lmscripts.order import rows_at
-from lmscripts.pretraining import mlm_layout, open_rows, replacement_ids
-from lmscripts.token_store import open_store
+from lmscripts.training.optim import build_optimizer
 
 LENGTH = 128
 CHECKED_STEPS = 3

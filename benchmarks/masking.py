@@ -21,10 +21,10 @@ import torch
 from paired import compare
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
+from lmscripts.counters import rows_at
+from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
+from lmscripts.data.token_store import open_store
 from lmscripts.objectives import Batch
-from lmscripts.order import rows_at
-from lmscripts.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
-from lmscripts.token_store import open_store
 
 SHAPES = ((256, 128), (64, 512))
 

@@ -16,7 +16,7 @@ from turns import Watch
 from ways import Material, make_trainer, our_data
 
 from lmscripts.objectives import MaskedLanguageModel
-from lmscripts.optim import build_optimizer
+from lmscripts.training.optim import build_optimizer
 
 
 def phases(way: str, material: Material, dataset: Dataset | None, num_steps: int) -> dict[str, float]:

@@ -38,10 +38,10 @@ from transformers import AutoTokenizer, BertConfig
 from turns import Scorer, Turns, Watch
 from ways import LENGTH, OURS, ROWS, WAYS, Lines, Material, run_mlm_dataset, train_ours, train_theirs
 
-from lmscripts.corpus import Span, read_documents
-from lmscripts.preparation import Source, prepare_store
-from lmscripts.text_report import TextReport
-from lmscripts.token_store import in_validation
+from lmscripts.data.preparation import Source, prepare_store
+from lmscripts.data.token_store import in_validation
+from lmscripts.text.corpus import Span, read_documents
+from lmscripts.text.report import TextReport
 
 HELD_OUT = 0.02
 SENTENCES = 1_000

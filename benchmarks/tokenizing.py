@@ -17,7 +17,7 @@ from pathlib import Path
 from paired import compare
 from transformers import AutoTokenizer
 
-from lmscripts.tokenization import load_encoder
+from lmscripts.tokenizer.encoder import load_encoder
 
 BATCH = 1_000
 

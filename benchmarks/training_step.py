@@ -22,12 +22,12 @@ from paired import Pairs, compare
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from lmscripts.attention import attention_inputs
+from lmscripts.counters import rows_at
+from lmscripts.data.pretraining import mlm_layout, mlm_masking, open_rows
+from lmscripts.data.token_store import open_store
+from lmscripts.models.attention import attention_inputs
 from lmscripts.objectives import Batch, MaskedLanguageModel, masked_batches
-from lmscripts.optim import build_optimizer
-from lmscripts.order import rows_at
-from lmscripts.pretraining import mlm_layout, mlm_masking, open_rows
-from lmscripts.token_store import open_store
+from lmscripts.training.optim import build_optimizer
 
 LENGTH = 128
 Step = Callable[[Batch], float]

@@ -20,12 +20,12 @@ from transformers import (
 )
 from turns import Watch
 
-from lmscripts.loader import Prefetcher
+from lmscripts.counters import stream_key
+from lmscripts.data.loader import Prefetcher
+from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
+from lmscripts.data.token_store import TokenStore
 from lmscripts.objectives import MaskedLanguageModel
-from lmscripts.optim import build_optimizer
-from lmscripts.order import stream_key
-from lmscripts.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
-from lmscripts.token_store import TokenStore
+from lmscripts.training.optim import build_optimizer
 
 LENGTH = 128
 # Rows of a step: about 1,000 text tokens for each way, as a sentence is about 30.

@@ -18,12 +18,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmscripts.config import option, parse_options
 from lmscripts.errors import UserError, user_errors
-from lmscripts.option_checks import check_numbers
+from lmscripts.options.checks import check_numbers
+from lmscripts.options.parsing import option, parse_options
 
 if TYPE_CHECKING:
-    from lmscripts.classification.comparison import Predictions, Run
+    from lmscripts.evaluation.comparison import Predictions, Run
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def analyze(options: Options) -> None:
     """Read one run or two, compute everything, write the report."""
     import matplotlib
 
-    from lmscripts.classification import comparison, mistakes, report
-    from lmscripts.classification.charts import draw_all
+    from lmscripts.evaluation import comparison, mistakes, report
+    from lmscripts.evaluation.charts import draw_all
 
     matplotlib.use("Agg")
     files = [Path(name) for name in options.input_file]
@@ -101,7 +101,7 @@ def analyze(options: Options) -> None:
 
 def decide(run: Run, level: str, notices: list[str]) -> tuple[Any, Any]:
     """(N, K) labels given to test documents or fragments, and the thresholds behind them; None for one label each."""
-    from lmscripts.classification.calibration import choose_thresholds, decisions
+    from lmscripts.evaluation.calibration import choose_thresholds, decisions
 
     thresholds, validation = None, run.predictions.get(("validation", "document"))
     if run.multi_label:
@@ -116,8 +116,8 @@ def numbers_of(run: Run, options: Options) -> tuple[dict[str, Any], dict[str, An
     """Everything about one run in values for JSON, and the resampled metrics of its documents."""
     import numpy as np
 
-    from lmscripts.classification.comparison import units_of
-    from lmscripts.classification.metrics import by_row, confusion_matrix, measured, plain
+    from lmscripts.evaluation.comparison import units_of
+    from lmscripts.evaluation.metrics import by_row, confusion_matrix, measured, plain
 
     notices: list[str] = []
     if options.level == "fragment" and ("test", "fragment") not in run.predictions:
@@ -167,7 +167,7 @@ def numbers_of(run: Run, options: Options) -> tuple[dict[str, Any], dict[str, An
 
 def add_confidence(numbers: dict[str, Any], run: Run, found: Predictions) -> None:
     """Calibration before and after the temperature, and accuracy over coverage."""
-    from lmscripts.classification import calibration
+    from lmscripts.evaluation import calibration
 
     labels = found.truth if run.multi_label else found.truth.argmax(1)
     before = None if found.logits is None else calibration.probabilities_of(found.logits, run.multi_label)
@@ -214,8 +214,8 @@ def add_notices(numbers: dict[str, Any], run: Run) -> None:
 
 def add_baselines(numbers: dict[str, Any], samples: dict[str, Any], run: Run, options: Options) -> None:
     """Simple classifiers on the same split, judged on the same documents and the same samples of them."""
-    from lmscripts.classification import baselines, comparison
-    from lmscripts.classification.metrics import differences, measured
+    from lmscripts.evaluation import baselines, comparison
+    from lmscripts.evaluation.metrics import differences, measured
 
     test, trained = run.predictions["test", "document"], len(run.parts["train"])
     if not trained:
@@ -242,8 +242,8 @@ def add_baselines(numbers: dict[str, Any], samples: dict[str, Any], run: Run, op
 
 def add_comparison(numbers: dict[str, Any], run: Run, other: Run, options: Options) -> None:
     """Another run on the same test documents: paired differences, McNemar's test, options that differ."""
-    from lmscripts.classification import comparison
-    from lmscripts.classification.metrics import differences, measured, plain
+    from lmscripts.evaluation import comparison
+    from lmscripts.evaluation.metrics import differences, measured, plain
 
     places = comparison.places_of_same(run, other)
     columns = [other.labels.index(label) for label in run.labels]
@@ -280,7 +280,7 @@ def write(file: Path, content: bytes) -> None:
 
 def summary(numbers: dict[str, Any]) -> str:
     """The main numbers for the terminal."""
-    from lmscripts.classification.report import METRICS, with_interval
+    from lmscripts.evaluation.report import METRICS, with_interval
 
     judged = {f"{found['rows']:,} {level}s": found for level, found in numbers["levels"].items()}
     judged |= {baseline["name"]: baseline for baseline in numbers["baselines"]}

@@ -20,17 +20,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
-from lmscripts.config import option, parse_options
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.files import write_text
-from lmscripts.option_checks import check_numbers, check_useless
+from lmscripts.options.checks import check_numbers, check_useless
+from lmscripts.options.parsing import option, parse_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lmscripts.preparation import Source
-    from lmscripts.saved_models import SavedModel
-    from lmscripts.token_store import Part, TokenStore
+    from lmscripts.data.preparation import Source
+    from lmscripts.data.token_store import Part, TokenStore
+    from lmscripts.models.saved import SavedModel
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,19 @@ def evaluate(options: Options) -> None:
         signal.signal(number, stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show costs no result
-    from lmscripts.corpus import find_files
-    from lmscripts.evaluation_result import check_output
+    from lmscripts.evaluation.result import check_output
+    from lmscripts.text.corpus import find_files
 
     files = find_files(options.input_file)
     output = check_output(options.output_file, files)
     import torch
     from transformers import AutoTokenizer, logging
 
-    from lmscripts import distributed, evaluation, saved_models
-    from lmscripts.pretraining import open_family_rows
-    from lmscripts.tracking import versions
+    from lmscripts.data.pretraining import open_family_rows
+    from lmscripts.evaluation import sums as evaluation
+    from lmscripts.models import saved as saved_models
+    from lmscripts.training import processes as distributed
+    from lmscripts.training.log import versions
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -167,7 +169,7 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     """The options that decide the numbers, with defaults filled in; refuses those without effect on this model."""
-    from lmscripts import evaluation
+    from lmscripts.evaluation import sums as evaluation
 
     kinds = {"causal": "a causal model", "masked": "a masked language model", "electra": "ELECTRA's pair"}
     why = f"on {kinds[saved.kind]} ({saved.model_type})"
@@ -196,8 +198,8 @@ def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
 
 def source_of(options: Options, files: list[Path], saved: SavedModel) -> Source:
     """The text, all of it, as the model reads it."""
-    from lmscripts.evaluation import TEXT_COLUMN
-    from lmscripts.preparation import Source
+    from lmscripts.data.preparation import Source
+    from lmscripts.evaluation.sums import TEXT_COLUMN
 
     return Source(
         tuple(map(str, files)),
@@ -220,8 +222,8 @@ def score_causal(
     accelerator: Accelerator, saved: SavedModel, opened: Opened, chosen: dict[str, Any], counts: Numbers
 ) -> Scores:
     """Loss, perplexity and bits per byte of documents under sliding windows."""
-    from lmscripts import scoring
-    from lmscripts.causal import boundary_ids
+    from lmscripts.evaluation import scoring
+    from lmscripts.objectives.causal import boundary_ids
 
     part, _, tokenizer = opened
     settings = {name: chosen[name] for name in ("block_size", "stride", "batch_size")}
@@ -237,8 +239,9 @@ def score_masked(
     accelerator: Accelerator, saved: SavedModel, opened: Opened, chosen: dict[str, Any], counts: Numbers
 ) -> Scores:
     """What the family's objective measures on fixed masks; on demand the pseudo-perplexity."""
-    from lmscripts import objectives, scoring
-    from lmscripts.pretraining import special_ids
+    from lmscripts import objectives
+    from lmscripts.data.pretraining import special_ids
+    from lmscripts.evaluation import scoring
 
     part, rows, tokenizer = opened
     if saved.kind == "electra":
@@ -291,7 +294,7 @@ class Progress:
 
 def notices(options: Options, store: TokenStore) -> list[str]:
     """What is to be known before the numbers: the precision, and what was read and repaired of the text."""
-    from lmscripts.text_report import TextReport
+    from lmscripts.text.report import TextReport
 
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     said = TextReport.from_dict(store.manifest["text"]).sentences()
@@ -333,7 +336,7 @@ def check_finite(saved: SavedModel, metrics: Numbers, precision: str) -> None:
 
 def report(result: dict[str, Any], output: Path | None) -> None:
     """Write the result down, then print it: also where it cannot be written, and where nobody reads what is printed."""
-    from lmscripts.evaluation_result import as_json, remarks, table
+    from lmscripts.evaluation.result import as_json, remarks, table
 
     try:
         if output is not None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmscripts.config import option, parse_options
 from lmscripts.errors import UserError, user_errors
+from lmscripts.options.parsing import option, parse_options
 
 if TYPE_CHECKING:
-    from lmscripts.extraction import Half, Pair
-    from lmscripts.presets import Preset
+    from lmscripts.models.extraction import Half, Pair
+    from lmscripts.options.presets import Preset
 
 PRESETS = Path(__file__).resolve().parent.parent / "parameter.json"
 
@@ -63,7 +63,7 @@ def extract(options: Options) -> None:
     preset = open_preset(options)
     from transformers import logging
 
-    from lmscripts import extraction
+    from lmscripts.models import extraction
 
     logging.disable_progress_bar()
     output_dir, names = Path(options.output_dir), options.halves()
@@ -92,7 +92,7 @@ def open_preset(options: Options) -> Preset | None:
     """The preset to compare with, if one is named."""
     if options.model_type is None:
         return None
-    from lmscripts.presets import family_of, load_preset
+    from lmscripts.options.presets import family_of, load_preset
 
     if (family := family_of(options.model_type)) != "electra":
         raise UserError(f"--model_type {options.model_type} is a preset of the family {family}, not electra")
@@ -135,7 +135,7 @@ print(list(zip(tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist()),
 
 def card(pair: Pair, half: Half) -> str:
     """Text of the model card of one half."""
-    from lmscripts.tracking import versions
+    from lmscripts.training.log import versions
 
     config, is_generator = half.config, half.name == "generator"
     source = "/".join(pair.folder.resolve().parts[-2:])

@@ -19,9 +19,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Literal
 
-from lmscripts.classification.checks import check_options
-from lmscripts.config import dump_options, option, parse_options
 from lmscripts.errors import UserError, leave, user_errors
+from lmscripts.options.parsing import dump_options, option, parse_options
+from lmscripts.training.classifier_checks import check_options
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
@@ -128,13 +128,18 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     from tqdm import tqdm
     from transformers import logging
 
-    from lmscripts import distributed, optim, resume, run_folder, tracking
-    from lmscripts.checkpoint import prune_checkpoints
-    from lmscripts.classification import batches, classifier, judging, lora, progress, results
-    from lmscripts.classification.objective import ClassifierObjective, step_scale
-    from lmscripts.classification.task import fixed_settings, open_task, plan_text, read_parts
-    from lmscripts.loader import Prefetcher, to_device
-    from lmscripts.order import stream_key
+    from lmscripts.counters import stream_key
+    from lmscripts.data import labelled_rows as batches
+    from lmscripts.data.loader import Prefetcher, to_device
+    from lmscripts.evaluation import judging, progress, results
+    from lmscripts.models import classifier, lora
+    from lmscripts.objectives.labels import ClassifierObjective, step_scale
+    from lmscripts.training import folder as run_folder
+    from lmscripts.training import log as tracking
+    from lmscripts.training import optim, resume
+    from lmscripts.training import processes as distributed
+    from lmscripts.training.checkpoint import prune_checkpoints
+    from lmscripts.training.classifier_task import fixed_settings, open_task, plan_text, read_parts
 
     # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save

@@ -20,12 +20,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from lmscripts.config import option, parse_options
 from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.option_checks import check_numbers
+from lmscripts.options.checks import check_numbers
+from lmscripts.options.parsing import option, parse_options
 
 if TYPE_CHECKING:
-    from lmscripts.classification.applying import Answer
+    from lmscripts.evaluation.applying import Answer
 
 TABLE_OPTIONS = ("text", "id_column", "delimiter", "quotes", "encoding")  # how the input is read
 
@@ -77,9 +77,9 @@ def predict(options: Options) -> None:
     import torch
     from transformers import logging
 
-    from lmscripts.classification.applying import Classifier, check_input_options, in_batches, read_texts
-    from lmscripts.classification.classifier import open_classifier
-    from lmscripts.classification.records import TableOptions
+    from lmscripts.evaluation.applying import Classifier, check_input_options, in_batches, read_texts
+    from lmscripts.models.classifier import open_classifier
+    from lmscripts.text.records import TableOptions
 
     check_input_options(options.input_file, options.input_format, given)
     names = {"id": options.id_column, "delimiter": options.delimiter, "encoding": options.encoding}
@@ -156,7 +156,7 @@ def head(with_names: bool) -> list[str]:
 
 def csv_line(cells: list[object]) -> str:
     """One line of CSV in which no cell is a formula."""
-    from lmscripts.classification.report import csv_text
+    from lmscripts.evaluation.report import csv_text
 
     return csv_text([cells])
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lmscripts.config import option, parse_options_with_origin
 from lmscripts.errors import UserError, user_errors
+from lmscripts.options.parsing import option, parse_options_with_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lmscripts.token_store import TokenStore
+    from lmscripts.data.token_store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def build(options: Options) -> None:
     given["--output_dir"] = options.output_dir
     if missing := [name for name, value in given.items() if not value]:
         raise UserError(f"{missing[0]} is missing (or give --inspect STORE)")
-    from lmscripts.preparation import Source, find_tokenizer, prepare_store
-    from lmscripts.text_report import TextReport
+    from lmscripts.data.preparation import Source, find_tokenizer, prepare_store
+    from lmscripts.text.report import TextReport
 
     source = Source(
         input_files=options.input_file,
@@ -139,8 +139,8 @@ def inspect(folder: Path) -> None:
     """Print counts and some text of a store and check every hash."""
     from transformers import AutoTokenizer
 
-    from lmscripts.causal_tokenizer import readable_pieces
-    from lmscripts.token_store import open_store, verify_store
+    from lmscripts.data.token_store import open_store, verify_store
+    from lmscripts.tokenizer.lossless import readable_pieces
 
     store = open_store(folder)
     manifest = store.manifest

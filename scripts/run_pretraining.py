@@ -15,11 +15,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Literal
 
-from lmscripts import lightning
-from lmscripts.branching import branch_options
-from lmscripts.config import dump_options, option, parse_options
 from lmscripts.errors import leave, user_errors
-from lmscripts.option_checks import OLDER_NAMES, check_pretraining
+from lmscripts.options import lightning
+from lmscripts.options.checks import OLDER_NAMES, check_pretraining
+from lmscripts.options.parsing import dump_options, option, parse_options
+from lmscripts.training.branch import branch_options
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 PRESETS = Path(__file__).resolve().parent.parent / "parameter.json"
@@ -139,25 +139,20 @@ def run(options: Options) -> None:
     import torch
     from transformers import AutoTokenizer, logging
 
-    from lmscripts import (
-        attention,
-        averaging,
-        distributed,
-        inputs,
-        model_card,
-        models,
-        objectives,
-        optim,
-        phases,
-        resume,
-        run_folder,
-        tracking,
-    )
-    from lmscripts.checkpoint import prune_checkpoints
-    from lmscripts.evaluation import evaluate
-    from lmscripts.loader import Prefetcher, to_device
-    from lmscripts.order import stream_key
-    from lmscripts.pretraining import check_tokenizer
+    from lmscripts import models, objectives
+    from lmscripts.counters import stream_key
+    from lmscripts.data import phases
+    from lmscripts.data.loader import Prefetcher, to_device
+    from lmscripts.data.pretraining import check_tokenizer
+    from lmscripts.evaluation.sums import evaluate
+    from lmscripts.models import attention
+    from lmscripts.training import average as averaging
+    from lmscripts.training import card as model_card
+    from lmscripts.training import folder as run_folder
+    from lmscripts.training import inputs, optim, resume
+    from lmscripts.training import log as tracking
+    from lmscripts.training import processes as distributed
+    from lmscripts.training.checkpoint import prune_checkpoints
 
     # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save

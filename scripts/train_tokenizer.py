@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lmscripts.config import option, parse_options_with_origin
 from lmscripts.errors import UserError, user_errors
+from lmscripts.options.parsing import option, parse_options_with_origin
 
 if TYPE_CHECKING:
-    from lmscripts.segmentation import WordTokenizer
-    from lmscripts.text_report import TextReport
-    from lmscripts.tokenizer_training import Trained, VocabularySettings
-    from lmscripts.training_text import SplitTask
+    from lmscripts.text.report import TextReport
+    from lmscripts.text.words import WordTokenizer
+    from lmscripts.tokenizer.training import Trained, VocabularySettings
+    from lmscripts.tokenizer.training_text import SplitTask
 
 EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
 IMPORTING = ("from_sentencepiece", "input_file", "document_format", "text_column", "model_max_length", *EXTENDING[2:])
@@ -128,8 +128,8 @@ class Progress:
 
 def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path]) -> TextReport:
     """Write the splits that are not there yet and say what was found in the text."""
-    from lmscripts.text_report import TextReport
-    from lmscripts.training_text import numeral_run_warning, write_splits
+    from lmscripts.text.report import TextReport
+    from lmscripts.tokenizer.training_text import numeral_run_warning, write_splits
 
     plain = all(path.suffix == ".txt" and path.is_file() for path in paths)
     progress = Progress(len(tasks), sum(path.stat().st_size for path in paths) if plain else None)
@@ -152,8 +152,8 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path])
 
 def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
     """Train the vocabulary and say where it differs from what was asked for."""
-    from lmscripts.causal_tokenizer import train_causal
-    from lmscripts.tokenizer_training import train_vocabulary
+    from lmscripts.tokenizer.lossless import train_causal
+    from lmscripts.tokenizer.training import train_vocabulary
 
     started = time.monotonic()
     files = [task.text_file for task in tasks]
@@ -168,10 +168,10 @@ def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySett
 
 def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, lossless: bool) -> None:
     """Compare the fast path with AutoTokenizer on a sample, and print and write the tokenizer report."""
-    from lmscripts.causal_tokenizer import DIFFICULT_LINES, check_lossless
-    from lmscripts.tokenization import load_encoder
-    from lmscripts.tokenizer_folder import REPORT_FILE, write_json
-    from lmscripts.tokenizer_report import check_encoder, report_table, tokenizer_report
+    from lmscripts.tokenizer.encoder import load_encoder
+    from lmscripts.tokenizer.folder import REPORT_FILE, write_json
+    from lmscripts.tokenizer.lossless import DIFFICULT_LINES, check_lossless
+    from lmscripts.tokenizer.report import check_encoder, report_table, tokenizer_report
 
     encoder = load_encoder(folder)
     step = max(1, len(lines) // CHECKED_LINES)
@@ -208,9 +208,9 @@ def main() -> None:
 
 def extend(options: Options, origins: dict[str, str]) -> None:
     """Write a copy of a tokenizer in which new words stand where unused tokens stood."""
-    from lmscripts.tokenizer_extension import plan_extension, write_extension
-    from lmscripts.tokenizer_folder import read_record, replaced_folder
-    from lmscripts.tokenizer_options import refuse
+    from lmscripts.tokenizer.choices import refuse
+    from lmscripts.tokenizer.extension import plan_extension, write_extension
+    from lmscripts.tokenizer.folder import read_record, replaced_folder
 
     if missing := [name for name in EXTENDING[:2] if not getattr(options, name)]:
         raise UserError(f"missing --{missing[0]}: --extend_tokenizer_dir and --new_words_file belong together")
@@ -227,10 +227,10 @@ def extend(options: Options, origins: dict[str, str]) -> None:
 
 def take_over(options: Options, origins: dict[str, str]) -> None:
     """Write the folder of a model of sentencepiece that was made elsewhere."""
-    from lmscripts.corpus import find_files, spread_sample
-    from lmscripts.sentencepiece_import import import_sentencepiece
-    from lmscripts.tokenizer_folder import replaced_folder
-    from lmscripts.tokenizer_options import refuse
+    from lmscripts.text.corpus import find_files, spread_sample
+    from lmscripts.tokenizer.choices import refuse
+    from lmscripts.tokenizer.folder import replaced_folder
+    from lmscripts.tokenizer.sentencepiece_import import import_sentencepiece
 
     refuse(origins, "with --from_sentencepiece", *[name for name in origins if name not in IMPORTING])
     target, model = Path(options.model_dir), Path(options.from_sentencepiece)
@@ -246,9 +246,15 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
 
 def run(options: Options, origins: dict[str, str]) -> None:
     """Train a tokenizer: everything after the options were read."""
-    from lmscripts.causal_tokenizer import write_causal_tokenizer
-    from lmscripts.corpus import find_files, plan_spans, source_fingerprint, spread_sample
-    from lmscripts.tokenizer_folder import (
+    from lmscripts.text.corpus import find_files, plan_spans, source_fingerprint, spread_sample
+    from lmscripts.tokenizer.choices import (
+        refuse_useless,
+        request_of,
+        vocabulary_settings,
+        with_defaults_of_objective,
+        word_settings,
+    )
+    from lmscripts.tokenizer.folder import (
         check_target,
         needs_words,
         read_record,
@@ -256,14 +262,8 @@ def run(options: Options, origins: dict[str, str]) -> None:
         splits_folder,
         write_tokenizer,
     )
-    from lmscripts.tokenizer_options import (
-        refuse_useless,
-        request_of,
-        vocabulary_settings,
-        with_defaults_of_objective,
-        word_settings,
-    )
-    from lmscripts.training_text import SplitTask
+    from lmscripts.tokenizer.lossless import write_causal_tokenizer
+    from lmscripts.tokenizer.training_text import SplitTask
 
     causal = options.objective == "causal"
     options = with_defaults_of_objective(options, origins)

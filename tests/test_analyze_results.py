@@ -16,8 +16,8 @@ from conftest import ROOT, run_script
 from sklearn import metrics as reference
 from test_classification_report import execute, sentences, single, write_database
 
-from lmscripts.classification import comparison
 from lmscripts.errors import UserError
+from lmscripts.evaluation import comparison
 
 QUICK = ("--resamples", 200)
 

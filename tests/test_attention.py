@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lmscripts.attention import additive_mask, attention_inputs, choose_attention, segment_ends, use_attention
+from lmscripts.data.packing import Layout
 from lmscripts.errors import UserError
 from lmscripts.models import DECODERS, FAMILIES, build
+from lmscripts.models.attention import additive_mask, attention_inputs, choose_attention, segment_ends, use_attention
 from lmscripts.models.encoder import narrow_last_layer
-from lmscripts.packing import Layout
-from lmscripts.presets import load_preset
+from lmscripts.options.presets import load_preset
 
 LAYOUT = Layout(64, "isolated", begin_id=2, end_id=3, pad_id=0)
 

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
-from lmscripts import averaging
 from lmscripts.errors import UserError
 from lmscripts.models import FAMILIES
+from lmscripts.training import average as averaging
 
 SIZES = dict(vocab_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 

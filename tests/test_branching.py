@@ -9,9 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lmscripts.branching import branch_options
-from lmscripts.checkpoint import write_checksums
-from lmscripts.config import dump_options, parse_options
+from lmscripts.options.parsing import dump_options, parse_options
+from lmscripts.training.branch import branch_options
+from lmscripts.training.checkpoint import write_checksums
 
 
 @pytest.fixture(scope="module")

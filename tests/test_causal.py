@@ -20,18 +20,18 @@ from transformers import (
     pipeline,
 )
 
-from lmscripts.attention import choose_attention, segment_ends, use_attention
-from lmscripts.causal import CausalLanguageModel, boundary_ids, causal_batches
-from lmscripts.cross_entropy import chunked_cross_entropy
+from lmscripts.data.packing import Layout
+from lmscripts.data.stream import StreamRows
+from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
-from lmscripts.fitting import freeze, fuse_activations, lengthen_positions
 from lmscripts.models import attention_paths, build, decoders, gpt2
+from lmscripts.models.attention import choose_attention, segment_ends, use_attention
 from lmscripts.models.decoders import check_isolation, fit_rows, set_ids
-from lmscripts.packing import Layout
-from lmscripts.presets import load_preset
-from lmscripts.stream import StreamRows
-from lmscripts.token_store import Part
-from lmscripts.tokenizer_folder import copy_tokenizer
+from lmscripts.models.fitting import freeze, fuse_activations, lengthen_positions
+from lmscripts.objectives.causal import CausalLanguageModel, boundary_ids, causal_batches
+from lmscripts.objectives.cross_entropy import chunked_cross_entropy
+from lmscripts.options.presets import load_preset
+from lmscripts.tokenizer.folder import copy_tokenizer
 
 BEGIN, END, PAD = 2, 3, 0
 PATHS = ["eager", "sdpa", "varlen"]

@@ -12,7 +12,13 @@ import pytest
 from conftest import SAMPLE, run_script
 from transformers import AutoTokenizer
 
-from lmscripts.causal_tokenizer import (
+from lmscripts.data.preparation import Source, describe_source, prepare_store
+from lmscripts.data.token_store import store_fingerprint
+from lmscripts.errors import UserError
+from lmscripts.files import file_sha256
+from lmscripts.text.words import WordTokenizer
+from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.lossless import (
     CAUSAL_SPECIAL_TOKENS,
     DIFFICULT_LINES,
     PRINTABLE_ASCII,
@@ -23,14 +29,8 @@ from lmscripts.causal_tokenizer import (
     train_causal,
     write_causal_tokenizer,
 )
-from lmscripts.errors import UserError
-from lmscripts.files import file_sha256
-from lmscripts.preparation import Source, describe_source, prepare_store
-from lmscripts.segmentation import WordTokenizer
-from lmscripts.token_store import store_fingerprint
-from lmscripts.tokenization import load_encoder
-from lmscripts.tokenizer_report import check_encoder
-from lmscripts.tokenizer_training import Trained, VocabularySettings
+from lmscripts.tokenizer.report import check_encoder
+from lmscripts.tokenizer.training import Trained, VocabularySettings
 
 KINDS = ("unigram", "bpe")
 ARTICLES = SAMPLE / "articles.txt"

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lmscripts import checkpoint as checkpoints
 from lmscripts.errors import UserError
 from lmscripts.files import _HOST, new_folder
+from lmscripts.training import checkpoint as checkpoints
 
 
 def write_model(folder):
@@ -128,7 +128,7 @@ def test_a_reader_never_sees_a_half_written_folder(tmp_path):
 
 def trained(name, steps, state=None):
     """A model stepped a few times; optionally its optimizer comes from saved state."""
-    from lmscripts.optim import build_optimizer
+    from lmscripts.training.optim import build_optimizer
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))

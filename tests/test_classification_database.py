@@ -23,19 +23,19 @@ import pytest
 from conftest import ROOT, SAMPLE
 from transformers import BertConfig
 
-from lmscripts.classification import database as database_module
-from lmscripts.classification import source_tables
-from lmscripts.classification.batches import read_part
-from lmscripts.classification.checks import check_options
-from lmscripts.classification.database import Database, database_of, open_database, open_or_build
-from lmscripts.classification.records import TableOptions
-from lmscripts.classification.splits import SplitSettings
-from lmscripts.classification.sqlite_file import SCHEMA, process_name
-from lmscripts.classification.task import open_task
+from lmscripts.data import database as database_module
+from lmscripts.data import source_tables
+from lmscripts.data.database import Database, database_of, open_database, open_or_build
+from lmscripts.data.folding import FoldSettings, fold
+from lmscripts.data.labelled_rows import read_part
+from lmscripts.data.splits import SplitSettings
+from lmscripts.data.sqlite_file import SCHEMA, process_name
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
-from lmscripts.folding import FoldSettings, fold
-from lmscripts.tokenization import Encoder, load_encoder
+from lmscripts.text.records import TableOptions
+from lmscripts.tokenizer.encoder import Encoder, load_encoder
+from lmscripts.training.classifier_checks import check_options
+from lmscripts.training.classifier_task import open_task
 
 FOLDS = FoldSettings(max_length=32)
 SPLIT = SplitSettings()
@@ -560,11 +560,11 @@ def test_settings_that_make_no_sense_are_refused_before_a_table_is_read(table, e
 DRIVER = """
 import json, os, random, signal, sqlite3, sys, time
 from pathlib import Path
-from lmscripts.classification.database import open_or_build
-from lmscripts.classification.splits import SplitSettings
-from lmscripts.classification.stored import Stored
-from lmscripts.folding import FoldSettings
-from lmscripts.tokenization import load_encoder
+from lmscripts.data.database import open_or_build
+from lmscripts.data.splits import SplitSettings
+from lmscripts.data.stored import Stored
+from lmscripts.data.folding import FoldSettings
+from lmscripts.tokenizer.encoder import load_encoder
 
 task, table, tokenizer = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 encoder = load_encoder(tokenizer)
@@ -764,9 +764,9 @@ def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path, encoder, 
 def test_workers_end_when_their_builder_is_killed(tmp_path, tokenizer_dir):
     table = write_table(tmp_path / "t.csv", 3000)
     program = f"""
-from lmscripts.classification.database import open_or_build
-from lmscripts.classification.splits import SplitSettings
-from lmscripts.folding import FoldSettings
+from lmscripts.data.database import open_or_build
+from lmscripts.data.splits import SplitSettings
+from lmscripts.data.folding import FoldSettings
 if __name__ == "__main__":
     open_or_build({str(table)!r}, {str(tokenizer_dir)!r}, FoldSettings(max_length=32), SplitSettings(), num_workers=2)
 """
@@ -958,7 +958,7 @@ def test_a_run_whose_process_is_gone_was_killed_and_holds_nobody_up(table, encod
     folders = ("mine", "others", "mine")
     for number, folder in enumerate(folders, 1):
         made.start_run(f"r{number}", {}, {}, **about, model_dir=folder)
-    program = "import os; from lmscripts.classification.sqlite_file import process_name; print(process_name())"
+    program = "import os; from lmscripts.data.sqlite_file import process_name; print(process_name())"
     gone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     with contextlib.closing(sqlite3.connect(made.path)) as connection, connection:
         sql = "UPDATE runs SET facts = json_set(facts, '$.process', ?) WHERE run_id < 3"

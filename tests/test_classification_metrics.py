@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from lmscripts.classification import calibration, metrics
-from lmscripts.classification.comparison import mcnemar
 from lmscripts.errors import UserError
+from lmscripts.evaluation import calibration, metrics
+from lmscripts.evaluation.comparison import mcnemar
 
 
 def guesses(rows=400, labels=4, skill=0.6, seed=0):

@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lmscripts.classification import baselines, charts, comparison, markup, mistakes, report
-from lmscripts.classification.sqlite_file import SCHEMA, SCHEMA_VERSION
+from lmscripts.data.sqlite_file import SCHEMA, SCHEMA_VERSION
 from lmscripts.errors import UserError
+from lmscripts.evaluation import baselines, charts, comparison, markup, mistakes, report
 
 WORDS = ("beat", "my", "opponent", "she", "will", "remove", "stop", "signs", "buy", "this", "vote", "now")
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from lmscripts.classification.splits import SplitDocument, SplitSettings, split_documents, split_report, text_hash
+from lmscripts.data.splits import SplitDocument, SplitSettings, split_documents, split_report, text_hash
 from lmscripts.errors import UserError
 
 

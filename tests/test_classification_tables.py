@@ -20,10 +20,10 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from lmscripts.classification.csv_rows import csv_rows
-from lmscripts.classification.records import BadRow, TableOptions
-from lmscripts.classification.tables import check_classes, order_labels, read_table, shown_labels
 from lmscripts.errors import UserError
+from lmscripts.text.csv_rows import csv_rows
+from lmscripts.text.records import BadRow, TableOptions
+from lmscripts.text.tables import check_classes, order_labels, read_table, shown_labels
 
 ROWS = [
     ("今日は晴れ、散歩した。", "good"),
@@ -424,8 +424,8 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     """Reading twenty times as many rows takes no more memory."""
     program = """
 import sys
-from lmscripts.classification.records import TableOptions
-from lmscripts.classification.tables import read_table
+from lmscripts.text.records import TableOptions
+from lmscripts.text.tables import read_table
 number = sum(1 for _ in read_table(sys.argv[1], TableOptions()))
 # Not ru_maxrss, which begins with what the parent held.
 print(number, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

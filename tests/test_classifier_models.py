@@ -24,9 +24,10 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from lmscripts.classification.applying import Classifier, Text
-from lmscripts.classification.batches import check_padding
-from lmscripts.classification.classifier import (
+from lmscripts.data.labelled_rows import check_padding
+from lmscripts.errors import UserError
+from lmscripts.evaluation.applying import Classifier, Text
+from lmscripts.models.classifier import (
     ClassifierSettings,
     build_classifier,
     find_source,
@@ -34,8 +35,7 @@ from lmscripts.classification.classifier import (
     in_body,
     open_classifier,
 )
-from lmscripts.classification.lora import add_lora, merge_lora
-from lmscripts.errors import UserError
+from lmscripts.models.lora import add_lora, merge_lora
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 WORDS = ["the", "a", "dog", "cat", "runs", "sleeps", "and", "or", "red", "blue", "<", "/", "s", ">"]

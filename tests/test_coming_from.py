@@ -16,9 +16,9 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, run_script
 
-from lmscripts import lightning
-from lmscripts.config_foreign import ForeignOptions, Written
-from lmscripts.option_checks import OLDER_NAMES
+from lmscripts.options import lightning
+from lmscripts.options.checks import OLDER_NAMES
+from lmscripts.options.foreign import ForeignOptions, Written
 
 PAGE = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
 SCRIPTS = ROOT / "scripts"

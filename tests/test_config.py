@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import pytest
 
-from lmscripts.config import dump_options, option, parse_options, parse_options_with_origin
 from lmscripts.errors import UserError
+from lmscripts.options.parsing import dump_options, option, parse_options, parse_options_with_origin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -348,7 +348,7 @@ def test_help_of_fifty_options_is_quick(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from dataclasses import dataclass\n"
-        "from lmscripts.config import option, parse_options\n\n"
+        "from lmscripts.options.parsing import option, parse_options\n\n"
         f"@dataclass(frozen=True)\nclass Options:\n{fields}\n\n"
         "options = parse_options(Options, description='Fifty.')\n"
         "import torch\n"
@@ -363,7 +363,8 @@ def test_help_of_fifty_options_is_quick(tmp_path: Path) -> None:
 
 
 def test_parsing_imports_nothing_heavy() -> None:
-    code = "import sys, lmscripts.config; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    code = "import sys, lmscripts.options.parsing\n"
+    code += "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"

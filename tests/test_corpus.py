@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from lmscripts import text_reading
-from lmscripts.corpus import (
+from lmscripts.errors import UserError, user_errors
+from lmscripts.text import reading as text_reading
+from lmscripts.text.corpus import (
     Span,
     TextReport,
     batches,
@@ -24,7 +25,6 @@ from lmscripts.corpus import (
     source_fingerprint,
     spread_sample,
 )
-from lmscripts.errors import UserError, user_errors
 
 SAMPLE = Path(__file__).parent.parent / "sample_data"
 DOCUMENTS = [[f"文書{number}の文{line}。" for line in range(number % 4 + 1)] for number in range(30)]
@@ -299,7 +299,7 @@ def test_memory_stays_flat(tmp_path):
         for _ in range(500):
             file.write(b"\n\n" + b"word " * 20_000)
     program = (
-        "import resource, sys; from lmscripts.corpus import *\n"
+        "import resource, sys; from lmscripts.text.corpus import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "count = sum(1 for _ in read_documents([Span(sys.argv[1])], TextReport()))\n"
         "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

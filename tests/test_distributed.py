@@ -4,9 +4,9 @@ import signal
 import pytest
 import torch
 
-from lmscripts.distributed import StopRequest, choose_precision, micro_batches, parse_duration, process_shares
 from lmscripts.errors import UserError
-from lmscripts.run_folder import TrainingState
+from lmscripts.training.folder import TrainingState
+from lmscripts.training.processes import StopRequest, choose_precision, micro_batches, parse_duration, process_shares
 
 
 def test_equal_shares_by_default():

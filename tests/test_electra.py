@@ -6,12 +6,12 @@ import torch
 from test_objectives import LAYOUT, LENGTH, make_rows
 
 from lmscripts import objectives
-from lmscripts.attention import use_attention
-from lmscripts.masking import MaskingPlan, prediction_slots
+from lmscripts.data.masking import MaskingPlan, prediction_slots
+from lmscripts.data.packing import Rows
 from lmscripts.models import build, electra
+from lmscripts.models.attention import use_attention
 from lmscripts.objectives import CORRUPTION, ReplacedTokenDetection, masked_batches, sample
-from lmscripts.packing import Rows
-from lmscripts.presets import load_preset
+from lmscripts.options.presets import load_preset
 
 CANDIDATES = np.arange(10, 512, dtype=np.int32)
 SLOTS = prediction_slots(0.15, LENGTH - 2)
@@ -172,7 +172,7 @@ def test_an_idle_process_adds_nothing(parameter_file):
 
 
 def test_embeddings_are_one_module_and_stay_shared(parameter_file, tmp_path):
-    from lmscripts.resume import load_weights
+    from lmscripts.training.resume import load_weights
 
     objective = make_pair(parameter_file)
     for subfolder, model in objective.models.items():
@@ -195,7 +195,7 @@ def test_embeddings_are_one_module_and_stay_shared(parameter_file, tmp_path):
 
 def test_a_pair_whose_halves_disagree_is_refused(parameter_file, tmp_path):
     from lmscripts.errors import UserError
-    from lmscripts.resume import load_weights
+    from lmscripts.training.resume import load_weights
 
     objective = make_pair(parameter_file)
     objective.discriminator.save_pretrained(tmp_path / "checkpoint")

@@ -17,12 +17,12 @@ from test_analyze_results import run_here
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from lmscripts.data.packing import Layout, build_row_index
+from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
-from lmscripts.evaluation import SHORTEST_ROW, text_facts
-from lmscripts.evaluation_result import as_json, check_output, remarks, table
+from lmscripts.evaluation.result import as_json, check_output, remarks, table
+from lmscripts.evaluation.sums import SHORTEST_ROW, text_facts
 from lmscripts.files import check_writable, write_text
-from lmscripts.packing import Layout, build_row_index
-from lmscripts.token_store import Part
 
 OLDER = dict.fromkeys(("model", "untrained", "untrained_because", "text", "metrics", "counts", "options", "versions"))
 

@@ -17,8 +17,8 @@ from conftest import ROOT, TINY_PRESET
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
-from lmscripts.checkpoint import find_damage, write_checksums
 from lmscripts.files import file_sha256
+from lmscripts.training.checkpoint import find_damage, write_checksums
 
 SCRIPT = ROOT / "scripts" / "extract_electra_model.py"
 # As it stands in the older document.

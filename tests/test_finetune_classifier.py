@@ -21,9 +21,17 @@ from runs import kill_tree, same_bits, wait_for_step
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from lmscripts.classification import batches, progress, results
-from lmscripts.classification.aggregate import AGGREGATES, document_logits
-from lmscripts.classification.classifier import (
+from lmscripts.data import labelled_rows as batches
+from lmscripts.data.database import open_or_build
+from lmscripts.data.folding import FoldSettings
+from lmscripts.data.splits import SplitSettings
+from lmscripts.data.stored import FoldRows
+from lmscripts.errors import UserError
+from lmscripts.evaluation import progress, results
+from lmscripts.evaluation.aggregate import AGGREGATES, document_logits
+from lmscripts.evaluation.judging import RowAnswers, calibrate, judge
+from lmscripts.evaluation.results import ResultFiles, card_text, write_tables
+from lmscripts.models.classifier import (
     KEY,
     ClassifierSettings,
     build_classifier,
@@ -31,15 +39,8 @@ from lmscripts.classification.classifier import (
     open_classifier,
     read_settings,
 )
-from lmscripts.classification.database import open_or_build
-from lmscripts.classification.judging import RowAnswers, calibrate, judge
-from lmscripts.classification.objective import ClassifierObjective, step_scale
-from lmscripts.classification.records import TableOptions
-from lmscripts.classification.results import ResultFiles, card_text, write_tables
-from lmscripts.classification.splits import SplitSettings
-from lmscripts.classification.stored import FoldRows
-from lmscripts.errors import UserError
-from lmscripts.folding import FoldSettings
+from lmscripts.objectives.labels import ClassifierObjective, step_scale
+from lmscripts.text.records import TableOptions
 
 SCRIPT = "finetune_classifier.py"
 COMMON = ["--group_column", "article", "--max_length", 32, "--epochs", 3, "--learning_rate", 5e-3, "--tracker", "none"]

@@ -11,12 +11,12 @@ from test_tokenization import HOSTILE, make_folder, sample_lines, words_of
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lmscripts.alignment import Aligner, _only_places
-from lmscripts.causal_tokenizer import CAUSAL_SPECIAL_TOKENS, train_causal, write_causal_tokenizer
+from lmscripts.data.folding import Folder, FoldSettings, fold, special_tokens_around
 from lmscripts.errors import UserError
-from lmscripts.folding import Folder, FoldSettings, fold, special_tokens_around
-from lmscripts.tokenization import load_encoder
-from lmscripts.tokenizer_training import VocabularySettings
+from lmscripts.tokenizer.alignment import Aligner, _only_places
+from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.lossless import CAUSAL_SPECIAL_TOKENS, train_causal, write_causal_tokenizer
+from lmscripts.tokenizer.training import VocabularySettings
 
 EXAMPLE = "Beat my Republican opponent! She will remove stop signs from your neighborhood."
 KINDS = [

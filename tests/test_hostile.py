@@ -76,8 +76,8 @@ def test_one_line_of_50_megabytes_is_cut_and_memory_stays_small(tokenizer_dir, t
     import sys
 
     program = (
-        "from lmscripts.corpus import *\n"
-        "from lmscripts.text_report import TextReport\n"
+        "from lmscripts.text.corpus import *\n"
+        "from lmscripts.text.report import TextReport\n"
         f"report = TextReport()\nn = sum(len(l) for d in read_documents([Span({str(tmp_path / 'long.txt')!r})], report)"
         " for l in d)\n"
         # Not ru_maxrss: that of a forked process begins with what its parent held, here all that pytest has loaded.

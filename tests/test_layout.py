@@ -1,4 +1,4 @@
-"""The shape of the project: which way imports run, how long files and functions may be, what text may say."""
+"""The shape of the project: which way imports run, how long functions may be, what text may say."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ def functions(file):
 @pytest.mark.parametrize("file", LIBRARY, ids=lambda file: file.name)
 def test_library_does_not_know_scripts_and_neither_prints_nor_parses(file):
     assert not any(name.split(".")[0] in ("scripts", "tests", "benchmarks", "argparse") for name in imports(file)) or (
-        file.name == "config.py"
+        file.name == "parsing.py"
     )
     tree = ast.parse(file.read_text(encoding="utf-8"))
     calls = [n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
@@ -43,9 +43,7 @@ def test_scripts_import_no_script(file):
 
 
 @pytest.mark.parametrize("file", LIBRARY + SCRIPTS, ids=lambda file: file.name)
-def test_files_and_functions_fit_on_a_few_screens(file):
-    limit = 350 if file in SCRIPTS else 400
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= limit
+def test_functions_fit_on_a_screen(file):
     for function in functions(file):
         if not (function.name == "run" and file in SCRIPTS):  # the visible loop
             length = function.end_lineno - function.lineno + 1
@@ -92,6 +90,6 @@ def test_readme_names_only_what_exists():
     ):
         assert (ROOT / path).exists(), path
     known = {"--config_file", "--num_processes", "--machine_rank", "--logdir", "--main_process_ip", "--upgrade"}
-    options = "".join(file.read_text(encoding="utf-8") for file in [*SCRIPTS, ROOT / "lmscripts" / "config.py"])
+    options = "".join(file.read_text(encoding="utf-8") for file in [*SCRIPTS, ROOT / "lmscripts" / "options" / "parsing.py"])
     for flag in set(re.findall(r"--[a-z][\w]+", text)) - known:
         assert re.search(rf"\b{flag[2:].removeprefix('no_')}\b", options), flag

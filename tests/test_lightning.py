@@ -14,9 +14,9 @@ from typing import Any, Literal
 import pytest
 from conftest import ROOT
 
-from lmscripts import lightning
-from lmscripts.config import dump_options, option, parse_options, parse_options_with_origin
-from lmscripts.distributed import parse_duration
+from lmscripts.options import lightning
+from lmscripts.options.parsing import dump_options, option, parse_options, parse_options_with_origin
+from lmscripts.training.processes import parse_duration
 
 
 @dataclass(frozen=True)
@@ -612,10 +612,11 @@ def test_only_the_standard_library_is_imported() -> None:
         tree = ast.parse((ROOT / "lmscripts" / name).read_text(encoding="utf-8"))
         modules = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
         modules |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        assert modules - {"lmscripts.errors", "lmscripts.config_foreign"} <= sys.stdlib_module_names | {
+        assert modules - {"lmscripts.errors", "lmscripts.options.foreign"} <= sys.stdlib_module_names | {
             "collections.abc"
         }
-    code = "import sys, lmscripts.lightning; print([m for m in ('torch', 'yaml', 'jsonargparse') if m in sys.modules])"
+    code = "import sys, lmscripts.options.lightning\n"
+    code += "print([m for m in ('torch', 'yaml', 'jsonargparse') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lmscripts.masking import MaskingPlan, mask_rows, prediction_slots, row_keys
+from lmscripts.data.masking import MaskingPlan, mask_rows, prediction_slots, row_keys
 
 LENGTH, MASK_ID = 128, 4
 
@@ -141,7 +141,7 @@ def test_masks_depend_on_seed_epoch_and_row_alone(unit):
 
 def spans_of(starts, content, row_keys):
     """(B, T) number of the span that each token is in."""
-    from lmscripts import masking
+    from lmscripts.data import masking
 
     begin = masking._divide_into_spans(starts, content, row_keys) > 0
     return begin, np.cumsum(begin).reshape(begin.shape) - 1
@@ -240,8 +240,8 @@ def test_an_unknown_unit_is_an_error():
 @pytest.mark.parametrize("length", [100, 128])
 def test_chosen_words_are_those_of_the_slow_definition(unit, length):
     """Positions in the row's order, each proposing the word or span that starts there: written out token by token."""
-    from lmscripts import masking
-    from lmscripts.order import hash_counters, small_permutations, unit_interval
+    from lmscripts.counters import hash_counters, small_permutations, unit_interval
+    from lmscripts.data import masking
 
     ids, content, starts = make_text(300, length, "character")
     row_key = keys(300)

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from lmscripts.attention import use_attention
-from lmscripts.masking import MaskingPlan, prediction_slots
+from lmscripts.data.masking import MaskingPlan, prediction_slots
+from lmscripts.data.packing import Layout, Rows
 from lmscripts.models import build
+from lmscripts.models.attention import use_attention
 from lmscripts.objectives import MaskedLanguageModel, masked_batches
-from lmscripts.packing import Layout, Rows
-from lmscripts.presets import load_preset
+from lmscripts.options.presets import load_preset
 
 LENGTH = 64
 LAYOUT = Layout(LENGTH, "isolated", begin_id=2, end_id=3, pad_id=0)

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lmscripts.checkpoint import load_optimizer_state, optimizer_state
 from lmscripts.errors import UserError
-from lmscripts.optim import OPTIMIZERS, build_optimizer, hidden_matrices, lr_at, parameter_groups
+from lmscripts.training.checkpoint import load_optimizer_state, optimizer_state
+from lmscripts.training.optim import OPTIMIZERS, build_optimizer, hidden_matrices, lr_at, parameter_groups
 
 BASE = {"peak": 1.0, "warmup_steps": 10, "max_steps": 110}
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lmscripts.order import (
+from lmscripts.counters import (
     hash32,
     hash_counters,
     permute,

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmscripts.data.packing import Layout, PackedRows, build_row_index, read_rows, row_index
+from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
-from lmscripts.packing import Layout, PackedRows, build_row_index, read_rows, row_index
-from lmscripts.token_store import Part
 
 BEGIN, END, PAD = 2, 3, 0
 

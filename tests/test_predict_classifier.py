@@ -16,11 +16,11 @@ from conftest import ROOT
 from test_analyze_results import run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from lmscripts.classification import applying
-from lmscripts.classification.classifier import KEY, ClassifierSettings
-from lmscripts.classification.records import TableOptions
+from lmscripts.data.folding import FoldSettings, fold
 from lmscripts.errors import UserError
-from lmscripts.folding import FoldSettings, fold
+from lmscripts.evaluation import applying
+from lmscripts.models.classifier import KEY, ClassifierSettings
+from lmscripts.text.records import TableOptions
 
 SCRIPT = "predict_classifier.py"
 LABELS = ("料理", "宇宙", "=1+1")

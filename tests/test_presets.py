@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lmscripts.errors import UserError
-from lmscripts.presets import BUILT_FAMILIES, FAMILIES, Preset, family_of, load_preset
+from lmscripts.options.presets import BUILT_FAMILIES, FAMILIES, Preset, family_of, load_preset
 
 PARAMETER_FILE = Path(__file__).resolve().parent.parent / "parameter.json"
 ALL_FAMILIES = tuple(FAMILIES.values())

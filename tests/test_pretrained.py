@@ -31,13 +31,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lmscripts.attention import use_attention
 from lmscripts.errors import UserError
-from lmscripts.fitting import freeze, lengthen_positions
-from lmscripts.inputs import row_lengths
-from lmscripts.presets import load_preset
-from lmscripts.pretrained import adopt_tokenizer, load_pretrained, set_dropout
-from lmscripts.tokenizer_extension import plan_extension, write_extension
+from lmscripts.models.attention import use_attention
+from lmscripts.models.fitting import freeze, lengthen_positions
+from lmscripts.models.pretrained import adopt_tokenizer, load_pretrained, set_dropout
+from lmscripts.options.presets import load_preset
+from lmscripts.tokenizer.extension import plan_extension, write_extension
+from lmscripts.training.inputs import row_lengths
 
 FAMILIES = {
     "bert": (BertForMaskedLM, BertConfig),
@@ -199,9 +199,9 @@ def test_model_and_tokenizer_from_the_cache_of_the_hub(model_dir, tmp_path):
     program = """
 import sys
 from transformers import AutoTokenizer, BertForMaskedLM
-from lmscripts.inputs import row_lengths
-from lmscripts.presets import load_preset
-from lmscripts.pretrained import adopt_tokenizer, load_pretrained, set_dropout
+from lmscripts.training.inputs import row_lengths
+from lmscripts.options.presets import load_preset
+from lmscripts.models.pretrained import adopt_tokenizer, load_pretrained, set_dropout
 dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 model = load_pretrained("someone/tiny", BertForMaskedLM, attn_implementation="sdpa", **dropout)
 print(adopt_tokenizer(model, "someone/tiny", AutoTokenizer.from_pretrained(sys.argv[1])))

@@ -24,14 +24,14 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from lmscripts.data.packing import Layout
+from lmscripts.data.phases import PhasedData
+from lmscripts.data.pretraining import PretrainingData, check_tokenizer
+from lmscripts.data.stream import StreamRows
+from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
-from lmscripts.model_card import continuations, document_beginnings
-from lmscripts.packing import Layout
-from lmscripts.phases import PhasedData
-from lmscripts.pretraining import PretrainingData, check_tokenizer
-from lmscripts.resume import check_architecture, load_weights
-from lmscripts.stream import StreamRows
-from lmscripts.token_store import Part
+from lmscripts.training.card import continuations, document_beginnings
+from lmscripts.training.resume import check_architecture, load_weights
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "character"])

@@ -238,8 +238,8 @@ assert tokenizer.model_max_length == 64
     # The same through the pieces that training used, from the last checkpoint.
     from transformers import AutoModelForMaskedLM
 
-    from lmscripts.attention import attention_inputs
     from lmscripts.models import FAMILIES
+    from lmscripts.models.attention import attention_inputs
 
     trained = AutoModelForMaskedLM.from_pretrained(run_dir / "checkpoint-3").eval()
     segments = torch.where(real.bool(), 0, -1)

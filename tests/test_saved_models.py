@@ -41,9 +41,9 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from lmscripts.checkpoint import write_checksums
 from lmscripts.errors import UserError
-from lmscripts.saved_models import find_model, open_model
+from lmscripts.models.saved import find_model, open_model
+from lmscripts.training.checkpoint import write_checksums
 
 VOCABULARY = 64
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}

@@ -24,14 +24,15 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from lmscripts import scoring, windows
+from lmscripts.data import windows
+from lmscripts.data.packing import PackedRows, build_row_index
+from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking
+from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
-from lmscripts.evaluation import evaluate, raw_text_bytes, sum_over_batches
+from lmscripts.evaluation import scoring
+from lmscripts.evaluation.sums import evaluate, raw_text_bytes, sum_over_batches
 from lmscripts.models import FAMILIES, gpt2
 from lmscripts.objectives import MaskedLanguageModel
-from lmscripts.packing import PackedRows, build_row_index
-from lmscripts.pretraining import PretrainingData, mlm_layout, mlm_masking
-from lmscripts.token_store import Part
 
 PAD, BEGIN, END, MASK, VOCABULARY = 0, 2, 3, 4, 200
 LENGTHS = [5, 1, 0, 30, 8, 200, 63, 64, 15, 16, 17, 2]

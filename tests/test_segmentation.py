@@ -6,7 +6,7 @@ import pytest
 from transformers.models.bert_japanese.tokenization_bert_japanese import MecabTokenizer, SudachiTokenizer
 
 from lmscripts.errors import UserError
-from lmscripts.segmentation import WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
+from lmscripts.text.words import WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
 
 SAMPLE = Path(__file__).parent.parent / "sample_data" / "articles.txt"
 HOSTILE = [

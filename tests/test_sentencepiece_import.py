@@ -10,12 +10,12 @@ import sentencepiece
 from conftest import SAMPLE, run_script
 from transformers import AutoTokenizer
 
-from lmscripts import sentencepiece_import
-from lmscripts.causal_tokenizer import DIFFICULT_LINES, keeps_line_feeds
 from lmscripts.errors import UserError
-from lmscripts.sentencepiece_import import import_sentencepiece
-from lmscripts.tokenization import load_encoder
-from lmscripts.tokenizer_report import check_encoder
+from lmscripts.tokenizer import sentencepiece_import
+from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.lossless import DIFFICULT_LINES, keeps_line_feeds
+from lmscripts.tokenizer.report import check_encoder
+from lmscripts.tokenizer.sentencepiece_import import import_sentencepiece
 
 NAMES = ("articles.txt", "finnish.txt", "english.txt")
 LINES = [line for name in NAMES for line in (SAMPLE / name).read_text(encoding="utf-8").split("\n") if line]

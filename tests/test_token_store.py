@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from conftest import SAMPLE, run_script
 
+from lmscripts.data.preparation import Source, prepare_store
+from lmscripts.data.token_store import in_validation, open_store, verify_store
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
-from lmscripts.preparation import Source, prepare_store
-from lmscripts.token_store import in_validation, open_store, verify_store
 
 
 def contents(folder):

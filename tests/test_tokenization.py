@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lmscripts.corpus import Span, TextReport, read_documents
 from lmscripts.errors import UserError
-from lmscripts.segmentation import WordTokenizer, make_segmenter
-from lmscripts.tokenization import load_encoder
-from lmscripts.tokenizer_folder import check_combination, needs_words, replaced_folder, write_tokenizer
-from lmscripts.tokenizer_report import check_encoder, report_table, tokenizer_report
-from lmscripts.tokenizer_training import SPECIAL_TOKENS, VocabularySettings, train_vocabulary
+from lmscripts.text.corpus import Span, TextReport, read_documents
+from lmscripts.text.words import WordTokenizer, make_segmenter
+from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.folder import check_combination, needs_words, replaced_folder, write_tokenizer
+from lmscripts.tokenizer.report import check_encoder, report_table, tokenizer_report
+from lmscripts.tokenizer.training import SPECIAL_TOKENS, VocabularySettings, train_vocabulary
 
 SAMPLE = Path(__file__).parent.parent / "sample_data"
 HOSTILE = [
@@ -289,7 +289,7 @@ def test_no_text_and_no_room(tmp_path):
 PROGRAM = """
 import hashlib, sys
 from pathlib import Path
-from lmscripts.tokenizer_training import VocabularySettings, train_vocabulary
+from lmscripts.tokenizer.training import VocabularySettings, train_vocabulary
 for kind in ("wordpiece", "unigram", "bpe", "character"):
     files = [Path(name) for name in sys.argv[1:]]
     trained = train_vocabulary(kind, files, VocabularySettings(size=2200), segmented=kind != "bpe")
@@ -337,7 +337,7 @@ def test_encoder_goes_to_other_processes(folders):
 
 
 def test_word_cache_is_bounded(folders, monkeypatch):
-    from lmscripts import tokenization
+    from lmscripts.tokenizer import encoder as tokenization
 
     monkeypatch.setattr(tokenization, "MAX_CACHED_WORDS", 50)
     check_encoder(load_encoder(folders("wordpiece", "mecab")), sample_lines()[:100])

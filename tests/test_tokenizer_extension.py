@@ -8,12 +8,12 @@ from conftest import SAMPLE, run_script
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
 from lmscripts.errors import UserError
-from lmscripts.segmentation import WordTokenizer
-from lmscripts.tokenization import load_encoder
-from lmscripts.tokenizer_extension import plan_extension, segmentation_difference, write_extension
-from lmscripts.tokenizer_folder import write_tokenizer
-from lmscripts.tokenizer_report import check_encoder
-from lmscripts.tokenizer_training import VocabularySettings, train_vocabulary
+from lmscripts.text.words import WordTokenizer
+from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.extension import plan_extension, segmentation_difference, write_extension
+from lmscripts.tokenizer.folder import write_tokenizer
+from lmscripts.tokenizer.report import check_encoder
+from lmscripts.tokenizer.training import VocabularySettings, train_vocabulary
 
 WORDS = ["縄文", "ＬＬＭ", "素粒子", "縄文", "。"]  # one of full width, one twice, one that every vocabulary has
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lmscripts.corpus import Span, plan_spans
-from lmscripts.segmentation import WordTokenizer
-from lmscripts.training_text import SplitTask, finished_split, numeral_run_warning, write_split, write_splits
+from lmscripts.text.corpus import Span, plan_spans
+from lmscripts.text.words import WordTokenizer
+from lmscripts.tokenizer.training_text import SplitTask, finished_split, numeral_run_warning, write_split, write_splits
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "train_tokenizer.py"

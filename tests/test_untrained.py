@@ -21,7 +21,7 @@ from transformers import (
     OlmoForCausalLM,
 )
 
-from lmscripts.untrained import Signs, signs_of_no_training
+from lmscripts.models.untrained import Signs, signs_of_no_training
 
 VOCABULARY = 1000
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}

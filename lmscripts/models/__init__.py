@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lmscripts import fitting, pretrained
-from lmscripts.attention import VARLEN, AttentionPath
-from lmscripts.checkpoint import CHECKSUMS, find_damage
+from lmscripts.data.packing import Layout
 from lmscripts.errors import UserError
-from lmscripts.models import bert, decoders, electra, gpt2, roberta
-from lmscripts.packing import Layout
-from lmscripts.presets import Preset
+from lmscripts.models import bert, decoders, electra, fitting, gpt2, pretrained, roberta
+from lmscripts.models.attention import VARLEN, AttentionPath
+from lmscripts.options.presets import Preset
+from lmscripts.training.checkpoint import CHECKSUMS, find_damage
 
 FAMILIES: dict[str, ModuleType] = {"bert": bert, "roberta": roberta, "electra": electra, "gpt2": gpt2}
 DECODERS = ("gpt2",)  # families whose positions see only what stands before them
@@ -45,7 +44,7 @@ def build(
         layout: of the longest rows; decides the number of positions and the special ids.
         like: checkpoint of a run that is continued: models with pretrained weights are only shaped like its own.
         seed: decides the initial weights, on every process alike.
-        attn_implementation: from `lmscripts.attention.use_attention`.
+        attn_implementation: from `lmscripts.models.attention.use_attention`.
         hidden_dropout: of the hidden states.
         attention_dropout: of the attention weights.
 

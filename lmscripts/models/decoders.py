@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GPT2LMHeadModel, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lmscripts.attention import AttentionPath, attention_inputs, segment_ends, use_attention
+from lmscripts.data.packing import Layout, Packing
 from lmscripts.errors import UserError
-from lmscripts.fitting import lengthen_positions, repeat_positions
 from lmscripts.models import gpt2
-from lmscripts.packing import Layout, Packing
-from lmscripts.pretrained import quiet_loading
+from lmscripts.models.attention import AttentionPath, attention_inputs, segment_ends, use_attention
+from lmscripts.models.fitting import lengthen_positions, repeat_positions
+from lmscripts.models.pretrained import quiet_loading
 
 _LENGTHS = ("max_position_embeddings", "max_seq_len", "context_length")
 _WINDOWS: tuple[str, ...] = ("sliding_window", "sliding_window_size", "attention_window_size", "local_attention")
@@ -72,7 +72,7 @@ def _rope_types(config: Any) -> set[str]:
 def fit_rows(model: Any, name: str, layout: Layout) -> tuple[Any, list[str]]:
     """A decoder with room for the rows of a run.
 
-    Learned positions are repeated (see `lmscripts.fitting.lengthen_positions`), computed ones computed further; what
+    Learned positions are repeated (see `models.fitting.lengthen_positions`), computed ones computed further; what
     the model says about rows that fitted before stays the same.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lmscripts.attention import attend_from
+from lmscripts.models.attention import attend_from
 
 
 def encode(body: Any, input_ids: Tensor, positions: Tensor, attention: dict[str, Any], slots: Tensor | None) -> Tensor:
@@ -17,7 +17,7 @@ def encode(body: Any, input_ids: Tensor, positions: Tensor, attention: dict[str,
         body: the encoder with its embeddings; for `slots` its last layer must have been narrowed.
         input_ids: (B, T).
         positions: (B, T) position ids.
-        attention: from `lmscripts.attention.attention_inputs`.
+        attention: from `lmscripts.models.attention.attention_inputs`.
         slots: (B * K,) flat positions, K of each row in the order of the rows; None for every position.
 
     Returns:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lmscripts.fitting import stacked_layers
-from lmscripts.packing import Layout
-from lmscripts.presets import Preset
+from lmscripts.data.packing import Layout
+from lmscripts.models.fitting import stacked_layers
+from lmscripts.options.presets import Preset
 
 
 def config(preset: Preset, vocab_size: int, layout: Layout) -> GPT2Config:
@@ -49,7 +49,7 @@ def encode(
         model: with its head.
         input_ids: (B, T).
         positions: (B, T); restart at 0 in each document.
-        attention: from `lmscripts.attention.attention_inputs` with causal=True.
+        attention: from `lmscripts.models.attention.attention_inputs` with causal=True.
         slots: flat positions to give; None for all.
 
     Returns:

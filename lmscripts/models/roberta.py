@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
+from lmscripts.data.packing import Layout
 from lmscripts.models.encoder import encode as encode_with
-from lmscripts.packing import Layout
-from lmscripts.presets import Preset
+from lmscripts.options.presets import Preset
 
 
 def config(preset: Preset, vocab_size: int, layout: Layout) -> RobertaConfig:

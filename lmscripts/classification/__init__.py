@@ -1,1 +1,0 @@
-"""Classifying texts: labelled tables, splits, the SQLite file of a task, and what its runs gave."""

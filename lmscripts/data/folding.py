@@ -1,0 +1,347 @@
+"""Token folding: a text that is longer than a row becomes several rows, cut between words, and nothing is lost.
+
+What is folded are the ids of the whole text, line feeds included, as `tokenizer(text, split_special_tokens=True)` gives
+them: the rows of a text, without special tokens and repeated tokens, one after the other, are those ids exactly.
+
+What looks like a special token in a text ("</s>", "[SEP]") is text: nobody who writes it ends a row or makes a gap. A
+tokenizer that cannot be told so, as its vocabulary itself has the piece, gives its unknown token for it.
+
+A row begins where a word begins. A word is what stands between white space; in scripts that are written without spaces
+it is what `Encoder` takes for one (a word of MeCab or Sudachi). Only a word that alone exceeds a row is cut: where the
+encoder sees a word in it ("https" in an address), else between characters, else anywhere.
+
+The characters that a row covers refer to the text as it was given, whatever normalisation did to it. Where they cannot
+be told exactly (see `tokenizer.alignment`) rows still begin at word starts and lose nothing, and the places are near.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscripts.errors import UserError
+from lmscripts.tokenizer.alignment import SPACE, Aligner, Flags, Ints, code_points, fallback_bytes, starts_by_offsets
+from lmscripts.tokenizer.encoder import Encoder
+
+# Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
+_UNSPACED = np.zeros(0x110000, np.bool_)
+for _first, _last in (
+    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3001, 0x30FF), (0x3400, 0x9FFF)),
+    *((0xF900, 0xFAFF), (0xFF01, 0xFF9F), (0x20000, 0x3FFFF)),
+):
+    _UNSPACED[_first : _last + 1] = True
+
+_PROBES = ("a", "x y", "東京")
+_HEAD_SHARE = 4  # 128 of 510 tokens, arXiv:1905.05583 section 5.3.1
+
+
+@dataclass(frozen=True)
+class FoldSettings:
+    """How texts become rows.
+
+    Attributes:
+        max_length: tokens of a row at most, the special tokens among them.
+        unit: what `overlap` and the length of a row are counted in; with "words" a row has at most `max_words` words,
+            special tokens not counted, and still at most `max_length` tokens.
+        max_words: for unit "words".
+        overlap: units at the beginning of a row that repeat the end of the row before, at most; whole words.
+        balance: make the rows of a text about equally long, instead of full ones and a rest; their number stays.
+        policy: "fold"; "truncate" keeps the first row; "head_tail" makes one row of the text's beginning (a quarter)
+            and its end (arXiv:1905.05583 section 5.3.1).
+        most_folds: keep at most that many rows of a text, the first ones; None keeps all.
+
+    Raises:
+        UserError: settings that contradict one another.
+    """
+
+    max_length: int = 128
+    unit: Literal["tokens", "words"] = "tokens"
+    max_words: int = 0
+    overlap: int = 0
+    balance: bool = False
+    policy: Literal["fold", "truncate", "head_tail"] = "fold"
+    most_folds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("tokens", "words") or self.policy not in ("fold", "truncate", "head_tail"):
+            raise UserError(
+                "the unit of folding must be tokens or words and the policy fold, truncate or head_tail, not "
+                f"{self.unit!r} and {self.policy!r}"
+            )
+        if (self.unit == "words") != (self.max_words > 0) or self.max_words < 0:
+            raise UserError(f"max_words ({self.max_words}) goes with unit words and must be 1 or more there")
+        most = self.max_words if self.unit == "words" else self.max_length
+        if not 0 <= self.overlap < most:
+            raise UserError(f"an overlap of {self.overlap} {self.unit} leaves no room in rows of {most} {self.unit}")
+        if self.most_folds is not None and self.most_folds < 1:
+            raise UserError(f"most_folds must be 1 or more, not {self.most_folds}")
+        if self.policy != "fold" and (self.overlap or self.balance or self.most_folds is not None):
+            raise UserError(f"policy {self.policy} makes one row: overlap, balance and most_folds have no meaning then")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One row of a text.
+
+    Attributes:
+        ids: shape [tokens], int32, with the special tokens of the tokenizer around.
+        idx: number of the row within its text, from 0.
+        n: number of rows of its text.
+        char_start, char_end: the characters of the original text that it covers. Neighbours touch, and without overlap
+            all rows together cover the text once; the single row of "head_tail" names the whole text.
+        num_tokens: tokens of text, without special tokens.
+        num_repeated: how many of them, the first ones, repeat the end of the row before.
+    """
+
+    ids: NDArray[np.int32]
+    idx: int
+    n: int
+    char_start: int
+    char_end: int
+    num_tokens: int
+    num_repeated: int
+
+
+def fold(tokenizer: Any, texts: Sequence[str], settings: FoldSettings) -> list[list[Fold]]:
+    """Rows of every text; see `Folder`, which is for more than one call with the same tokenizer.
+
+    Args:
+        tokenizer: an `Encoder`, or a tokenizer of transformers; from then on special tokens in a text are text for it.
+        texts: blank ones, and ones of which the tokenizer makes nothing, give no row.
+        settings: how.
+
+    Raises:
+        UserError: see `Folder`.
+    """
+    return Folder(tokenizer, settings)(texts)
+
+
+class Folder:
+    """Folds texts with one tokenizer.
+
+    Attributes:
+        encoder: the tokenizer.
+        settings: how texts become rows.
+        before, after: special tokens around a row, shape [tokens], int32, found by asking the tokenizer.
+        room: tokens of text that a row holds.
+
+    Raises:
+        UserError: `max_length` leaves no room beside the special tokens; when called, a special token that stands in a
+            text and cannot be told from a real one.
+    """
+
+    def __init__(self, tokenizer: Any, settings: FoldSettings) -> None:
+        is_encoder = isinstance(tokenizer, Encoder)
+        self.encoder: Encoder = tokenizer if is_encoder else Encoder(Path(tokenizer.name_or_path), tokenizer)
+        self.settings = settings
+        self.before, self.after = special_tokens_around(self.encoder.tokenizer)
+        self.room = settings.max_length - len(self.before) - len(self.after)
+        if self.room < 1:
+            raise UserError(
+                f"a row of {settings.max_length} tokens has no room for text beside the "
+                f"{len(self.before) + len(self.after)} special tokens of {self.encoder.folder}"
+            )
+        self._aligner = None if self.encoder.tokenizer.is_fast else Aligner(self.encoder.tokenizer)
+        self._bytes = fallback_bytes(self.encoder.tokenizer)
+        self._special = np.array([id for id in self.encoder.special_ids if id != self.encoder.unk_id], np.int32)
+        if self._only_special_are_added():
+            self.encoder.tokenizer.split_special_tokens = True
+
+    def __call__(self, texts: Sequence[str]) -> list[list[Fold]]:
+        """Rows of every text, encoded in one go."""
+        if self.encoder.tokenizer.is_fast:
+            # Whoever called the tokenizer with truncation since has left it set, and the ends of texts would be lost.
+            self.encoder.tokenizer.backend_tokenizer.no_truncation()
+            self.encoder.tokenizer.backend_tokenizer.no_padding()
+            self.encoder.tokenizer.backend_tokenizer.encode_special_tokens = True
+        encoded = self.encoder.encode(texts)
+        ends = np.cumsum(encoded.lengths)
+        spans = [slice(int(end - length), int(end)) for end, length in zip(ends, encoded.lengths)]
+        shortest = 1 if self.settings.unit == "words" else self.room + 1
+        long = [place for place, length in enumerate(encoded.lengths) if length >= shortest and texts[place].strip()]
+        ids = [self._as_text(encoded.ids[span].astype(np.int32), text) for span, text in zip(spans, texts)]
+        words = [encoded.word_starts[spans[place]] for place in long]
+        cuts = dict(zip(long, self._cuts([texts[place] for place in long], [ids[place] for place in long], words)))
+        folds = []
+        for place, text in enumerate(texts):
+            if place in cuts:
+                folds.append(self._rows(ids[place], len(text), *cuts[place]))
+            elif len(ids[place]) and text.strip():
+                folds.append([self._row(ids[place], 0, 1, (0, len(text)), 0)])
+            else:
+                folds.append([])
+        return folds
+
+    def _only_special_are_added(self) -> bool:
+        """Whether a tokenizer can be told to take special tokens for text; a slow one would take all added ones so."""
+        tokenizer = self.encoder.tokenizer
+        return tokenizer.is_fast or set(tokenizer.get_added_vocab().values()) <= set(self.encoder.special_ids)
+
+    def _as_text(self, ids: NDArray[np.int32], text: str) -> NDArray[np.int32]:
+        """Ids of a text with the unknown token where they have a special one all the same."""
+        found = np.isin(ids, self._special)
+        if not found.any():
+            return ids
+        if self.encoder.unk_id is None:
+            token = self.encoder.tokenizer.convert_ids_to_tokens(int(ids[found][0]))
+            raise UserError(
+                f"the text {text[:60]!r} holds {token}, which the tokenizer {self.encoder.folder} takes for its "
+                "special token, and it has no unknown token to put in its place: take it out of the text"
+            )
+        return np.where(found, np.int32(self.encoder.unk_id), ids)
+
+    def _cuts(self, texts: list[str], ids: list[NDArray[np.int32]], words: list[Flags]) -> list[tuple[Ints, Ints]]:
+        """Where words begin, for each text: as tokens and, for all tokens, as characters."""
+        if self._aligner is None:
+            backend = self.encoder.tokenizer.backend_tokenizer
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+            places = [(starts_by_offsets(each.offsets, self._bytes[row]), True) for each, row in zip(encodings, ids)]
+        else:
+            places = [self._aligner(*each) for each in zip(texts, ids, words)]
+        return [_word_bounds(text, *place, flags, self.room) for text, place, flags in zip(texts, places, words)]
+
+    def _rows(self, ids: NDArray[np.int32], num_characters: int, bounds: Ints, places: Ints) -> list[Fold]:
+        """The rows of one text, given the token bounds of its words and the character of every token."""
+        settings, last = self.settings, len(bounds) - 1
+        if settings.policy == "head_tail" and (ends := _head_and_tail(bounds, settings, self.room)):
+            row = np.concatenate([ids[: bounds[ends[0]]], ids[bounds[ends[1]] :]])
+            return [self._row(row, 0, 1, (0, num_characters), 0)]
+        plan = _plan(bounds, settings, self.room)
+        rows = []
+        for number, (begin, fresh, end) in enumerate(plan):
+            span = (
+                int(places[bounds[begin]]) if begin else 0,
+                int(places[bounds[end]]) if end < last else num_characters,
+            )
+            repeated = int(bounds[fresh] - bounds[begin])
+            rows.append(self._row(ids[bounds[begin] : bounds[end]], number, len(plan), span, repeated))
+        return rows
+
+    def _row(self, ids: NDArray[np.int32], idx: int, n: int, span: tuple[int, int], num_repeated: int) -> Fold:
+        row = np.concatenate([self.before, ids, self.after])
+        return Fold(row, idx, n, *span, num_tokens=len(ids), num_repeated=num_repeated)
+
+
+def special_tokens_around(tokenizer: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Ids that a tokenizer of transformers puts before and after a single text.
+
+    Raises:
+        UserError: they depend on the text.
+    """
+    possible: set[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    for probe in _PROBES:
+        plain = list(tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"])
+        whole = list(tokenizer(probe, verbose=False)["input_ids"])
+        leads = [lead for lead in range(len(whole) - len(plain) + 1) if whole[lead : lead + len(plain)] == plain]
+        found = {(tuple(whole[:lead]), tuple(whole[lead + len(plain) :])) for lead in leads}
+        possible = found if possible is None else possible & found
+    if not possible:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} does not put the same special tokens around every text"
+        )
+    before, after = max(possible)
+    return np.array(before, np.int32), np.array(after, np.int32)
+
+
+# ---- from words to rows ----
+
+
+def _plan(bounds: Ints, settings: FoldSettings, room: int) -> list[tuple[int, int, int]]:
+    """(first word, first word that is not repeated, end) of every row; greedy, hence as few rows as possible."""
+    num_words = len(bounds) - 1
+    words = np.arange(num_words)
+    in_words = settings.unit == "words"
+    back = words - settings.overlap if in_words else np.searchsorted(bounds, bounds[:-1] - settings.overlap)
+    # What is repeated gives way where the next word would not fit beside it.
+    back = np.minimum(np.maximum(back, np.searchsorted(bounds, bounds[1:] - room)), words)
+    reach = np.searchsorted(bounds, bounds[back] + room, "right") - 1
+    if in_words:
+        reach = np.minimum(reach, back + settings.max_words)
+    cuts = [0]
+    while cuts[-1] < num_words:
+        cuts.append(min(int(reach[cuts[-1]]), num_words))
+    most = 1 if settings.policy == "truncate" else settings.most_folds or len(cuts)
+    if len(cuts) - 1 > most:
+        cuts = cuts[: most + 1]
+    elif settings.balance:
+        cuts = _balanced(words if in_words else bounds[:-1], reach, len(cuts) - 1, num_words)
+    return [(int(back[cut]), cut, end) for cut, end in itertools.pairwise(cuts)]
+
+
+def _balanced(units: Ints, reach: Ints, num_rows: int, num_words: int) -> list[int]:
+    """Cuts as near as possible to those of equal rows, such that every row holds its words."""
+    earliest = [num_words]
+    for _ in range(num_rows - 1):
+        earliest.append(int(np.searchsorted(reach, earliest[-1])))
+    step = (units[-1] + 1) / num_rows
+    cuts = [0]
+    for row in range(1, num_rows):
+        target = step * row
+        after = int(np.searchsorted(units, target))
+        nearest = after if after < num_words and units[after] - target < target - units[after - 1] else after - 1
+        latest = min(int(reach[cuts[-1]]), num_words - (num_rows - row))
+        cuts.append(min(max(nearest, earliest[num_rows - row], cuts[-1] + 1), latest))
+    return [*cuts, num_words]
+
+
+def _head_and_tail(bounds: Ints, settings: FoldSettings, room: int) -> tuple[int, int] | None:
+    """(end of the head, start of the tail) in words; None where the whole text or only its head fits."""
+    num_words, total = len(bounds) - 1, int(bounds[-1])
+    head = int(np.searchsorted(bounds, room // _HEAD_SHARE, "right")) - 1
+    if settings.unit == "words":
+        head = min(head, settings.max_words // _HEAD_SHARE)
+    tail = int(np.searchsorted(bounds, total - (room - bounds[head])))
+    if settings.unit == "words":
+        tail = max(tail, num_words - (settings.max_words - head))
+    return (head, tail) if head < tail < num_words else None
+
+
+def _word_bounds(text: str, starts: Ints, exact: bool, words: Flags, room: int) -> tuple[Ints, Ints]:
+    """Token bounds of the words of a text, [words + 1], no word longer than `room`, and the character of every token.
+
+    Args:
+        text: the text.
+        starts: where each token begins, not falling.
+        exact: whether they are exact, or near the truth.
+        words: the encoder's word starts.
+        room: tokens of a row.
+    """
+    codes = code_points(text)
+    filled = np.where(SPACE[codes], len(codes), np.arange(len(codes)))
+    next_filled = np.append(np.minimum.accumulate(filled[::-1])[::-1], len(codes))
+    places: Ints = next_filled[np.minimum(starts, len(codes))]  # white space belongs to what is before it
+    levels = [words, np.ones(len(words), np.bool_)]
+    if exact:
+        moves = np.append(True, places[1:] > places[:-1]) & (places < len(codes))
+        here, before = codes[np.minimum(places, len(codes) - 1)], codes[np.maximum(places - 1, 0)]
+        between = SPACE[before] | (words & (_UNSPACED[here] | _UNSPACED[before]))
+        levels = [moves & between, moves & words, moves]
+    first = levels[0].copy()
+    first[0] = True
+    bounds: Ints = np.append(np.flatnonzero(first), len(words))
+    for level in (*levels[1:], np.ones(len(words), np.bool_)):
+        if (np.diff(bounds) <= room).all():
+            break
+        bounds = _cut_long(bounds, np.flatnonzero(level), room)
+    return bounds, places
+
+
+def _cut_long(bounds: Ints, finer: Ints, room: int) -> Ints:
+    """Bounds with further ones, taken from `finer`, in what is longer than `room`; as few as possible."""
+    more = []
+    for start, end in itertools.pairwise(bounds):
+        while end - start > room:
+            fits, beyond = np.searchsorted(finer, [start + room, start], "right")
+            # One that is still too long is cut at the next level.
+            cut = finer[fits - 1] if fits > beyond else finer[beyond] if beyond < len(finer) else end
+            if cut >= end:
+                break
+            more.append(cut)
+            start = cut
+    return np.union1d(bounds, np.array(more, np.int64))

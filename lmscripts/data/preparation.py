@@ -1,0 +1,203 @@
+"""From text files and a tokenizer to a token store, or to the one that was made of them before."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from lmscripts.data.token_store import Documents, TokenStore, build_store, open_store, store_fingerprint
+from lmscripts.errors import UserError
+from lmscripts.files import remove_leftovers
+from lmscripts.text.corpus import Span, TextReport, batches, find_files, read_documents, source_fingerprint
+from lmscripts.tokenizer.encoder import Encoder, load_encoder
+from lmscripts.tokenizer.lossless import keeps_line_feeds
+
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def find_tokenizer(name: str) -> Path:
+    """The folder of a tokenizer: the one that is named, or the files of a name on the Hub (its cache when offline).
+
+    Raises:
+        UserError: there is no such folder, and no tokenizer of that name.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() or not HUB_NAME.fullmatch(name):
+        return folder  # who opens it says what is wrong with it
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_TOKENIZER_FILES)))
+    except Exception as error:  # the Hub client raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a store is made of.
+
+    Attributes:
+        input_files: files, globs or folders of text.
+        tokenizer_dir: tokenizer folder.
+        validation_fraction: share of documents held out by hash; ignored when there are validation files.
+        validation_files: text of its own for the validation part.
+        max_documents: read no more than so many documents of the input.
+        document_per_line: .txt files hold one document a line instead of one sentence.
+        text_column: column of tables and JSON lines.
+        line_ends: "keep" encodes every line of a document as it stands, with the white space around it, and all but
+            the last with their line feed; "drop" encodes lines alone. None keeps for a tokenizer without a mask token
+            that gives line feeds back.
+    """
+
+    input_files: tuple[str, ...]
+    tokenizer_dir: Path
+    validation_fraction: float = 0.01
+    validation_files: tuple[str, ...] = ()
+    max_documents: int | None = None
+    document_per_line: bool = False
+    text_column: str = "text"
+    line_ends: Literal["keep", "drop"] | None = None
+
+    def options(self, encoder: Encoder) -> dict[str, Any]:
+        """The options that change the content of the store; of `line_ends` only what is not "drop".
+
+        Raises:
+            UserError: line ends are to be kept by a tokenizer that loses them.
+        """
+        options = {
+            "validation_fraction": 0.0 if self.validation_files else self.validation_fraction,
+            "max_documents": self.max_documents,
+            "document_per_line": self.document_per_line,
+            "text_column": self.text_column,
+        }
+        keep = self.line_ends == "keep" or (self.line_ends is None and encoder.mask_id is None)
+        if not keep:
+            return options
+        if not keeps_line_feeds(encoder):
+            if self.line_ends is None:
+                return options
+            raise UserError(
+                f"--line_ends keep: the tokenizer in {encoder.folder} does not give a line feed back; take --line_ends "
+                "drop, or a tokenizer that was made with --objective causal"
+            )
+        return options | {"line_ends": "keep", "spaces": "keep"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a store would be made of, found out before it is.
+
+    Attributes:
+        fingerprint: of the store.
+        text: facts of the text, "fingerprint" among them.
+        tokenizer: facts of the tokenizer, "fingerprint" and "vocab_size" among them.
+        options: those that change the content.
+    """
+
+    fingerprint: str
+    text: dict[str, Any]
+    tokenizer: dict[str, Any]
+    options: dict[str, Any]
+
+
+def describe_source(source: Source) -> Description:
+    """Fingerprint of the store that a source would give, and the facts of its text and tokenizer.
+
+    Raises:
+        UserError: a file is missing or unreadable, the tokenizer does not load or does not suit the options, the
+            fraction is not in [0, 1).
+    """
+    if not 0 <= source.validation_fraction < 1:
+        raise UserError(f"--validation_fraction must be at least 0 and less than 1, got {source.validation_fraction}")
+    train = find_files(source.input_files)
+    held_out = find_files(source.validation_files) if source.validation_files else []
+    encoder = load_encoder(str(source.tokenizer_dir))
+    texts = [source_fingerprint(files) for files in (train, held_out) if files]
+    text: dict[str, Any] = {
+        "fingerprint": texts[0] if len(texts) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest(),
+        "files": [path.name for path in train],
+        "validation_files": [path.name for path in held_out],
+    }
+    tokenizer = {
+        "fingerprint": encoder.fingerprint,
+        "description": encoder.description,
+        "vocab_size": encoder.vocab_size,
+    }
+    options = source.options(encoder)
+    return Description(store_fingerprint(text["fingerprint"], encoder.fingerprint, options), text, tokenizer, options)
+
+
+def _documents(files: Sequence[Path], source: Source, keep_spaces: bool, report: TextReport) -> Iterator[Documents]:
+    documents = read_documents(
+        [Span(str(path)) for path in files],
+        report,
+        document_per_line=source.document_per_line,
+        text_column=source.text_column,
+        keep_spaces=keep_spaces,
+    )
+    return batches(islice(documents, source.max_documents))
+
+
+def prepare_store(
+    source: Source, folder: Path, num_workers: int, progress: Callable[[int], None] = lambda _: None
+) -> TokenStore:
+    """Build the store of a source in `folder`, or open it if it stands there already.
+
+    Raises:
+        UserError: another store or anything else is at `folder`, or the source is unusable.
+    """
+    if not source.tokenizer_dir.is_dir():
+        raise UserError(f"{source.tokenizer_dir} is not a tokenizer folder; make one with train_tokenizer.py")
+    described = describe_source(source)
+    if folder.exists():
+        store = open_store(folder, described.tokenizer["fingerprint"])
+        if store.fingerprint != described.fingerprint:
+            raise UserError(
+                f"the store {folder} was made from another text or with other options (its fingerprint is "
+                f"{store.fingerprint[:16]}, this text and these options give {described.fingerprint[:16]}); choose "
+                "another folder"
+            )
+        return store
+    remove_leftovers(folder)
+    report = TextReport()
+    held_out = find_files(source.validation_files) if source.validation_files else None
+    keep_spaces = described.options.get("spaces") == "keep"
+    return build_store(
+        folder,
+        _documents(find_files(source.input_files), source, keep_spaces, report),
+        tokenizer_dir=source.tokenizer_dir,
+        tokenizer_facts=described.tokenizer,
+        source_facts=described.text,
+        options=described.options,
+        validation_batches=None if held_out is None else _documents(held_out, source, keep_spaces, report),
+        num_workers=num_workers,
+        text_report=report.as_dict,
+        progress=progress,
+    )
+
+
+def prepare_beside(source: Source, run_dir: Path, num_workers: int) -> TokenStore:
+    """The store of a source, beside a run's folder under a name with its fingerprint.
+
+    Called before the processes join, by all of them: the first of each machine builds and the others wait for the
+    folder to appear, so that no collective operation is waiting meanwhile.
+    """
+    folder = run_dir.parent / f"token_store-{describe_source(source).fingerprint[:12]}"
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            return prepare_store(source, folder, num_workers)
+        except (UserError, OSError):
+            if not folder.exists():
+                raise
+    while not folder.exists():
+        time.sleep(0.2)
+    return open_store(folder)

@@ -1,0 +1,398 @@
+"""The token store: a corpus as token ids on disk, memory-mapped, the same for every sequence length and objective.
+
+A store is a folder:
+
+    manifest.json              format version, fingerprints of source and tokenizer, options, counts, file hashes
+    tokenizer/                 the tokenizer that made it
+    train/, validation/        one folder per part, each with
+      tokens.bin               uint16 or uint32, ids of all documents one after the other, no special tokens
+      word_starts.bin          one bit per token (little endian), 1 at the first token of a word
+      sentence_lengths.bin     uint32, tokens per sentence
+      document_tokens.bin      int64 (documents + 1), offset of each document in tokens
+      document_sentences.bin   int64 (documents + 1), offset of each document in sentences
+      document_bytes.bin       int64, bytes of raw text of each document
+
+Building streams through bounded memory, and the bytes do not depend on the number of worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscripts.errors import UserError
+from lmscripts.files import file_sha256, new_folder
+from lmscripts.tokenizer.folder import copy_tokenizer
+
+FORMAT_VERSION = 1
+_FILES = ("tokens", "word_starts", "sentence_lengths", "document_tokens", "document_sentences", "document_bytes")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part (train or validation) of a store, memory-mapped. N tokens, D documents, S sentences.
+
+    Attributes:
+        tokens: (N,) uint16 or uint32.
+        word_start_bits: (ceil(N / 8),) uint8, bit i % 8 of byte i // 8 belongs to token i.
+        sentence_lengths: (S,) uint32.
+        document_tokens: (D + 1,) int64 offsets into `tokens`.
+        document_sentences: (D + 1,) int64 offsets into `sentence_lengths`.
+        document_bytes: (D,) int64.
+    """
+
+    folder: Path
+    tokens: NDArray[Any]
+    word_start_bits: NDArray[np.uint8]
+    sentence_lengths: NDArray[np.uint32]
+    document_tokens: NDArray[np.int64]
+    document_sentences: NDArray[np.int64]
+    document_bytes: NDArray[np.int64]
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents, D."""
+        return int(self.document_bytes.size)
+
+    def word_starts(self, start: int, end: int) -> NDArray[np.bool_]:
+        """(end - start,) word-start flags of the tokens [start, end)."""
+        first = start // 8
+        bits = np.unpackbits(self.word_start_bits[first : -(-end // 8)], bitorder="little")
+        return bits[start - 8 * first : end - 8 * first].astype(np.bool_)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """An opened store; see the module's docstring for the layout."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the store was made from: source, tokenizer and options."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer folder inside the store."""
+        return self.folder / "tokenizer"
+
+    def part(self, name: str) -> Part:
+        """Memory-map one part, "train" or "validation"."""
+        folder, described = self.folder / name, self.manifest["parts"][name]
+        dtypes = {"tokens": self.manifest["dtype"], "word_starts": "uint8", "sentence_lengths": "uint32"}
+        arrays = [
+            _map(folder / f"{file}.bin", np.dtype(dtypes.get(file, "int64")), described["files"][file]["bytes"])
+            for file in _FILES
+        ]
+        return Part(folder, *arrays)
+
+
+def _map(path: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """Memory-map a file; an empty file, which cannot be mapped, gives an empty array."""
+    if size == 0:
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r"))  # as a plain array, which numpy indexes faster
+
+
+def store_fingerprint(source: str, tokenizer: str, options: dict[str, Any]) -> str:
+    """Fingerprint of a store from those of its source text and tokenizer and the options that change its content."""
+    text = json.dumps([FORMAT_VERSION, source, tokenizer, options], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_store(folder: Path, tokenizer_fingerprint: str | None = None) -> TokenStore:
+    """Open a store and check that it is whole and made with the expected tokenizer.
+
+    Raises:
+        UserError: no store there, another format version, a file missing or of the wrong size, another tokenizer.
+    """
+    manifest_file = folder / "manifest.json"
+    if not manifest_file.is_file():
+        raise UserError(f"{folder} is not a token store: it has no manifest.json; make one with prepare_corpus.py")
+    try:
+        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        described = {name: part["files"] for name, part in manifest["parts"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest_file} is damaged ({error}); prepare the store again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has store format {version}, this program reads {FORMAT_VERSION}; prepare it again")
+    for name, files in described.items():
+        for file, facts in files.items():
+            path = folder / name / f"{file}.bin"
+            size = path.stat().st_size if path.is_file() else None
+            if size != facts["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"{path} {found}, the manifest says {facts['bytes']} bytes; prepare the store again")
+    made_with = manifest["tokenizer"]["fingerprint"]
+    if tokenizer_fingerprint is not None and tokenizer_fingerprint != made_with:
+        raise UserError(
+            f"the store {folder} was made with the tokenizer {made_with[:16]}, not with {tokenizer_fingerprint[:16]}; "
+            "prepare a store with this tokenizer or use the one in the store"
+        )
+    return TokenStore(folder, manifest)
+
+
+def verify_store(store: TokenStore) -> None:
+    """Compare the hash of every file with the manifest.
+
+    Raises:
+        UserError: names the first file that differs, with both hashes.
+    """
+    for name, part in store.manifest["parts"].items():
+        for file, facts in part["files"].items():
+            path = store.folder / name / f"{file}.bin"
+            found = file_sha256(path)
+            if found != facts["sha256"]:
+                raise UserError(
+                    f"{path} has hash {found[:16]}, the manifest says {facts['sha256'][:16]}: it is damaged"
+                )
+
+
+# ---- building ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch of documents, encoded by a worker.
+
+    Attributes:
+        ids: (n,) uint16 or uint32. word_starts: (n,) bool. sentence_lengths: (s,) uint32.
+        document_sizes: (d, 3) int64, tokens, sentences and raw bytes of each document.
+        in_validation: (d,) bool.
+    """
+
+    ids: NDArray[Any]
+    word_starts: NDArray[np.bool_]
+    sentence_lengths: NDArray[np.uint32]
+    document_sizes: NDArray[np.int64]
+    in_validation: NDArray[np.bool_]
+
+
+Documents = list[list[str]]
+
+
+class _Encode:
+    """Encodes batches of documents in a worker process, which loads the tokenizer once."""
+
+    def __init__(self, tokenizer_dir: str, dtype: str, validation_fraction: float, line_ends: str | None) -> None:
+        self.tokenizer_dir, self.dtype, self.validation_fraction = tokenizer_dir, dtype, validation_fraction
+        self.line_end = "\n" if line_ends == "keep" else ""  # encoded behind every line of a document but the last
+        self.encoder: Any = None
+
+    def __call__(self, documents: Documents) -> EncodedBatch:
+        from lmscripts.tokenizer.encoder import load_encoder
+
+        if self.encoder is None:
+            self.encoder = load_encoder(self.tokenizer_dir)
+        ended = [[line + self.line_end for line in document[:-1]] + document[-1:] for document in documents]
+        encoded = self.encoder.encode([line for document in ended for line in document])
+        sentences = np.array([len(document) for document in documents], np.int64)
+        token_ends = np.concatenate([[0], np.cumsum(encoded.lengths)])
+        sentence_ends = np.cumsum(sentences)
+        tokens = token_ends[sentence_ends] - token_ends[sentence_ends - sentences]
+        size = [sum(len(line.encode()) + 1 for line in document) for document in documents]
+        return EncodedBatch(
+            encoded.ids.astype(self.dtype),
+            encoded.word_starts,
+            encoded.lengths.astype(np.uint32),
+            np.stack([tokens, sentences, np.array(size, np.int64)], axis=1),
+            np.array([in_validation(document, self.validation_fraction) for document in documents], np.bool_),
+        )
+
+
+def in_validation(document: list[str], fraction: float) -> bool:
+    """Whether a document belongs to the validation part: decided by a hash of its text alone.
+
+    So identical documents fall on the same side, and a document keeps its side when the corpus grows.
+    """
+    if fraction <= 0:
+        return False
+    digest = hashlib.blake2b("\n".join(document).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+class _PartWriter:
+    """Appends documents to the files of one part."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
+        self.hashes = {name: hashlib.sha256() for name in _FILES}
+        self.sizes = dict.fromkeys(_FILES, 0)
+        self.totals = np.zeros(3, np.int64)
+        self.words = 0
+        self.documents = 0
+        self.open_bits = np.zeros(0, np.bool_)
+        self._write("document_tokens", np.zeros(1, np.int64))
+        self._write("document_sentences", np.zeros(1, np.int64))
+
+    def _write(self, name: str, array: NDArray[Any]) -> None:
+        data = np.ascontiguousarray(array).tobytes()
+        self.files[name].write(data)
+        self.hashes[name].update(data)
+        self.sizes[name] += len(data)
+
+    def append(
+        self,
+        ids: NDArray[Any],
+        word_starts: NDArray[np.bool_],
+        sentence_lengths: NDArray[np.uint32],
+        document_sizes: NDArray[np.int64],
+    ) -> None:
+        """Append whole documents; see `EncodedBatch` for the shapes."""
+        self._write("tokens", ids)
+        bits = np.concatenate([self.open_bits, word_starts])
+        whole = bits.size // 8 * 8
+        self._write("word_starts", np.packbits(bits[:whole], bitorder="little"))
+        self.open_bits = bits[whole:]
+        self._write("sentence_lengths", sentence_lengths)
+        ends = self.totals + np.cumsum(document_sizes, axis=0)
+        self._write("document_tokens", ends[:, 0])
+        self._write("document_sentences", ends[:, 1])
+        self._write("document_bytes", document_sizes[:, 2])
+        self.totals = self.totals + document_sizes.sum(0)
+        self.words += int(word_starts.sum())
+        self.documents += len(document_sizes)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files; returns the manifest's entry of this part."""
+        self._write("word_starts", np.packbits(self.open_bits, bitorder="little"))
+        for file in self.files.values():
+            file.close()
+        tokens, sentences, size = (int(total) for total in self.totals)
+        return {
+            "documents": self.documents,
+            "sentences": sentences,
+            "words": self.words,
+            "tokens": tokens,
+            "text_bytes": size,
+            "files": {n: {"bytes": self.sizes[n], "sha256": self.hashes[n].hexdigest()} for n in _FILES},
+        }
+
+
+def _append(batch: EncodedBatch, train: _PartWriter, validation: _PartWriter) -> None:
+    """Write each document of a batch to its part."""
+    if not batch.in_validation.any():
+        train.append(batch.ids, batch.word_starts, batch.sentence_lengths, batch.document_sizes)
+        return
+    tokens, sentences = batch.document_sizes[:, 0], batch.document_sizes[:, 1]
+    for writer, wanted in ((train, ~batch.in_validation), (validation, batch.in_validation)):
+        token_wanted, sentence_wanted = np.repeat(wanted, tokens), np.repeat(wanted, sentences)
+        writer.append(
+            batch.ids[token_wanted],
+            batch.word_starts[token_wanted],
+            batch.sentence_lengths[sentence_wanted],
+            batch.document_sizes[wanted],
+        )
+
+
+def _in_order(encode: _Encode, batches: Iterable[Documents], num_workers: int) -> Iterator[EncodedBatch]:
+    """Encode batches in `num_workers` processes, give them back in order, and hold only a few at a time."""
+    if num_workers <= 1:
+        yield from map(encode, batches)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, spawn, _start_worker, (encode,)) as pool:
+        waiting: deque[Future[EncodedBatch]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(_encode_in_worker, batch))
+                if len(waiting) > 2 * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a tokenising process was killed, probably for memory: give fewer --num_workers") from None
+
+
+_worker: _Encode | None = None
+
+
+def _start_worker(encode: _Encode) -> None:
+    """Remember the encoder of this worker process; interrupts are the parent's business."""
+    import signal
+
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = encode
+
+
+def _encode_in_worker(documents: Documents) -> EncodedBatch:
+    assert _worker is not None
+    return _worker(documents)
+
+
+def build_store(
+    folder: Path,
+    batches: Iterable[Documents],
+    *,
+    tokenizer_dir: Path,
+    tokenizer_facts: dict[str, Any],
+    source_facts: dict[str, Any],
+    options: dict[str, Any],
+    validation_batches: Iterable[Documents] | None = None,
+    num_workers: int = 1,
+    text_report: Callable[[], dict[str, Any]] = dict,
+    progress: Callable[[int], None] = lambda _: None,
+) -> TokenStore:
+    """Encode documents into a store, written aside and renamed when it is whole.
+
+    Args:
+        folder: where the store will be; it must not exist.
+        batches: lists of documents, each a list of lines, in the order of the corpus.
+        tokenizer_dir: tokenizer folder, copied into the store.
+        tokenizer_facts: must hold "fingerprint" and "vocab_size".
+        source_facts: must hold "fingerprint".
+        options: options that change the content; "validation_fraction" of the documents is held out by a hash;
+            "line_ends": "keep" encodes all lines of a document but the last with their line feed.
+        validation_batches: documents of a validation part of their own.
+        num_workers: processes that encode; the result does not depend on it.
+        text_report: called at the end; what was read, repaired and dropped.
+        progress: called with the bytes of text of each finished batch.
+
+    Raises:
+        UserError: the folder exists, or no document was left for training.
+    """
+    dtype = "uint16" if tokenizer_facts["vocab_size"] <= 1 << 16 else "uint32"
+    with new_folder(folder) as aside:
+        train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
+        encode = _Encode(str(tokenizer_dir), dtype, options["validation_fraction"], options.get("line_ends"))
+        for batch in _in_order(encode, batches, num_workers):
+            _append(batch, train, validation)
+            progress(int(batch.document_sizes[:, 2].sum()))
+        if validation_batches is not None:
+            encode = _Encode(str(tokenizer_dir), dtype, 1.0, options.get("line_ends"))
+            for batch in _in_order(encode, validation_batches, num_workers):
+                _append(batch, train, validation)
+        parts = {"train": train.close(), "validation": validation.close()}
+        if parts["train"]["tokens"] == 0:
+            raise UserError("the text gives no training token: it is empty, or all of it fell to the validation part")
+        copy_tokenizer(tokenizer_dir, aside / "tokenizer")
+        manifest = {
+            "format": "lmscripts token store",
+            "format_version": FORMAT_VERSION,
+            "fingerprint": store_fingerprint(source_facts["fingerprint"], tokenizer_facts["fingerprint"], options),
+            "dtype": dtype,
+            "source": source_facts,
+            "tokenizer": tokenizer_facts,
+            "options": options,
+            "parts": parts,
+            "text": text_report(),
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
+        (aside / "manifest.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    return open_store(folder)

@@ -1,0 +1,273 @@
+"""A saved classifier applied to new texts: read one after the other, folded, answered, in the order they came."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from lmscripts.data.folding import Fold, Folder
+from lmscripts.data.labelled_rows import by_length
+from lmscripts.errors import UserError, naming
+from lmscripts.evaluation.aggregate import calibrated, document_logits, names_of
+from lmscripts.models.classifier import ClassifierSettings, Source, label_names, padding_id
+from lmscripts.text.reading import MAX_RECORD_BYTES, format_of, open_binary, reading
+from lmscripts.text.records import BadRow, TableOptions, check_encoding
+from lmscripts.text.tables import read_table
+
+EMPTY = "empty text"
+_JSON_LIST = re.compile(r"\[\s*\{")
+_OF_KIND = {  # options that say how an input is read -> the kinds of input for which they do
+    "text": ("csv", "tsv", "jsonl", "parquet"),
+    "id_column": ("csv", "tsv", "jsonl", "parquet"),
+    "delimiter": ("csv", "tsv"),
+    "quotes": ("csv", "tsv"),
+    "encoding": ("csv", "tsv", "jsonl", "txt"),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of the input: its line, its name if it has one, and why it cannot be answered, if it cannot."""
+
+    line: int
+    name: str | None
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a classifier says of a text.
+
+    Attributes:
+        text: the text.
+        labels: names of those it is given; empty where nothing can be said.
+        probabilities: of each label; empty likewise.
+        num_fragments: rows that it was folded into.
+        note: why nothing is said.
+    """
+
+    text: Text
+    labels: list[str]
+    probabilities: list[float]
+    num_fragments: int
+    note: str
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -> None:
+    """Refuse options that would be ignored for this kind of input.
+
+    Args:
+        path: the file; "-" is standard input.
+        kind: what it is said to be; None goes by its name.
+        given: options of how it is read that are not as by default.
+
+    Raises:
+        UserError: naming the option and the kind; or an encoding that there is not.
+    """
+    if "encoding" in given:
+        check_encoding(given["encoding"])
+    real = kind or ("txt" if path == "-" else format_of(path)[0])
+    for name, value in given.items():
+        if real not in _OF_KIND[name]:
+            shown = f"--no_{name}" if value is False else f"--{name} {value}"
+            what = "standard input" if path == "-" else path
+            way_out = "" if kind else f"; is {what} another kind of table? Then give --input_format"
+            raise UserError(f"{shown} has no effect on {real}, which is how {what} is read{way_out}")
+
+
+def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
+    """Texts of a file in their order, none left out.
+
+    Args:
+        path: the file, also compressed; "-" is standard input.
+        kind: "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by the name of the file; of
+            standard input it takes lines of text, unless the first of them looks like the beginning of a table. A table
+            on standard input is read to its end before the first text.
+        table: how a table is read, with an empty `label`.
+
+    Raises:
+        UserError: there is no such file or column, or it is damaged; or nothing says that standard input is a table.
+    """
+    if path == "-":
+        yield from _standard_input(sys.stdin.buffer, kind, table)
+    elif not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"the input {path} {what} (seen from {Path.cwd()})")
+    elif (kind or format_of(path)[0]) == "txt":
+        with reading(path), open_binary(path) as file:
+            yield from _lines(file, table.encoding)
+    else:
+        yield from _rows(path, kind, table)
+
+
+def _rows(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
+    given: Any = kind
+    for row in read_table(path, replace(table, format=given)):
+        if isinstance(row, BadRow):
+            yield Text(row.line, None, "", row.reason)
+        else:
+            yield Text(row.line, row.name, row.text)
+
+
+def _standard_input(stream: BinaryIO, kind: str, table: TableOptions) -> Iterator[Text]:
+    """Lines of text as they come, or the rows of a table, which is stored first, as its reader looks at it twice."""
+    if kind in ("", "txt"):
+        first = stream.readline(MAX_RECORD_BYTES + 1)
+        if not kind:
+            _check_no_table(first, table)
+        yield from _lines(stream, table.encoding, first)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stored = Path(folder) / f"standard_input.{kind}"
+        with naming(stored), open(stored, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        try:
+            yield from _rows(str(stored), kind, table)
+        except UserError as error:
+            raise UserError(str(error).replace(str(stored), "standard input")) from error
+
+
+def _check_no_table(line: bytes, table: TableOptions) -> None:
+    """Refuse to take for a text what begins a table: a JSON record, a list of them, a header with the texts' column.
+
+    Raises:
+        UserError: saying how it is read as the table that it seems to be.
+    """
+    text = line.decode(table.encoding or "utf-8", "replace").removeprefix("\ufeff").strip()
+    as_lines = "or --input_format txt to take each line for a text"
+    if _JSON_LIST.match(text):
+        raise UserError(
+            f"standard input begins like a JSON list: give a record a line and --input_format jsonl, {as_lines}"
+        )
+    kind, column = _table_begun(text, table)
+    if kind:
+        named = "" if column == table.text else f" --text {shlex.quote(column)}"
+        raise UserError(
+            f"standard input begins like {kind}: give --input_format {kind}{named} to read it as a table, {as_lines}"
+        )
+
+
+def _table_begun(text: str, table: TableOptions) -> tuple[str, str]:
+    """The kind of table that begins with a line, and the column of its texts as it is spelt there; or nothing."""
+    if text.startswith("{"):
+        try:
+            return ("jsonl" if isinstance(json.loads(text), dict) else ""), table.text
+        except (ValueError, RecursionError):
+            return "", ""
+    found: dict[str, str] = {}
+    for mark in ",\t;|":
+        names = [field.strip(" \"'") for field in text.split(mark)]
+        alike = [name for name in names if name.casefold() == table.text.casefold()]
+        if alike:
+            found[mark] = table.text if table.text in alike else alike[0]
+    if not found:
+        return "", ""
+    return "tsv" if list(found) == ["\t"] else "csv", next(iter(found.values()))
+
+
+def _lines(stream: Any, encoding: str, first: bytes | None = None) -> Iterator[Text]:
+    """Lines of a stream, of which the first may have been read already."""
+    source: BinaryIO = stream
+    for number in itertools.count(1):
+        line = first if number == 1 and first is not None else source.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_RECORD_BYTES:
+            raise UserError(f"line {number} of the input has more than {MAX_RECORD_BYTES:,} bytes")
+        try:
+            text = line.decode(encoding or "utf-8").replace("\0", "").strip()
+        except UnicodeDecodeError:
+            yield Text(number, None, "", f"cannot be decoded as {encoding or 'utf-8'}")
+            continue
+        yield Text(number, None, text.removeprefix("\ufeff") if number == 1 else text)
+
+
+# ---- answering ---------------------------------------------------------------------------------------------------
+
+
+class Classifier:
+    """A saved classifier with all that it needs to answer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: Source,
+        settings: ClassifierSettings,
+        *,
+        batch_size: int,
+        device: torch.device,
+        autocast: bool = False,
+    ) -> None:
+        """Put the model on the device.
+
+        Args:
+            model: from `lmscripts.models.classifier.open_classifier`.
+            source: likewise.
+            settings: likewise.
+            batch_size: rows of a forward pass.
+            device: where it computes.
+            autocast: compute in bfloat16.
+        """
+        on_device: Any = model
+        self.model = on_device.to(device)
+        self.labels = label_names(model.config)
+        self.settings = settings
+        self._folder = Folder(source.encoder, settings.folds)
+        self._pad_id = padding_id(source.encoder)
+        self._batch_size, self._device, self._autocast = batch_size, device, autocast
+
+    def answer(self, texts: Sequence[Text]) -> list[Answer]:
+        """Answers to texts, in their order."""
+        folds = self._folder([text.text for text in texts])
+        rows = [(owner, fold) for owner, each in enumerate(folds) for fold in each]
+        owners = np.array([owner for owner, _ in rows], np.int64)
+        lengths = np.array([len(fold.ids) for _, fold in rows], np.int64)
+        logits = self._logits([fold for _, fold in rows], lengths)
+        settings = self.settings
+        found = document_logits(logits, owners, len(texts), settings.aggregate, settings.multi_label, lengths)
+        probabilities = calibrated(found, settings.multi_label, settings.temperature)
+        thresholds = np.array(settings.thresholds) if settings.thresholds is not None else None
+        given = names_of(probabilities, self.labels, thresholds)
+        answers = []
+        for text, each, labels, values in zip(texts, folds, given, probabilities, strict=True):
+            why = "" if each else text.note or ("no token in it" if text.text else EMPTY)
+            answers.append(Answer(text, labels, values.tolist() if each else [], len(each), why))
+        return answers
+
+    def _logits(self, folds: Sequence[Fold], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(R, K) logits of rows."""
+        logits = np.zeros((len(folds), len(self.labels)))
+        kind = self._device.type
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self._autocast):
+            for rows in by_length(lengths, self._batch_size):
+                mask = np.arange(int(lengths[rows].max())) < lengths[rows][:, None]
+                ids = np.full(mask.shape, self._pad_id, np.int64)
+                ids[mask] = np.concatenate([folds[row].ids for row in rows])
+                tensors = (torch.from_numpy(each).to(self._device) for each in (ids, mask.astype(np.int64)))
+                output: Any = self.model(**dict(zip(("input_ids", "attention_mask"), tensors, strict=True)))
+                logits[rows] = output.logits.float().cpu().numpy()
+        return logits
+
+
+def in_batches(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
+    """Texts by the hundred, as they come."""
+    while batch := list(itertools.islice(texts, size)):
+        yield batch

@@ -1,0 +1,275 @@
+"""Probabilities that mean what they say: temperature, reliability, thresholds, and when to abstain.
+
+Labels are numbers (N,) where a row has one label, and flags (N, K) where it may have several. In the first case the
+probabilities are a softmax over the labels and the confidence is the largest; in the second they are sigmoids, and
+every pair of row and label is a statement of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscripts.errors import UserError
+from lmscripts.evaluation.metrics import one_hot, plain
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+TEMPERATURE_BOUNDS = (0.05, 20.0)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often statements come true, by how sure they were.
+
+    Attributes:
+        edges: (bins + 1,) limits of confidence; a bin has its upper limit, the first one also 0.
+        count: (bins,) statements.
+        confidence: (bins,) their mean confidence; NaN in an empty bin.
+        accuracy: (bins,) share that came true; NaN in an empty bin.
+    """
+
+    edges: Floats
+    count: NDArray[np.int64]
+    confidence: Floats
+    accuracy: Floats
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: mean gap between the two, weighted by statements; NaN without any."""
+        if not self.count.sum():
+            return float("nan")
+        gaps = np.abs(np.nan_to_num(self.confidence) - np.nan_to_num(self.accuracy))
+        return float((gaps * self.count).sum() / self.count.sum())
+
+
+def probabilities_of(logits: NDArray[Any], multi_label: bool, temperature: float = 1.0) -> Floats:
+    """(N, K) softmax, or sigmoid when a row may have several labels, of (N, K) logits over the temperature."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    if multi_label:
+        small = np.exp(-np.abs(scaled))
+        return np.where(scaled >= 0, 1.0, small) / (1.0 + small)
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def fit_temperature(
+    logits: NDArray[Any], labels: NDArray[Any], bounds: tuple[float, float] = TEMPERATURE_BOUNDS
+) -> float:
+    """The temperature T > 0 for which softmax(logits / T) has the least negative log-likelihood.
+
+    arXiv:1706.04599, section 4.2, with a bisection instead of L-BFGS: the likelihood is convex in 1/T, so the sign of
+    its slope says on which side the optimum lies. It never changes which label is largest.
+
+    Args:
+        logits: (N, K) of the validation part.
+        labels: (N,) label numbers, or (N, K) flags for sigmoids.
+        bounds: least and largest T. When every label is right with room to spare, the optimum would be 0.
+
+    Raises:
+        UserError: no rows, other shapes, or logits that are not finite.
+    """
+    values = _checked(logits, labels, "logits")
+    labels = np.asarray(labels)
+    wanted = labels.astype(np.float64) if labels.ndim == 2 else np.eye(values.shape[1])[labels]
+
+    def slope(inverse: float) -> float:
+        """Derivative of the negative log-likelihood by 1/T, per row."""
+        expected = probabilities_of(values, labels.ndim == 2, 1 / inverse)
+        return float(((expected - wanted) * values).sum() / len(values))
+
+    low, high = 1 / bounds[1], 1 / bounds[0]
+    at_low, at_high = slope(low), slope(high)
+    if at_low == at_high == 0.0:
+        return 1.0  # the logits say nothing, so no temperature is better than another
+    if at_high <= 0:
+        return bounds[0]
+    if at_low >= 0:
+        return bounds[1]
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return float(1 / np.sqrt(low * high))
+
+
+def negative_log_likelihood(probabilities: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Mean over rows, in nats; for sigmoids summed over labels. A probability under 1e-12 counts as that."""
+    values = np.clip(_checked(probabilities, labels, "probabilities"), 1e-12, 1.0)
+    labels = np.asarray(labels)
+    if labels.ndim == 1:
+        return float(-np.log(values[np.arange(len(labels)), labels]).mean())
+    against = np.clip(1.0 - values, 1e-12, 1.0)
+    return float(-np.where(labels, np.log(values), np.log(against)).sum(1).mean())
+
+
+def reliability(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> Reliability:
+    """Confidence against truth in bins of equal width.
+
+    Args:
+        probabilities: (N, K).
+        labels: (N,) label numbers: the statements are the N largest probabilities. (N, K) flags: all N x K.
+        bins: number of bins.
+    """
+    values = _checked(probabilities, labels, "probabilities")
+    labels = np.asarray(labels)
+    if labels.ndim == 1:
+        confidence, came_true = values.max(1), values.argmax(1) == labels
+    else:
+        confidence, came_true = values.ravel(), labels.astype(np.bool_).ravel()
+    edges = np.linspace(0, 1, bins + 1)
+    places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(places, minlength=bins)
+    sums = np.bincount(places, weights=confidence, minlength=bins)
+    right = np.bincount(places, weights=came_true, minlength=bins)
+    means = [np.divide(part, count, out=np.full(bins, np.nan), where=count > 0) for part in (sums, right)]
+    return Reliability(edges, count, *means)
+
+
+def expected_calibration_error(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> float:
+    """Mean gap between how sure and how right, over bins of equal width (arXiv:1706.04599, section 2).
+
+    Args:
+        probabilities: (N, K).
+        labels: (N,) label numbers, or (N, K) flags; then over all pairs of row and label.
+        bins: number of bins.
+
+    Raises:
+        UserError: no rows, other shapes, or probabilities that are not finite.
+    """
+    return reliability(probabilities, labels, bins).error
+
+
+def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any], default: float = 0.5) -> Floats:
+    """For each label the threshold with the best F1; a row gets the label if its probability is at least that.
+
+    A threshold lies midway between two neighbouring probabilities. Among equally good ones the nearest to `default` is
+    taken; a label that no row has keeps the default, because nothing can be learnt about it.
+
+    Args:
+        probabilities: (N, K) of the validation part.
+        labels: (N, K) flags.
+        default: the threshold where the rows do not say.
+
+    Returns:
+        (K,) thresholds.
+
+    Raises:
+        UserError: no rows, other shapes, or probabilities that are not finite.
+    """
+    flags = np.asarray(labels)
+    if flags.ndim != 2:
+        raise UserError(f"thresholds are for several labels a row: labels must be rows x labels, not {flags.shape}")
+    values, flags = _checked(probabilities, flags, "probabilities"), flags.astype(np.bool_)
+    return np.array([_threshold(values[:, k], flags[:, k], default) for k in range(values.shape[1])])
+
+
+def choose_thresholds(recorded: Any, labels: Sequence[str], validation: tuple[Any, Any] | None) -> tuple[Floats, str]:
+    """Thresholds of a run: its own, else tuned on its validation part, else one half.
+
+    Args:
+        recorded: what the run wrote down: a list in the order of the labels, or {name: threshold}, or None.
+        labels: names of the K labels.
+        validation: (N, K) probabilities and flags, if there are any.
+
+    Returns:
+        (K,) thresholds, and a sentence where they are not the run's own.
+    """
+    own = [recorded.get(label) for label in labels] if isinstance(recorded, Mapping) else recorded
+    if isinstance(own, list) and len(own) == len(labels) and all(isinstance(one, (int, float)) for one in own):
+        return np.array(own, dtype=np.float64), ""
+    if validation is None:
+        text = "The run recorded neither thresholds nor validation predictions: 0.5 was taken for all labels."
+        return np.full(len(labels), 0.5), text
+    return tune_thresholds(*validation), "The run recorded no thresholds: they were tuned on its validation documents."
+
+
+def decisions(probabilities: NDArray[Any], thresholds: NDArray[Any] | None) -> Flags:
+    """(N, K) labels given: all that reach their thresholds, or without thresholds the likeliest alone."""
+    values = np.asarray(probabilities)
+    return one_hot(values.argmax(1), values.shape[1]) if thresholds is None else np.asarray(values >= thresholds)
+
+
+def _threshold(values: Floats, flags: Flags, default: float) -> float:
+    positives = int(flags.sum())
+    if not positives:
+        return default
+    order = np.argsort(-values, kind="stable")
+    falling = values[order]
+    given = np.arange(1, len(values) + 1)
+    scores = 2 * np.cumsum(flags[order]) / (given + positives)
+    # After the last of equal probabilities only: a threshold cannot stand between equals.
+    ends = np.append(falling[1:] < falling[:-1], True)
+    below = np.append(falling[1:], 0.0)
+    # The interval (below, value] gives the same decisions; the default itself is best where it lies within.
+    midway = np.where((below < default) & (default <= falling), default, (falling + below) / 2)
+    candidates, scores = midway[ends], scores[ends]
+    best = candidates[scores >= scores.max() - 1e-12]
+    return float(best[np.abs(best - default).argmin()])
+
+
+def coverage_accuracy(confidence: NDArray[Any], right: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
+    """What is gained by leaving the least sure rows to a human.
+
+    Rows of equal confidence are taken or left together, since no threshold tells them apart.
+
+    Args:
+        confidence: (N,) of the decisions.
+        right: (N,) whether they are.
+
+    Returns:
+        Share of rows that are decided, rising; share of those that is right; confidence of the least sure of them.
+    """
+    order = np.argsort(-np.asarray(confidence, dtype=np.float64), kind="stable")
+    falling = np.asarray(confidence, dtype=np.float64)[order]
+    number = np.arange(1, len(falling) + 1)
+    ends = np.append(falling[1:] < falling[:-1], True) if len(falling) else np.zeros(0, np.bool_)
+    accuracy = np.cumsum(np.asarray(right, dtype=np.float64)[order]) / number
+    return number[ends] / max(1, len(falling)), accuracy[ends], falling[ends]
+
+
+def judged(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> dict[str, Any]:
+    """Calibration in values for JSON: "ece", "nll" and "bins", each with low, high, count, confidence, accuracy."""
+    found = reliability(probabilities, labels, bins)
+    names = ("low", "high", "count", "confidence", "accuracy")
+    rows = zip(found.edges[:-1], found.edges[1:], found.count, found.confidence, found.accuracy, strict=True)
+    loss = negative_log_likelihood(probabilities, labels)
+    return {"ece": found.error, "nll": loss, "bins": [plain(dict(zip(names, row, strict=True))) for row in rows]}
+
+
+def coverage_points(probabilities: NDArray[Any], labels: NDArray[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Accuracy when at least all, 95, 90, 80, 70, 50 % of the rows are decided, and the curve, for JSON.
+
+    Args:
+        probabilities: (N, K).
+        labels: (N,) label numbers.
+    """
+    values = _checked(probabilities, labels, "probabilities")
+    share, accuracy, confidence = coverage_accuracy(values.max(1), values.argmax(1) == labels)
+    points = []
+    for least in (1.0, 0.95, 0.9, 0.8, 0.7, 0.5):
+        place = min(int(np.searchsorted(share, least - 1e-9)), len(share) - 1)
+        point = {"coverage": share[place], "accuracy": accuracy[place], "confidence": confidence[place]}
+        points.append(plain({**point, "rows": round(share[place] * len(values))}))
+    kept = np.unique(np.linspace(0, len(share) - 1, 400).round().astype(int))  # enough for a line
+    return points, {"coverage": plain(share[kept]), "accuracy": plain(accuracy[kept])}
+
+
+def _checked(values: NDArray[Any], labels: NDArray[Any], what: str) -> Floats:
+    numbers, flags = np.asarray(values, dtype=np.float64), np.asarray(labels)
+    fits = numbers.ndim == 2 and flags.shape in (numbers.shape[:1], numbers.shape)
+    if not fits or not len(numbers):
+        raise UserError(
+            f"{what} of the shape {numbers.shape} and labels of the shape {flags.shape} give no calibration"
+        )
+    if not np.isfinite(numbers).all():
+        raise UserError(f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} {what} are not finite numbers")
+    if flags.ndim == 1 and not (flags.min() >= 0 and flags.max() < numbers.shape[1]):
+        raise UserError(
+            f"label numbers run from {flags.min()} to {flags.max()}, but there are {numbers.shape[1]} labels"
+        )
+    return numbers

@@ -1,0 +1,364 @@
+"""What a run of the classifier leaves: the model, tables of predictions, numbers, a card, an entry in the database."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from lmscripts.data.database import Database
+from lmscripts.data.labelled_rows import Part
+from lmscripts.data.stored import RunKey
+from lmscripts.errors import UserError
+from lmscripts.evaluation.aggregate import names_of
+from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, judge
+from lmscripts.evaluation.markup import escape
+from lmscripts.evaluation.metrics import plain
+from lmscripts.evaluation.progress import ClassifierState
+from lmscripts.evaluation.report import safe_cell
+from lmscripts.files import new_folder, remove_leftovers, write_text
+from lmscripts.models.classifier import KEY, ClassifierSettings, Source
+from lmscripts.models.lora import merge_lora
+from lmscripts.tokenizer.folder import copy_tokenizer
+from lmscripts.training.log import versions
+
+_USE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
+model = AutoModelForSequenceClassification.from_pretrained("PATH/TO/THIS/FOLDER")"""
+
+
+# ---- the folder --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """What a run leaves beside its training folder, all with one beginning of their names."""
+
+    folder: Path
+    name: str
+
+    @property
+    def training(self) -> Path:
+        """Checkpoints, log and options."""
+        return self.folder / f"{self.name}_training"
+
+    @property
+    def model(self) -> Path:
+        """The trained model."""
+        return self.folder / f"{self.name}_trained_model"
+
+    @property
+    def predictions(self) -> Path:
+        """Predictions of the test documents."""
+        return self.folder / f"{self.name}_testset_predictions.csv"
+
+    @property
+    def fragments(self) -> Path:
+        """Predictions of the rows of the test documents."""
+        return self.folder / f"{self.name}_testset_fragments.csv"
+
+    @property
+    def statistics(self) -> Path:
+        """Numbers of every epoch and of the test part."""
+        return self.folder / f"{self.name}_train_test_stats.json"
+
+    def check_free(self, do_continue: bool) -> None:
+        """Refuse to write over another run's results.
+
+        Raises:
+            UserError: there are some, and this run does not continue it.
+        """
+        there = [path for path in (self.model, self.predictions, self.statistics) if path.exists()]
+        if there and not (do_continue and self.training.is_dir()):
+            raise UserError(
+                f"{there[0]} is there already: give another --run_name or --output_dir, or --do_continue to go on "
+                "with the run that wrote it"
+            )
+
+    def remove_leftovers(self) -> None:
+        """Remove what `write_text` of an earlier, killed process of this run left beside the files."""
+        for path in (self.predictions, self.fragments, self.statistics):
+            beginning = f".{path.name[:40]}."
+            for other in path.parent.glob(f"{glob.escape(beginning)}*"):
+                is_aside = re.fullmatch("[0-9a-f]{8}", other.name.removeprefix(beginning))
+                # A name that is cut off may be of another run, which is writing it for the moment.
+                if is_aside and (len(path.name) <= 40 or time.time() - other.stat().st_mtime > 60):
+                    other.unlink(missing_ok=True)
+
+
+def check_run_name(name: str | None) -> None:
+    """Keep all files of a run in one folder.
+
+    Raises:
+        UserError: the name cannot begin the name of a file.
+    """
+    if name is not None and (not name or Path(name).name != name or "\0" in name):
+        raise UserError(f"--run_name {name!r} cannot begin the name of a file: put folders into --output_dir")
+
+
+def export_model(
+    target: Path, model: PreTrainedModel, tokenizer_dir: Path, settings: ClassifierSettings, card: str
+) -> None:
+    """Write model, tokenizer and card as the Auto classes load them; an earlier folder is replaced by a whole one."""
+    setattr(model.config, KEY, settings.as_json())
+    new, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    remove_leftovers(new)
+    with new_folder(new) as aside:
+        copy_tokenizer(tokenizer_dir, aside)
+        model.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- tables and numbers ------------------------------------------------------------------------------------------
+
+
+def write_tables(
+    files: ResultFiles,
+    places: Mapping[int, tuple[int, str]],
+    part: Part,
+    judged: Judged,
+    labels: list[str],
+    settings: ClassifierSettings,
+) -> None:
+    """Predictions of a part's documents, every one of them once and in order, and of their rows.
+
+    Args:
+        files: what is written.
+        places: line and name of every document.
+        part: the documents.
+        judged: what the model says of them.
+        labels: names of the K labels.
+        settings: of the classifier, after calibration.
+    """
+    thresholds = None if settings.thresholds is None else np.array(settings.thresholds)
+    all_probabilities = np.full(part.truth.shape, np.nan)
+    all_probabilities[judged.places] = judged.probabilities
+    counts = np.bincount(part.owners, minlength=len(part.doc_ids))
+    truth = [settings.separator.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
+    head = ["document", "line", "name", "true_label", "predicted_label"]
+    shares = [f"probability of {label}" for label in labels]
+    predicted = [settings.separator.join(found) for found in names_of(all_probabilities, labels, thresholds)]
+    rows = [
+        [int(doc_id), *places[doc_id], true, found, *_rounded(values), int(count)]
+        for doc_id, true, found, values, count in zip(
+            part.doc_ids.tolist(), truth, predicted, all_probabilities, counts, strict=True
+        )
+    ]
+    write_text(files.predictions, _csv([*head, *shares, "fragments"], rows))
+    folds, named = part.folds, names_of(judged.fragment_probabilities, labels, thresholds)
+    pieces = [
+        [doc_id, *places[doc_id], truth[owner], settings.separator.join(found), *_rounded(values), *span]
+        for doc_id, owner, found, values, *span in zip(
+            folds.doc_ids.tolist(),
+            part.owners,
+            named,
+            judged.fragment_probabilities,
+            folds.idx.tolist(),
+            folds.char_start.tolist(),
+            folds.char_end.tolist(),
+            strict=True,
+        )
+    ]
+    write_text(files.fragments, _csv([*head, *shares, "fragment", "char_start", "char_end"], pieces))
+
+
+def _rounded(values: Any) -> list[str]:
+    return ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+
+
+def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([safe_cell(cell) for cell in row] for row in (head, *rows))
+    return f"\ufeff{text.getvalue()}"  # by which spreadsheets know UTF-8
+
+
+def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tested: Judged | None) -> str:
+    """JSON of every epoch and of the test part; a number that is none is null.
+
+    The keys "Training", "Testing" and the names with capitals are those of an older tool whose readers expect them.
+    """
+    testing: dict[str, Any] = {}
+    if tested is not None:
+        older = {"Test Loss": "loss", "Test Accuracy": "accuracy", "Matthews corrcoef": "mcc"}
+        testing = {old: tested.document[new] for old, new in older.items() if new in tested.document}
+        testing |= {"document": tested.document, "fragment": tested.fragment}
+    epochs = []
+    for record in history:
+        older = {"Training Loss": record["train"].get("loss"), "Training Accuracy": record["train"].get("accuracy")}
+        found = record["validation"]
+        if found:
+            older["Validation Loss"] = found["loss"]
+            older["Validation Accuracy"] = found.get("accuracy", found.get("subset_accuracy"))
+        epochs.append({"epoch": record["epoch"], **older, **record})
+    values = plain({"format": 1, **facts, "Training": epochs, "Testing": testing})
+    return json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def card_text(title: str, rows: Mapping[str, Any], tested: Judged | None, options_yaml: str) -> str:
+    """Model card: what it was made from and how right it is, in the words of this run."""
+    measured = {} if tested is None else {name: _shown(value) for name, value in tested.document.items()}
+    lines = [f"| {name} | {_as_text(value)} |" for name, value in rows.items()]
+    lines += [f"| test documents: {name.replace('_', ' ')} | {value} |" for name, value in measured.items()]
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    fence = "`" * max([3, *(len(found) + 1 for found in re.findall("`+", options_yaml))])
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+---
+
+# {_as_text(title)}
+
+Every number below was measured in this run.
+
+| what | value |
+|---|---|
+{chr(10).join(lines)}
+
+## Use
+
+`scripts/predict_classifier.py --model_dir PATH/TO/THIS/FOLDER` folds long texts, combines the answers of their rows
+and applies the temperature as config.json says under `{KEY}`. Without it, and for texts of one row:
+
+```python
+{_USE}
+```
+
+## Limits
+
+It knows the labels above and no others, and gives one to any text. The test documents come from the same table as the
+training documents: how well it does on other text was not measured.
+
+## How it was made
+
+{used}; {sys.platform}
+
+{fence}yaml
+{options_yaml.strip()}
+{fence}
+"""
+
+
+def _as_text(value: Any) -> str:
+    """A cell of Markdown that shows a value as it is, whatever signs of HTML or Markdown are in it."""
+    return re.sub(r"[|*`\[\]\\]", lambda found: f"&#{ord(found[0])};", escape(" ".join(str(value).split())))
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if np.isfinite(value) else "undefined"
+
+
+# ---- the end of a run --------------------------------------------------------------------------------------------
+
+
+def finish(
+    files: ResultFiles,
+    database: Database,
+    state: ClassifierState,
+    settings: ClassifierSettings,
+    source: Source,
+    model: PreTrainedModel,
+    facts: Mapping[str, Any],
+    options_yaml: str,
+    labels: list[str],
+    parts: Mapping[str, tuple[Part, RowAnswers | None]],
+) -> list[str]:
+    """Calibrate, judge, write everything; called by the main process.
+
+    Args:
+        files: what is written.
+        database: likewise.
+        state: of the run at its end.
+        settings: of the classifier, before calibration.
+        source: the model that it began with.
+        model: the best one.
+        facts: of the run, for the database.
+        options_yaml: the options that repeat it.
+        labels: names of the K labels.
+        parts: "validation" and "test", and what the model answers.
+
+    Returns:
+        Sentences for the user.
+
+    Raises:
+        UserError: the database does not hold the run any more; nothing is written then.
+    """
+    places = database.read_places(state.entry)
+    files.remove_leftovers()
+    settings, said = _calibrated(*parts["validation"], settings, len(labels))
+    judged = {name: judge(found, part, settings) for name, (part, found) in parts.items() if found is not None}
+    for name, result in judged.items():
+        _store(database, state.entry, name, parts[name], result)
+    tested = judged.get("test")
+    if tested is not None:
+        for level in ("document", "fragment"):
+            database.write_test_metrics(state.entry, level, getattr(tested, level))
+        write_tables(files, places, parts["test"][0], tested, labels, settings)
+    else:
+        said.append("there is no test part: nothing is said about other texts, and there is nothing to report")
+    calibration = {"temperature": settings.temperature, "thresholds": settings.thresholds}
+    facts = {**facts, **calibration, "best_epoch": state.best_epoch, "steps": state.step}
+    place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
+    about = {"run": state.run_id, "database": place, **facts}
+    write_text(files.statistics, statistics_text(about, state.history, tested))
+    rows = {"labels": ", ".join(labels), "began with": source.name, "architecture": model.config.model_type}
+    card = card_text(files.name, rows | _card_rows(state, settings), tested, options_yaml)
+    merge_lora(model)
+    export_model(files.model, model, source.encoder.folder, settings, card)
+    database.end_run(state.entry, "done", facts)
+    said.append(f"the model is in {files.model}")
+    return said if tested is None else [*said, *_told(files, database, state, tested)]
+
+
+def _calibrated(
+    validation: Part, answers: RowAnswers | None, settings: ClassifierSettings, num_labels: int
+) -> tuple[ClassifierSettings, list[str]]:
+    """Settings as the model is exported with, and sentences for the user."""
+    if answers is None:
+        settings = replace(settings, thresholds=(0.5,) * num_labels if settings.multi_label else None)
+        return settings, ["there is no validation part: the model is not calibrated"]
+    temperature, thresholds, said = calibrate(answers, validation, settings)
+    return replace(settings, temperature=temperature, thresholds=thresholds), said
+
+
+def _card_rows(state: ClassifierState, settings: ClassifierSettings) -> dict[str, str]:
+    folding = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
+    best = str(state.best_epoch or "the last")
+    return {"best epoch": best, "temperature": f"{settings.temperature:.4f}", "rows": folding}
+
+
+def _told(files: ResultFiles, database: Database, state: ClassifierState, tested: Judged) -> list[str]:
+    shown = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
+    report = f"for a report: python scripts/analyze_results.py {database.path} --run {state.run_id}"
+    return [f"the predictions are in {files.predictions}", f"test documents: {shown}", report]
+
+
+def _store(database: Database, run: RunKey, name: str, part: tuple[Part, RowAnswers | None], judged: Judged) -> None:
+    """Predictions of a part into the database, of documents and of rows."""
+    rows, answers = part
+    if answers is None:
+        return
+    documents = rows.doc_ids[judged.places]
+    database.write_predictions(run, name, "document", documents, None, judged.probabilities, judged.logits)
+    places = (rows.folds.doc_ids, rows.folds.idx)
+    database.write_predictions(run, name, "fragment", *places, judged.fragment_probabilities, answers.logits)

@@ -1,0 +1,331 @@
+"""Scores of whole documents: a causal model's loss with sliding windows, a masked model's pseudo-perplexity.
+
+Documents never see each other and no position of padding has any influence: rows are only batched with rows of the same
+padded length, which is a function of the row alone, and padding stands behind a causal row, where nothing looks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmscripts.data.masking import Unit, expand_ranges
+from lmscripts.data.packing import PackedRows
+from lmscripts.data.pretraining import PretrainingData, mlm_masking
+from lmscripts.data.token_store import Part
+from lmscripts.data.windows import slide, window_rows
+from lmscripts.errors import UserError
+from lmscripts.evaluation.sums import Progress, sum_over_batches, sums_and_counts
+from lmscripts.models import gpt2
+from lmscripts.objectives import CORRUPTION
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from accelerate import Accelerator
+
+    from lmscripts.evaluation.sums import MakeBatch
+
+LOGITS_AT_ONCE = 1 << 26
+
+
+def no_progress(done: int, passes: int) -> None:
+    """Say nothing."""
+
+
+def unknown_id(tokenizer: Any) -> int:
+    """Id of the token that stands for what a tokenizer does not know; -1 where there is none.
+
+    GPT-2's own names its end token as the unknown one, too, but builds every text from bytes and never gives it.
+
+    Args:
+        tokenizer: from transformers.
+    """
+    number = tokenizer.unk_token_id
+    if number is None:
+        return -1
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return -1 if number in ends and getattr(model, "unk_token", "") is None else int(number)
+
+
+# ---- causal: sliding windows -------------------------------------------------------------------------------------
+
+
+def score_causal(
+    accelerator: Accelerator,
+    model: Any,
+    part: Part,
+    boundary: tuple[int, int],
+    *,
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    unknown_id: int = -1,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Score every token and the end of every document of a part of a store, each once, each document by itself.
+
+    Args:
+        accelerator: the running processes.
+        model: any causal model of transformers, in evaluation mode on the accelerator's device.
+        part: of the store.
+        boundary: ids that stand before a document and are predicted after it, from `objectives.causal.boundary_ids`.
+        block_size: positions of a window.
+        stride: positions from one window to the next.
+        batch_size: windows of full length in a forward pass; of shorter ones more are taken.
+        unknown_id: from `unknown_id`; -1 for none.
+        progress: called after each forward pass.
+
+    Returns:
+        "nats": sum of cross-entropies; "correct": targets with the highest logit; "targets"; "windows"; "unknown":
+        targets that the tokenizer does not know; in float64, the same bits for any number of processes.
+    """
+    windows = slide(part, block_size, stride)
+    separate_head = has_separate_head(model)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    most_rows = len(windows)
+    if not separate_head:
+        most_rows = max(1, LOGITS_AT_ONCE // (block_size * vocabulary))
+    batches = windows.batches(batch_size * block_size, most_rows)
+
+    def measure(number: int) -> dict[str, float]:
+        inputs, scored, targets = window_rows(part, windows, *batches[number], *boundary)
+        ids, places, wanted = (torch.from_numpy(a).to(accelerator.device) for a in (inputs, scored, targets))
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        found = []
+        if separate_head:
+            hidden = gpt2.encode(model, ids, positions, {"attention_mask": None}, places)
+            most = max(1, LOGITS_AT_ONCE // vocabulary)
+            for some, labels in zip(torch.split(hidden, most), torch.split(wanted, most), strict=True):
+                found.append(_nats_and_correct(gpt2.predict(model, some), labels))
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits
+            found.append(_nats_and_correct(logits.flatten(0, 1).index_select(0, places), wanted))
+        nats, correct = (sum(values) for values in zip(*found, strict=True))
+        sizes = {"targets": float(targets.size), "windows": float(len(inputs))}
+        return {"nats": nats, "correct": correct, **sizes, "unknown": float(np.count_nonzero(targets == unknown_id))}
+
+    with torch.no_grad(), accelerator.autocast():
+        totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
+    return totals or {}
+
+
+def _nats_and_correct(logits: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Sum of the cross-entropies, in float64, and the number of targets with the highest logit."""
+    logits = logits.float()
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    correct = (logits.argmax(-1) == targets).sum()
+    return float(losses.cpu().numpy().astype(np.float64).sum()), float(correct)
+
+
+@torch.no_grad()
+def has_separate_head(model: Any) -> bool:
+    """Whether the logits of a model are its output matrix times its last hidden states and nothing else.
+
+    Some decoders scale or bend their logits afterwards; those have to be asked for all logits of a row at once.
+    """
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    ids = torch.randint(0, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(model.device)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        found = gpt2.predict(model, gpt2.encode(model, ids, positions, {"attention_mask": None})).float()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False  # built in another way
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def per_text(totals: dict[str, float], raw_bytes: int, text_bytes: int) -> dict[str, float]:
+    """Loss and perplexity per target, and bits per byte of the raw and of the cleaned text, from `score_causal`."""
+    loss, bits = totals["nats"] / totals["targets"], totals["nats"] / math.log(2)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits / raw_bytes,
+        "bits_per_text_byte": bits / text_bytes,
+        "accuracy": totals["correct"] / totals["targets"],
+    }
+
+
+# ---- masked: every token masked once -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """P pieces of documents, the longest first.
+
+    Attributes:
+        start: (P,) first token in the store.
+        length: (P,) tokens.
+    """
+
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+
+
+def cut(part: Part, most_tokens: int, most_documents: int | None = None) -> Pieces:
+    """Documents in pieces of at most `most_tokens` tokens."""
+    offsets = part.document_tokens[: None if most_documents is None else most_documents + 1]
+    tokens = np.diff(offsets)
+    count = -(-tokens // most_tokens)
+    begin = expand_ranges(np.zeros_like(count), count) * most_tokens
+    length = np.minimum(most_tokens, np.repeat(tokens, count) - begin)
+    order = np.argsort(-length, kind="stable")
+    return Pieces((np.repeat(offsets[:-1], count) + begin)[order], length[order])
+
+
+def _masked_batches(pieces: Pieces, positions: int, most_rows: int) -> Iterator[tuple[int, int, int]]:
+    """Rows with one masked token each, by length: (first piece of the length, first row, last + 1 row within it)."""
+    lengths, firsts, counts = np.unique(-pieces.length, return_index=True, return_counts=True)
+    for length, first, count in zip((-lengths).tolist(), firsts.tolist(), counts.tolist(), strict=True):
+        rows = max(1, min(positions // (length + 2), most_rows))
+        for begin in range(0, count * length, rows):
+            yield first, begin, min(count * length, begin + rows)
+
+
+def score_pseudo(
+    accelerator: Accelerator,
+    family: ModuleType,
+    model: Any,
+    part: Part,
+    special: dict[str, int],
+    *,
+    block_size: int,
+    batch_size: int,
+    most_documents: int | None = None,
+    unknown_id: int = -1,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Pseudo-log-likelihood (arXiv:1910.14659, section 2.3): every token is masked once and predicted from all others.
+
+    Rows of one length share a batch, so there is no padding at all. Deviation: documents longer than the model reads
+    are cut into pieces, each scored by itself.
+
+    Args:
+        accelerator: the running processes.
+        family: functions of the family, `lmscripts.models.FAMILIES`.
+        model: a masked language model in evaluation mode on the device, its last layer narrowed.
+        part: of the store.
+        special: ids by name: "cls", "sep" and "mask".
+        block_size: tokens of a row with [CLS] and [SEP], at most.
+        batch_size: rows of full length in a forward pass; of shorter ones more are taken.
+        most_documents: score only the first documents.
+        unknown_id: from `unknown_id`; -1 for none.
+        progress: called after each forward pass.
+
+    Returns:
+        "nats": the pseudo-log-likelihood with the sign of a loss; "correct"; "targets": tokens; "unknown"; in float64.
+    """
+    pieces = cut(part, block_size - 2, most_documents)
+    head: Any = model.get_output_embeddings()
+    most_rows = max(1, LOGITS_AT_ONCE // int(head.weight.shape[0]))
+    batches = list(_masked_batches(pieces, batch_size * block_size, most_rows))
+
+    def measure(number: int) -> dict[str, float]:
+        first, begin, end = batches[number]
+        length = int(pieces.length[first])
+        row = np.arange(begin, end)
+        masked = row % length
+        ids = np.empty((row.size, length + 2), np.int64)
+        ids[:, 0], ids[:, -1] = special["cls"], special["sep"]
+        ids[:, 1:-1] = part.tokens[pieces.start[first + row // length][:, None] + np.arange(length)]
+        at = np.arange(row.size) * (length + 2) + 1 + masked
+        targets = ids.reshape(-1)[at].copy()
+        ids.reshape(-1)[at] = special["mask"]
+        inputs, slots, wanted = (torch.from_numpy(a).to(accelerator.device) for a in (ids, at, targets))
+        positions = torch.arange(length + 2, device=inputs.device).expand_as(inputs)
+        hidden = family.encode(model, inputs, positions, {"attention_mask": None}, slots)
+        nats, correct = _nats_and_correct(family.predict(model, hidden), wanted)
+        unknown = np.count_nonzero(targets == unknown_id)
+        return {"nats": nats, "correct": correct, "targets": float(row.size), "unknown": float(unknown)}
+
+    with torch.no_grad(), accelerator.autocast():
+        totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
+    return totals or {}
+
+
+def pseudo_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """Loss per token, pseudo-perplexity and accuracy from `score_pseudo`. There is no likelihood behind them."""
+    loss = totals["nats"] / totals["targets"]
+    found = {"pseudo_loss": loss, "pseudo_perplexity": math.exp(min(loss, 700.0))}
+    return found | {"pseudo_accuracy": totals["correct"] / totals["targets"]}
+
+
+# ---- masked: the rows and masks of training ----------------------------------------------------------------------
+
+
+def score_masks(
+    accelerator: Accelerator,
+    objective: Any,
+    rows: PackedRows,
+    tokenizer: Any,
+    *,
+    unit: Unit,
+    probability: float,
+    batch_size: int,
+    unknown_id: int = -1,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What an objective with masks measures on all rows of a text, masked as the held-out rows of a training run are.
+
+    Args:
+        accelerator: the running processes.
+        objective: masked language model or replaced token detection, on the device.
+        rows: of the text.
+        tokenizer: from transformers.
+        unit: what is masked as a whole.
+        probability: share of the tokens to predict.
+        batch_size: rows of a forward pass; fewer where their logits would be too many.
+        unknown_id: from `unknown_id`; -1 for none.
+        progress: called after each forward pass.
+
+    Returns:
+        The objective's metrics, and its counts; "unknown": masked tokens that the tokenizer does not know.
+
+    Raises:
+        UserError: the text is so short that no token of it is masked.
+    """
+    model_type = str(objective.models[""].config.model_type)
+    plan = mlm_masking(tokenizer, rows.layout, probability, unit, **CORRUPTION.get(model_type, {}))
+    vocabulary = max(int(model.get_input_embeddings().weight.shape[0]) for model in objective.models.values())
+    at_once = max(1, min(batch_size, LOGITS_AT_ONCE // (plan.slots * vocabulary)))
+    data = PretrainingData(
+        rows,
+        rows,
+        masking=plan,
+        attention=objective.attention,
+        seed=0,
+        batch_size=at_once,
+        shares=[at_once],
+        micro_batch_size=at_once,
+        total_rows=rows.num_rows,
+        most_eval_rows=rows.num_rows,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    make_batch = _counting_unknown(data.eval_batch, unknown_id)
+    found = sums_and_counts(accelerator, objective, make_batch, rows.num_rows, at_once, progress=progress)
+    sums, counts = found or ({}, {})
+    if not counts.get("mlm"):
+        raise UserError(
+            f"of the {rows.real_tokens} tokens of the text none is masked at --mask_probability {probability}: give "
+            "more text"
+        )
+    return objective.metrics(sums, counts), counts
+
+
+def _counting_unknown(make_batch: MakeBatch, unknown_id: int) -> MakeBatch:
+    """The same batches, with the number of masked tokens that have this id among their counts."""
+
+    def counting(numbers: NDArray[np.int64]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        batch, counts = make_batch(numbers)
+        return batch, counts | {"unknown": float(batch["weights"][batch["labels"] == unknown_id].sum())}
+
+    return counting

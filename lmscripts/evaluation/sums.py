@@ -1,0 +1,225 @@
+"""Evaluation: the same rows and the same masks every time, and the same bits for any number of processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lmscripts.data.loader import to_device
+from lmscripts.data.preparation import Source, prepare_beside
+from lmscripts.data.token_store import TokenStore
+from lmscripts.errors import UserError
+from lmscripts.files import file_sha256
+from lmscripts.text.corpus import HUB, Span, read_documents
+from lmscripts.text.reading import check_encoding, format_of, open_binary, read_records, reading
+from lmscripts.text.report import TextReport
+from lmscripts.training.processes import sum_over_processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from numpy.typing import NDArray
+
+    from lmscripts.objectives import Batch, Objective
+
+    # Rows of the given numbers as a batch with its counts.
+    MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
+Progress = Callable[[int, int], None]  # passes done, passes in all
+TEXT_COLUMN = "text"  # of tables and JSON lines where none is named
+SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
+
+
+def sum_over_batches(
+    accelerator: Accelerator,
+    num_batches: int,
+    measure: Callable[[int], Mapping[str, float | torch.Tensor]],
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
+) -> dict[str, float] | None:
+    """Sums over numbered batches in float64, bitwise the same for any number of processes.
+
+    Batch n is measured by process n % world. After each pass one all-reduce carries a vector in which a process fills
+    its own places only: adding zeros is exact, so every process then has the numbers of every batch and adds them in
+    the order of the batches.
+
+    Every process makes the same number of passes, the last time with a batch that does not count if it has none left,
+    so that a sharded model stays aligned and a request to stop is seen by all after the same pass.
+
+    Args:
+        accelerator: the running processes.
+        num_batches: number of batches.
+        measure: named numbers of the batch with this number, always in the same order; what is in the batch must not
+            depend on the processes.
+        stop_requested: asked on each process after each pass.
+        progress: called after each pass.
+
+    Returns:
+        The sums by name, empty without batches; None when a process was asked to stop before the end.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    totals: dict[str, float] = {}
+    for first in range(0, num_batches, world):
+        measured = measure(first + rank if first + rank < num_batches else 0)
+        width = len(measured)
+        places = [0.0] * (world * width)
+        places[rank * width : (rank + 1) * width] = [float(value) for value in measured.values()]
+        *places, stops = sum_over_processes(accelerator, [*places, float(stop_requested())])
+        if stops:
+            return None
+        for process in range(min(world, num_batches - first)):
+            for place, name in enumerate(measured):
+                totals[name] = totals.get(name, 0.0) + places[process * width + place]
+        progress(first // world + 1, -(-num_batches // world))
+    return totals
+
+
+def evaluate(
+    accelerator: Accelerator,
+    objective: Objective,
+    make_batch: MakeBatch,
+    num_rows: int,
+    micro_batch_size: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
+) -> dict[str, float] | None:
+    """What the objective measures on held-out rows, bitwise the same for any number of processes.
+
+    Args:
+        accelerator: the running processes.
+        objective: the module, in any mode; it is left in the mode it had.
+        make_batch: builds the batch of given row numbers, always with the same masks.
+        num_rows: rows of the held-out part.
+        micro_batch_size: rows per forward pass.
+        stop_requested: asked on each process after each pass.
+        progress: called after each pass.
+
+    Returns:
+        The objective's metrics, empty without a single target; None when a process was asked to stop before the end.
+    """
+    totals = sums_and_counts(accelerator, objective, make_batch, num_rows, micro_batch_size, stop_requested, progress)
+    if totals is None:
+        return None
+    sums, counts = totals
+    return objective.metrics(sums, counts) if counts.get(next(iter(objective.weights))) else {}
+
+
+def sums_and_counts(
+    accelerator: Accelerator,
+    objective: Objective,
+    make_batch: MakeBatch,
+    num_rows: int,
+    micro_batch_size: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
+) -> tuple[dict[str, float], dict[str, float]] | None:
+    """As `evaluate`, but what the metrics are made of: the objective's sums, and the counts of its targets."""
+
+    def measure(number: int) -> dict[str, float | torch.Tensor]:
+        begin = number * micro_batch_size
+        batch, counts = make_batch(np.arange(begin, min(num_rows, begin + micro_batch_size)))
+        found = objective(to_device(batch, accelerator.device))
+        return {f"sum {name}": value for name, value in found.items()} | {f"count {n}": v for n, v in counts.items()}
+
+    was_training = objective.training
+    objective.eval()
+    try:
+        with torch.no_grad(), accelerator.autocast():
+            num_batches = -(-num_rows // micro_batch_size)
+            totals = sum_over_batches(accelerator, num_batches, measure, stop_requested, progress)
+    finally:
+        objective.train(was_training)
+    if totals is None:
+        return None
+    sums, counts = (
+        {name.removeprefix(kind): value for name, value in totals.items() if name.startswith(kind)}
+        for kind in ("sum ", "count ")
+    )
+    return sums, counts
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def text_facts(files: Sequence[Path], text_column: str | None, document_per_line: bool) -> list[dict[str, Any]]:
+    """Name, bytes (see `raw_text_bytes`) and sha256 of each file of a text.
+
+    Args:
+        files: from `find_files`.
+        text_column: of tables and JSON lines, if one was named.
+        document_per_line: whether .txt files were said to hold one document a line.
+
+    Raises:
+        UserError: a file that is given twice, an option without effect on these files, or not one document.
+    """
+    known: dict[tuple[int, int], Path] = {}
+    for path in files:
+        if not str(path).startswith(HUB):
+            status = path.stat()
+            if (other := known.setdefault((status.st_dev, status.st_ino), path)) is not path:
+                raise UserError(f"{other} and {path} are the same file, whose text would count twice: give it once")
+    are_text = [format_of(path)[0] == "txt" for path in files]
+    if text_column is not None and all(are_text):
+        raise UserError(f"--text_column {text_column} has no effect: only .txt files are given, which have no columns")
+    if document_per_line and not any(are_text):
+        raise UserError("--document_per_line has no effect: no .txt file is given, and a record is a document")
+    column = text_column or TEXT_COLUMN
+    sizes, report = raw_text_bytes(files, column), TextReport()
+    spans = [Span(str(path)) for path in files]
+    if next(read_documents(spans, report, document_per_line=document_per_line, text_column=column), None) is None:
+        told = "; ".join(["not one line that is not empty", *report.sentences()[1:]])
+        raise UserError(f"{' '.join(map(str, files))} holds no text: {sum(sizes)} bytes, {told}")
+    return [{"file": p.name, "bytes": size, "sha256": file_sha256(p)} for p, size in zip(files, sizes, strict=True)]
+
+
+def raw_text_bytes(files: Sequence[Path], text_column: str) -> list[int]:
+    """Bytes of the text of each file as it is, before anything is cleaned or dropped.
+
+    Of plain text all bytes of the file, decompressed; of tables the UTF-8 bytes of the text column.
+
+    Raises:
+        UserError: a data set on the Hub, whose bytes nobody can count twice, or a damaged file.
+    """
+    sizes = []
+    for path in map(str, files):
+        if path.startswith(HUB):
+            raise UserError(
+                f"{path} is a stream from the Hub, which may change: save it as a file and evaluate on that"
+            )
+        size = 0
+        if format_of(path)[0] == "txt":
+            check_encoding(path)
+            with reading(path), open_binary(path) as file:
+                while block := file.read(1 << 20):
+                    size += len(block)
+        else:
+            for text, _ in read_records(path, text_column, "skip", TextReport()):
+                size += len(text.encode("utf-8", "surrogatepass"))
+        sizes.append(size)
+    return sizes
+
+
+@contextmanager
+def temporary_store(source: Source, num_workers: int) -> Iterator[TokenStore]:
+    """A token store of a text for as long as it is evaluated, removed however the block ends.
+
+    Called before the processes join, by all of them: of those on one machine the first builds, and removes at the end.
+    """
+    builds = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A name that the processes of this run on this machine know without asking each other.
+        run = f"{os.getuid()}-{os.environ.get('MASTER_PORT', '0')}-{os.environ.get('SLURM_JOB_ID', '0')}"
+        folder = Path(tempfile.gettempdir()) / f"lmscripts-evaluation-{run}"
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="lmscripts-evaluation-"))
+    try:
+        yield prepare_beside(source, folder / "run", num_workers)
+    finally:
+        if builds:
+            shutil.rmtree(folder, ignore_errors=True)

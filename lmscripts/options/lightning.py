@@ -1,0 +1,319 @@
+"""Keys of an older GPT-2 trainer, a command line of PyTorch Lightning 1.3, and what they mean to run_pretraining.py.
+
+`seed_everything`, `trainer.*` (the arguments of Lightning's Trainer) and `model.*` (those of its model). What has no
+counterpart here is refused unless it stands at its default, so that nothing that was asked for is left out silently.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmscripts.errors import UserError
+from lmscripts.options.foreign import LINE
+
+if TYPE_CHECKING:
+    from lmscripts.options.foreign import ForeignOptions, Written
+
+SYSTEM = "a GPT-2 trainer with the command line of PyTorch Lightning"
+RENAMED = {
+    "seed_everything": "seed",
+    "trainer.seed_everything": "seed",
+    "trainer.gradient_clip_val": "max_grad_norm",
+    "trainer.deterministic": "deterministic",
+    "trainer.log_every_n_steps": "logging_steps",
+    "trainer.default_root_dir": "model_dir",
+    "model.tokenizer_model": "tokenizer_dir",
+    "model.train_file": "input_file",
+    "model.valid_file": "validation_file",
+    "model.block_size": "sequence_length",
+    "model.lr": "learning_rate",
+    "model.num_warmup_steps": "warmup_steps",
+}
+SIZES = ("n_layer", "n_head", "n_embd")
+LENGTHS = ("max_steps", "epochs", "phase_steps")
+# How they stood there where nothing was said and where this script would do otherwise. Adam's are torch's.
+DEFAULTS = {
+    "optimizer": "adam",
+    "weight_decay": "0",
+    "beta2": "0.999",
+    "epsilon": "1e-8",
+    "learning_rate": "1e-4",
+    "warmup_steps": "0",
+    "schedule": "constant",
+    "max_grad_norm": "0",
+    "logging_steps": "50",
+    "attention_dropout": "0.1",
+    "eval_every": "epoch",
+    "save_steps": "epoch",
+}
+DEFAULT_BATCH_SIZE, DEFAULT_EPOCHS = 2, 1000
+# Its documentation sets 16 for a GPU, and such a file has to run without one too.
+PRECISIONS = {"16": "fp16_on_gpu", "16-mixed": "fp16_on_gpu", "32": "no", "32-true": "no"}
+PRECISIONS |= {"bf16": "bf16", "bf16-mixed": "bf16"}
+NOT_NEEDED = {
+    "model.test_file": "training does not read it; evaluate_lm.py --input_file takes it when the model is trained",
+    "model.prefetch_factor": "rows come from a token store, in a thread of their own",
+    "model.num_workers": "rows come from a token store, in a thread of their own",
+    "model.shuffle_buffer_size": "all rows of an epoch are shuffled, not those of a buffer",
+}
+# Ways to start processes that come to the same as `accelerate launch`, which does it here.
+LAUNCHED = ("ddp", "ddp_spawn", "ddp_cpu", "ddp_find_unused_parameters_false", "auto", "gpu", "cuda")
+CALLBACKS_NOT_NEEDED = {
+    "LearningRateMonitor": "the learning rate is in every log line",
+    "GPUStatsMonitor": "memory and use of the GPU are in every log line",
+    "DeviceStatsMonitor": "memory and use of the GPU are in every log line",
+}
+CALLBACKS_INSTEAD = {
+    "ModelCheckpoint": "--save_steps, --keep_last and --keep_every say which checkpoints there are",
+    "EarlyStopping": "--stop_at_step and --max_time end a run",
+    "Timer": "--max_time ends a run",
+    "GradientAccumulationScheduler": "--batch_size is that of the whole run",
+    "StochasticWeightAveraging": "--ema_decay averages the weights",
+}
+# The other arguments of the Trainer: their defaults, which change nothing, and what there is instead.
+UNSUPPORTED = {
+    "checkpoint_callback": ("true", "--save_steps, --keep_last and --keep_every say which checkpoints there are"),
+    "gradient_clip_algorithm": ("norm", "the norm of all gradients is clipped (--max_grad_norm)"),
+    "process_position": ("0", ""),
+    "auto_select_gpus": ("false", "CUDA_VISIBLE_DEVICES chooses GPUs"),
+    "tpu_cores": ("null", ""),
+    "log_gpu_memory": ("null", "the memory of the GPU is in every log line"),
+    "progress_bar_refresh_rate": ("null", "the progress bar is shown where there is a terminal"),
+    "overfit_batches": ("0.0", "give a smaller model.train_file"),
+    "track_grad_norm": ("-1", "the norm of the gradient is in every log line"),
+    "check_val_every_n_epoch": ("1", "--eval_every says how often, in steps or by epoch"),
+    "fast_dev_run": ("false", "--stop_at_step 1 tries a run out, --dry_run prints its plan"),
+    "min_epochs": ("null", ""),
+    "min_steps": ("null", ""),
+    "limit_train_batches": ("1.0", "--stop_at_step ends a run early"),
+    "limit_val_batches": ("1.0", "--eval_rows says on how many rows at most"),
+    "limit_test_batches": ("1.0", "give a smaller model.test_file"),
+    "limit_predict_batches": ("1.0", ""),
+    "val_check_interval": ("1.0", "--eval_every says how often, in steps or by epoch"),
+    "flush_logs_every_n_steps": ("100", "every log line is written at once"),
+    "sync_batchnorm": ("false", ""),
+    "weights_summary": ("top", "the plan says how many parameters there are"),
+    "weights_save_path": ("null", "everything is saved in --model_dir"),
+    "num_sanity_val_steps": ("2", "--dry_run reads everything before a run"),
+    "truncated_bptt_steps": ("null", ""),
+    "profiler": ("null", ""),
+    "benchmark": ("false", ""),
+    "reload_dataloaders_every_epoch": ("false", ""),
+    "auto_lr_find": ("false", "--learning_rate has to be given"),
+    "replace_sampler_ddp": ("true", "every process gets rows of its own"),
+    "terminate_on_nan": ("false", "steps without a finite gradient are skipped, and five in a row end the run"),
+    "auto_scale_batch_size": ("false", "--micro_batch_size has to be given"),
+    "prepare_data_per_node": ("true", ""),
+    "plugins": ("null", "the file of `accelerate launch --config_file` says how processes work together"),
+    "amp_backend": ("native", ""),
+    "amp_level": ("O2", ""),
+    "move_metrics_to_cpu": ("false", ""),
+    "multiple_trainloader_mode": ("max_size_cycle", ""),
+    "stochastic_weight_avg": ("false", "--ema_decay averages the weights"),
+}
+_EPOCHS, _STEPS, _SCHEDULE = "trainer.max_epochs", "trainer.max_steps", "model.num_training_steps"
+_BATCH, _ACCUMULATE, _NODES = "model.batch_size", "trainer.accumulate_grad_batches", "trainer.num_nodes"
+_PER_MACHINE = ("trainer.gpus", "trainer.devices", "trainer.num_processes")
+_FROM = "model.from_pretrained"
+_OTHERS = ("precision", "max_time", "logger", "callbacks", "accelerator", "distributed_backend")
+KEYS = (
+    *RENAMED,
+    *NOT_NEEDED,
+    *(f"model.{name}" for name in SIZES),
+    *(f"trainer.{name}" for name in (*_OTHERS, "resume_from_checkpoint", *UNSUPPORTED)),
+    *(_EPOCHS, _STEPS, _SCHEDULE, _BATCH, _ACCUMULATE, *_PER_MACHINE, _NODES, _FROM),
+)
+
+
+def translate(old: ForeignOptions) -> None:
+    """Say what the given keys mean to run_pretraining.py.
+
+    Where a file has such keys, or no preset is named, what was not given is as it was in the older trainer.
+
+    Raises:
+        UserError: a value has no counterpart here or is none, or two values contradict each other.
+    """
+    for key, (default, instead) in UNSUPPORTED.items():
+        written = old.get(f"trainer.{key}")
+        if written is not None and not _same(written, default):
+            raise _refused(
+                written, f"only {default if default == 'null' else f'null or {default}'} is accepted", instead
+            )
+    if (written := old.get("trainer.resume_from_checkpoint")) is not None:
+        instead = (
+            "--pretrained_model_name_or_path goes on from a transformers folder, --do_continue from a run made here"
+        )
+        raise _refused(written, "a checkpoint of the older trainer cannot be read", f"set it to null; {instead}")
+    for key, name in RENAMED.items():
+        old.rename(key, name)
+    _length(old)
+    _batch(old)
+    _model(old)
+    _machine(old)
+    for key, reason in NOT_NEEDED.items():
+        old.drop(key, reason)
+    if _is_config(old):
+        for name, value in DEFAULTS.items():
+            if name != "attention_dropout" or old.own.get("attention") != "varlen":  # which has none
+                old.default(name, value, f"--{name} is {value}, as it was in the older trainer")
+        if not old.decided(*LENGTHS):
+            said = f"--epochs is {DEFAULT_EPOCHS}, as it was in the older trainer where nothing said how long"
+            old.default("epochs", str(DEFAULT_EPOCHS), said)
+    _run(old)
+
+
+def _length(old: ForeignOptions) -> None:
+    """How long a run is, which here is one number, and the learning rate's schedule.
+
+    There the schedule had a length of its own; without it the rate stayed constant after the warmup. A length on the
+    line replaces those of the file; that the schedule is linear does not depend on its length.
+    """
+    written = [item for key in (_EPOCHS, _STEPS, _SCHEDULE) if (item := old.get(key)) is not None]
+    on_line = [item for item in written if item.origin == LINE]
+    own = any(name in old.on_line and old.own[name] is not None for name in LENGTHS)
+    given = on_line if on_line or own else written
+    if len(given) > 1 and not (given[0].key == _STEPS and given[0].text == given[1].text):
+        first, second = given[:2]
+        raise UserError(
+            f"{first.label} {first.text} and {second.key} {second.text} disagree on how long the run is, which here is "
+            "one number: set one of them to null"
+        )
+    if old.get(_SCHEDULE) is not None:
+        steps = str(old.whole(_SCHEDULE, 0))
+        words = f"{_SCHEDULE} {steps} is now --schedule linear"
+        old.combine([_SCHEDULE], "schedule", "linear", words)
+    for item in given:
+        old.rename(item.key, "epochs" if item.key == _EPOCHS else "max_steps")
+
+
+def _batch(old: ForeignOptions) -> None:
+    """Rows of an optimizer step, there the product of what a process takes at once, how often, and on how many."""
+    rows = old.whole(_BATCH, DEFAULT_BATCH_SIZE)
+    per_machine = {key: count for key in _PER_MACHINE if (count := _processes(old.get(key))) > 1}
+    if len(set(per_machine.values())) > 1:
+        words = " and ".join(f"{key} {count}" for key, count in per_machine.items())
+        raise UserError(f"{words} disagree on how many processes a machine has: set all but one to null")
+    factors = {**dict(list(per_machine.items())[:1]), _NODES: old.whole(_NODES, 1)}
+    processes = math.prod(factors.values())
+    factors = {key: n for key, n in {_ACCUMULATE: old.whole(_ACCUMULATE, 1), **factors}.items() if n > 1}
+    total = str(math.prod([rows, *factors.values()]))
+    if factors or old.get(_BATCH) is not None:
+        parts = [f"{_BATCH} {rows}{'' if old.get(_BATCH) else ' (its default)'}"]
+        words = " times ".join([*parts, *(f"{key} {n}" for key, n in factors.items())])
+        words += f" is now --batch_size {total}, the rows of a step on all processes together"
+        old.combine([_BATCH, *factors], "batch_size", total, words)
+    elif _is_config(old):
+        old.default("batch_size", total, f"--batch_size is {total}, as it was in the older trainer")
+    if processes > 1:
+        old.notices.append(f"the {processes} processes are now started by `accelerate launch`")
+    old.rename(_BATCH, "micro_batch_size")
+    if "batch_size" not in old.own and (old.decided("batch_size") or "batch_size" in old.defaults):
+        old.default("micro_batch_size", str(rows), f"--micro_batch_size is {rows}, as it was in the older trainer")
+
+
+def _is_config(old: ForeignOptions) -> bool:
+    """Whether these are the options of an older run, not one of its keys beside the options of a run of ours."""
+    return old.in_file or "model_type" not in old.own
+
+
+def _processes(written: Written | None) -> int:
+    """Processes that a number, a list or a text such as "0,1" of GPUs stands for; 1 also where there is none."""
+    if written is None:
+        return 1
+    values = [str(value) for value in written.values]
+    if len(values) == 1 and not written.is_list:  # there 3 was three GPUs, and [3] the GPU number 3
+        text = values[0]
+        if re.fullmatch(r"\d+", text):
+            return max(int(text), 1)
+        values = [part.strip() for part in text.split(",") if part.strip()]
+    if not values or not all(re.fullmatch(r"\d+", value) for value in values):
+        raise UserError(
+            f"{written.label} must be a number of processes or a list of GPUs, not {written.shown}: it is one of the "
+            "factors of --batch_size"
+        )
+    return len(values)
+
+
+def _model(old: ForeignOptions) -> None:
+    """Sizes, or the model to go on from, whose sizes counted there and count here."""
+    old.rename(_FROM, "pretrained_model_name_or_path")
+    for name in SIZES:
+        if old.get(_FROM) is not None:
+            old.drop(f"model.{name}", f"{_FROM} decides the sizes")
+        else:
+            old.rename(f"model.{name}", name)
+
+
+def _machine(old: ForeignOptions) -> None:
+    """How it is computed, for how long, and what is shown of it."""
+    if (written := old.get("trainer.precision")) is not None:
+        if written.text not in PRECISIONS:
+            raise UserError(f"{written.label} must be 16, 32 or bf16, not {written.text}")
+        old.rename("trainer.precision", "precision", PRECISIONS[written.text])
+    if (written := old.get("trainer.max_time")) is not None:
+        old.rename("trainer.max_time", "max_time", _duration(written))
+    if (written := old.get("trainer.logger")) is not None and not _same(written, "true"):
+        if not _same(written, "false"):
+            raise _refused(written, "only true and false are accepted", "--tracker chooses")
+        old.rename("trainer.logger", "tracker", "none")
+    for key in ("trainer.accelerator", "trainer.distributed_backend"):
+        if (written := old.get(key)) is not None and written.text not in LAUNCHED:
+            raise _refused(written, "", "the file of `accelerate launch --config_file` says where a run takes place")
+        old.drop(key, "processes are started by `accelerate launch`, each with rows of its own")
+    if (written := old.get("trainer.callbacks")) is not None:
+        for callback in written.values:
+            old.notices.append(_callback(written, callback))
+
+
+def _callback(written: Written, callback: Any) -> str:
+    """Why a callback is not needed."""
+    path = callback.get("class_path") if isinstance(callback, dict) else callback
+    if not isinstance(path, str):
+        raise UserError(f"{written.label} must be a list of `class_path: NAME`, not {written.shown}")
+    name = path.rpartition(".")[2]
+    if name not in CALLBACKS_NOT_NEEDED:
+        instead = CALLBACKS_INSTEAD.get(name, "")
+        raise UserError(f"{written.label}: {path} has no counterpart here, take it out{instead and f'; {instead}'}")
+    return f"{written.key} {name} is not needed: {CALLBACKS_NOT_NEEDED[name]}"
+
+
+def _duration(written: Written) -> str:
+    """The older "DD:HH:MM:SS", or a mapping of days, hours and so on, in the form of --max_time."""
+    seconds_of = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    value = written.values[0] if len(written.values) == 1 else None
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(:\d+){3}\s*", value):
+        value = dict(zip(("days", "hours", "minutes", "seconds"), value.strip().split(":"), strict=True))
+    if not isinstance(value, dict) or not all(k in seconds_of and str(v).isdecimal() for k, v in value.items()):
+        raise UserError(f"{written.label} must look like 00:12:00:00 (days:hours:minutes:seconds), not {written.shown}")
+    seconds = sum(int(number) * seconds_of[unit] for unit, number in value.items())
+    parts = (seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
+    return "".join(f"{part}{unit}" for part, unit in zip(parts, "dhms", strict=True) if part) or "0s"
+
+
+def _run(old: ForeignOptions) -> None:
+    """The model and the run's folder, which there were always GPT-2 small and the next version of lightning_logs."""
+    old.default("model_type", "gpt2-small", "--model_type is not given: gpt2-small")
+    if not old.own.get("do_continue"):  # which has to say what it continues
+        names = [path.name for path in Path("lightning_logs").glob("version_*")]
+        used = [int(name.removeprefix("version_")) for name in names if name.removeprefix("version_").isdecimal()]
+        folder = f"lightning_logs/version_{max(used, default=-1) + 1}"
+        old.default("model_dir", folder, f"--model_dir is not given: {folder}")
+
+
+def _same(written: Written, default: str) -> bool:
+    """Whether a value is the default, however it is spelt; to Lightning 1.0 means all, but 1 a single batch."""
+    if len(written.values) != 1 or not isinstance(written.values[0], str):
+        return False
+    text = written.values[0].strip()
+    try:
+        return float(text) == float(default) and (default != "1.0" or not text.isdecimal())
+    except ValueError:
+        return text.casefold() == default.casefold()
+
+
+def _refused(written: Written, accepted: str, instead: str) -> UserError:
+    reasons = "; ".join(filter(None, (accepted, instead)))
+    return UserError(f"{written.label} {written.shown} has no counterpart here{reasons and f': {reasons}'}")

@@ -1,0 +1,398 @@
+"""A model of sentencepiece that was made elsewhere, as a folder that `AutoTokenizer` loads as a fast tokenizer.
+
+What sentencepiece does to a text is built from parts of the `tokenizers` library, and every id of a sample of lines is
+compared with sentencepiece's own; a model that differs on one line is refused. The converters of transformers (5.23)
+do not pass this comparison, for three reasons:
+
+- They give the table of normalisation rules to `normalizers.Precompiled`, which looks up clusters of less than six
+  bytes, by their shortest beginning, and else single characters. sentencepiece takes the longest rule at each place:
+  half-width voiced kana (two characters of three bytes) become one kana, an accent behind a letter stays. The tables
+  that sentencepiece ships are Unicode's NFKC with some exceptions, and without its sorting of marks; so NFKC goes
+  first, between the ends of the rules, the exceptions are kept from it, and the table does the rest. Which steps a
+  table needs is found by trying its rules.
+- They cut the text at spaces, strip all kinds of white space, and put the mark of a beginning only where there is none.
+- Special tokens and bytes can be read out of the text "<s>" or "<0x0A>". In sentencepiece they cannot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from lmscripts.errors import UserError
+from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.folder import RECORD_FILE, write_json
+from lmscripts.tokenizer.lossless import DIFFICULT_LINES
+
+SPACE_MARK = "▁"
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of pieces in a model
+_MASK_NAMES = {"mask_token": ("[MASK]", "<mask>"), "cls_token": ("[CLS]", "<cls>"), "sep_token": ("[SEP]", "<sep>")}
+# Text that a normalisation step must leave alone passes it as characters of private use.
+_STAND_INS, _STAND_INS_OF_OWN = range(0xF0000, 0xF0040), range(0xF0040, 0xF0080)
+_UNKNOWN_TEXT = chr(0xF0080)  # a character that no model knows
+_END_OF_RULE = chr(0xF0081)
+_TRIED_RULES = 10_000
+
+
+def import_sentencepiece(
+    model_file: Path, folder: Path, lines: Sequence[str], *, model_max_length: int | None = None
+) -> list[str]:
+    """Write the tokenizer folder of a model and check it on a built-in list of difficult lines and on `lines`.
+
+    Args:
+        model_file: `.model` of sentencepiece, unigram or bpe.
+        folder: exists and is empty.
+        lines: text to check it on besides; only what is checked is sure, and U+F0000 to U+F0081 in a text do differ.
+        model_max_length: tokens beyond which transformers warns.
+
+    Returns:
+        Sentences about what was written.
+
+    Raises:
+        UserError: no such model, a kind that `tokenizers` has not, or a line whose ids differ from sentencepiece's.
+    """
+    proto, processor = _read(model_file)
+    ids = {name: getattr(processor, f"{name}_id")() for name in ("pad", "unk", "bos", "eos")}
+    special = {f"{name}_token": processor.id_to_piece(number) for name, number in ids.items() if number >= 0}
+    known = {piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)}
+    for name, spellings in _MASK_NAMES.items():
+        if found := [spelling for spelling in spellings if spelling in known]:
+            special[name] = found[0]
+    tokenizer = fast_tokenizer(proto, special)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", *(["token_type_ids"] if "cls_token" in special else []), "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        **({} if model_max_length is None else {"model_max_length": model_max_length}),
+        **special,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    kind = "unigram" if proto.trainer_spec.model_type == 1 else "bpe"
+    facts = {"tokenizer_type": kind, "from_sentencepiece": model_file.name, "vocab_size": len(proto.pieces)}
+    write_json(folder / RECORD_FILE, facts)
+    control = {piece.piece for piece in proto.pieces if piece.type == _CONTROL}
+    control_mask = special.get("mask_token") if special.get("mask_token") in control else None
+    # sentencepiece itself does not read a mask of the kind control out of a text.
+    checked = [line for line in (*DIFFICULT_LINES, *lines) if not control_mask or control_mask not in line]
+    _check(folder, model_file, processor, checked)
+    added = tokenizer.encode("").tokens
+    return [
+        f"{model_file.name}: {kind}, {len(proto.pieces):,} entries; "
+        + ", ".join(f"{name} {piece}" for name, piece in special.items()),
+        f"a text gets {' '.join(added)} around it" if added else "a text gets no special token around it",
+        f"checked: {len(checked):,} lines have the ids of sentencepiece",
+    ]
+
+
+def _read(model_file: Path) -> tuple[Any, Any]:
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    try:
+        content = model_file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {model_file}: {error.strerror}") from None
+    try:
+        proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(content)  # noqa: B009 (made at run time)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except Exception as error:  # whatever protobuf and sentencepiece raise for foreign bytes
+        raise UserError(f"{model_file} is no model of sentencepiece ({' '.join(str(error).split())[:200]})") from None
+    if proto.trainer_spec.model_type not in (1, 2):
+        kind = {3: "word", 4: "char"}.get(proto.trainer_spec.model_type, "unknown")
+        raise UserError(f"{model_file} is a model of the kind {kind}; unigram and bpe can be taken over")
+    return proto, processor
+
+
+def _check(folder: Path, model_file: Path, processor: Any, lines: Sequence[str]) -> None:
+    encoder = load_encoder(folder)
+    for line in lines:
+        ours, theirs = encoder.encode([line]).ids.tolist(), processor.encode(line)
+        if ours != theirs:
+            place = next((n for n, pair in enumerate(itertools.zip_longest(ours, theirs)) if pair[0] != pair[1]), 0)
+            raise UserError(
+                f"{model_file} cannot be taken over: `tokenizers` and sentencepiece differ on the line {line[:80]!r} "
+                f"from token {place} on, {ours[place : place + 8]} and {theirs[place : place + 8]}"
+            )
+
+
+# ---- the tokenizer ----
+
+
+def fast_tokenizer(proto: Any, special: dict[str, str]) -> Tokenizer:
+    """A tokenizer of the `tokenizers` library with the ids of a model.
+
+    Args:
+        proto: the model.
+        special: names and pieces of the special tokens. A text gets [CLS] and [SEP] around it where the model has both
+            and a mask, else the beginning in front where it has one. The mask is read out of a text, in which people
+            write it.
+    """
+    if mask := special.get("mask_token"):
+        proto = type(proto).FromString(proto.SerializeToString())
+        next(piece for piece in proto.pieces if piece.piece == mask).type = _USER_DEFINED
+    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    is_bpe = proto.trainer_spec.model_type == 2
+    tokenizer = Tokenizer(_bpe(proto, bool(own)) if is_bpe else _unigram(proto))
+    unknown = [normalizers.Replace(text, _UNKNOWN_TEXT) for text in _unknown_reserved(proto)]
+    tokenizer.normalizer = normalizers.Sequence([*_normalization(proto, own), *unknown])
+    cuts = [pre_tokenizers.Split(Regex(_any_of(own)), "isolated")] if own else []
+    if pattern := _beginning_of_reserved(proto):
+        cuts.append(pre_tokenizers.Split(Regex(pattern), "merged_with_previous"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    mark = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    suffix = bool(proto.trainer_spec.treat_whitespace_as_suffix)
+    dummy = [decoders.Strip(" ", int(not suffix), int(suffix))] if proto.normalizer_spec.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence([*mark, *dummy])
+    control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
+    tokens = dict.fromkeys([*control, *special.values()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    around = _template(special)
+    if around is not None:
+        used = [piece for piece in special.values() if piece in re.split("[ :]", around[0])]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=around[0], pair=around[1], special_tokens=[(piece, tokenizer.token_to_id(piece)) for piece in used]
+        )
+    return tokenizer
+
+
+def _template(special: dict[str, str]) -> tuple[str, str] | None:
+    """What stands around one text and around two."""
+    if {"cls_token", "sep_token", "mask_token"} <= special.keys():
+        beginning, end = special["cls_token"], special["sep_token"]
+        return f"{beginning}:0 $A:0 {end}:0", f"{beginning}:0 $A:0 {end}:0 $B:1 {end}:1"
+    if "bos_token" in special:
+        return f"{special['bos_token']} $A", f"{special['bos_token']} $A $B"
+    return None
+
+
+def _any_of(texts: Sequence[str]) -> str:
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+
+
+def _reserved(proto: Any) -> list[str]:
+    """Special tokens and bytes, which in a text are only text."""
+    kinds = (_UNKNOWN, _CONTROL, _BYTE)
+    return [piece.piece for piece in proto.pieces if piece.type in kinds and len(piece.piece) > 1]
+
+
+def _known_characters(proto: Any) -> set[str]:
+    return {p.piece for p in proto.pieces if p.type in (_NORMAL, _USER_DEFINED) and len(p.piece) == 1}
+
+
+def _unknown_reserved(proto: Any) -> list[str]:
+    """Those whose characters are all unknown: sentencepiece takes them together with unknown neighbours."""
+    known = _known_characters(proto)
+    if proto.trainer_spec.byte_fallback:  # then no character is unknown
+        return []
+    return sorted((text for text in _reserved(proto) if not known & set(text)), key=len, reverse=True)
+
+
+def _beginning_of_reserved(proto: Any) -> str:
+    """How each special token or byte begins where it stands in a text: cut behind this, it is only text.
+
+    It is cut where no piece reaches across and no two unknown characters meet, which sentencepiece takes together.
+    """
+    pieces = [piece.piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
+    characters, unknown = _known_characters(proto), set(_unknown_reserved(proto))
+    crossed = {piece[place : place + 2] for piece in pieces for place in range(len(piece) - 1)}
+    endings: dict[str, list[str]] = {}
+    for text in _reserved(proto):
+        if text not in unknown:
+            places = range(1, len(text))
+            known = [place for place in places if characters & set(text[place - 1 : place + 1])] or list(places)
+            free = [place for place in known if text[place - 1 : place + 1] not in crossed] or known
+            endings.setdefault(text[: free[0]], []).append(text[free[0] :])
+    return "|".join(f"{re.escape(beginning)}(?={_any_of(rest)})" for beginning, rest in sorted(endings.items()))
+
+
+def _unigram(proto: Any) -> models.Unigram:
+    normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL]
+    lowest = min(normal, default=0.0)
+    scores = []
+    for piece in proto.pieces:
+        if piece.type == _NORMAL:
+            scores.append(piece.score)
+        elif piece.type == _USER_DEFINED:  # it stands by itself and is taken whole
+            scores.append(0.0)
+        else:  # no text gives it; a lower score would change what an unknown character costs
+            scores.append(lowest)
+    vocabulary = [(piece.piece, score) for piece, score in zip(proto.pieces, scores, strict=True)]
+    unknown = next(number for number, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
+    return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=proto.trainer_spec.byte_fallback)
+
+
+def _bpe(proto: Any, has_own: bool) -> models.BPE:
+    """Two neighbours are joined where the model has the piece that they make, the piece of the best score first."""
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    merges = []
+    for piece, score in scores.items():
+        for place in range(1, len(piece)):
+            pair = (piece[:place], piece[place:])
+            if pair[0] in scores and pair[1] in scores:
+                merges.append((-score, ids[pair[0]], ids[pair[1]], pair))
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
+    return models.BPE(
+        ids,
+        [pair for *_, pair in sorted(merges)],
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+        ignore_merges=has_own,  # a symbol that stands by itself is in the vocabulary, and no merges lead to it
+    )
+
+
+# ---- normalisation ----
+
+
+def _normalization(proto: Any, own: Sequence[str]) -> list[Any]:
+    """The steps from a text to what the model cuts into pieces."""
+    spec = proto.normalizer_spec
+    mark = SPACE_MARK if spec.escape_whitespaces else " "
+    steps = _table_steps(spec.precompiled_charsmap) if spec.precompiled_charsmap else []
+    steps = _around(steps, own, _STAND_INS_OF_OWN) or steps
+    if spec.remove_extra_whitespaces:
+        # A literal mark counts as a space at the end, as in sentencepiece.
+        steps.append(normalizers.Replace(Regex(r"\A +|(?<= ) +"), ""))
+        steps.append(normalizers.Replace(Regex(rf"[ {mark}]+\z"), ""))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", mark))
+    if spec.add_dummy_prefix:
+        if proto.trainer_spec.treat_whitespace_as_suffix:
+            steps.append(normalizers.Replace(Regex(r"(?<=[\s\S])\z"), mark))
+        else:
+            steps.append(normalizers.Prepend(mark))
+    return steps
+
+
+def read_rules(table: bytes) -> dict[str, str]:
+    """The rules in a model's compiled table: what is replaced -> by what.
+
+    The table holds the size of a double-array trie (32 bits), the trie, and the replacements, each ended by a NUL. A
+    unit of the trie holds a label in its lowest byte, a flag for an end of a key in bit 8 and the distance to its
+    children from bit 10 on, shifted by 8 if bit 9 is set; the value of a key is the unit at that distance itself.
+    """
+    size = struct.unpack("<I", table[:4])[0]
+    units: list[int] = np.frombuffer(table[4 : 4 + size], "<u4").tolist()
+    replacements = table[4 + size :]
+    children_of: dict[int, list[tuple[int, int]]] = {}
+    for place, unit in enumerate(units):
+        if unit & 0xFF and unit < 0x80000000:
+            children_of.setdefault(place ^ unit & 0xFF, []).append((unit & 0xFF, place))
+    rules = {}
+    open_nodes = [(0, b"")]
+    while open_nodes:
+        node, key = open_nodes.pop()
+        unit = units[node]
+        children = node ^ ((unit >> 10) << ((unit & 0x200) >> 6))
+        if unit & 0x100:
+            start = units[children] & 0x7FFFFFFF
+            rules[key.decode()] = replacements[start : replacements.index(b"\0", start)].decode()
+        open_nodes += [(child, key + bytes([label])) for label, child in children_of.get(children, [])]
+    return rules
+
+
+def _applied(rules: dict[str, str], longest: int, text: str) -> str:
+    """What sentencepiece makes of a text: the longest rule at each place, characters without one as they are."""
+    parts = []
+    place = 0
+    while place < len(text):
+        ends = range(min(place + longest, len(text)), place, -1)
+        end = next((end for end in ends if text[place:end] in rules), place + 1)
+        parts.append(rules.get(text[place:end], text[place]))
+        place = end
+    return "".join(parts)
+
+
+def _table_steps(table: bytes) -> list[Any]:
+    """The steps that apply a table of rules, the longest one at each place.
+
+    NFKC, or NFKC and lower case, goes before the table if more texts come out right with it.
+    """
+    rules = read_rules(table)
+    single, several = (sorted(source for source in rules if (len(source) > 1) == many) for many in (False, True))
+    tried = [*single, *several[:: len(several) // _TRIED_RULES + 1], *(source + "\u0301" for source in single)]
+    longest = max(map(len, rules), default=1)
+    expected = [_applied(rules, longest, text) for text in tried]
+    others = [character for character in _all_characters() if character not in rules]
+    candidates = []
+    after = [*_deletions(rules), normalizers.Precompiled(table)]
+    whole = [normalizers.Replace(_ends_of_rules(rules), _END_OF_RULE), normalizers.NFKC()]
+    joined = normalizers.Replace(_END_OF_RULE, "")
+    for steps in (after, [*whole, *after, joined], [*whole, normalizers.Lowercase(), *after, joined]):
+        if (guarded := _around(steps, others, _STAND_INS)) is not None:
+            candidates.append(guarded)
+
+    def num_wrong(steps: list[Any]) -> int:
+        apply = normalizers.Sequence(steps).normalize_str
+        return sum(apply(text) != result for text, result in zip(tried, expected))
+
+    return min(candidates, key=num_wrong)
+
+
+def _ends_of_rules(rules: dict[str, str]) -> Regex:
+    """Where no rule goes on, in front of marks and of what NFKC would join with the character before it.
+
+    sentencepiece joins what stands side by side and sorts nothing: "T" with an acute and a dot below, in this order,
+    stays as it is, and so does a syllable of Hangul before a final consonant of its own.
+    """
+    apart = {character: unicodedata.normalize("NFKD", character) for character in _all_characters()}
+    joining = {last for character in apart for last in unicodedata.normalize("NFD", character)[1:]}
+    marks = {one for one, parts in apart.items() if unicodedata.category(parts[0])[0] == "M"}
+    joining |= marks.union(one for one, parts in apart.items() if parts[0] in joining)
+    firsts: dict[tuple[str, str], set[str]] = {}  # what comes first in the rules with a middle and a rest
+    for source in rules:
+        for place in range(1, len(source)):
+            if source[place] in joining:
+                firsts.setdefault((source[1:place], source[place:]), set()).add(source[0])
+    rests: dict[tuple[frozenset[str], str], list[str]] = {}
+    for (middle, rest), characters in firsts.items():
+        rests.setdefault((frozenset(characters), middle), []).append(rest)
+    goes_on = sorted(
+        rf"(?<={_one_of(first)}{re.escape(middle)})(?:{_any_of(sorted(rest))})"
+        for (first, middle), rest in rests.items()
+    )
+    # tokenizers 0.23 fails on a text with something put before its first character.
+    return Regex(rf"(?<=[\s\S])(?={_one_of(joining)})(?!{'|'.join(goes_on) or '(?!)'})")
+
+
+def _one_of(characters: Iterable[str]) -> str:
+    """A class of characters as a regular expression."""
+    codes = sorted(map(ord, characters))
+    runs = [list(run) for _, run in itertools.groupby(enumerate(codes), lambda pair: pair[1] - pair[0])]
+    return "[" + "".join(rf"\x{{{run[0][1]:x}}}-\x{{{run[-1][1]:x}}}" for run in runs) + "]"
+
+
+def _all_characters() -> Iterator[str]:
+    return map(chr, itertools.chain(range(1, 0xD800), range(0xE000, 0x30000)))
+
+
+def _around(steps: list[Any], kept: Sequence[str], stand_ins: range) -> list[Any] | None:
+    """The steps, with stand-ins for those of `kept` that they would change; None if these are too many."""
+    apply: Callable[[str], str] = normalizers.Sequence(steps).normalize_str
+    changed = sorted((text for text in kept if apply(text) != text), key=len, reverse=True)
+    if len(changed) > len(stand_ins):
+        return None
+    pairs = list(zip(changed, map(chr, stand_ins)))
+    aside = [normalizers.Replace(text, stand_in) for text, stand_in in pairs]
+    return [*aside, *steps, *(normalizers.Replace(stand_in, text) for text, stand_in in pairs)]
+
+
+def _deletions(rules: dict[str, str]) -> list[Any]:
+    """Single characters that become nothing or a space: `Precompiled` would take what is combined with them along."""
+    steps = []
+    for target in ("", " "):
+        sources = [source for source, result in rules.items() if len(source) == 1 and result == target]
+        if sources:
+            steps.append(normalizers.Replace(Regex(_one_of(sources)), target))
+    return steps

@@ -1,0 +1,256 @@
+"""The text as a vocabulary is trained on: cut into splits at document ends, cleaned, segmented in parallel, on disk.
+
+Split `i` is `<i>.txt` (a sentence a line, words joined by single spaces) with `<i>.json` beside it, which says from
+which source, span and settings it was made. A split that is there already for the same of these is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import unicodedata
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lmscripts.errors import UserError, naming
+from lmscripts.files import write_text
+from lmscripts.text.corpus import Span, read_documents
+from lmscripts.text.report import MAX_EXAMPLES, TextReport
+from lmscripts.text.words import Segmenter, WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
+
+_REPORT_EVERY_BYTES = 1 << 18
+# Cheap look at a whole line before its words are looked at one by one.
+_MAYBE_NUMERAL_RUN = re.compile(r"[〇一二三四五六七八九十百千万億兆][一-鿿々]{6}")
+
+
+@dataclass(frozen=True)
+class SplitTask:
+    """One split of the text and all that decides its content.
+
+    Attributes:
+        index: its place; the files are `<index>.txt` and `<index>.json`.
+        spans: what it holds.
+        folder: where it is written.
+        source: fingerprint of the whole text.
+        words: how lines are cut into words.
+        segmented: write words joined by spaces; otherwise the (normalised) lines.
+        document_per_line: see `read_documents`.
+        text_column: see `read_documents`.
+        on_bad_line: see `read_documents`.
+        keep_spaces: see `read_documents`.
+    """
+
+    index: int
+    spans: tuple[Span, ...]
+    folder: Path
+    source: str
+    words: WordTokenizer
+    segmented: bool
+    document_per_line: bool = False
+    text_column: str = "text"
+    on_bad_line: Literal["skip", "fail"] = "skip"
+    keep_spaces: bool = False
+
+    @property
+    def text_file(self) -> Path:
+        """The segmented text."""
+        return self.folder / f"{self.index}.txt"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the content, as plain values; not the place of the source."""
+        return {
+            "source": self.source,
+            "spans": [[Path(span.path).name, span.start, span.end] for span in self.spans],
+            "words": self.words.description(),
+            "segmented": self.segmented,
+            "document_per_line": self.document_per_line,
+            "text_column": self.text_column,
+            "on_bad_line": self.on_bad_line,
+            "keep_spaces": self.keep_spaces,
+        }
+
+
+@dataclass
+class SplitResult:
+    """What was found while a split was written; `numeral_runs` are suspicious words of ipadic with their counts."""
+
+    report: TextReport
+    numeral_runs: Counter[str]
+    was_there: bool = False
+
+
+def finished_split(task: SplitTask) -> SplitResult | None:
+    """The result of a split that an earlier run has written with the same settings, or None."""
+    try:
+        record = json.loads(task.text_file.with_suffix(".json").read_text(encoding="utf-8"))
+        if record["settings"] == task.settings() and record["size"] == task.text_file.stat().st_size:
+            return SplitResult(TextReport.from_dict(record["report"]), Counter(record["numeral_runs"]), True)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or not written by this program
+    return None
+
+
+def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult:
+    """Read, clean and segment one split, and write it aside and rename it.
+
+    Args:
+        task: the split.
+        progress: called now and then with the bytes of text done since the last call; may raise to stop.
+
+    Raises:
+        UserError: see `read_documents` and `make_segmenter`.
+    """
+    for left_over in task.folder.glob(f".{task.text_file.name}.*"):
+        left_over.unlink(missing_ok=True)
+    report, runs = TextReport(), Counter[str]()
+    to_line = _line_writer(task, runs)
+    aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
+    options = {name: getattr(task, name) for name in ("document_per_line", "text_column", "keep_spaces")}
+    reported = 0
+    try:
+        with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:
+            for document in read_documents(task.spans, report, on_bad_line=task.on_bad_line, **options):  # type: ignore[arg-type]
+                file.writelines(map(to_line, document))
+                if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
+                    progress(report.num_bytes - reported)
+                    reported = report.num_bytes
+            file.flush()
+            os.fsync(file.fileno())
+        progress(report.num_bytes - reported)
+        if runs:
+            is_unknown = make_is_unknown(task.words)
+            runs = Counter({word: count for word, count in runs.items() if is_unknown(word)})
+        # The record of an earlier text must not vouch for this one, should the process end between the two.
+        task.text_file.with_suffix(".json").unlink(missing_ok=True)
+        size = aside.stat().st_size
+        os.replace(aside, task.text_file)
+    finally:
+        aside.unlink(missing_ok=True)
+    record = {"settings": task.settings(), "size": size, "report": report.as_dict(), "numeral_runs": runs}
+    write_text(task.text_file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+    return SplitResult(report, runs)
+
+
+def _line_writer(task: SplitTask, runs: Counter[str]) -> Callable[[str], str]:
+    """A function from a line of text to what is written for it; adds suspicious words of ipadic to `runs`."""
+    if not task.segmented:
+        if task.words.normalization == "none":
+            return lambda line: f"{line}\n"
+        return lambda line: f"{unicodedata.normalize('NFKC', line).strip()}\n"
+    segment: Segmenter = make_segmenter(task.words)
+    if task.words.kind != "mecab" or task.words.dictionary != "ipadic":
+        return lambda line: f"{' '.join(segment(line))}\n"
+
+    def with_look(line: str) -> str:
+        words = segment(line)
+        if _MAYBE_NUMERAL_RUN.search(line):
+            runs.update(numeral_runs(words))
+        return f"{' '.join(words)}\n"
+
+    return with_look
+
+
+def write_splits(
+    tasks: Sequence[SplitTask], num_workers: int, progress: Callable[[int, int], None]
+) -> list[SplitResult]:
+    """Write all splits that are not there yet, in worker processes; results in the order of the tasks.
+
+    Args:
+        tasks: the splits; their folder exists.
+        num_workers: processes at the same time.
+        progress: called about every second in this process with (bytes of text done, splits done).
+
+    Raises:
+        UserError: what a worker raised, or a worker was killed.
+    """
+    results = [finished_split(task) for task in tasks]
+    missing = [task for task, result in zip(tasks, results) if result is None]
+    if not missing:
+        return [result for result in results if result is not None]
+    there = len(tasks) - len(missing)
+    if min(num_workers, len(missing)) == 1:
+        written: list[SplitResult] = []
+        done = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            progress(done, there + len(written))
+
+        for task in missing:
+            written.append(write_split(task, count))
+    else:
+        written = _write_in_workers(missing, min(num_workers, len(missing)), lambda b, n: progress(b, there + n))
+    fresh = iter(written)
+    return [next(fresh) if result is None else result for result in results]
+
+
+def _write_in_workers(
+    tasks: Sequence[SplitTask], num_workers: int, progress: Callable[[int, int], None]
+) -> list[SplitResult]:
+    # A fresh interpreter in each worker: a fork would copy the threads' locks of whatever runs here.
+    context = multiprocessing.get_context("spawn")
+    done, stop = context.Value("q", 0), context.Value("b", 0)
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (done, stop)) as pool:
+        futures: list[Future[SplitResult]] = [pool.submit(_write_in_worker, task) for task in tasks]
+        try:
+            waiting = set(futures)
+            while waiting:
+                ended, waiting = wait(waiting, timeout=1, return_when=FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
+                progress(done.value, len(futures) - len(waiting))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, most often because memory ran out: give fewer --num_workers; finished "
+                "splits are kept in --intermediate_dir"
+            ) from error
+        finally:
+            stop.value = 1
+            pool.shutdown(wait=True, cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+class _Stopped(Exception):
+    """The parent gave up; nobody reads this."""
+
+
+_shared: dict[str, Any] = {}
+
+
+def _start_worker(done: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides and says so once
+    _shared.update(done=done, stop=stop)
+
+
+def _write_in_worker(task: SplitTask) -> SplitResult:
+    def count(num_bytes: int) -> None:
+        if _shared["stop"].value:
+            raise _Stopped
+        with _shared["done"].get_lock():
+            _shared["done"].value += num_bytes
+
+    return write_split(task, count)
+
+
+def numeral_run_warning(results: Sequence[SplitResult]) -> str | None:
+    """One sentence about the fault of ipadic where the text shows it."""
+    runs: Counter[str] = Counter()
+    for result in results:
+        runs.update(result.numeral_runs)
+    if not runs:
+        return None
+    examples = ", ".join(word for word, _ in sorted(runs.items(), key=lambda item: (-item[1], item[0]))[:MAX_EXAMPLES])
+    return (
+        f"ipadic took runs of kanji behind a numeral for single words {runs.total():,} times ({examples}): for text of "
+        "this kind --mecab_dic unidic_lite segments better"
+    )

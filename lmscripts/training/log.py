@@ -1,0 +1,279 @@
+"""What a run leaves to look at: log.jsonl, the curves, the model card, and how fast it was."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmscripts.files import write_text
+from lmscripts.training.processes import sum_over_processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Metrics = Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
+_SPOKEN = ("loss", "perplexity", "_byte")
+SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
+_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}  # dense bf16, from the makers' data sheets
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+class RunLog:
+    """Appends records to RUN/log.jsonl, one JSON object a line.
+
+    On a continued run the records after the step it continues from are dropped: they will be written again.
+    """
+
+    def __init__(self, run_dir: Path, continued_from: int | None) -> None:
+        self.file = run_dir / "log.jsonl"
+        kept: list[dict[str, Any]] = []
+        if continued_from is not None and self.file.exists():
+            kept = [r for r in read_log(self.file) if r.get("step", 0) <= continued_from]
+        write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """Records of a log.jsonl; a last line cut off by a crash is left out."""
+    records = []
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+class Reporter:
+    """Shows and writes down what a run measures: progress bar or lines, log.jsonl, tracker.
+
+    Attributes:
+        file: log.jsonl of the run.
+        bar: the progress bar; plain lines instead where there is no terminal.
+    """
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, step: int, stop_step: int, continued: bool) -> None:
+        """Every process makes one; the main process shows and writes.
+
+        Args:
+            accelerator: the running processes, with their trackers.
+            run_dir: folder of the run.
+            step: steps done.
+            stop_step: step at which this job ends.
+            continued: keep the log up to `step` instead of beginning it anew.
+        """
+        from tqdm import tqdm
+
+        main = accelerator.is_main_process
+        self.file = run_dir / "log.jsonl"
+        self._accelerator, self._stop_step = accelerator, stop_step
+        self._log = RunLog(run_dir, step if continued else None) if main else None
+        self.bar = tqdm(total=stop_step, initial=step, disable=not (main and sys.stderr.isatty()), unit="step")
+        accelerator.init_trackers("tensorboard")
+
+    def __call__(self, step: int, record: Mapping[str, float], words: str) -> None:
+        """Write a record of a step and show it in words."""
+        if self._log is not None:
+            self._log.write({"step": step, **record})
+        self._accelerator.log(dict(record), step=step)
+        self.bar.set_postfix_str(words)
+        if self.bar.disable:
+            self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {words}", flush=True)
+
+
+def forward_backward_flops(config: Any, sequence_length: int, slots: int) -> float:
+    """Floating-point operations of a training step per position of an encoder.
+
+    6 per weight that a position meets, and 12 H T per layer for the attention scores (arXiv:2001.08361, section 2.1,
+    with the attention term written out). Where logits are wanted at some positions only, the others meet neither the
+    head nor, of the last layer, more than keys and values.
+
+    Args:
+        config: sizes of the model, as transformers names them.
+        sequence_length: positions per row.
+        slots: positions of a row that get logits over the vocabulary; 0 for a head that looks at every position.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    embedding = getattr(config, "embedding_size", width)
+    layer, keys_and_values = 4 * width**2 + 2 * width * inner, 2 * width**2
+    share = slots / sequence_length
+    layers = float(config.num_hidden_layers)
+    body, scores = layers * layer, 12 * width * sequence_length * layers
+    head = float(width**2)
+    if slots:
+        body -= (1 - share) * (layer - keys_and_values)
+        scores -= (1 - share) * 12 * width * sequence_length
+        head = share * (width * embedding + embedding * config.vocab_size)
+    project = embedding * width if embedding != width else 0
+    return float(6 * (body + project + head) + scores)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 operations per second of a known GPU; None where utilisation cannot be stated."""
+    return next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def gpu_statistics(device: torch.device) -> dict[str, float]:
+    """Memory that this process held at most since the last call, in GiB, and how busy its GPU is, as a share.
+
+    The second is what NVML says, which needs the package nvidia-ml-py; it is left out without. Empty without a GPU.
+    """
+    if device.type != "cuda":
+        return {}
+    found = {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    torch.cuda.reset_peak_memory_stats(device)
+    with suppress(ModuleNotFoundError, RuntimeError):
+        found["gpu_utilization"] = torch.cuda.utilization(device) / 100
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        found[package] = metadata.version(package)
+    return found
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """Losses and shares of a record as one line, such as "loss 2.1034, accuracy 54.20%"."""
+    words, said = [], ""
+    for name, value in metrics.items():
+        if name.endswith((*_SPOKEN, *SHARES)):
+            owner, _, what = ("", "", "bits per text byte") if name == "bits_per_text_byte" else name.rpartition("_")
+            words.append(f"{owner if owner != said else ''} {what} ".lstrip())
+            words[-1] += f"{value:.2%}" if name.endswith(SHARES) else f"{value:.4f}"
+            said = owner
+    return ", ".join(words)
+
+
+def draw_curves(log_file: Path, image: Path, switches: Sequence[int] = ()) -> None:
+    """Draw training and held-out losses, held-out shares and the learning rate over the steps, as a PNG.
+
+    Args:
+        log_file: log.jsonl of a run.
+        image: file to write.
+        switches: steps at which a phase ends and the next begins.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_log(log_file)
+    train = [r for r in records if "loss" in r]
+    held_out = [r for r in records if "eval_loss" in r]
+    # Where the loss is a weighted sum of several, the terms are drawn.
+    losses = [name for name in (train or [{}])[-1] if name.endswith("_loss")] or ["loss"]
+    shares = [name for name in (held_out or [{}])[-1] if name.endswith(SHARES)]
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    for number, name in enumerate(losses):
+        label, color = name.removesuffix("loss").replace("_", " "), f"C{number}"
+        panels[0].plot(*_curve(train, name), label=f"{label}training", linewidth=1, color=color, alpha=0.7)
+        if held_out:
+            panels[0].plot(*_curve(held_out, f"eval_{name}"), "o-", label=f"{label}held out", markersize=4, color=color)
+    for name in shares:
+        label = name.removeprefix("eval_").replace("_", " ")
+        panels[1].plot(*_curve(held_out, name, 100), "o-", markersize=4, label=label)
+    panels[0].legend()
+    if len(shares) > 1:
+        panels[1].legend()
+    panels[2].plot(*_curve(train, "learning_rate"))
+    labels = ("loss (nats per target)", "held out (%)" if len(shares) > 1 else "held-out accuracy (%)", "learning rate")
+    for panel, label in zip(panels, labels, strict=True):
+        panel.set_xlabel("optimizer step")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+        for step in switches:
+            panel.axvline(step, color="gray", linestyle=":", linewidth=1)
+    if len(losses) > 1:
+        panels[0].set_yscale("log")
+    figure.savefig(image, dpi=110)
+    pyplot.close(figure)
+
+
+def _curve(records: list[dict[str, Any]], name: str, factor: float = 1) -> tuple[list[int], list[float]]:
+    return [r["step"] for r in records], [factor * r[name] for r in records]
+
+
+class Meter:
+    """Loss and speed between two log lines."""
+
+    def __init__(
+        self, device: torch.device, sums: Mapping[str, float] | None = None, counts: Mapping[str, float] | None = None
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            device: where the model is.
+            sums: of the steps since the last log line before the run was interrupted, on one process alone.
+            counts: of those steps.
+        """
+        self._device = device
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._reset()
+        self._sums.update(sums or {})
+        self._counts.update(counts or {})
+
+    def _reset(self) -> None:
+        self._began = time.monotonic()
+        self._sums: dict[str, torch.Tensor | float] = {}
+        self._counts: dict[str, float] = {}
+        self._tokens = self._operations = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock, for evaluation and saving."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def add_sums(self, sums: Mapping[str, torch.Tensor]) -> None:
+        """Add this process' sums; they stay on the device, so nothing waits for them."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+
+    def add_step(self, counts: Mapping[str, float], operations: float) -> None:
+        """Add a step's counts over all processes, and the floating-point operations of its positions."""
+        for name, value in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + value
+        self._tokens += counts["tokens"]
+        self._operations += operations
+
+    def open_window(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and counts since the last reading over all processes, to be kept in a checkpoint.
+
+        Every process must call it.
+        """
+        names = list(self._sums)
+        totals = sum_over_processes(accelerator, [float(self._sums[name]) for name in names]) if names else []
+        return dict(zip(names, totals, strict=True)), dict(self._counts)
+
+    def read(self, accelerator: Accelerator, metrics: Metrics) -> dict[str, float]:
+        """What the objective makes of sums and counts since the last reading, and the speed.
+
+        Every process must call it. Speed counts real tokens only; utilisation, on a known GPU, all positions that
+        were computed.
+        """
+        sums, counts = self.open_window(accelerator)
+        seconds = max(1e-9, time.monotonic() - self._began)
+        record = metrics(sums, counts) | {"tokens_per_second": self._tokens / seconds}
+        record |= gpu_statistics(self._device)
+        if self._peak is not None:
+            record["mfu"] = self._operations / seconds / (self._peak * accelerator.num_processes)
+        self._reset()
+        return record

@@ -1,0 +1,282 @@
+"""Processes: starting them with a check, dividing a batch among them, agreeing on sums, stopping together."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+
+from lmscripts.counters import split_shares
+from lmscripts.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Result = TypeVar("Result")
+STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
+
+
+def start_processes(
+    *,
+    mixed_precision: str | None = None,
+    expected_processes: int | None = None,
+    timeout_seconds: int = 600,
+    trackers: Sequence[str] = (),
+    project_dir: str | None = None,
+) -> Accelerator:
+    """Join the world that the launcher made, and check that it is the one that was asked for.
+
+    On a host without CUDA the world is a gloo world: left alone, Accelerate would make every launched process the main
+    process of a world of its own there, all writing to the same folder.
+
+    Args:
+        mixed_precision: "no", "fp16" or "bf16"; None takes what the Accelerate config says.
+        expected_processes: the announced size of the world; None takes LMS_EXPECTED_WORLD_SIZE if that is set.
+        timeout_seconds: how long a collective operation may wait for a silent process.
+        trackers: names for `Accelerator(log_with=...)`.
+        project_dir: where trackers write.
+
+    Raises:
+        UserError: the world is not the announced one, or fp16 was asked for on CPU.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    announced = expected_processes or int(os.environ.get("LMS_EXPECTED_WORLD_SIZE", "0")) or launched
+    if launched != announced:
+        raise UserError(
+            f"{announced} processes were announced but {launched} were started: with several machines, num_processes "
+            "in each machine's Accelerate config is its own number of processes times the number of machines"
+        )
+    # The library's own advice to drop an option that keeps every forward pass free of a broadcast.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+    on_cpu = not torch.cuda.is_available()
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if on_cpu and precision == "fp16":
+        raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=mixed_precision,
+            log_with=list(trackers) or None,
+            project_dir=project_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+    except torch.distributed.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"not all of {launched} processes joined at {where}: {str(error).splitlines()[0]}") from None
+    _check_world(accelerator, launched)
+    return accelerator
+
+
+def _check_world(accelerator: Accelerator, launched: int) -> None:
+    """Refuse a world in which training would silently be wrong."""
+    if accelerator.num_processes != launched:
+        raise UserError(f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps} in the Accelerate config: leave "
+            "it at 1, accumulation follows from --batch_size and --micro_batch_size"
+        )
+
+
+def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Let the main process do something and give every process its result, or its error.
+
+    Raises:
+        UserError: what the main process raised, on every process.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except (UserError, OSError) as error:
+            outcome[1] = str(error)
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise UserError(problem)
+    return cast(Result, result)
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Compare facts that must be the same on all processes, such as the store's fingerprint and the options.
+
+    Raises:
+        UserError: on every process, naming what differs and both values.
+    """
+    from accelerate.utils import gather_object
+
+    everywhere = gather_object([dict(facts)])
+    for rank, theirs in enumerate(everywhere):
+        for name, value in theirs.items():
+            if value != everywhere[0][name]:
+                raise UserError(f"{name} is {everywhere[0][name]} on process 0 but {value} on process {rank}")
+
+
+def choose_precision(
+    fp16_type: int | None, preset_fp16_type: int, preset_bf16: bool, precision: str | None = None
+) -> str | None:
+    """Mixed precision: of --precision or the older --fp16_type, else of the Accelerate config, else of the preset.
+
+    Args:
+        fp16_type: 0 leaves it to the config; 1, 2 and 3, once levels of Apex, all mean fp16.
+        preset_fp16_type: the preset's, likewise.
+        preset_bf16: the preset asks for bf16.
+        precision: no, fp16, bf16, or fp16_on_gpu: fp16 where there is a GPU, else full precision.
+
+    Raises:
+        UserError: no such type, or the config asks for another precision.
+    """
+    if precision == "fp16_on_gpu":
+        precision = "fp16" if torch.cuda.is_available() else "no"
+    if fp16_type not in (None, 0, 1, 2, 3):
+        raise UserError(f"--fp16_type must be 0, 1, 2 or 3, got {fp16_type}")
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is not None:
+        if configured not in (None, "no", precision):
+            raise UserError(f"--precision is {precision}, but the Accelerate config asks for {configured}")
+        return precision
+    if fp16_type:
+        if configured not in (None, "no", "fp16"):
+            raise UserError(f"--fp16_type {fp16_type} asks for fp16, the Accelerate config for {configured}")
+        return "fp16"
+    if configured or fp16_type == 0:
+        return configured
+    return "bf16" if preset_bf16 else "fp16" if preset_fp16_type else None
+
+
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Sums of each value over all processes, in float64."""
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    tensor = torch.tensor(list(values), dtype=dtype, device=accelerator.device)
+    summed: torch.Tensor = accelerator.reduce(tensor, "sum")
+    return [float(value) for value in summed.tolist()]
+
+
+def nodes_of_processes(accelerator: Accelerator, node_rank: int | None = None) -> list[int]:
+    """The node of each process, in the order of the ranks.
+
+    Args:
+        accelerator: the running processes.
+        node_rank: this process' node; None takes what the launcher says (GROUP_RANK), else 0.
+    """
+    node = node_rank if node_rank is not None else int(os.environ.get("GROUP_RANK", "0"))
+    mine = [float(node) if rank == accelerator.process_index else 0.0 for rank in range(accelerator.num_processes)]
+    return [int(value) for value in sum_over_processes(accelerator, mine)]
+
+
+def process_shares(
+    batch_size: int,
+    nodes: Sequence[int],
+    node_batch_sizes: Mapping[int, int] | None = None,
+    weights: Sequence[int] | None = None,
+) -> list[int]:
+    """Rows of each optimizer step that each process computes; they sum to `batch_size`.
+
+    Args:
+        batch_size: rows of an optimizer step, over all processes.
+        nodes: node of each process.
+        node_batch_sizes: rows per node, a node's rows being divided evenly over its processes.
+        weights: relative share of each process instead.
+
+    Raises:
+        UserError: the map names other nodes than there are, or the weights another number of processes.
+    """
+    if weights is not None:
+        if len(weights) != len(nodes):
+            raise UserError(f"{len(weights)} process shares were given for {len(nodes)} processes")
+        return split_shares(batch_size, list(weights))
+    if node_batch_sizes is None:
+        return split_shares(batch_size, [1] * len(nodes))
+    if set(nodes) != set(node_batch_sizes):
+        raise UserError(
+            f"the batch-size map names the nodes {sorted(node_batch_sizes)}, but the processes run on nodes "
+            f"{sorted(set(nodes))}"
+        )
+    names = sorted(node_batch_sizes)
+    by_node = dict(zip(names, split_shares(batch_size, [node_batch_sizes[name] for name in names]), strict=True))
+    inside = {name: iter(split_shares(by_node[name], [1] * list(nodes).count(name))) for name in names}
+    return [next(inside[node]) for node in nodes]
+
+
+def micro_batches(rows: int, micro_batch_size: int) -> list[int]:
+    """Cut a process' rows into the fewest micro-batches of at most `micro_batch_size`, as even as possible."""
+    return split_shares(rows, [1] * -(-rows // micro_batch_size)) if rows else []
+
+
+def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]]) -> None:
+    """Refuse what a sharded model (FSDP) cannot do.
+
+    It exchanges weights in every forward pass, so all processes must make equally many.
+
+    Args:
+        accelerator: the running processes.
+        optimizer: name of the optimizer.
+        batches: rows of each process in a step, rows of a step, and rows in all; of each phase.
+
+    Raises:
+        UserError: the model is sharded and the rows do not divide evenly, or the optimizer does not know shards.
+    """
+    if str(accelerator.distributed_type.value) != "FSDP":
+        return
+    if optimizer == "lamb":
+        raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use DDP")
+    for shares, batch_size, total_rows in batches:
+        if len(set(shares)) > 1 or total_rows % batch_size:
+            raise UserError(
+                f"with FSDP every process needs the same rows in every step, but the shares are {list(shares)} of "
+                f"{batch_size} rows and {total_rows} rows in all: choose sizes that divide, and --max_steps"
+            )
+
+
+class StopRequest:
+    """Remembers that the process was asked to stop; the loop looks at it between steps.
+
+    SIGTERM and SIGUSR1 (schedulers) and SIGINT (the keyboard) ask to stop after the current step, and so does the end
+    of the time limit; a second SIGINT interrupts at once.
+    """
+
+    def __init__(self, deadline: float = float("inf")) -> None:
+        """Begin to listen; `deadline` is a time of `time.monotonic()`."""
+        self.reason = ""
+        self._deadline = deadline
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        """Whether this process was asked to stop or is out of time."""
+        if not self.reason and time.monotonic() > self._deadline:
+            self.reason = "--max_time"
+        return bool(self.reason)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90", "90m", "11h30m" or "2d".
+
+    Raises:
+        UserError: it looks otherwise.
+    """
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if parts is None or not text.strip():
+        raise UserError(f"a duration must look like 90 (seconds), 90m or 11h30m, got {text!r}")
+    return float(sum(int(part or 0) * unit for part, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)))
