@@ -90,6 +90,7 @@ def test_readme_names_only_what_exists():
     ):
         assert (ROOT / path).exists(), path
     known = {"--config_file", "--num_processes", "--machine_rank", "--logdir", "--main_process_ip", "--upgrade"}
-    options = "".join(file.read_text(encoding="utf-8") for file in [*SCRIPTS, ROOT / "lmscripts" / "options" / "parsing.py"])
+    parsing = ROOT / "lmscripts" / "options" / "parsing.py"
+    options = "".join(file.read_text(encoding="utf-8") for file in [*SCRIPTS, parsing])
     for flag in set(re.findall(r"--[a-z][\w]+", text)) - known:
         assert re.search(rf"\b{flag[2:].removeprefix('no_')}\b", options), flag
