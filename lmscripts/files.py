@@ -126,6 +126,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """As `new_folder`, but an earlier folder is replaced, by the whole new one, when the block has ended well."""
+    new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    remove_leftovers(new)
+    with new_folder(new) as aside:
+        yield aside
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what earlier, killed writers of `folder` left beside it; returns what was removed.
 

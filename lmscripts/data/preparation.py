@@ -17,6 +17,7 @@ from lmscripts.errors import UserError
 from lmscripts.files import remove_leftovers
 from lmscripts.text.corpus import Span, TextReport, batches, find_files, read_documents, source_fingerprint
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
+from lmscripts.tokenizer.folder import read_record
 from lmscripts.tokenizer.lossless import keeps_line_feeds
 
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
@@ -39,6 +40,28 @@ def find_tokenizer(name: str) -> Path:
     except Exception as error:  # the Hub client raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
+
+
+def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
+    """Compare options that describe the tokenizer with the tokenizer there is.
+
+    Args:
+        tokenizer: from transformers.
+        wanted: tokenizer_type and mecab_dic as the user gave them; None is not checked.
+
+    Raises:
+        UserError: they differ.
+    """
+    settings = tokenizer.init_kwargs
+    kind = (read_record(Path(tokenizer.name_or_path)) or {}).get("tokenizer_type")  # of a tokenizer of ours
+    kind = kind or settings.get("subword_tokenizer_type")
+    if kind is None and tokenizer.is_fast:
+        kind = type(tokenizer.backend_tokenizer.model).__name__.lower()
+    found = {"tokenizer_type": "unigram" if kind == "sentencepiece" else kind}
+    found["mecab_dic"] = (settings.get("mecab_kwargs") or {}).get("mecab_dic")
+    for name, value in wanted.items():
+        if value is not None and value != found[name]:
+            raise UserError(f"--{name} is {value}, but the tokenizer says {found[name]}")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lmscripts.data.loader import to_device
 from lmscripts.data.preparation import Source, prepare_beside
+from lmscripts.data.steps import Batch, to_device
 from lmscripts.data.token_store import TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from numpy.typing import NDArray
 
-    from lmscripts.objectives import Batch, Objective
+    from lmscripts.objectives.module import Objective
 
     # Rows of the given numbers as a batch with its counts.
     MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]

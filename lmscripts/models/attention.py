@@ -42,7 +42,7 @@ def attention_inputs(
 
     Args:
         path: how attention is computed; for "varlen" the model must have been built by `use_attention`.
-        batch: holds "segments" (B, T) and, for "varlen", "segment_ends" (B * T + 1,), see `segment_ends`. A batch
+        batch: holds "segments" (B, T) and, for "varlen", "segment_ends", see `data.packing.segment_ends`. A batch
             without "segments" has one segment per row and no empty position: nothing needs masking, except what a
             decoder hides by itself.
         dtype: dtype of the queries.
@@ -55,24 +55,6 @@ def attention_inputs(
     if "segments" not in batch:
         return {"attention_mask": None}
     return {"attention_mask": additive_mask(batch["segments"], dtype, causal)}
-
-
-def segment_ends(segments: Tensor, capacity: int) -> Tensor:
-    """(capacity,) int32 cumulative lengths 0, l1, l1 + l2, ... of the segments of all rows, for varlen attention.
-
-    The empty end of a row counts as a segment. Unused entries repeat the total, so the shape does not depend on the
-    number of segments.
-
-    Args:
-        segments: (B, T) integers.
-        capacity: at least the number of segments + 1.
-    """
-    changes = torch.ones_like(segments, dtype=torch.bool)
-    changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = changes.reshape(-1).nonzero().squeeze(1)
-    ends = torch.full((capacity,), segments.numel(), dtype=torch.int32, device=segments.device)
-    ends[: starts.numel()] = starts.to(torch.int32)
-    return ends
 
 
 def _varlen_forward(
@@ -96,7 +78,7 @@ def _varlen_forward(
         key: the same, or fewer heads, each for a group of queries.
         value: as key.
         attention_mask: not used; the segments are given by `cu_seq_lens_q`.
-        cu_seq_lens_q: see `segment_ends`.
+        cu_seq_lens_q: see `lmscripts.data.packing.segment_ends`.
         max_length_q: T.
         dropout: must be 0, the kernel has none.
         scaling: factor of the scores.
@@ -153,6 +135,13 @@ def attend_from(
     dropout = module.dropout.p if module.training else 0.0
     out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def attention_paths(architecture: Any) -> tuple[AttentionPath, ...]:
+    """The ways to compute attention that a class of transformers has, the fastest first."""
+    if not architecture._supports_sdpa:
+        return ("eager",)
+    return ("varlen", "sdpa", "eager") if architecture._supports_attention_backend else ("sdpa", "eager")
 
 
 def use_attention(path: AttentionPath) -> str:

@@ -1,49 +1,35 @@
-"""BERT (arXiv:1810.04805): masked language model without next-sentence prediction."""
+"""BERT (arXiv:1810.04805)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM
+from torch import Tensor
+from transformers import BertConfig
 
 from lmscripts.data.packing import Layout
-from lmscripts.models.encoder import encode as encode_with
-from lmscripts.options.presets import Preset
+from lmscripts.models.encoder import adopt, attention, encode, fit, flops, join, layers, narrow
+from lmscripts.options.presets import FamilyKeys, Preset
+
+__all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "layers", "narrow"]
+
+heads = {"masked": {"": "BertForMaskedLM"}}
+preset_keys = FamilyKeys()
+pretrained_heads = heads
+default_objective = "masked"
+defaults: dict[str, float] = {}
 
 
-def config(preset: Preset, vocab_size: int, layout: Layout) -> BertConfig:
-    """Model configuration of a preset; the dropouts are set by `lmscripts.models.build`."""
+def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> BertConfig:
+    """Configuration of a new model; the dropouts are set by `lmscripts.models.building`."""
     return BertConfig(
         **preset.layer_sizes(),
-        max_position_embeddings=num_positions(layout),
+        max_position_embeddings=layout.sequence_length,
         vocab_size=vocab_size,
         pad_token_id=layout.pad_id,
     )
 
 
-architecture = BertForMaskedLM
-
-
-def num_positions(layout: Layout) -> int:
-    """Position embeddings that rows of this layout need."""
-    return layout.sequence_length
-
-
-def encode(
-    model: Any, input_ids: Tensor, positions: Tensor, attention: dict[str, Any], slots: Tensor | None = None
-) -> Tensor:
-    """Last hidden states, see `lmscripts.models.encoder.encode`; `positions` restart at 0 in each document."""
-    return encode_with(model.bert, input_ids, positions, attention, slots)
-
-
-def layers(model: Any) -> nn.ModuleList:
-    """The layers of the encoder."""
-    found: nn.ModuleList = model.bert.encoder.layer
-    return found
-
-
 def predict(model: Any, hidden: Tensor) -> Tensor:
     """(N, V) logits of (N, H) hidden states."""
-    logits: Tensor = model.cls(hidden)
-    return logits
+    return model.cls.predictions(hidden)  # type: ignore[no-any-return]

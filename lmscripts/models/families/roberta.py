@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaForMaskedLM
+from torch import Tensor
+from transformers import PreTrainedModel, RobertaConfig
 
 from lmscripts.data.packing import Layout
-from lmscripts.models.encoder import encode as encode_with
-from lmscripts.options.presets import Preset
+from lmscripts.models import encoder
+from lmscripts.models.encoder import adopt, attention, flops, join, layers, narrow
+from lmscripts.options.presets import FamilyKeys, Preset
+
+__all__ = ["adopt", "attention", "flops", "join", "layers", "narrow"]
+
+heads = {"masked": {"": "RobertaForMaskedLM"}}
+preset_keys = FamilyKeys()
+pretrained_heads = heads
+default_objective = "masked"
+defaults = {"beta2": 0.98}  # section 3.1
 
 
-def config(preset: Preset, vocab_size: int, layout: Layout) -> RobertaConfig:
-    """Model configuration of a preset; the dropouts are set by `lmscripts.models.build`."""
+def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> RobertaConfig:
+    """Configuration of a new model; the dropouts are set by `lmscripts.models.building`."""
     return RobertaConfig(
         **preset.layer_sizes(),
-        max_position_embeddings=num_positions(layout),
+        max_position_embeddings=_positions(layout),
         vocab_size=vocab_size,
         pad_token_id=layout.pad_id,
         bos_token_id=layout.begin_id,
@@ -25,29 +34,23 @@ def config(preset: Preset, vocab_size: int, layout: Layout) -> RobertaConfig:
     )
 
 
-architecture = RobertaForMaskedLM
-
-
-def num_positions(layout: Layout) -> int:
-    """Position embeddings that rows of this layout need; those up to the padding id are never used."""
-    return layout.sequence_length + layout.pad_id + 1
+def fit(model: PreTrainedModel, name: str, layout: Layout) -> tuple[PreTrainedModel, list[str]]:
+    """See `lmscripts.models.encoder.fit`."""
+    return encoder.fit(model, name, layout, _positions(layout))
 
 
 def encode(
     model: Any, input_ids: Tensor, positions: Tensor, attention: dict[str, Any], slots: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states, see `lmscripts.models.encoder.encode`; `positions` restart at 0 in each document."""
-    first = model.config.pad_token_id + 1
-    return encode_with(model.roberta, input_ids, positions + first, attention, slots)
-
-
-def layers(model: Any) -> nn.ModuleList:
-    """The layers of the encoder."""
-    found: nn.ModuleList = model.roberta.encoder.layer
-    return found
+    """See `lmscripts.models.encoder.encode`; `positions` restart at 0 in each document."""
+    return encoder.encode(model, input_ids, positions + model.config.pad_token_id + 1, attention, slots)
 
 
 def predict(model: Any, hidden: Tensor) -> Tensor:
     """(N, V) logits of (N, H) hidden states."""
-    logits: Tensor = model.lm_head(hidden)
-    return logits
+    return model.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+def _positions(layout: Layout) -> int:
+    """Position embeddings that rows need; those up to the padding id are never used."""
+    return layout.sequence_length + layout.pad_id + 1
