@@ -15,9 +15,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Literal
 
-from lmscripts.errors import leave, user_errors
-from lmscripts.options import lightning
-from lmscripts.options.checks import OLDER_NAMES, check_pretraining
+from lmscripts.errors import UserError, leave, user_errors
+from lmscripts.options import language_pretraining, lightning
+from lmscripts.options.checks import check_numbers, check_useless
 from lmscripts.options.parsing import dump_options, option, parse_options
 from lmscripts.training.branch import branch_options
 
@@ -32,6 +32,16 @@ Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
 CarryOver = Literal["weights", "moments", "everything"]
 TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
 Every = int | Literal["epoch"]
+POSITIVE = [
+    "batch_size", "micro_batch_size", "max_steps", "epochs", "save_steps", "logging_steps", "eval_every",
+    "stop_at_step", "learning_rate", "sequence_length", "decay_steps", "expected_processes", "timeout",
+    "num_workers", "phase_steps", "n_layer", "n_head", "n_embd"
+]  # fmt: skip
+NOT_NEGATIVE = [
+    "warmup_steps", "eval_rows", "keep_last", "keep_every", "weight_decay", "epsilon", "max_grad_norm",
+    "generator_weight", "discriminator_weight", "z_loss"
+]  # fmt: skip
+BELOW_ONE = ["hidden_dropout", "attention_dropout", "beta1", "beta2", "final_lr_ratio", "validation_fraction"]
 PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_size"
 
 
@@ -120,7 +130,40 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
-        check_pretraining(vars(self))
+        values = vars(self)
+        check_numbers(values, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
+        if self.max_steps is not None and self.epochs is not None:
+            raise UserError(f"--max_steps {self.max_steps} and --epochs {self.epochs} both say how long: give one")
+        if self.phase_steps:
+            check_useless(values, "with --phase_steps, which says how long", "max_steps", "epochs")
+        if self.do_whole_word_mask and self.mask_unit not in (None, "word"):
+            raise UserError(f"--do_whole_word_mask and --mask_unit {self.mask_unit} contradict each other: give one")
+        if self.frozen_layers is not None and self.frozen_layers < -1:
+            raise UserError(f"--frozen_layers must be at least -1 (none), got {self.frozen_layers}")
+        if self.start_from is not None and self.carry_over is None:
+            raise UserError(f"--start_from {self.start_from} needs --carry_over weights, moments or everything")
+        if self.start_from is None:
+            check_useless(values, "without --start_from", "carry_over")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema_decay must lie between 0 and 1, got {self.ema_decay}")
+        if self.decay_from is not None:
+            names = ("start_from", "carry_over", "phase_steps")
+            check_useless(values, "with --decay_from, which takes everything", *names)
+        if (self.decay_steps is not None) != (self.schedule == "wsd"):
+            raise UserError(f"--decay_steps {self.decay_steps} is not for --schedule {self.schedule}; wsd needs it")
+        if self.attention == "varlen" and self.attention_dropout > 0:
+            raise UserError(f"--attention varlen has no dropout, but --attention_dropout is {self.attention_dropout}")
+        if self.process_shares and (min(self.process_shares) < 0 or sum(self.process_shares) == 0):
+            given = " ".join(map(str, self.process_shares))
+            raise UserError(f"--process_shares must be at least 0 and not all 0, got {given}")
+        if self.schedule == "constant":
+            check_useless(values, "with --schedule constant", "final_lr_ratio")
+        if self.dataset_dir:
+            check_useless(values, "with --dataset_dir", "validation_fraction", "validation_file", "num_workers")
+        if self.validation_file:
+            check_useless(values, "with --validation_file, which is what is held out", "validation_fraction")
+        if self.fp16_type and self.precision not in (None, "fp16"):
+            raise UserError(f"--fp16_type {self.fp16_type} and --precision {self.precision} differ: give one")
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
@@ -129,7 +172,7 @@ class Options:
 def main() -> None:
     """Parse, prepare, train, export."""
     also = {"foreign": lightning, "one_of": [lightning.LENGTHS], "beneath": branch_options}
-    options = parse_options(Options, description=__doc__ or "", **also, **OLDER_NAMES)
+    options = parse_options(Options, description=__doc__ or "", **also, **language_pretraining.PRETRAINING)
     with user_errors():
         run(options)
 
