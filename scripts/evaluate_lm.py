@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 from lmscripts import objectives
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.files import write_text
+from lmscripts.options import lightning
 from lmscripts.options.checks import check_numbers, check_useless
 from lmscripts.options.parsing import option, parse_options
 
@@ -78,7 +79,7 @@ class Options:
             raise UserError(f"--mask_probability must lie between 0 and 1, got {self.mask_probability}")
 
 
-RENAMED = {"sequence_length": "block_size", "ckpt_path": "model_dir", "test_file": "input_file"}
+RENAMED = {"sequence_length": "block_size", **lightning.RENAMED_IN_EVALUATION}
 
 
 def main() -> None:

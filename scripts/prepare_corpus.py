@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.options.language_pretraining import PREPARATION
 from lmscripts.options.parsing import option, parse_options_with_origin
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ class Options:
 
 def main() -> None:
     """Parse, then build or inspect."""
-    renamed = {"input_corpus": "input_file"}
-    options, origins = parse_options_with_origin(Options, description=__doc__ or "", renamed=renamed)
+    options, origins = parse_options_with_origin(Options, description=__doc__ or "", **PREPARATION)
     with user_errors():
         if options.inspect is not None:
             if ignored := [n for n, origin in origins.items() if origin == "command line" and n != "inspect"]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.options.language_pretraining import TOKENIZER
 from lmscripts.options.parsing import option, parse_options_with_origin
 
 if TYPE_CHECKING:
@@ -85,21 +86,6 @@ class Options:
     extend_tokenizer_dir: str = option("", help="tokenizer to extend instead of training one", group="extension")
     new_words_file: str = option("", help="a new word a line, each for an unused token", group="extension")
     from_sentencepiece: str = option("", help="model of sentencepiece to take over instead of training", group="import")
-
-
-RENAMED = {
-    "mecab_dic_type": "mecab_dic",
-    "word_tokenizer_type": "word_tokenizer",
-    "subword_tokenizer_type": "tokenizer_type",
-    "sudachi_dict_type": "sudachi_dict",
-}
-RENAMED_VALUES = {"tokenizer_type": {"sentencepiece": "unigram"}, "word_tokenizer": {"basic": "whitespace"}}
-ACCEPTED_UNUSED = {
-    "language": "--word_tokenizer says how the text is cut into words, whatever the language",
-    "pretokenized_prefix": "segmented text is written to --intermediate_dir only",
-    "ignore_max_byte_error": "lines beyond Sudachi's limit are cut at sentence ends",
-    "disable_tqdm": "without a terminal plain lines are printed",
-}
 
 
 # ---- the steps ----
@@ -192,13 +178,8 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, 
 
 
 def main() -> None:
-    options, origins = parse_options_with_origin(
-        Options,
-        description=(__doc__ or "").rsplit("\n\n", 1)[0],
-        renamed=RENAMED,
-        renamed_values=RENAMED_VALUES,
-        accepted_unused=ACCEPTED_UNUSED,
-    )
+    description = (__doc__ or "").rsplit("\n\n", 1)[0]
+    options, origins = parse_options_with_origin(Options, description=description, **TOKENIZER)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     steps = extend if options.extend_tokenizer_dir or options.new_words_file else run
     steps = take_over if options.from_sentencepiece else steps

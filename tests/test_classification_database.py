@@ -7,12 +7,13 @@ import json
 import os
 import random
 import resource
+import runpy
 import sqlite3
 import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -34,7 +35,6 @@ from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.text.records import TableOptions
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.training.classifier_checks import check_options
 from lmscripts.training.classifier_task import open_task
 
 FOLDS = FoldSettings(max_length=32)
@@ -842,9 +842,9 @@ def test_what_an_sqlite_file_holds_is_checked_like_the_options(tmp_path, model_d
     ],
 )
 def test_shares_beside_given_parts_are_refused(changed, said):
-    values = defaultdict(lambda: None, vars(options_of("t.csv", "m", **changed)))
+    options = runpy.run_path(str(ROOT / "scripts" / "finetune_classifier.py"))["Options"]
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
-        check_options(values)
+        options(input_file="t.csv", model_name_or_path="m", **changed)
 
 
 def test_a_log_is_never_written_into_a_table_or_found_impossible_at_the_end(table, model_dir, monkeypatch):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmscripts.errors import UserError
 from lmscripts.objectives import Export
+from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class Settings:
     z_loss: float | None = option(None, help="weight of log(Z)^2, such as 1e-4 (0)")
 
     def __post_init__(self) -> None:
-        if self.z_loss is not None and self.z_loss < 0:
-            raise UserError(f"--z_loss must be at least 0, got {self.z_loss}")
+        check_numbers(vars(self), not_negative=("z_loss",))
 
 
 def resolved(settings: Settings, preset: Preset) -> Settings:

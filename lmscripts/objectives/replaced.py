@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmscripts.objectives import Export, masked
 from lmscripts.objectives.masked import batches, resolved, rows, slots, words
+from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class Settings(masked.Settings):
 
     generator_weight: float | None = option(None, help="of the generator's loss (1)")
     discriminator_weight: float | None = option(None, help="of the discriminator's loss (50)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(vars(self), not_negative=("generator_weight", "discriminator_weight"))
 
 
 def plan(tokenizer: Any, layout: Layout, settings: Any) -> MaskingPlan:

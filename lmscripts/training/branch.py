@@ -43,7 +43,7 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
     Raises:
         UserError: the checkpoint is none or not one of a stable rate, or an option was given that has no effect.
     """
-    from lmscripts.training.folder import find_checkpoint, read_state  # heavy imports
+    from lmscripts.models.finding import find_checkpoint, read_state
 
     decay_from, steps = (given.get(name, (None, False))[0] for name in ("decay_from", "decay_steps"))
     if decay_from is None:
@@ -92,8 +92,7 @@ def _of_that_job(given: Mapping[str, tuple[Any, bool]], before: Mapping[str, Any
 
 def _own_checkpoint(given: Mapping[str, tuple[Any, bool]]) -> Path | None:
     """The newest checkpoint of a branch that is continued, be it damaged: its state has to be readable."""
-    from lmscripts.training.checkpoint import list_checkpoints
-    from lmscripts.training.folder import read_state
+    from lmscripts.models.finding import list_checkpoints, read_state
 
     run_dir, goes_on = (given.get(name, (None, False))[0] for name in ("model_dir", "do_continue"))
     for checkpoint in reversed(list_checkpoints(Path(run_dir)) if run_dir and goes_on else []):
