@@ -19,18 +19,21 @@ AttentionPath = Literal["eager", "sdpa", "varlen"]
 VARLEN = "lmscripts_varlen"
 
 
-def additive_mask(segments: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
+def additive_mask(segments: Tensor, dtype: torch.dtype, causal: bool = False, window: int | None = None) -> Tensor:
     """(B, 1, T, T) mask: 0 where query and key lie in the same segment, the lowest number of `dtype` elsewhere.
 
     Args:
         segments: (B, T) integers; empty positions hold -1 and see each other, so no row of the softmax is empty.
         dtype: of the queries.
         causal: hide what comes after the query as well.
+        window: hide what is farther than so many positions from the query as well.
     """
     apart = segments[:, None, :, None] != segments[:, None, None, :]
+    at = torch.arange(segments.shape[1], device=segments.device)
     if causal:
-        at = torch.arange(segments.shape[1], device=segments.device)
         apart = apart | (at[:, None] < at[None, :])
+    if window is not None:
+        apart = apart | ((at[:, None] - at[None, :]).abs() > window)
     mask = torch.zeros(apart.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(apart, torch.finfo(dtype).min)
 
@@ -68,6 +71,7 @@ def _varlen_forward(
     max_length_q: int,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface over the flash varlen kernel; SDPA with a mask where there is none.
@@ -82,6 +86,7 @@ def _varlen_forward(
         max_length_q: T.
         dropout: must be 0, the kernel has none.
         scaling: factor of the scores.
+        sliding_window: positions that a query sees on a side, its own among them; None for all.
 
     Returns:
         (B, T, heads, d), and None for the weights.
@@ -97,12 +102,13 @@ def _varlen_forward(
 
         q, k, v = (x.transpose(1, 2).reshape(rows * length, heads, width) for x in (query, key, value))
         ends, longest = cu_seq_lens_q, max_length_q
-        window = (-1, 0 if causal else -1)
+        reach = -1 if sliding_window is None else sliding_window - 1
+        window = (reach, 0 if causal else reach)
         out: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window)  # type: ignore[assignment]
         return out.view(rows, length, heads, width), None
     at = torch.arange(rows * length, device=query.device)
     segments = torch.searchsorted(cu_seq_lens_q, at, right=True, out_int32=True).view(rows, length)
-    mask = additive_mask(segments, query.dtype, causal)
+    mask = additive_mask(segments, query.dtype, causal, None if sliding_window is None else sliding_window - 1)
     out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2), None
 
