@@ -354,7 +354,6 @@ def run(options: Options, further: Further) -> None:
     models, notices = building.build(
         preset,
         asked.objective,
-        {export.subfolder: export.auto for export in kind.EXPORTS},
         tokenizer,
         data.longest.layout,
         like=like,
@@ -363,6 +362,8 @@ def run(options: Options, further: Further) -> None:
         hidden_dropout=options.hidden_dropout,
         attention_dropout=options.attention_dropout,
     )
+    autos = {export.subfolder: export.auto for export in kind.EXPORTS}
+    beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     parameters = building.num_parameters(models)
     said = plan.plan_text(
         data,
@@ -376,7 +377,6 @@ def run(options: Options, further: Further) -> None:
     say("\n".join([said, *notices]), flush=True)
     if options.dry_run:
         return
-    beside = folder.tokenizer_beside(tokenizer_dir, data.longest.layout.sequence_length)
     run_folder = folder.RunFolder(run_dir, fixed, rate, beside)
     claim = partial(run_folder.claim, options.do_continue, options.start_from, branch)
     source, continued, notices = processes.from_main(accelerator, claim)

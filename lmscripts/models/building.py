@@ -18,11 +18,10 @@ from lmscripts.data.packing import Layout
 from lmscripts.errors import UserError
 from lmscripts.models import attention, decoder, fitting, pretrained
 from lmscripts.models.attention import AttentionPath
-from lmscripts.models.checks import check_exports, check_isolation, drops_something
+from lmscripts.models.checks import check_isolation, drops_something
 from lmscripts.models.families import architectures, family
 from lmscripts.models.finding import CHECKSUMS, find_damage
 from lmscripts.options.presets import Preset
-from lmscripts.tokenizer.encoder import Encoder
 
 Models = dict[str, PreTrainedModel]
 
@@ -30,7 +29,6 @@ Models = dict[str, PreTrainedModel]
 def build(
     preset: Preset,
     objective: str,
-    autos: Mapping[str, str],
     tokenizer: Any,
     layout: Layout,
     *,
@@ -40,12 +38,11 @@ def build(
     hidden_dropout: float,
     attention_dropout: float,
 ) -> tuple[Models, list[str]]:
-    """The models of a preset for an objective, checked as `lmscripts.models.checks` says.
+    """The models of a preset for an objective, each proved to keep documents apart (`lmscripts.models.checks`).
 
     Args:
         preset: sizes of the layers or names of pretrained models; layers to freeze.
         objective: its name.
-        autos: Auto class by subfolder that loads what is exported.
         tokenizer: of the text, from transformers.
         layout: of the longest rows; decides the number of positions and the special ids.
         like: checkpoint of a run that is continued: models with pretrained weights are only shaped like its own.
@@ -59,7 +56,7 @@ def build(
 
     Raises:
         UserError: a pretrained model cannot be loaded, does not fit the tokenizer or the rows, or would not keep
-            documents apart; what is exported would not load; too many layers to freeze.
+            documents apart; too many layers to freeze.
     """
     implementation = attention.use_attention(path)
     settings = {"attn_implementation": implementation, "hidden_dropout": hidden_dropout}
@@ -87,7 +84,6 @@ def build(
         said = f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}"
         if names and like is None and hidden_dropout and not drops_something(module, model, path):
             notices.append(said)
-    check_exports(models, autos, Encoder(Path(tokenizer.name_or_path), tokenizer))
     return models, list(dict.fromkeys(notices))
 
 

@@ -6,6 +6,8 @@ folder that will be exported loads with the Auto classes.
 
 from __future__ import annotations
 
+import inspect
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -173,31 +175,61 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 # ---- what will be exported -----------------------------------------------------------------------------------------
 
+# For some types of models AutoTokenizer takes the class of their own tokenizer, whatever tokenizer_config.json says,
+# unless that names code of the folder; which nobody has to trust, as the class of transformers of that name is taken.
+_DECLARATION = "tokenization_declared.py"
+_DECLARED = """# Names the class in tokenizer_config.json for AutoTokenizer; it is that of transformers.
+from transformers import {0}
 
-def check_exports(models: Mapping[str, Any], autos: Mapping[str, str], encoder: Encoder) -> None:
+__all__ = ["{0}"]
+"""
+
+
+def check_exports(models: Mapping[str, Any], autos: Mapping[str, str], encoder: Encoder) -> dict[str, bytes]:
     """Load what will be exported once, without weights: each configuration with its Auto class, and the tokenizer.
-
-    For some types of models AutoTokenizer takes the class of their own tokenizer, whatever tokenizer_config.json says,
-    and then cuts text in another way or cannot be loaded at all.
 
     Args:
         models: by the subfolder that they are saved in.
         autos: subfolder -> Auto class of transformers that is to load it.
         encoder: the tokenizer that is saved beside them.
 
+    Returns:
+        Files, by name, to write over those of the tokenizer beside each model: empty unless AutoTokenizer would make
+        another tokenizer of it there.
+
     Raises:
         UserError: an Auto class makes another model of a configuration, or another tokenizer comes back.
     """
+    files: dict[str, bytes] = {}
     for part, model in models.items():
         with tempfile.TemporaryDirectory() as folder, quiet_loading():
-            copy_tokenizer(encoder.folder, Path(folder))
+            place = Path(folder)
+            copy_tokenizer(encoder.folder, place)
             model.config.save_pretrained(folder)
             _check_auto_class(model, autos.get(part), folder)
-            if difference := _other_tokenizer(encoder, folder):
+            difference = _other_tokenizer(encoder, folder)
+            settings = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8")) if difference else {}
+            if name := settings.get("tokenizer_class"):
+                files = _declared(model, settings, name)
+                for file, content in files.items():
+                    (place / file).write_bytes(content)
+                difference = _other_tokenizer(encoder, folder)
+            if difference:
                 raise UserError(
                     f"beside a {model.config.model_type} AutoTokenizer makes another tokenizer of {encoder.folder}: "
                     f"{difference}; take a tokenizer of another type"
                 )
+    return files
+
+
+def _declared(model: Any, settings: dict[str, Any], name: str) -> dict[str, bytes]:
+    """Files with which AutoTokenizer takes the class that tokenizer_config.json names, and the inputs of the model."""
+    settings["auto_map"] = {"AutoTokenizer": [f"{Path(_DECLARATION).stem}.{name}", None]}
+    inputs = inspect.signature(model.forward).parameters
+    if named := settings.get("model_input_names"):
+        settings["model_input_names"] = [each for each in named if each in inputs]
+    text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+    return {"tokenizer_config.json": text.encode(), _DECLARATION: _DECLARED.format(name).encode()}
 
 
 def _check_auto_class(model: Any, auto: str | None, folder: str) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
+from lmscripts.models.checks import check_exports
 from lmscripts.models.finding import (
     AVERAGE,
     OF_TRAINING,
@@ -26,6 +27,7 @@ from lmscripts.models.finding import (
     list_checkpoints,
     read_state,
 )
+from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import average as averaging
 from lmscripts.training import checkpoint as checkpoints
@@ -47,16 +49,25 @@ def write_nothing(folder: Path) -> None:
     """For models beside which nothing stands."""
 
 
-def tokenizer_beside(tokenizer_dir: Path, sequence_length: int) -> Beside:
-    """What writes a tokenizer beside a model, as AutoTokenizer loads it; its files are held from here on.
+def tokenizer_beside(
+    tokenizer: Any, models: Mapping[str, PreTrainedModel], autos: Mapping[str, str], sequence_length: int
+) -> Beside:
+    """What writes a tokenizer beside a model, after both were loaded once as anyone will load them.
 
     Args:
-        tokenizer_dir: its folder, which may be gone when it is written.
-        sequence_length: written down as its longest input.
+        tokenizer: from transformers; the files of its folder are held from here on, and it may be gone later.
+        models: by the subfolder that each is saved in.
+        autos: subfolder -> Auto class that is to load it.
+        sequence_length: written down as the tokenizer's longest input.
+
+    Raises:
+        UserError: see `lmscripts.models.checks.check_exports`.
     """
+    encoder = Encoder(Path(tokenizer.name_or_path), tokenizer)
     with tempfile.TemporaryDirectory() as place:
-        copy_tokenizer(tokenizer_dir, Path(place))
+        copy_tokenizer(encoder.folder, Path(place))
         files = {file.name: file.read_bytes() for file in Path(place).iterdir() if file.is_file()}
+    files |= check_exports(models, autos, encoder)
     settings = json.loads(files.get("tokenizer_config.json", b"{}")) | {"model_max_length": sequence_length}
     files["tokenizer_config.json"] = (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode()
 
