@@ -129,7 +129,7 @@ def evaluate(options: Options) -> None:
     with evaluation.temporary_store(source_of(options, files, saved), options.num_workers) as store:
         tokenizer, rows = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True), None
         if kind.SCORES == "masks":
-            rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated")
+            rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
         accelerator = distributed.start_processes(mixed_precision=options.precision.replace("fp32", "no"))
         if (device := accelerator.device.type) == "cpu":
             torch.set_num_threads(options.cpu_threads)

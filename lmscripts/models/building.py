@@ -73,6 +73,7 @@ def build(
         configs = {part: module.config(preset, len(tokenizer), layout, part) for part in heads}
         models = {part: head(_with_settings(configs[part], settings)) for part, head in heads.items()}
     module.join(models)
+    bodies = set[int]()
     for part, model in models.items():
         fitting.fuse_activations(model)
         if preset.frozen_layers >= 0:
@@ -80,6 +81,9 @@ def build(
             parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
             notices.append(f"{frozen:,} parameters of {part or 'the model'} are frozen: {parts}")
         notices += module.adopt(model, layout, like and like / part)
+        if id(model.base_model) in bodies:
+            continue  # another head on a body that was looked at
+        bodies.add(id(model.base_model))
         check_isolation(module, model, path, layout)
         said = f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}"
         if names and like is None and hidden_dropout and not drops_something(module, model, path):

@@ -8,10 +8,11 @@ exports. No optimizer, no folder, no log; imports from models and the rooms belo
     EXPORTS     what stands alone at the end: see `Export`
     TITLE       what it trains, for people
     SCORES      how a text is scored: "windows", "masks"; not there where evaluate_lm.py cannot
-    rows        (store, part, tokenizer, sequence_length, packing) -> rows, None for an empty part
+    rows        (store, part, tokenizer, sequence_length, packing, settings) -> rows, None for an empty part
     batches     (source, rows, epochs, seed, sizes, plan, with_ends) -> batches with the counts of their targets
     plan        (tokenizer, layout, settings) -> what is fixed for all rows, such as how they are masked
-    slots, words    (plan, layout) -> prediction slots of a row; what is predicted, for people
+    slots       (plan, layout) -> prediction slots of a row
+    words       (plan, source) -> what is predicted, for people
     weights     (settings) -> loss terms and their weights
     prepare     (trained) -> None: fits the models to the loss, as by narrowing a last layer
     forward     (trained, batch) -> sums, never means: the loop divides each term once, by its targets over all

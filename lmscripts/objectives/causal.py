@@ -63,7 +63,9 @@ def resolved(settings: Settings, preset: Preset) -> Settings:
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def rows(store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing) -> StreamRows | None:
+def rows(
+    store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing, settings: Any
+) -> StreamRows | None:
     """The text as one stream; None for an empty part.
 
     Raises:
@@ -105,7 +107,7 @@ def slots(plan: None, layout: Layout) -> int:
     return layout.sequence_length
 
 
-def words(plan: None, layout: Layout) -> str:
+def words(plan: None, source: Any) -> str:
     """What is predicted, for people."""
     return "every token and the end of every document predicted from what stands before it"
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmscripts.data.masking import MaskingPlan
-    from lmscripts.data.packing import Layout, PackedRows, Packing
+    from lmscripts.data.packing import Layout, PackedRows, Packing, Rows
     from lmscripts.data.steps import Made, Phase
     from lmscripts.data.token_store import TokenStore
     from lmscripts.objectives.module import Batch, Objective, Sums
@@ -61,7 +61,9 @@ def resolved(settings: Any, preset: Preset) -> Any:
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def rows(store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing) -> PackedRows | None:
+def rows(
+    store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing, settings: Any
+) -> PackedRows | None:
     """Packed rows of [CLS] text [SEP].
 
     Raises:
@@ -123,7 +125,7 @@ def slots(plan: MaskingPlan, layout: Layout) -> int:
     return plan.slots
 
 
-def words(plan: MaskingPlan, layout: Layout) -> str:
+def words(plan: MaskingPlan, source: Any) -> str:
     """What is predicted, for people."""
     unit = {"token": "single tokens", "word": "whole words", "span": "spans of words"}[plan.unit]
     return f"{plan.probability:.0%} of the tokens masked as {unit}, {plan.slots} slots a row"
@@ -150,28 +152,52 @@ def batches(
         with_ends: give "segment_ends" as well, see `lmscripts.data.steps.cut_rows`.
 
     Returns:
+        See `masked_batches`.
+    """
+    from lmscripts.counters import stream_key
+    from lmscripts.data.masking import row_keys
+
+    keys = row_keys(stream_key(seed, 0x3A5C), epochs, rows)
+    return masked_batches(source.read(rows), keys, sizes, plan, source.most_segments if with_ends else None)
+
+
+def masked_batches(
+    laid_out: Rows,
+    keys: NDArray[np.uint64],
+    sizes: list[int],
+    plan: MaskingPlan,
+    most_segments: int | None,
+    more: Mapping[str, NDArray[Any]] | None = None,
+) -> Made:
+    """Laid out rows, masked and cut into batches.
+
+    Args:
+        laid_out: N rows of T tokens.
+        keys: (N,) of the masks, from `lmscripts.data.masking.row_keys`.
+        sizes: rows of each batch, B; they sum to N.
+        plan: how to mask, with K slots per row.
+        most_segments: see `lmscripts.data.steps.cut_rows`.
+        more: (N, ...) what else is in a batch, by name.
+
+    Returns:
         For each batch: input_ids (B, T) int32, slots (B * K,) int64 flat positions, labels (B * K,) int64, weights
         (B * K,) fp32, and draws (B * K,) fp32 with row_weights (B,) bool if the plan asks for them; and what
         `cut_rows` gives. Its counts: targets of the terms "mlm" and "rtd", and real (text) "tokens".
     """
     import numpy as np
 
-    from lmscripts.counters import stream_key
-    from lmscripts.data.masking import mask_rows, row_keys
+    from lmscripts.data.masking import mask_rows
     from lmscripts.data.steps import cut_rows
 
-    laid_out = source.read(rows)
-    keys = row_keys(stream_key(seed, 0x3A5C), epochs, rows)
     masks = mask_rows(laid_out.ids, laid_out.content, laid_out.word_starts, keys, plan)
     in_batch = np.concatenate([np.arange(size) for size in sizes])[:, None]
-    flat = masks.positions + in_batch * source.layout.sequence_length
-    arrays = {"input_ids": masks.input_ids, "slots": flat, "labels": masks.labels.astype(np.int64)}
-    arrays["weights"] = masks.weights
+    arrays = {"input_ids": masks.input_ids, "slots": masks.positions + in_batch * laid_out.ids.shape[1], **(more or {})}
+    arrays |= {"labels": masks.labels.astype(np.int64), "weights": masks.weights}
     if masks.draws is not None:
-        arrays |= {"draws": masks.draws, "row_weights": np.ones(len(rows), np.bool_)}
+        arrays |= {"draws": masks.draws, "row_weights": np.ones(len(masks.weights), np.bool_)}
     several = laid_out.segments[:, -1] != 0  # else one segment fills the row
     made, begin = [], 0
-    for batch in cut_rows(laid_out, sizes, arrays, several, source.most_segments if with_ends else None):
+    for batch in cut_rows(laid_out, sizes, arrays, several, most_segments):
         part = slice(begin, begin + len(batch["input_ids"]))
         begin = part.stop
         batch |= {name: batch[name].reshape(-1) for name in ("slots", "labels", "weights", "draws") if name in batch}

@@ -30,7 +30,8 @@ class Objective(nn.Module):
         self, kind: Any, family: Any, models: Mapping[str, PreTrainedModel], attention: AttentionPath, settings: Any
     ) -> None:
         super().__init__()
-        for subfolder, name in kind.PARTS.items():
+        self._parts = {subfolder: name for subfolder, name in kind.PARTS.items() if subfolder in models}
+        for subfolder, name in self._parts.items():
             setattr(self, name, models[subfolder])
         self.kind, self.family, self.settings = kind, family, settings
         self.attention: AttentionPath = attention
@@ -40,7 +41,7 @@ class Objective(nn.Module):
     @property
     def models(self) -> dict[str, PreTrainedModel]:
         """What is saved, by subfolder, the model's own folder first."""
-        return {subfolder: getattr(self, self.kind.PARTS[subfolder]) for subfolder in sorted(self.kind.PARTS)}
+        return {subfolder: getattr(self, self._parts[subfolder]) for subfolder in sorted(self._parts)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the targets of a batch, see the objective."""
@@ -64,7 +65,8 @@ class Objective(nn.Module):
 
     def flops_per_position(self, sequence_length: int, slots: int) -> float:
         """Operations of a training step per position."""
-        return float(sum(self.family.flops(model, sequence_length, slots) for model in self.models.values()))
+        bodies = {id(model.base_model): model for model in self.models.values()}  # two heads may share one
+        return float(sum(self.family.flops(model, sequence_length, slots) for model in bodies.values()))
 
     def attention_inputs(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """What keeps the documents of a batch apart in a model."""

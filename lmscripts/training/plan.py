@@ -107,7 +107,7 @@ def open_sources(
     """
     opened = []
     for phase in phases:
-        shape = (tokenizer, phase.sequence_length, packing)
+        shape = (tokenizer, phase.sequence_length, packing, phase.objective)
         rows, held_out = (objective.rows(phase.store, part, *shape) for part in ("train", "validation"))
         if rows is None:
             raise UserError(f"{phase.store.folder} holds no training text")
@@ -157,7 +157,7 @@ def open_phases(
                 held_out,
                 make=partial(objective.batches, plan=plan, with_ends=with_ends),
                 slots=objective.slots(plan, rows.layout),
-                words=objective.words(plan, rows.layout),
+                words=objective.words(plan, rows),
                 seed=stream_key(seed, number) if number else seed,  # no phase repeats the order of another
                 batch_size=phase.batch_size,
                 total_rows=max(1, total),
