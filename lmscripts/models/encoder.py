@@ -81,8 +81,17 @@ def narrow(model: Any) -> None:
     operations about four fifths are saved where 15 % are. The layer stays a module with its parameters and hooks, and
     without `slots` it computes what it always did.
     """
-    last = layers(model)[-1]
+    last, pooler = layers(model)[-1], getattr(model.base_model, "pooler", None)
     last.forward = MethodType(_forward_at_slots, last)
+    if pooler is not None:  # which takes the first position of a row, and there is no row of some positions
+        pooler.forward = MethodType(_pool_rows, pooler)
+
+
+def _pool_rows(pooler: Any, hidden: Tensor) -> Tensor:
+    if hidden.ndim == 2:
+        return hidden
+    pooled: Tensor = type(pooler).forward(pooler, hidden)
+    return pooled
 
 
 def _forward_at_slots(

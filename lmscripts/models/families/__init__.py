@@ -16,6 +16,7 @@ In each file the same names, checked by one test over all of them:
     encode             (model, input_ids, positions, attention, slots) -> last hidden states
     predict            (model, hidden) -> logits of its head
     narrow             (model) -> None: the last layer computes no more than `encode` is asked for, where it can
+    pair_scores        (models, hidden) -> scores of pairs; only where there is a head for them
     flops              (model, sequence_length, slots) -> operations of a training step per position
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from lmscripts.options.presets import FamilyKeys, Preset
 
 __all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "layers", "narrow"]
 
-heads = {"masked": {"": "BertForMaskedLM"}}
+heads = {"masked": {"": "BertForMaskedLM"}, "sentence_pairs": {"": "BertForPreTraining"}}
 preset_keys = FamilyKeys()
 pretrained_heads = heads
 default_objective = "masked"
@@ -33,3 +34,9 @@ def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> B
 def predict(model: Any, hidden: Tensor) -> Tensor:
     """(N, V) logits of (N, H) hidden states."""
     return model.cls.predictions(hidden)  # type: ignore[no-any-return]
+
+
+def pair_scores(models: Mapping[str, Any], hidden: Tensor) -> Tensor:
+    """(N, 2) scores of N pairs by the (N, H) hidden states at their [CLS]; the second says "not what came next"."""
+    model = models[""]
+    return model.cls.seq_relationship(model.bert.pooler(hidden[:, None]))  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -9,12 +10,16 @@ from transformers import PreTrainedModel, RobertaConfig
 
 from lmscripts.data.packing import Layout
 from lmscripts.models import encoder
-from lmscripts.models.encoder import adopt, attention, flops, join, layers, narrow
+from lmscripts.models.encoder import adopt, attention, flops, layers, narrow
 from lmscripts.options.presets import FamilyKeys, Preset
 
-__all__ = ["adopt", "attention", "flops", "join", "layers", "narrow"]
+__all__ = ["adopt", "attention", "flops", "layers", "narrow"]
 
-heads = {"masked": {"": "RobertaForMaskedLM"}}
+heads = {
+    "masked": {"": "RobertaForMaskedLM"},
+    # It has no class with both heads: two folders, which hold the same body.
+    "sentence_pairs": {"": "RobertaForMaskedLM", "pairs": "RobertaForSequenceClassification"},
+}
 preset_keys = FamilyKeys()
 pretrained_heads = heads
 default_objective = "masked"
@@ -34,6 +39,12 @@ def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> R
     )
 
 
+def join(models: Mapping[str, Any]) -> None:
+    """Put the head for pairs on the body of the language model."""
+    if "pairs" in models:
+        models["pairs"].roberta = models[""].roberta
+
+
 def fit(model: PreTrainedModel, name: str, layout: Layout) -> tuple[PreTrainedModel, list[str]]:
     """See `lmscripts.models.encoder.fit`."""
     return encoder.fit(model, name, layout, _positions(layout))
@@ -49,6 +60,11 @@ def encode(
 def predict(model: Any, hidden: Tensor) -> Tensor:
     """(N, V) logits of (N, H) hidden states."""
     return model.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+def pair_scores(models: Mapping[str, Any], hidden: Tensor) -> Tensor:
+    """(N, 2) scores of N pairs by the (N, H) hidden states at their [CLS]; the second says "not what came next"."""
+    return models["pairs"].classifier(hidden[:, None])  # type: ignore[no-any-return]
 
 
 def _positions(layout: Layout) -> int:
