@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from lmscripts.errors import UserError
-from lmscripts.options.presets import BUILT_FAMILIES, FAMILIES, Preset, family_of, load_preset
+from lmscripts.options import presets
+from lmscripts.options.presets import (
+    BUILT_FAMILIES,
+    FAMILIES,
+    Preset,
+    default_parameter_file,
+    family_of,
+    load_preset,
+)
 
 PARAMETER_FILE = Path(__file__).resolve().parent.parent / "parameter.json"
 NAMES = [name for name in json.loads(PARAMETER_FILE.read_text(encoding="utf-8")) if name != "comment"]
@@ -285,3 +293,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for file, reason in ((tmp_path / "absent.json", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=f"{file.name} cannot be read: {reason}"):
             load_preset(file, "bert-base")
+
+
+def test_the_presets_are_found_beside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a script stands and is started."""
+    monkeypatch.chdir(tmp_path)
+    assert default_parameter_file() == PARAMETER_FILE
+    monkeypatch.setattr(presets, "__file__", str(tmp_path / "lmscripts" / "options" / "presets.py"))
+    with pytest.raises(UserError, match="say with --parameter_file where"):
+        default_parameter_file()

@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import jsonargparse
 
@@ -52,27 +52,6 @@ _EVERY_SCRIPT = (  # for the line alone
     Flag("config", str | None, None, "YAML file of options; the command line wins", group="every script"),
     Flag("print_config", bool, False, "print all options as YAML and exit", group="every script"),
 )
-
-
-class Translation(Protocol):
-    """A module that knows the keys of another system; `lmscripts.options.lightning` is one.
-
-    Its function `translate` gets all entries of the line and of the file, which has been read with its blocks, and
-    returns them with its keys replaced by options of the script, and what to tell the user. An entry whose `origin` is
-    "default" counts only where neither line nor file has the option.
-    """
-
-    @property
-    def SYSTEM(self) -> str:
-        """The other system in words, for `--help`."""
-
-    @property
-    def KEYS(self) -> Collection[str]:
-        """All its keys; `block.key` is also read from a block of a YAML file."""
-
-    @property
-    def translate(self) -> Callable[[Sequence[Entry]], tuple[list[Entry], list[str]]]:
-        """See above."""
 
 
 class Further(NamedTuple):
@@ -139,7 +118,9 @@ def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None 
         renamed: older name -> its name now. `no_x` is the opposite of the boolean `x`.
         renamed_values: option (name now) -> {older value: its name now}.
         accepted_unused: older name -> a sentence that says why it is not needed any more.
-        foreign: a `Translation`.
+        foreign: a module that knows another system, as `lmscripts.options.lightning` does: its `SYSTEM` in words, its
+            `KEYS` (`block.key` may stand in a block of a file), and `translate`, which turns entries with these keys
+            into entries of the script's options; one of the origin "default" counts where no other has the option.
         one_of: options of which one is given; where it stands on the line it replaces any that the file has.
         beneath: gets what was given, name to value and whether it stands on the line, and a function that reads a file
             of options; returns values that count instead of the defaults, and instead of what was given.
@@ -255,7 +236,7 @@ class _Reader:
         renamed: Names = _NONE,
         renamed_values: Mapping[str, Names] = _NONE,
         accepted_unused: Names = _NONE,
-        foreign: Translation | None = None,
+        foreign: Any = None,
     ) -> None:
         self.flags = {**flags, **{flag.name: flag for flag in _EVERY_SCRIPT}}
         self.renamed = {normal(old): normal(new) for old, new in renamed.items()}

@@ -11,15 +11,16 @@ from lmscripts.errors import UserError
 from lmscripts.options.yaml_text import shown
 
 # Of a run's config.yaml, what belongs to that job and its machines and not to what comes after it.
-_ITS_OWN: tuple[str, ...] = ("model_dir", "do_continue", "dry_run", "decay_from", "start_from", "carry_over")
-_ITS_OWN += ("stop_at_step", "max_time", "node_rank", "expected_processes", "process_shares")
+_ITS_OWN = {
+    *("model_dir", "do_continue", "dry_run", "decay_from", "start_from", "carry_over", "stop_at_step", "max_time"),
+    *("node_rank", "expected_processes", "process_shares"),
+}
 # Where one of the first is given, the others are not taken either: they say the same in another way, or more of it.
 _TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("dataset_dir", "input_file"), ("validation_fraction", "validation_file", "num_workers")),
     (("precision", "fp16_type"), ()),
 )
-_PRETRAINED: tuple[str, ...] = ("pretrained_model_name_or_path", "pretrained_generator_model_name_or_path")
-_PRETRAINED += ("pretrained_discriminator_model_name_or_path",)
+_PRETRAINED = [f"pretrained_{half}model_name_or_path" for half in ("", "generator_", "discriminator_")]
 # Of the settings in a checkpoint, what is no option, or none of the family's: config.yaml has it as it was given.
 _LENGTHS = ("max_steps", "epochs")
 _NOT_TAKEN = ("format", "token store", "phase_steps", "mask_unit", "mask_probability")
