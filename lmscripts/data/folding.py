@@ -153,6 +153,9 @@ class Folder:
         if self._only_special_are_added():
             self.encoder.tokenizer.split_special_tokens = True
 
+    def __reduce__(self) -> tuple[type[Folder], tuple[Encoder, FoldSettings]]:
+        return Folder, (self.encoder, self.settings)
+
     def __call__(self, texts: Sequence[str]) -> list[list[Fold]]:
         """Rows of every text, encoded in one go."""
         if self.encoder.tokenizer.is_fast:
