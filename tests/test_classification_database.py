@@ -16,7 +16,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,7 @@ from conftest import ROOT, SAMPLE
 from transformers import BertConfig
 
 from lmscripts.data import labelled_build, labelled_store
-from lmscripts.data.folding import FoldSettings, fold
+from lmscripts.data.folding import Folder, FoldSettings
 from lmscripts.data.labelled_build import database_of, open_or_build
 from lmscripts.data.labelled_rows import read_part
 from lmscripts.data.labelled_store import SCHEMA, Database
@@ -103,7 +102,7 @@ def test_everything_of_the_table_is_in_the_file(table, encoder):
     stored = query(made.path, "SELECT doc_id, name, text, grp FROM documents ORDER BY doc_id")
     assert stored == [(n, row["id"], row["text"], row["work"]) for n, row in enumerate(rows)]
     parts = dict(query(made.path, "SELECT doc_id, part FROM split_members WHERE split_id = ?", made.split_id))
-    expected = fold(encoder, [row["text"] for row in rows], FOLDS)
+    expected = Folder(encoder, FOLDS)([row["text"] for row in rows])
     for part in ("train", "validation", "test"):
         read = made.read_folds(part)
         assert read.ids.dtype == np.int32
@@ -113,10 +112,11 @@ def test_everything_of_the_table_is_in_the_file(table, encoder):
         assert read.ids.tolist() == [number for _, f in wanted for number in f.ids.tolist()]
         for name in ("idx", "n", "char_start", "char_end"):
             assert getattr(read, name).tolist() == [getattr(f, name) for _, f in wanted]
-        doc_ids, offsets, label_ids = made.read_labels(part)
+        doc_ids, truth = made.read_labels(part)
         assert doc_ids.tolist() == sorted(n for n in parts if parts[n] == part)
-        assert offsets.tolist() == list(range(len(doc_ids) + 1))
-        assert [made.labels()[number] for number in label_ids] == [rows[n]["label"] for n in doc_ids]
+        assert truth.shape == (len(doc_ids), 2)
+        assert truth.sum(1).tolist() == [1] * len(doc_ids)
+        assert [made.labels()[number] for number in truth.argmax(1)] == [rows[n]["label"] for n in doc_ids]
         assert made.read_texts(doc_ids[::-1]) == [rows[n]["text"] for n in doc_ids[::-1]]
     assert any("train: 48 documents" in line for line in made.split_sentences())
     assert made.documents_without_rows() == []
@@ -143,9 +143,9 @@ def test_several_labels_and_files_of_parts(tmp_path, encoder):
     options, given = TableOptions(separator="|"), SplitSettings(method="given")
     made = open_or_build(table, encoder, FOLDS, given, options, part_files={"test": test})
     assert made.path.name == "train.sqlite"
-    doc_ids, offsets, label_ids = made.read_labels("test")
+    doc_ids, truth = made.read_labels("test")
     assert doc_ids.tolist() == list(range(40, 50))
-    assert [label_ids[a:b].tolist() for a, b in pairwise(offsets)] == [[0], [0, 1]] * 5
+    assert truth.tolist() == [[True, False], [True, True]] * 5
     assert 3 <= len(made.read_labels("validation")[0]) <= 5
     assert open_or_build(table, encoder, FOLDS, given, options, part_files={"test": test}).done[0].startswith("found")
     with pytest.raises(UserError, match=r"train train\.csv.*test test\.csv .*now"):
@@ -158,11 +158,11 @@ def test_documents_of_no_label_are_documents_where_there_may_be_several(tmp_path
     assert made.meta()["num_documents"] == 60
     without = 0
     for part, size in (("train", 48), ("validation", 6), ("test", 6)):
-        doc_ids, offsets, label_ids = made.read_labels(part)
+        doc_ids, truth = made.read_labels(part)
         assert len(doc_ids) == size
-        for doc_id, first, end in zip(doc_ids, offsets[:-1], offsets[1:], strict=True):
-            assert label_ids[first:end].tolist() == ([0, 1], [], [0])[doc_id % 3]
-        read = read_part(made, part, num_labels=2)
+        for doc_id, has in zip(doc_ids, truth.tolist(), strict=True):
+            assert has == ([True, True], [False, False], [True, False])[doc_id % 3]
+        read = read_part(made, part)
         assert read.doc_ids.tolist() == doc_ids.tolist()
         without += int((read.truth.sum(1) == 0).sum())
     assert without == 20
@@ -910,7 +910,7 @@ def test_what_a_run_gives_comes_back(table, encoder):
     facts = {"seconds": 3, "key": run.key}
     assert (row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) == ("first", options, facts, "done", 1)
     assert query(made.path, "SELECT status FROM runs WHERE run_id = ?", other.run_id) == [("running",)]
-    with pytest.raises(UserError, match="do not go with"):
+    with pytest.raises(ValueError, match="longer"):
         made.write_predictions(run, "test", "document", [3], None, probabilities, logits)
     again = open_or_build(table, encoder, FoldSettings(max_length=20), SPLIT)
     assert query(again.path, "SELECT count(*) FROM predictions") == [(5,)]

@@ -341,7 +341,7 @@ def _add_tables(
             "rows_of_labels": counts,
         }
         rows = [("source", " and ".join(map(str, sources)))]
-        rows += [(key, as_json(value, sort=key != "sha256")) for key, value in facts.items()]
+        rows += [(key, as_json(value)) for key, value in facts.items()]
         connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
     return len(labels), reasons.total()
 

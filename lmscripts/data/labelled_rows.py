@@ -66,7 +66,6 @@ def read_part(
     database: Database,
     part: str,
     *,
-    num_labels: int,
     class_weights: Floats | None = None,
     count_documents_once: bool = True,
 ) -> Part:
@@ -75,14 +74,11 @@ def read_part(
     Args:
         database: the file of the task, with the rows and the split that are meant.
         part: train, validation or test.
-        num_labels: K.
         class_weights: (K,) weight of the rows of each label, for one label a row; None weighs all alike.
         count_documents_once: a row of a document that has k of them weighs 1/k.
     """
     folds = database.read_folds(part)
-    doc_ids, offsets, label_ids = database.read_labels(part)
-    truth = np.zeros((len(doc_ids), num_labels), np.bool_)
-    truth[np.repeat(np.arange(len(doc_ids)), np.diff(offsets)), label_ids] = True
+    doc_ids, truth = database.read_labels(part)
     owners = np.searchsorted(doc_ids, folds.doc_ids).astype(np.int64)
     weights = 1.0 / np.maximum(folds.n, 1) if count_documents_once else np.ones(len(owners))
     if class_weights is not None:

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from lmscripts.counters import hash_counters
 from lmscripts.data.splits import SplitDocument, SplitSettings, shown, split_report
 from lmscripts.errors import UserError, naming
+from lmscripts.files import fsync
 
 Ints = NDArray[np.int64]
 
@@ -76,8 +77,8 @@ _COLUMNS = "f.row_check, f.doc_id, f.idx, f.n, f.char_start, f.char_end, f.ids"
 _FOLDS = f"""SELECT {_COLUMNS} FROM split_members m CROSS JOIN folds f ON f.tok_id = ? AND f.doc_id = m.doc_id
 WHERE m.split_id = ? AND m.part = ? ORDER BY m.doc_id, f.idx"""
 _ALL_FOLDS = f"SELECT {_COLUMNS} FROM folds f WHERE f.fold_id > ? AND f.fold_id <= ?"
-_LABELS = """SELECT m.doc_id, l.label_id FROM split_members m LEFT JOIN document_labels l ON l.doc_id = m.doc_id
-WHERE m.split_id = ? AND m.part = ? ORDER BY m.doc_id, l.label_id"""
+_LABELS = """SELECT m.doc_id, coalesce(l.label_id, -1) FROM split_members m LEFT JOIN document_labels l USING(doc_id)
+WHERE m.split_id = ? AND m.part = ?"""
 _WITHOUT_ROWS = """SELECT doc_id FROM documents
 EXCEPT SELECT doc_id FROM folds WHERE tok_id = ? AND idx = 0 ORDER BY 1"""
 _BAD_ROWS = "SELECT file, line, reason, details FROM bad_rows ORDER BY rowid"
@@ -122,6 +123,10 @@ def check_ours(path: Path) -> None:
             f"{path} has schema version {version}, and this version reads {SCHEMA_VERSION}; nothing was changed. Give "
             "the table from which it was made, with --overwrite to build it again, or give another --database"
         )
+
+
+class OtherRunError(UserError):
+    """A run is not in a file any more."""
 
 
 @contextmanager
@@ -222,9 +227,9 @@ def new_file(path: Path) -> Iterator[sqlite3.Connection]:
         except sqlite3.DatabaseError as error:
             raise UserError(f"{aside} cannot be written ({error}); nothing was changed") from error
         with naming(path):
-            _flush(aside)
+            fsync(aside)
             os.replace(aside, path)
-            _flush(path.parent)
+            fsync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
     with opened(path) as connection:
@@ -245,7 +250,7 @@ def _remove_side_files(path: Path) -> None:
     if path.exists() and any(file.exists() for file in files):
         try:
             _recover(path, "PRAGMA journal_mode = DELETE")
-        except sqlite3.DatabaseError as error:
+        except sqlite3.DatabaseError as error:  # a damaged file may be lost
             if "locked" in str(error).lower():
                 raise
     for file in files:
@@ -260,14 +265,6 @@ def _content_hash(connection: sqlite3.Connection) -> str:
         for row in connection.execute(f"SELECT * FROM main.{name}"):
             digest.update(repr(row).encode())
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- locks -------------------------------------------------------------------------------------------------------
@@ -334,8 +331,7 @@ def remove_leftovers(path: Path) -> None:
 def read_running(path: Path, connection: sqlite3.Connection) -> list[tuple[int, str, str, bool]]:
     """(number, name, model_dir, whether its process lives) of every run whose end was not written."""
     sql = "SELECT run_id, name, model_dir, facts FROM runs WHERE status = 'running' ORDER BY run_id"
-    rows = connection.execute(sql).fetchall()
-    return [(*row, _is_held(_lock(path, str(json.loads(facts).get("key"))))) for *row, facts in rows]
+    return [(*row, _is_held(_lock(path, str(json.loads(facts).get("key"))))) for *row, facts in connection.execute(sql)]
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------------
@@ -413,20 +409,13 @@ class Database:
             raise damaged(self.path, f"a token {max(ids.max(), -ids.min())} of a vocabulary of {known[0][0]:,}")
         return FoldRows(ids, np.append(0, np.cumsum(sizes // 4)), *columns)
 
-    def read_labels(self, part: str) -> tuple[Ints, Ints, Ints]:
-        """The documents of a part, D of them, with their labels; those that have none are among them.
-
-        Returns:
-            doc_ids (D,) in rising order, offsets (D + 1,), and label ids: document d has
-            `label_ids[offsets[d]:offsets[d + 1]]`; with one label each, label_ids is (D,).
-        """
-        rows = self._query(_LABELS, self.split_id, part)
-        owners = np.fromiter((doc_id for doc_id, _ in rows), np.int64, len(rows))
-        labelled = np.fromiter((label_id is not None for _, label_id in rows), np.bool_, len(rows))
-        doc_ids, places = np.unique(owners, return_inverse=True)
-        numbers = np.bincount(places[labelled], minlength=len(doc_ids))
-        label_ids = np.array([label_id for _, label_id in rows if label_id is not None], np.int64)
-        return doc_ids, np.append(0, np.cumsum(numbers)), label_ids
+    def read_labels(self, part: str) -> tuple[Ints, NDArray[np.bool_]]:
+        """(D,) documents of a part in rising order, and (D, K) whether each has each of the K labels."""
+        rows = np.array(self._query(_LABELS, self.split_id, part), np.int64).reshape(-1, 2)
+        doc_ids, places = np.unique(rows[:, 0], return_inverse=True)
+        truth = np.zeros((len(doc_ids), len(self.labels()) + 1), np.bool_)
+        truth[places, rows[:, 1]] = True
+        return doc_ids, truth[:, :-1]  # without the last column, where those of no label are
 
     def read_texts(self, doc_ids: Sequence[int] | Ints) -> list[str]:
         """Texts of documents, in the order given."""
@@ -528,19 +517,10 @@ class Database:
         model_dir: str | Path,
         origin: str | None = None,
     ) -> RunKey:
-        """Enter a run of this process with the status "running".
-
-        An earlier run of the same folder that still has this status was killed, unless its process is there.
-
-        Args:
-            name: of the run.
-            options: of the script.
-            facts: whatever else is known of it.
-            model_dir: folder of its model.
-            origin: what `origin` gave when the run looked what it is to learn from; None: never mind.
+        """Enter a run of this process with the status "running", and those of its `model_dir` that died as "killed".
 
         Raises:
-            UserError: the file is not made of that any more.
+            UserError: the file is not made any more of what `origin` said when the run looked what it is to learn from.
         """
         run = RunKey(0, secrets.token_hex(16))
         ids = (self.tok_id, self.split_id, str(model_dir), time.time())
@@ -574,12 +554,10 @@ class Database:
 
     def go_on_with_run(self, run: RunKey) -> bool:
         """Write that a run goes on, in this process; False if it is not entered here: another may have its number."""
-        with opened(self.path) as connection:
-            if _facts_of(connection, run) is None:
-                return False
-        with self._living(run), self._writing(run) as (connection, _):
+        with suppress(OtherRunError), self._living(run), self._writing(run) as (connection, _):
             connection.execute("UPDATE runs SET ended = NULL, status = 'running' WHERE run_id = ?", (run.run_id,))
-        return True
+            return True
+        return False
 
     def end_run(self, run: RunKey, status: str, facts: Mapping[str, Any] | None = None) -> None:
         """Write how a run ended ("done", "stopped", ...), and facts in place of those of its start."""
@@ -624,17 +602,13 @@ class Database:
             logits: (P, L), before.
 
         Raises:
-            UserError: shapes that do not go together.
+            ValueError: shapes that do not go together.
         """
         places = [-1] * len(doc_ids) if fold_idx is None else fold_idx
-        if not len(doc_ids) == len(places) == len(probabilities) == len(logits) or probabilities.shape != logits.shape:
-            raise UserError(
-                f"{len(doc_ids)} documents and {len(places)} rows do not go with probabilities of the shape "
-                f"{probabilities.shape} and logits of the shape {logits.shape}"
-            )
+        values = np.stack([probabilities, logits], axis=1).astype("<f4")
         rows = [
             (run.run_id, part, level, int(doc_id), int(place), p.tobytes(), z.tobytes())
-            for doc_id, place, p, z in zip(doc_ids, places, probabilities.astype("<f4"), logits.astype("<f4"))
+            for doc_id, place, (p, z) in zip(doc_ids, places, values, strict=True)
         ]
         self._write(run, "INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
@@ -645,8 +619,7 @@ class Database:
             UserError: it is not.
         """
         with opened(self.path) as connection:
-            if _facts_of(connection, run) is None:
-                raise self._other_run(run)
+            self._facts(connection, run)
             rows = connection.execute("SELECT doc_id, line, name FROM documents")
             return {doc_id: (line, name) for doc_id, line, name in rows}
 
@@ -658,24 +631,18 @@ class Database:
     def _writing(self, run: RunKey) -> Iterator[tuple[sqlite3.Connection, dict[str, Any]]]:
         """A transaction in which the run is known to be entered, and its facts."""
         with opened(self.path, write=True) as connection, transaction(connection):
-            facts = _facts_of(connection, run)
-            if facts is None:
-                raise self._other_run(run)
-            yield connection, facts
+            yield connection, self._facts(connection, run)
 
-    def _other_run(self, run: RunKey) -> UserError:
-        return UserError(
-            f"{self.path} was built again since run {run.run_id} was entered there, which it does not hold any more: "
-            "nothing was written; to go on, give the table of the run, its --run_name, another --database and "
-            "--do_continue"
-        )
-
-
-def _facts_of(connection: sqlite3.Connection, run: RunKey) -> dict[str, Any] | None:
-    """Facts of a run; None if there is no such run, or another that has its number."""
-    row = connection.execute("SELECT facts FROM runs WHERE run_id = ?", (run.run_id,)).fetchone()
-    facts: dict[str, Any] = {} if row is None else json.loads(row[0])
-    return facts if facts.get("key") == run.key else None
+    def _facts(self, connection: sqlite3.Connection, run: RunKey) -> dict[str, Any]:
+        row = connection.execute("SELECT facts FROM runs WHERE run_id = ?", (run.run_id,)).fetchone()
+        facts: dict[str, Any] = json.loads(row[0]) if row else {}
+        if facts.get("key") != run.key:
+            raise OtherRunError(
+                f"{self.path} was built again since run {run.run_id} was entered there, which it does not hold any "
+                "more: nothing was written; to go on, give the table of the run, its --run_name, another --database "
+                "and --do_continue"
+            )
+        return facts
 
 
 def read_meta(path: Path, connection: sqlite3.Connection) -> dict[str, Any]:
@@ -696,9 +663,9 @@ def read_split_documents(connection: sqlite3.Connection) -> list[SplitDocument]:
     return [SplitDocument(tuple(labels.get(doc_id, ())), *facts) for doc_id, *facts in connection.execute(sql)]
 
 
-def as_json(values: Any, *, sort: bool = True) -> str:
+def as_json(values: Any) -> str:
     """As all settings and facts stand in the file, where they are also compared as text."""
-    return json.dumps(values, ensure_ascii=False, sort_keys=sort, default=str)
+    return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
 
 
 # ---- checks of rows ----------------------------------------------------------------------------------------------

@@ -5,16 +5,13 @@ unit, and a unit is never taken apart. Units are put in the order of a hash of t
 the first of them are for testing, the last for validation, and those between for training. Where a class is cut, above
 or below its share, depends on what the classes before it have left over. Hence
 
-- the same table, seed and shares always give the same parts, whatever the order of the rows;
-- a part's rows of a class differ from its share by at most the rows of the largest unit of the class (and one unit
-  where the share of a part would be none), if the units hold one class each;
-- a part's rows of all classes together differ from its share by about as little, however many small classes there are;
-- a class of four units or more is in every part, unless there are so many that a part would exceed its share by more
-  than ten units and more than a tenth of the smallest part;
-- rows that are added move only what stands near the ends of a class, not everything.
+- the same table, seed and shares give the same parts whatever the order of the rows, and rows that are added move only
+  what stands near the ends of a class;
+- a part's rows, of a class and of all, differ from its share by about the largest unit at most;
+- a class of four units or more is in every part, unless a part would exceed its share by far;
+- every class has rows for training.
 
-A document with several labels, and a unit with several classes, counts for its rarest class. Every class has rows for
-training.
+A document with several labels, and a unit with several classes, counts for its rarest class.
 """
 
 from __future__ import annotations

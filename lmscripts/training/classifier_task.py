@@ -150,7 +150,6 @@ def read_parts(options: Any, task: Task) -> tuple[Part, Part, Part, Floats | Non
             read_part(
                 task.database,
                 part,
-                num_labels=len(task.labels),
                 class_weights=class_weights,
                 count_documents_once=options.count_documents_once,
             )
