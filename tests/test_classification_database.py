@@ -1056,7 +1056,7 @@ def test_a_new_file_is_read_again_and_compared_with_what_was_written(table, enco
     leave_a_log(made.path)
     monkeypatch.setattr(labelled_store, "_remove_side_files", lambda path: None)
     write_table(table, 66, seed=5)
-    with pytest.raises(UserError, match=r"truncated or damaged|not what was just written"):
+    with pytest.raises(UserError, match=r"not what was just written|truncated or damaged"):
         open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
 
 

@@ -79,11 +79,6 @@ WHERE m.split_id = ? AND m.part = ? ORDER BY m.doc_id, f.idx"""
 _ALL_FOLDS = f"SELECT {_COLUMNS} FROM folds f WHERE f.fold_id > ? AND f.fold_id <= ?"
 _LABELS = """SELECT m.doc_id, coalesce(l.label_id, -1) FROM split_members m LEFT JOIN document_labels l USING(doc_id)
 WHERE m.split_id = ? AND m.part = ?"""
-_WITHOUT_ROWS = """SELECT doc_id FROM documents
-EXCEPT SELECT doc_id FROM folds WHERE tok_id = ? AND idx = 0 ORDER BY 1"""
-_BAD_ROWS = "SELECT file, line, reason, details FROM bad_rows ORDER BY rowid"
-_INSERT_RUN = """INSERT INTO runs(name, options, facts, tok_id, split_id, model_dir, started, status)
-VALUES (?, ?, ?, ?, ?, ?, ?, 'running')"""
 _RUNS = """SELECT r.*, t.tokenizer, t.fingerprint AS tokenizer_fingerprint, t.settings AS folding, s.settings AS split
 FROM runs r LEFT JOIN tokenizations t USING(tok_id) LEFT JOIN splits s USING(split_id) ORDER BY r.run_id"""
 _EPOCHS = "SELECT epoch, step, part, metric, value FROM epochs WHERE run_id = ? ORDER BY epoch, part, metric"
@@ -234,7 +229,10 @@ def new_file(path: Path) -> Iterator[sqlite3.Connection]:
         aside.unlink(missing_ok=True)
     with opened(path) as connection:
         if _content_hash(connection) != written:
-            raise damaged(path, "what is read from it is not what was just written; has another program opened it?")
+            raise UserError(
+                f"what is read from {path} is not what was just written: another program has it open, or the disk "
+                "fails; build it again with --overwrite when no other program uses it"
+            )
 
 
 def _aside(path: Path) -> Path:
@@ -242,17 +240,14 @@ def _aside(path: Path) -> Path:
 
 
 def _remove_side_files(path: Path) -> None:
-    """Remove what SQLite would play back into the file that is to take the place of `path`.
-
-    First it is played back into the file to which it belongs, so that this stays whole until it is replaced.
-    """
+    """Remove what SQLite would play back into the file that takes the place of `path`, after it was into `path`."""
     files = [_side_file(path, kind) for kind in ("journal", "wal", "shm")]
     if path.exists() and any(file.exists() for file in files):
         try:
             _recover(path, "PRAGMA journal_mode = DELETE")
         except sqlite3.DatabaseError as error:  # a damaged file may be lost
             if "locked" in str(error).lower():
-                raise
+                raise _as_sentence(path, error) from error
     for file in files:
         file.unlink(missing_ok=True)
 
@@ -445,11 +440,12 @@ class Database:
 
     def documents_without_rows(self) -> list[int]:
         """Documents of which a tokenizer makes no token (of control characters only, for example)."""
-        return [doc_id for (doc_id,) in self._query(_WITHOUT_ROWS, self.tok_id)]
+        sql = "SELECT doc_id FROM documents EXCEPT SELECT doc_id FROM folds WHERE tok_id = ? AND idx = 0 ORDER BY 1"
+        return [doc_id for (doc_id,) in self._query(sql, self.tok_id)]
 
     def bad_rows(self) -> list[tuple[Any, ...]]:
         """(file, line, reason, details) of every row that was left out."""
-        return self._query(_BAD_ROWS)
+        return self._query("SELECT file, line, reason, details FROM bad_rows ORDER BY rowid")
 
     def reading_sentences(self) -> list[str]:
         """Rows that were left out, by reason and with the first lines of each, and what was put right in others."""
@@ -534,7 +530,8 @@ class Database:
                 if folder == str(model_dir) and not alive:
                     connection.execute("UPDATE runs SET status = 'killed' WHERE run_id = ?", (run_id,))
             values = (name, as_json(options), as_json({**facts, "key": run.key}), *ids)
-            return run._replace(run_id=int(connection.execute(_INSERT_RUN, values).lastrowid or 0))
+            sql = "INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, NULL, 'running')"
+            return run._replace(run_id=int(connection.execute(sql, values).lastrowid or 0))
 
     @contextmanager
     def _living(self, run: RunKey) -> Iterator[None]:
