@@ -129,9 +129,11 @@ def open_or_build(
         raise UserError("a classifier is trained on labels: name the column that holds them")
     if overwrite and not paths:
         raise UserError(f"{target} is built again from the table that it was made from: give that, not {target}")
-    if not paths and any(_given_parts(Database(target).meta())):
+    if not paths:
+        meta = Database(target).meta()
         # Otherwise documents for testing would be trained on as soon as the file stands in for its table.
-        split = replace(split, method="given")
+        if meta["options"]["split"] or any(part for part, *_ in meta["sources"]):
+            split = replace(split, method="given")
     split.shares()  # refuses what makes no sense before a table is read
     encoder = tokenizer if isinstance(tokenizer, Encoder) else load_encoder(tokenizer)
     task = _Task(target, _hashed(paths), options, encoder, folds, split, num_workers, progress)
@@ -141,10 +143,6 @@ def open_or_build(
     with only_builder(target):
         task = replace(task, sources=_hashed(paths))  # those from before the wait may have been replaced
         return _found(task, overwrite, add=True) or _build(task)
-
-
-def _given_parts(meta: Mapping[str, Any]) -> list[str]:
-    return [meta["options"]["split"], *(part for part, *_ in meta["sources"])]
 
 
 def _files(
