@@ -910,6 +910,17 @@ def test_what_a_run_gives_comes_back(table, encoder):
     facts = {"seconds": 3, "key": run.key}
     assert (row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) == ("first", options, facts, "done", 1)
     assert query(made.path, "SELECT status FROM runs WHERE run_id = ?", other.run_id) == [("running",)]
+    records = made.read_runs()
+    assert [(each["name"], each["options"], each["status"]) for each in records] == [
+        ("first", options, "done"),
+        ("second", {}, "running"),
+    ]
+    assert (records[0]["folding"]["max_length"], records[0]["split"]["seed"]) == (32, 1)
+    assert [each["value"] for each in made.read_epochs(run.run_id)] == [0.25, 0.4, None]
+    assert made.read_test_metrics(run.run_id) == {("document", "accuracy"): 0.9}
+    assert [row[:2] for row in made.read_predictions(run.run_id, "test", "fragment")] == [(3, 0), (3, 1)]
+    assert made.read_document(3)["text"] == made.read_texts([3])[0]
+    assert made.read_document(3)["spans"][0][0] == 0
     with pytest.raises(ValueError, match="longer"):
         made.write_predictions(run, "test", "document", [3], None, probabilities, logits)
     again = open_or_build(table, encoder, FoldSettings(max_length=20), SPLIT)

@@ -425,7 +425,7 @@ class Database:
         """Of one document "file", "line", "name", "text" and "spans": number of a row -> (char_start, char_end)."""
         place = self._records("SELECT file, line, name, text FROM documents WHERE doc_id = ?", doc_id)[0]
         sql = "SELECT idx, char_start, char_end FROM folds WHERE tok_id = ? AND doc_id = ? ORDER BY idx"
-        return {**place, "spans": {idx: span for idx, *span in self._query(sql, self.tok_id, doc_id)}}
+        return {**place, "spans": {idx: (start, end) for idx, start, end in self._query(sql, self.tok_id, doc_id)}}
 
     def origin(self) -> str:
         """What the file, the tokenization and the split were made from, to be compared."""
