@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lmscripts.data.sqlite_file import SCHEMA, SCHEMA_VERSION
+from lmscripts.data.labelled_store import SCHEMA, SCHEMA_VERSION
 from lmscripts.errors import UserError
 from lmscripts.evaluation import baselines, charts, comparison, markup, mistakes, report
 

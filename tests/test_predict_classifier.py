@@ -16,11 +16,12 @@ from conftest import ROOT
 from test_analyze_results import run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from lmscripts.data.folding import FoldSettings, fold
+from lmscripts.data.folding import Folder, FoldSettings
 from lmscripts.errors import UserError
 from lmscripts.evaluation import applying
 from lmscripts.models.classifier import KEY, ClassifierSettings
 from lmscripts.text.records import TableOptions
+from lmscripts.tokenizer.encoder import load_encoder
 
 SCRIPT = "predict_classifier.py"
 LABELS = ("料理", "宇宙", "=1+1")
@@ -68,7 +69,7 @@ def from_standard_input(model_dir, text, *arguments):
 def recomputed(model_dir, text):
     """Probabilities by plain transformers: logits of the rows of 16 tokens, their mean, the temperature."""
     model = AutoModelForSequenceClassification.from_pretrained(model_dir).eval()
-    (rows,) = fold(AutoTokenizer.from_pretrained(model_dir), [text], FoldSettings(max_length=16))
+    (rows,) = Folder(load_encoder(model_dir), FoldSettings(max_length=16))([text])
     with torch.no_grad():
         logits = [model(torch.from_numpy(row.ids).long()[None]).logits[0] for row in rows]
     return len(rows), (torch.stack(logits).mean(0) / 1.7).softmax(0).tolist()

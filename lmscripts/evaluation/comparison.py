@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lmscripts.data.sqlite_file import SCHEMA_VERSION
+from lmscripts.data.labelled_store import SCHEMA_VERSION
 from lmscripts.errors import UserError
 from lmscripts.evaluation.metrics import Flags, Floats, Integers
 

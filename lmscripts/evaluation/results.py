@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from lmscripts.data.database import Database
 from lmscripts.data.labelled_rows import Part
-from lmscripts.data.stored import RunKey
+from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
 from lmscripts.evaluation.aggregate import names_of
 from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, judge
