@@ -110,7 +110,7 @@ def split_documents(documents: Sequence[SplitDocument], settings: SplitSettings)
     train, validation, test = settings.shares()
     if settings.method == "given":
         return _given(documents, settings)
-    units = _units(documents, settings.use_groups)
+    units = units_of_documents(documents, settings.use_groups)
     parts = _assign(documents, units, settings.seed, validation, test)
     for part, share in zip(PARTS, (train, validation, test)):
         if share > 0 and part not in parts:
@@ -181,7 +181,7 @@ def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[
     if "validation" not in parts and validation > 0:
         places = [place for place, part in enumerate(parts) if part == "train"]
         chosen = [documents[place] for place in places]
-        units = _units(chosen, settings.use_groups)
+        units = units_of_documents(chosen, settings.use_groups)
         for place, part in zip(places, _assign(chosen, units, settings.seed, validation, 0.0)):
             parts[place] = part
     elif "validation" in parts and settings.validation not in (0, SplitSettings.validation):
@@ -202,7 +202,7 @@ def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[
 # ---- units ----
 
 
-def _units(documents: Sequence[SplitDocument], use_groups: bool) -> list[str]:
+def units_of_documents(documents: Sequence[SplitDocument], use_groups: bool) -> list[str]:
     """A name for each document's unit: documents that share a group, a text or an id, directly or by others, share it.
 
     The name is the smallest group of the unit, or the hash of its text, so that further rows hardly ever change it.
