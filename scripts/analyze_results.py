@@ -103,8 +103,7 @@ def analyze(options: Options) -> None:
         aside = folder / f".{name}{ending}.part"
         aside.write_bytes(content)
         aside.replace(folder / f"{name}{ending}")
-    print(summary(numbers))
-    print(f"report: {folder / f'{name}.html'}")
+    print(report.summary(numbers), f"report: {folder / f'{name}.html'}", sep="\n")
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def add_notices(numbers: dict[str, Any], run: Run) -> None:
         notices.append(f"The run gives no test document another label than {given[0]!r}: it does not tell them apart.")
     elif not run.multi_label and len(labels) - len(absent) == 1:
         notices.append("All test documents have one label: only accuracy says something.")
-    if run.record["facts"].get("best_epoch") == max((record["epoch"] for record in run.epochs), default=None):
+    if run.record["facts"].get("best_epoch") == max((record["epoch"] for record in run.epochs), default=0) > 0:
         notices.append("The best epoch was the last one: more epochs may make it better.")
     documents, units = tested["documents"], tested["units"]
     if units == 1:
@@ -264,26 +263,6 @@ def add_comparison(numbers: dict[str, Any], versus: Versus, run: Run, other: Run
         "mcnemar": found["mcnemar"],
         "options": [row for row in changed if row[1] != row[2]],
     }
-
-
-def summary(numbers: dict[str, Any]) -> str:
-    """The main numbers for the terminal."""
-    from lmscripts.evaluation.report import METRICS, with_interval
-
-    judged = {f"{found['rows']:,} {level}s": found for level, found in numbers["levels"].items()}
-    judged |= {baseline["name"]: baseline for baseline in numbers["baselines"]}
-    first, *others = numbers["levels"]["document"]["metrics"]
-    rows = [["", METRICS[first], *(METRICS[name] for name in others)]]
-    for title, found in judged.items():
-        alone = ({**found["metrics"][name], "interval": None} for name in others)
-        rows.append([title, with_interval(first, found["metrics"][first]), *map(with_interval, others, alone)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-    if other := numbers["comparison"]:
-        name = next(iter(other["first"]))
-        gap = with_interval(name, other["difference"][name], signed=True)
-        lines.append(f"{METRICS[name]}, this run less the other: {gap}; McNemar's test p = {other['mcnemar']['p']:.3g}")
-    return "\n".join([*lines, *(f"note: {notice}" for notice in numbers["notices"])])
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_the_page_needs_nothing_and_runs_nothing(analysed):
     assert HOSTILE in "".join(page.text)  # as text
     assert HOSTILE not in text
     sections = re.findall("<h2>(.*?)</h2>", text)
-    assert len(sections) == 13
+    assert len(sections) == 12
     assert "prefers-color-scheme:dark" in text
 
 
@@ -325,6 +325,32 @@ def test_little_and_lopsided_data_is_said_and_does_no_harm(tmp_path):
     assert numbers["calibration"]["before"] is None
     assert numbers["levels"]["document"]["metrics"]["accuracy"]["interval"] is None
     Page((tmp_path / "run_1.html").read_text(encoding="utf-8"))
+
+
+def test_a_run_that_does_not_decide_and_one_that_was_short_are_told(tmp_path):
+    texts, truth, _ = single()
+    runs = ({"facts": {"best_epoch": 3}}, {"facts": {"best_epoch": 2}})
+    file = write_database(tmp_path / "x.sqlite", texts, truth, runs=runs)
+    execute(
+        file, "UPDATE predictions SET probabilities = ? WHERE run_id = 2", np.array([0.2, 0.5, 0.3], "<f4").tobytes()
+    )
+    settings = ("--no_baselines", "--output_dir", tmp_path)
+    short, still = (analyze(file, "--run", number, *settings).stdout for number in (1, 2))
+    assert "The best epoch was the last one" in short
+    assert "no test document another label than 'neutral'" in still
+    assert "another label than" not in short
+    assert "The best epoch" not in still
+
+
+def test_tables_for_spreadsheets_are_asked_for(tmp_path):
+    texts, truth, _ = single()
+    file = write_database(tmp_path / "x.sqlite", texts, truth, ("=a", "-b", "@c"), runs=({"skill": 0.1},))
+    for name, more in (("exact", ()), ("safe", ("--spreadsheet_safe",))):
+        analyze(file, "--no_baselines", "--output_dir", tmp_path / name, *more)
+    for table in ("wrong", "confusion"):
+        exact, safe = ((tmp_path / name / f"run_1_{table}.csv").read_text("utf-8") for name in ("exact", "safe"))
+        assert safe == "\ufeff" + re.sub("(?<![0-9a-z])(?=[=@]|-b)", "'", exact)
+        assert "=a" in exact
 
 
 def test_what_the_run_wrote_down_is_checked(tmp_path):

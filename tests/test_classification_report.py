@@ -288,6 +288,23 @@ def test_a_document_with_a_label_that_was_missed_is_shown(tmp_path):
     assert report.wrong_table(numbers)[1][:5] == [59, "left;right", "left;neutral", "neutral", False]
 
 
+def test_the_first_of_every_confusion_is_shown_before_the_second_of_any(tmp_path):
+    """All texts that were shown could be of one kind, which taught little about the others."""
+    texts, truth, _ = single()
+    run = comparison.read_run(write_database(tmp_path / "x.sqlite", texts, truth, runs=({"skill": 0.1},)))
+    test = run.predictions["test", "document"]
+    decided = np.eye(3, dtype=bool)[test.probabilities.argmax(1)]
+    every, shown = report.find_mistakes(run, decided, 100)
+    kinds = [(*mistake["true"], mistake["label"]) for mistake in every]
+    assert len(set(kinds)) < len(kinds)
+    assert [mistake["rank"] for mistake in shown] == sorted(mistake["rank"] for mistake in shown)
+    first = [mistake for mistake in shown if not mistake["rank"]]
+    assert [mistake["doc_id"] for mistake in first] == [
+        every[kinds.index(kind)]["doc_id"] for kind in dict.fromkeys(kinds)
+    ]
+    assert len(report.find_mistakes(run, decided, 2)[1]) == 2
+
+
 def test_other_test_documents_are_refused(tmp_path):
     texts, truth, _ = single()
     first = comparison.read_run(write_database(tmp_path / "a.sqlite", texts, truth))

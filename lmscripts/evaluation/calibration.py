@@ -48,7 +48,7 @@ def fit_temperature(
     """
     values = _checked(logits, labels, "logits")
     labels = np.asarray(labels)
-    wanted = labels.astype(np.float64) if labels.ndim == 2 else np.eye(values.shape[1])[labels]
+    wanted = (labels if labels.ndim == 2 else one_hot(labels, values.shape[1])).astype(np.float64)
 
     def slope(inverse: float) -> float:
         """Derivative of the negative log-likelihood by 1/T, per row."""
@@ -221,8 +221,6 @@ def _checked(values: NDArray[Any], labels: NDArray[Any], what: str) -> Floats:
         )
     if not np.isfinite(numbers).all():
         raise UserError(f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} {what} are not finite numbers")
-    if flags.ndim == 1 and not (flags.min() >= 0 and flags.max() < numbers.shape[1]):
-        raise UserError(
-            f"label numbers run from {flags.min()} to {flags.max()}, but there are {numbers.shape[1]} labels"
-        )
+    if flags.ndim == 1:
+        one_hot(flags, numbers.shape[1])  # refuses numbers that are no labels
     return numbers

@@ -57,12 +57,7 @@ def one_hot(labels: NDArray[Any], num_labels: int) -> Flags:
 
 
 def tally(truth: Flags, decided: Flags) -> Tally:
-    """Counts of all rows.
-
-    Args:
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-    """
+    """Counts of all rows, of which (N, K) says what labels they have and what labels they were given."""
     return _as_tally(np.asarray(_contributions(truth, decided).sum(axis=0), dtype=np.float64).reshape(-1))
 
 

@@ -190,8 +190,24 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def with_interval(name: str, found: Numbers, signed: bool = False) -> str:
-    """A number with its interval; per cent, or for differences points."""
+def summary(numbers: Numbers) -> str:
+    """The main numbers for the terminal."""
+    judged = {f"{found['rows']:,} {level}s": found for level, found in numbers["levels"].items()}
+    judged |= {baseline["name"]: baseline for baseline in numbers["baselines"]}
+    first, *others = numbers["levels"]["document"]["metrics"]
+    rows = [["", METRICS[first], *(METRICS[name] for name in others)]]
+    for title, found in judged.items():
+        alone = (_shown(name, found["metrics"][name]["value"]) for name in others)
+        rows.append([title, _with_interval(first, found["metrics"][first]), *alone])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if other := numbers["comparison"]:
+        gap, p = _with_interval(first, other["difference"][first], signed=True), other["mcnemar"]["p"]
+        lines.append(f"{METRICS[first]}, this run less the other: {gap}; McNemar's test p = {p:.3g}")
+    return "\n".join([*lines, *(f"note: {notice}" for notice in numbers["notices"])])
+
+
+def _with_interval(name: str, found: Numbers, signed: bool = False) -> str:
     between = _between(name, found, signed)
     return _shown(name, found["value"], signed) + (f" ({between})" if between else "")
 
