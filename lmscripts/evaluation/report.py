@@ -120,7 +120,7 @@ def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[
         decisive = mistake["decisive"]
         folds.append(-1 if fragments is None or decisive is None else int(fragments.fold_idx[first + decisive]))
         every.append(mistake)
-        kind = label, missed if run.multi_label else true[0]
+        kind = label, missed if run.multi_label else tuple(true)
         ranks.append(seen[kind])
         seen[kind] += 1
     shown = []
