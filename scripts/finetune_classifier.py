@@ -98,6 +98,9 @@ class Options:
 
     output_dir: str | None = option(None, help="folder of the results; default: beside the table", group="run")
     run_name: str | None = option(None, help="NAME in the names of the results; default: the table's", group="run")
+    spreadsheet_safe: bool = option(
+        False, help="tables for a spreadsheet: no cell is a formula, with a BOM", group="run"
+    )
     logfile: str | None = option(None, help="also write what is shown to this file", short="f", group="run")
     do_continue: bool = option(False, help="go on from the newest whole checkpoint", group="run")
     dry_run: bool = option(False, help="build the database, print the plan and exit", group="run")
@@ -177,7 +180,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
             note(*task.sentences())
         return
     folder = Path(options.output_dir) if options.output_dir else Path(options.input_file).parent
-    files = results.ResultFiles(folder, options.run_name or task.database.path.stem)
+    files = results.ResultFiles(folder, options.run_name or task.database.path.stem, options.spreadsheet_safe)
     run_dir = files.training
     accelerator = distributed.start_processes(
         mixed_precision=distributed.choose_precision(None, 0, False, options.precision),

@@ -127,7 +127,7 @@ def here(monkeypatch, capsys):
 
 
 def predictions(folder, name="topics_testset_predictions.csv"):
-    with open(folder / name, encoding="utf-8-sig", newline="") as file:
+    with open(folder / name, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -89,8 +89,23 @@ def test_every_text_has_its_line_in_order_folded_and_calibrated_as_the_folder_sa
         assert (int(row["fragments"]), row["note"]) == (number, "")
         assert list(map(float, shares)) == pytest.approx(expected, abs=2e-6)
         best = LABELS[expected.index(max(expected))]
-        assert row["label"] == (f"'{best}" if best.startswith("=") else best)  # no formula for a spreadsheet
+        assert row["label"] == best
     assert int(rows[3]["fragments"]) > 2
+
+
+def test_an_answer_for_a_spreadsheet_has_its_mark_once_and_no_formula(model_dir, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS), encoding="utf-8")
+    outputs = []
+    for more in ((), ("--spreadsheet_safe",)):
+        outputs.append(run_here(SCRIPT, "--model_dir", model_dir, "--input_file", file, *more).stdout)
+    exact, safe = outputs
+    assert safe.startswith("\ufeffline,")
+    assert safe.count("\ufeff") == 1
+    assert [row["label"] for row in csv.DictReader(io.StringIO(safe))] == [
+        f"'{row['label']}" if row["label"].startswith("=") else row["label"]
+        for row in csv.DictReader(io.StringIO(exact))
+    ]
 
 
 def test_tables_json_lines_and_standard_input_are_answered_alike(model_dir, tmp_path):
