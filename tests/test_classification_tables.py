@@ -329,7 +329,10 @@ def test_rows_with_quotes_are_those_of_csv_wherever_it_finds_no_fault():
             assert '" ' in text or any(row.stray_from for row in ours), text
             found["fault"] += 1
             continue
-        assert [row.fields for row in ours] == theirs, text
+        # Without quotes around it a field keeps its first spaces here, which are the indentation of a text of a corpus.
+        assert [[field.lstrip(" ") for field in row.fields] for row in ours] == [
+            [field.lstrip(" ") for field in row] for row in theirs
+        ], text
         assert not any(row.stray_from for row in ours)
         found["quoted" if '"' in text else "plain"] += 1
     assert min(found["fault"], found["quoted"]) > 2000

@@ -25,14 +25,16 @@ from lmscripts.text.corpus import (
     source_fingerprint,
     spread_sample,
 )
+from lmscripts.text.records import corpus_table
 
 SAMPLE = Path(__file__).parent.parent / "sample_data"
 DOCUMENTS = [[f"文書{number}の文{line}。" for line in range(number % 4 + 1)] for number in range(30)]
 TEXT = "\n\n".join("\n".join(document) for document in DOCUMENTS) + "\n"
 
 
-def read(path, report=None, **options):
-    return list(read_documents([Span(str(path))], report or TextReport(), **options))
+def read(path, report=None, *, document_per_line=False, keep_spaces=False, **table):
+    form = {"document_per_line": document_per_line, "keep_spaces": keep_spaces}
+    return list(read_documents([Span(str(path))], report or TextReport(), corpus_table(**table), **form))
 
 
 def write(path, content):
@@ -189,7 +191,7 @@ def test_missing_column_names_the_columns(tmp_path):
         path = write(tmp_path / name, content)
         with pytest.raises(UserError, match=r"'text'.*'body'"):
             read(path)
-        assert read(path, text_column="body") == [["x"]]
+        assert read(path, column="body") == [["x"]]
 
 
 def test_bad_records(tmp_path):
@@ -198,10 +200,10 @@ def test_bad_records(tmp_path):
     )
     report = TextReport()
     assert read(path, report) == [["x"], ["\ufffdy"]]
-    assert report.changes == {"bad_records_dropped": 3, "records_without_text": 1, "invalid_utf8_lines": 1}
+    assert report.changes == {"bad_records_dropped": 3, "records_without_text": 1, "half_characters": 1}
     assert f"{path}:2" in "\n".join(report.sentences())
-    with pytest.raises(UserError, match=r"a\.jsonl:2: not a JSON record"):
-        read(path, on_bad_line="fail")
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no JSON record"):
+        read(path, on_bad_row="fail")
 
 
 def test_hub_name(monkeypatch):
@@ -238,8 +240,9 @@ def test_line_ends_across_blocks(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", TEXT.replace("\n", "\r\n"))
     for limit in (50, 51, 52, 53):
         with path.open("rb") as file:
-            lines = [line for line, _ in text_reading.raw_lines(file, limit=limit)]
-        assert b"\n".join(lines).decode() == TEXT.rstrip("\n")
+            lines = list(text_reading.text_lines(file, limit=limit))
+        text = "".join(line + "\n" * ends for line, ends in lines)
+        assert text == TEXT
 
 
 def test_invalid_utf8_is_repaired_and_placed(tmp_path):
@@ -364,7 +367,7 @@ def test_white_space_is_kept_where_it_is_asked_for(tmp_path, keep):
 
 
 def test_a_long_line_that_is_cut_keeps_its_spaces(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_reading.raw_lines, "__defaults__", (None, 64))
+    monkeypatch.setattr(text_reading.text_lines, "__defaults__", (None, 64))
     line = "  " + "word " * 40 + " "
     (tmp_path / "long.txt").write_text(line + "\n")
     assert "".join(read(tmp_path / "long.txt", keep_spaces=True)[0]) == line

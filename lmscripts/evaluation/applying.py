@@ -24,8 +24,8 @@ from lmscripts.data.labelled_rows import by_length
 from lmscripts.errors import UserError, naming
 from lmscripts.evaluation.aggregate import calibrated, document_logits, names_of
 from lmscripts.models.classifier import ClassifierSettings, Source, label_names, padding_id
-from lmscripts.text.reading import MAX_RECORD_BYTES, format_of, open_binary, reading
-from lmscripts.text.records import BadRow, TableOptions, check_encoding
+from lmscripts.text.reading import MAX_RECORD_BYTES, format_of, opened
+from lmscripts.text.records import BadRow, TableOptions, check_codec
 from lmscripts.text.tables import read_table
 
 EMPTY = "empty text"
@@ -83,7 +83,7 @@ def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -
         UserError: naming the option and the kind; or an encoding that there is not.
     """
     if "encoding" in given:
-        check_encoding(given["encoding"])
+        check_codec(given["encoding"])
     real = kind or ("txt" if path == "-" else format_of(path)[0])
     for name, value in given.items():
         if real not in _OF_KIND[name]:
@@ -112,7 +112,7 @@ def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
         what = "is a folder" if Path(path).is_dir() else "does not exist"
         raise UserError(f"the input {path} {what} (seen from {Path.cwd()})")
     elif (kind or format_of(path)[0]) == "txt":
-        with reading(path), open_binary(path) as file:
+        with opened(path) as file:
             yield from _lines(file, table.encoding)
     else:
         yield from _rows(path, kind, table)
