@@ -16,6 +16,7 @@ from lmscripts.data.token_store import Documents, TokenStore, build_store, open_
 from lmscripts.errors import UserError
 from lmscripts.files import remove_leftovers
 from lmscripts.text.corpus import (
+    HUB,
     Span,
     TextReport,
     batches,
@@ -153,7 +154,7 @@ def describe_source(source: Source) -> Description:
 
 def _is_seen_as_records(path: Path, source: Source) -> bool:
     named = source.table.format or format_of(path)[0] != "txt"
-    return not named and not str(path).startswith("hub:") and not is_plain(str(path))
+    return not named and not str(path).startswith(HUB) and not is_plain(str(path))
 
 
 def _documents(files: Sequence[Path], source: Source, keep_spaces: bool, report: TextReport) -> Iterator[Documents]:
