@@ -28,7 +28,7 @@ from lmscripts.data.sqlite_file import (
 from lmscripts.data.stored import Stored, check_all_rows, read_meta, read_running, read_split_documents
 from lmscripts.data.tokenising import fold_in_order
 from lmscripts.errors import UserError
-from lmscripts.text.reading import COMPRESSIONS, FORMATS
+from lmscripts.text.reading import COMPRESSIONS, FORMATS, check_file
 from lmscripts.text.records import TableOptions
 from lmscripts.text.tables import PARTS
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
@@ -166,9 +166,7 @@ def _files(
         raise UserError(f"files of parts are for validation and test, not {', '.join(sorted(unknown))}")
     sources = {"train" if part_files else "": source, **{part: Path(path) for part, path in part_files.items()}}
     for path in sources.values():
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise UserError(f"the table {path} {what} (seen from {Path.cwd()})")
+        check_file(path, "table")
     return Path(database) if database else database_of(source), sources
 
 

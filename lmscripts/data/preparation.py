@@ -18,7 +18,6 @@ from lmscripts.files import remove_leftovers
 from lmscripts.text.corpus import (
     HUB,
     Span,
-    TextReport,
     batches,
     find_files,
     is_plain,
@@ -27,6 +26,7 @@ from lmscripts.text.corpus import (
 )
 from lmscripts.text.reading import format_of
 from lmscripts.text.records import TEXTS, TableOptions
+from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
 from lmscripts.tokenizer.lossless import keeps_line_feeds
 

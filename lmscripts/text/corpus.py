@@ -21,6 +21,7 @@ from lmscripts.errors import UserError
 from lmscripts.text.reading import (
     COMPRESSIONS,
     FORMATS,
+    check_file,
     check_utf8,
     clean_line,
     clean_lines,
@@ -32,18 +33,6 @@ from lmscripts.text.reading import (
 )
 from lmscripts.text.records import TEXTS, BadRow, Record, TableOptions, read_records
 from lmscripts.text.report import Place, TextReport
-
-__all__ = [
-    "MAX_DOCUMENT_BYTES",
-    "Span",
-    "TextReport",
-    "batches",
-    "find_files",
-    "plan_spans",
-    "read_documents",
-    "source_fingerprint",
-    "spread_sample",
-]
 
 MAX_DOCUMENT_BYTES = 1 << 24
 HUB = "hub:"
@@ -91,7 +80,7 @@ def find_files(inputs: Sequence[str], report: TextReport | None = None) -> list[
         raise UserError("no input file was given")
     for path in found:
         if not str(path).startswith(HUB):
-            _check_readable(path)
+            check_file(path, "input file")
     return list(found)
 
 
@@ -111,17 +100,6 @@ def _files_in(folder: Path, report: TextReport) -> list[Path]:
     for path in sorted(set(files) - set(known)):
         report.count("files_skipped", 1, path.__str__)
     return known
-
-
-def _check_readable(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"the input file {path} does not exist (seen from {Path.cwd()})")
-    if not path.is_file():
-        raise UserError(f"the input {path} is neither a file nor a folder")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"the input file {path} cannot be read: {error.strerror}") from error
 
 
 def source_fingerprint(paths: Sequence[str | Path]) -> str:

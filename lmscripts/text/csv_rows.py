@@ -15,23 +15,16 @@ from lmscripts.text.reading import MAX_RECORD_BYTES
 
 
 class CsvRow(NamedTuple):
-    """One row.
+    """One row, or what is none for a quote that is astray, after which the next row begins behind `stray_from`.
 
-    Attributes:
-        first, last: its first and its last line, from 1.
-        fields: what stands between the delimiters; quotes are undone.
-        stray_from: 0, or the line on which a quote opens that is astray: it closes in the midst of a field on the line
-            `last`, or is still open there. The row is none then: `fields` ends with the field as it stands on its first
-            line, and the next row begins on the line after `stray_from`; of a text of several lines with a fault in its
-            quotes, that is the rest, which nothing tells from rows.
-        closed: whether a quote that is astray closes.
+    Of a text of several lines with a fault in its quotes that is the rest, which nothing tells from rows.
     """
 
-    first: int
+    first: int  # line, from 1
     last: int
-    fields: list[str]
-    stray_from: int = 0
-    closed: bool = True
+    fields: list[str]  # quotes are undone; the last one as it stands on its first line where a quote is astray
+    stray_from: int = 0  # the line on which a quote opens that closes in the midst of a field on the line `last`
+    closed: bool = True  # or, if not, is still open there
 
 
 def csv_rows(lines: Iterator[str], delimiter: str, quotes: bool) -> Iterator[CsvRow]:

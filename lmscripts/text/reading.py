@@ -71,6 +71,18 @@ def format_of(path: str | Path) -> tuple[str, str]:
     return FORMATS.get(suffixes[-1] if suffixes else "", "txt"), compression
 
 
+def check_file(path: str | Path, what: str) -> None:
+    """Refuse what is not there, is no file, or cannot be read; `what` it is meant to be is said in the sentence."""
+    place = Path(path)
+    if not place.is_file():
+        why = "is a folder" if place.is_dir() else "is no file" if place.exists() else "does not exist"
+        raise UserError(f"the {what} {path} {why} (seen from {Path.cwd()})")
+    try:
+        place.open("rb").close()
+    except OSError as error:
+        raise UserError(f"the {what} {path} cannot be read: {error.strerror}") from error
+
+
 @contextmanager
 def opened(path: str) -> Iterator[IO[bytes]]:
     """A file for reading bytes, unpacked according to its suffix.

@@ -22,6 +22,7 @@ from lmscripts.text.reading import (
     MAX_RECORD_BYTES,
     SURROGATE,
     UNDECODED,
+    check_file,
     encodings_of,
     format_of,
     head_of,
@@ -110,15 +111,13 @@ def read_records(path: str, options: TableOptions, repairs: Counter[str]) -> Ite
     Args:
         path: the file.
         options: how it is read; `on_bad_row` is for the caller.
-        repairs: counts what was put right on the way.
+        repairs: counts what was put right: "nul_characters", "byte_order_marks", "lines_of_dashes".
 
     Raises:
         UserError: no such file, format, column or encoding; a damaged file, or one that is no table.
     """
     _check_options(options)
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"the table {path} {what} (seen from {Path.cwd()})")
+    check_file(path, "table")
     readers = {"jsonl": _json_records, "parquet": _parquet_records}
     kind = kind_of(path, options.format)
     if kind == "txt":
@@ -143,12 +142,11 @@ def check_codec(encoding: str) -> None:
         UserError: no such encoding, or a codec that turns bytes into bytes.
     """
     try:
-        # "hex", "zlib" and "rot13" are codecs too; that they are none of text is only said under this name.
-        is_text = getattr(codecs.lookup(encoding), "_is_text_encoding", True)
+        "".encode(encoding)  # "hex", "zlib" and "rot13" are codecs too, but not here
     except (LookupError, ValueError):
-        is_text = False
-    if not is_text:
-        raise UserError(f"there is no encoding of text {encoding!r:.60}; cp932, euc-jp or latin-1, for example")
+        raise UserError(
+            f"there is no encoding of text {encoding!r:.60}; cp932, euc-jp or latin-1, for example"
+        ) from None
 
 
 def _check_options(options: TableOptions) -> None:

@@ -51,12 +51,7 @@ class Row:
 
 
 def read_table(path: str | Path, options: TableOptions, repairs: Counter[str] | None = None) -> Iterator[Row | BadRow]:
-    """The rows of a table in their order.
-
-    Args:
-        path: the file.
-        options: how.
-        repairs: counts what was put right on the way: "nul_characters", "half_characters", "lines_of_dashes".
+    """The rows of a table in their order; see `read_records`.
 
     Raises:
         UserError: no such file, format, column or encoding; a damaged file; with `on_bad_row="fail"` the first bad
