@@ -182,6 +182,7 @@ def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     given, chosen = vars(options), {"batch_size": options.batch_size, "precision": options.precision}
     chosen |= {"document_per_line": options.document_per_line}
     chosen |= {"text_column": options.text_column or "text"}
+    chosen |= {n: given[n] for n in ("delimiter", "quotes", "input_format") if given[n] not in (None, True)}
     chosen["block_size"] = size = options.block_size or saved.longest
     if size is None:
         raise UserError(f"the configuration of {saved.name} does not say its longest input: give --block_size")

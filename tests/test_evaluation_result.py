@@ -315,6 +315,9 @@ def test_options_of_other_forms_of_text_are_refused(text, tmp_path):
         text_facts([table_file], corpus_table("body"), True)
     facts = text_facts([text, table_file], corpus_table("body"), True)
     assert [fact["bytes"] for fact in facts] == [text.stat().st_size, 2]
+    assert not any("format" in fact for fact in facts)
+    facts = text_facts([table_file.rename(tmp_path / "a.json")], corpus_table("body"), False)
+    assert [(fact["bytes"], fact["format"]) for fact in facts] == [(2, "jsonl")]
 
 
 def test_the_shortest_row_is_that_of_the_packing(tmp_path):

@@ -19,7 +19,7 @@ from lmscripts.data.token_store import TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.text.corpus import HUB, Span, is_plain, read_documents, table_texts
-from lmscripts.text.reading import opened
+from lmscripts.text.reading import format_of, opened
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import TextReport
 from lmscripts.training.processes import sum_over_processes
@@ -177,7 +177,11 @@ def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bo
     if next(read_documents(spans, report, table, document_per_line=document_per_line), None) is None:
         told = "; ".join(["not one line that is not empty", *report.sentences()[1:]])
         raise UserError(f"{' '.join(map(str, files))} holds no text: {sum(sizes)} bytes, {told}")
-    return [{"file": p.name, "bytes": size, "sha256": file_sha256(p)} for p, size in zip(files, sizes, strict=True)]
+    facts = [{"file": p.name, "bytes": size, "sha256": file_sha256(p)} for p, size in zip(files, sizes, strict=True)]
+    for fact, is_text in zip(facts, are_text, strict=True):
+        if not is_text and format_of(str(fact["file"]))[0] == "txt":
+            fact["format"] = table.format or "jsonl"  # which the name does not tell
+    return facts
 
 
 def raw_text_bytes(files: Sequence[Path], table: TableOptions) -> list[int]:
