@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lmscripts.data.preparation import Source
     from lmscripts.data.token_store import Part, TokenStore
     from lmscripts.models.saved import SavedModel
+    from lmscripts.text.records import TableOptions
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Options:
 
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence", group="text")
     text_column: str | None = option(None, help="column of tables and JSON lines; default: text", group="text")
+    delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="text")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes", group="text")
+    input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
+        None, help="of every file; default: by its name, and JSON lines by their content", group="text"
+    )
     line_ends: Literal["keep", "drop"] | None = option(
         None, help="causal: line ends and white space around lines; default: as prepare_corpus.py", group="text"
     )
@@ -116,7 +122,7 @@ def evaluate(options: Options) -> None:
     logging.disable_progress_bar()
     if options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--precision fp16 needs a GPU, and this machine shows none: take fp32 or bf16")
-    text = evaluation.text_facts(files, options.text_column, options.document_per_line)
+    text = evaluation.text_facts(files, table_of(options), options.document_per_line)
     scored = [name for name in objectives.names() if hasattr(objectives.objective(name), "SCORES")]
     saved = saved_models.open_model(options.model_dir, scored, options.generator_dir, options.tokenizer_dir)
     kind = objectives.objective(saved.objective)
@@ -126,7 +132,7 @@ def evaluate(options: Options) -> None:
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
 
-    with evaluation.temporary_store(source_of(options, files, saved), options.num_workers) as store:
+    with evaluation.temporary_store(source_of(options, saved), options.num_workers) as store:
         tokenizer, rows = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True), None
         if kind.SCORES == "masks":
             rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
@@ -178,7 +184,8 @@ def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     why = f"on {kind.TITLE} ({saved.model_type})"
     given, chosen = vars(options), {"batch_size": options.batch_size, "precision": options.precision}
     chosen |= {"document_per_line": options.document_per_line}
-    chosen |= {"text_column": options.text_column or evaluation.TEXT_COLUMN}
+    chosen |= {"text_column": options.text_column or "text"}
+    chosen |= {n: given[n] for n in ("delimiter", "quotes", "input_format") if given[n] not in (None, True)}
     chosen["block_size"] = size = options.block_size or saved.longest
     if size is None:
         raise UserError(f"the configuration of {saved.name} does not say its longest input: give --block_size")
@@ -199,17 +206,23 @@ def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     return chosen | {name: given[name] for name in ("pseudo_perplexity", "max_documents")}
 
 
-def source_of(options: Options, files: list[Path], saved: SavedModel) -> Source:
+def table_of(options: Options) -> TableOptions:
+    """How tables of texts are read."""
+    from lmscripts.text.records import corpus_table
+
+    return corpus_table(options.text_column, options.delimiter, options.quotes, options.input_format)
+
+
+def source_of(options: Options, saved: SavedModel) -> Source:
     """The text, all of it, as the model reads it."""
     from lmscripts.data.preparation import Source
-    from lmscripts.evaluation.sums import TEXT_COLUMN
 
     return Source(
-        tuple(map(str, files)),
+        options.input_file,
         saved.encoder.folder,
         validation_fraction=0.0,
         document_per_line=options.document_per_line,
-        text_column=options.text_column or TEXT_COLUMN,
+        table=table_of(options),
         line_ends=options.line_ends if objectives.objective(saved.objective).SCORES == "windows" else "drop",
     )
 

@@ -40,6 +40,11 @@ class Options:
     max_documents: int | None = option(None, help="read no more than so many documents")
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence")
     text_column: str = option("text", help="column of tables and JSON lines that holds the text")
+    delimiter: str | None = option(None, help="of csv and tsv; default: found in the header")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes")
+    input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
+        None, help="of every file; default: by its name, and JSON lines by their content"
+    )
     line_ends: Literal["keep", "drop"] | None = option(
         None,
         help="and white space around lines: for the model to learn or not; default: keep if the tokenizer is causal",
@@ -66,6 +71,7 @@ def build(options: Options) -> None:
     if missing := [name for name, value in given.items() if not value]:
         raise UserError(f"{missing[0]} is missing (or give --inspect STORE)")
     from lmscripts.data.preparation import Source, find_tokenizer, prepare_store
+    from lmscripts.text.records import corpus_table
     from lmscripts.text.report import TextReport
 
     source = Source(
@@ -75,7 +81,7 @@ def build(options: Options) -> None:
         validation_files=options.validation_file,
         max_documents=options.max_documents,
         document_per_line=options.document_per_line,
-        text_column=options.text_column,
+        table=corpus_table(options.text_column, options.delimiter, options.quotes, options.input_format),
         line_ends=options.line_ends,
     )
     output, began = Path(str(options.output_dir)), time.monotonic()

@@ -26,6 +26,7 @@ from lmscripts.options.language_pretraining import TOKENIZER
 from lmscripts.options.parsing import option, parse_options_with_origin
 
 if TYPE_CHECKING:
+    from lmscripts.text.records import TableOptions
     from lmscripts.text.report import TextReport
     from lmscripts.text.words import WordTokenizer
     from lmscripts.tokenizer.training import Trained, VocabularySettings
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
 IMPORTING = ("from_sentencepiece", "input_file", "document_format", "text_column", "model_max_length", *EXTENDING[2:])
+IMPORTING += ("delimiter", "quotes", "input_format")
 CHECKED_LINES = 2_000
 MEASURED_LINES = 20_000
 
@@ -51,6 +53,11 @@ class Options:
         "blank_line", help="of txt: sentences with a blank line after a document, or a document a line", group="text"
     )
     text_column: str = option("text", help="column or key of the text in jsonl, csv, tsv and parquet", group="text")
+    delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="text")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes", group="text")
+    input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
+        None, help="of every file; default: by its name, and JSON lines by their content", group="text"
+    )
     on_bad_line: Literal["skip", "fail"] = option("skip", help="leave out bad records, counted; or stop", group="text")
 
     objective: Literal["masked", "causal"] = option(
@@ -112,9 +119,16 @@ class Progress:
             print(f"segmenting: {done}, {done_bytes / (now - self.started) / 1e6:.1f} MB/s", flush=True)
 
 
-def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path]) -> TextReport:
-    """Write the splits that are not there yet and say what was found in the text."""
-    from lmscripts.text.report import TextReport
+def table_of(options: Options) -> TableOptions:
+    """How tables of texts are read."""
+    from lmscripts.text.records import corpus_table
+
+    form = (options.delimiter, options.quotes, options.input_format, options.on_bad_line)
+    return corpus_table(options.text_column, *form)
+
+
+def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path], report: TextReport) -> None:
+    """Write the splits that are not there yet and say what was found in the text, all of it added to the report."""
     from lmscripts.tokenizer.training_text import numeral_run_warning, write_splits
 
     plain = all(path.suffix == ".txt" and path.is_file() for path in paths)
@@ -124,7 +138,6 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path])
         results = write_splits(tasks, num_workers, progress)
     if kept := sum(result.was_there for result in results):
         print(f"{kept} of {len(tasks)} splits were finished by an earlier run and are used again")
-    report = TextReport()
     for result in results:
         report.merge(result.report)
     print("\n".join(report.sentences()))
@@ -133,7 +146,6 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path])
         print(f"warning: {warning}")
     if not report.num_documents:
         raise UserError("the input holds no text: every file is empty or blank")
-    return report
 
 
 def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
@@ -217,8 +229,8 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
     target, model = Path(options.model_dir), Path(options.from_sentencepiece)
     paths = find_files(options.input_file) if options.input_file else []
     per_line = options.document_format == "line"
-    reading = {"document_per_line": per_line, "text_column": options.text_column, "keep_spaces": True}
-    lines = spread_sample(paths, CHECKED_LINES, **reading) if paths else []
+    form = {"document_per_line": per_line, "keep_spaces": True}
+    lines = spread_sample(paths, CHECKED_LINES, table_of(options), **form) if paths else []
     length = options.model_max_length if origins["model_max_length"] != "default" else None
     with replaced_folder(target, options.overwrite) as aside:
         print("\n".join(import_sentencepiece(model, aside, lines, model_max_length=length)))
@@ -228,6 +240,7 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
 def run(options: Options, origins: dict[str, str]) -> None:
     """Train a tokenizer: everything after the options were read."""
     from lmscripts.text.corpus import find_files, plan_spans, source_fingerprint, spread_sample
+    from lmscripts.text.report import TextReport
     from lmscripts.tokenizer.choices import (
         refuse_useless,
         request_of,
@@ -252,7 +265,8 @@ def run(options: Options, origins: dict[str, str]) -> None:
         raise UserError("missing --input_file (on the line or in the file of --config)")
     target = Path(options.model_dir)
     settings = vocabulary_settings(options)
-    paths = find_files(options.input_file)
+    report, table = TextReport(), table_of(options)
+    paths = find_files(options.input_file, report)
     refuse_useless(options, origins, paths)
     words = word_settings(options)
     source = source_fingerprint(paths)
@@ -265,15 +279,15 @@ def run(options: Options, origins: dict[str, str]) -> None:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = options.num_workers or cpus or 1
     per_line = options.document_format == "line"
-    spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line)
+    spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line, input_format=table.format)
     segmented = needs_words(options.tokenizer_type, words)
     with splits_folder(target, options.intermediate_dir) as folder:
-        reading = (per_line, options.text_column, options.on_bad_line, causal)
+        reading = (table, per_line, causal)
         tasks = [SplitTask(i, tuple(part), folder, source, words, segmented, *reading) for i, part in enumerate(spans)]
-        report = segment(tasks, workers, paths)
+        segment(tasks, workers, paths, report)
         trained = train(options, tasks, settings)
-    form = {"document_per_line": per_line, "text_column": options.text_column, "keep_spaces": causal}
-    lines = spread_sample(paths, MEASURED_LINES, **form)
+    form = {"document_per_line": per_line, "keep_spaces": causal}
+    lines = spread_sample(paths, MEASURED_LINES, table, **form)
     record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": settings.facts()}
     del record["text"]["examples"]  # names of files
     length = options.model_max_length

@@ -302,3 +302,14 @@ def test_a_damaged_setting_is_named(model_dir, tmp_path):
     done = run_here(SCRIPT, "--model_dir", tmp_path / "model", standard_input="星\n".encode(), check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "temperature 0" in done.stderr
+
+
+def test_json_lines_are_records_whatever_the_name_of_the_input(tmp_path):
+    (tmp_path / "texts.json").write_text('{"text": "eins"}\n{"text": "zwei"}\n', encoding="utf-8")
+    (tmp_path / "texts.csv.txt").write_bytes(b"PK\x03\x04 is a workbook")
+    table = TableOptions(label="")
+    read = [each.text for each in applying.read_texts(str(tmp_path / "texts.json"), "", table)]
+    assert read == ["eins", "zwei"]
+    assert len(list(applying.read_texts(str(tmp_path / "texts.json"), "txt", table))) == 2
+    with pytest.raises(UserError, match="is an office file"):
+        next(applying.read_texts(str(tmp_path / "texts.csv.txt"), "", table))

@@ -34,7 +34,7 @@ from lmscripts.data.labelled_store import (
 from lmscripts.data.splits import SplitSettings, shown, split_documents, text_hash
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
-from lmscripts.text.reading import COMPRESSIONS, FORMATS
+from lmscripts.text.reading import COMPRESSIONS, FORMATS, check_file
 from lmscripts.text.records import BadRow, TableOptions
 from lmscripts.text.tables import PARTS, check_classes, order_labels, read_table
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
@@ -157,9 +157,7 @@ def _files(
         raise UserError(f"files of parts are for validation and test, not {', '.join(sorted(unknown))}")
     sources = {"train" if part_files else "": source, **{part: Path(path) for part, path in part_files.items()}}
     for path in sources.values():
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise UserError(f"the table {path} {what} (seen from {Path.cwd()})")
+        check_file(path, "table")
     return Path(database) if database else database_of(source), sources
 
 

@@ -229,10 +229,6 @@ def mcnemar(first_right: Flags, second_right: Flags) -> dict[str, Any]:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _records(found: sqlite3.Cursor) -> list[dict[str, Any]]:
-    return [dict(zip((column[0] for column in found.description), row, strict=True)) for row in found]
-
-
 def _find(runs: Sequence[dict[str, Any]], file: Path, run_id: int | None) -> dict[str, Any]:
     """The row of a finished run."""
     finished = {run["run_id"]: run for run in runs if run["status"] in FINISHED}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmscripts.errors import UserError
+from lmscripts.text.reading import pieces
 
 Segmenter = Callable[[str], list[str]]
 
@@ -33,7 +34,6 @@ SUDACHI_MAX_BYTES = 49149
 
 # In the wakati string a word with white space looks like two, trailing white space is lost, and MeCab stops at NUL.
 _INEXACT = re.compile(r"[\s\x00]")
-_SENTENCE_PIECES = re.compile(r"[^。．！？!?]*[。．！？!?]*")
 _NUMERAL_RUN = re.compile(r"[0-9]*[〇一二三四五六七八九十百千万億兆][一-鿿々]{6,}")
 
 
@@ -129,15 +129,14 @@ def mecab_segmenter(mecab_kwargs: dict[str, Any]) -> Segmenter:
         UserError: fugashi or the dictionary is missing.
     """
     tagger = _mecab_tagger(mecab_kwargs)
-    nfkc = bool(mecab_kwargs.get("normalize_text", True))
-    normalize = unicodedata.normalize
+    normalize = _normalizer(bool(mecab_kwargs.get("normalize_text", True)))
     parse, inexact = tagger.parse, _INEXACT.search
 
     def words_of_nodes(line: str) -> list[str]:
-        return [word.surface for word in tagger(normalize("NFKC", line) if nfkc else line)]
+        return [word.surface for word in tagger(normalize(line))]
 
     def words_of_string(line: str) -> list[str]:
-        text = normalize("NFKC", line) if nfkc else line
+        text = normalize(line)
         if inexact(text):
             return [word.surface for word in tagger(text)]
         words: list[str] = parse(text).split(" ")
@@ -237,27 +236,10 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
 
     def segment(line: str) -> list[str]:
         text = normalize(line)
-        short = len(text) * 4 <= SUDACHI_MAX_BYTES or len(text.encode()) <= SUDACHI_MAX_BYTES
-        pieces = [text] if short else _pieces(text, SUDACHI_MAX_BYTES)
-        words = [word.surface() for piece in pieces for word in tagger.tokenize(piece)]
+        words = [word.surface() for piece in pieces(text, SUDACHI_MAX_BYTES) for word in tagger.tokenize(piece)]
         return [trimmed for word in words if (trimmed := word.strip())] if trim else words
 
     return segment
-
-
-def _pieces(text: str, max_bytes: int) -> list[str]:
-    """Cut a text into pieces of at most `max_bytes` of UTF-8, at sentence ends where there are any."""
-    pieces, piece, size = [], "", 0
-    for sentence in _SENTENCE_PIECES.findall(text):
-        steps = [sentence[start : start + max_bytes // 4] for start in range(0, len(sentence), max_bytes // 4)]
-        for step in steps:
-            length = len(step.encode())
-            if size + length > max_bytes:
-                pieces.append(piece)
-                piece, size = "", 0
-            piece += step
-            size += length
-    return [*pieces, piece] if piece else pieces
 
 
 # ---- a known fault of ipadic ----

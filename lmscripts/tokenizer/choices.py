@@ -11,8 +11,7 @@ from typing import Any
 
 from lmscripts.errors import UserError
 from lmscripts.options.checks import check_numbers
-from lmscripts.text.corpus import HUB
-from lmscripts.text.reading import format_of
+from lmscripts.text.corpus import is_plain
 from lmscripts.text.words import WordTokenizer, make_segmenter
 from lmscripts.tokenizer.folder import check_combination, library_versions
 from lmscripts.tokenizer.lossless import CAUSAL_SPECIAL_TOKENS, check_causal
@@ -57,9 +56,9 @@ def refuse_useless(options: Any, origins: dict[str, str], paths: Sequence[Path])
     for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
         if options.tokenizer_type == kind and getattr(options, name) != getattr(type(options), name):
             refuse(origins, f"with --tokenizer_type {kind}", name)
-    plain = [not str(path).startswith(HUB) and format_of(path)[0] == "txt" for path in paths]
+    plain = [is_plain(str(path), options.input_format or "") for path in paths]
     if all(plain):
-        refuse(origins, "where all input is plain text", "text_column", "on_bad_line")
+        refuse(origins, "where all input is plain text", "text_column", "delimiter", "quotes", "on_bad_line")
     if not any(plain):
         refuse(origins, "where no input is plain text", "document_format")
 
@@ -109,5 +108,8 @@ def request_of(options: Any, source: str, words: WordTokenizer) -> str:
     chosen = {name: value for name, value in vars(options).items() if name not in (*_ELSEWHERE, *_NOT_TRAINING)}
     if options.objective == "masked":
         del chosen["objective"]  # so that tokenizers of earlier versions are known again
+    for name in ("delimiter", "quotes", "input_format"):  # likewise
+        if chosen[name] == getattr(type(options), name):
+            del chosen[name]
     facts = [source, chosen, words.description(), library_versions(words)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -14,14 +14,15 @@ import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lmscripts.errors import naming
 from lmscripts.files import write_text
 from lmscripts.text.corpus import Span, read_documents
+from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
 from lmscripts.text.words import Segmenter, WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
 from lmscripts.workers import KILLED, given_up, in_order
@@ -43,9 +44,8 @@ class SplitTask:
         source: fingerprint of the whole text.
         words: how lines are cut into words.
         segmented: write words joined by spaces; otherwise the (normalised) lines.
+        table: see `read_documents`.
         document_per_line: see `read_documents`.
-        text_column: see `read_documents`.
-        on_bad_line: see `read_documents`.
         keep_spaces: see `read_documents`.
     """
 
@@ -55,9 +55,8 @@ class SplitTask:
     source: str
     words: WordTokenizer
     segmented: bool
+    table: TableOptions = TEXTS
     document_per_line: bool = False
-    text_column: str = "text"
-    on_bad_line: Literal["skip", "fail"] = "skip"
     keep_spaces: bool = False
 
     @property
@@ -73,8 +72,7 @@ class SplitTask:
             "words": self.words.description(),
             "segmented": self.segmented,
             "document_per_line": self.document_per_line,
-            "text_column": self.text_column,
-            "on_bad_line": self.on_bad_line,
+            "table": asdict(self.table) | {"labels": []},  # as JSON gives it back
             "keep_spaces": self.keep_spaces,
         }
 
@@ -114,11 +112,11 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
     report, runs = TextReport(), Counter[str]()
     to_line = _line_writer(task, runs)
     aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
-    options = {name: getattr(task, name) for name in ("document_per_line", "text_column", "keep_spaces")}
+    form = {"document_per_line": task.document_per_line, "keep_spaces": task.keep_spaces}
     reported = 0
     try:
         with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for document in read_documents(task.spans, report, on_bad_line=task.on_bad_line, **options):  # type: ignore[arg-type]
+            for document in read_documents(task.spans, report, task.table, **form):
                 file.writelines(map(to_line, document))
                 if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
                     progress(report.num_bytes - reported)
