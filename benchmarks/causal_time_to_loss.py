@@ -33,6 +33,8 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
+from lmscripts.data.loader import Prefetcher
+from lmscripts.data.pretraining import PretrainingData, open_stream
 from time_to_loss import seconds_to, write_documents
 from torch import Tensor, nn
 from transformers import (
@@ -47,10 +49,8 @@ from transformers import (
 from turns import Turns, Watch
 
 from lmscripts.counters import stream_key
-from lmscripts.data.loader import Prefetcher
 from lmscripts.data.packing import Layout
 from lmscripts.data.preparation import Source, prepare_store
-from lmscripts.data.pretraining import PretrainingData, open_stream
 from lmscripts.data.stream import StreamRows
 from lmscripts.models.fitting import fuse_activations
 from lmscripts.objectives.causal import CausalLanguageModel, boundary_ids, causal_batches

@@ -32,6 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lmscripts.data.pretraining import mlm_layout, open_rows, replacement_ids
+from lmscripts.models.electra import share_embeddings
 from numpy.typing import NDArray
 from paired import compare
 from torch import Tensor, nn
@@ -39,10 +41,8 @@ from transformers import AutoTokenizer, ElectraConfig, ElectraForMaskedLM, Elect
 
 from lmscripts.counters import rows_at
 from lmscripts.data.masking import MaskingPlan, prediction_slots
-from lmscripts.data.pretraining import mlm_layout, open_rows, replacement_ids
 from lmscripts.data.token_store import open_store
 from lmscripts.models.attention import attention_inputs
-from lmscripts.models.electra import share_embeddings
 from lmscripts.objectives import Batch, ReplacedTokenDetection, masked_batches
 from lmscripts.training.optim import build_optimizer
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
 from paired import compare
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from lmscripts.counters import rows_at
-from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
 from lmscripts.data.token_store import open_store
 from lmscripts.objectives import Batch
 

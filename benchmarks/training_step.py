@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lmscripts.data.pretraining import mlm_layout, mlm_masking, open_rows
 from numpy.typing import NDArray
 from paired import Pairs, compare
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lmscripts.counters import rows_at
-from lmscripts.data.pretraining import mlm_layout, mlm_masking, open_rows
 from lmscripts.data.token_store import open_store
 from lmscripts.models.attention import attention_inputs
 from lmscripts.objectives import Batch, MaskedLanguageModel, masked_batches

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from lmscripts.data.loader import Prefetcher
+from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
 from torch import nn
 from transformers import (
     BertConfig,
@@ -21,8 +23,6 @@ from transformers import (
 from turns import Watch
 
 from lmscripts.counters import stream_key
-from lmscripts.data.loader import Prefetcher
-from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
 from lmscripts.data.token_store import TokenStore
 from lmscripts.objectives import MaskedLanguageModel
 from lmscripts.training.optim import build_optimizer

@@ -54,9 +54,7 @@ def logits_of(model, family, path, batch, slots=None):
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
 @pytest.mark.parametrize("one_document", [False, True])
-def test_a_narrow_last_layer_gives_the_same_logits_and_gradients_at_its_slots(
-    family, path, one_document
-):
+def test_a_narrow_last_layer_gives_the_same_logits_and_gradients_at_its_slots(family, path, one_document):
     batch, _ = make_batch([64] if one_document else [7, 20, 1, 30])
     if one_document and path != "varlen":
         batch.pop("segments")  # no mask at all
@@ -105,7 +103,9 @@ def test_neighbours_do_not_change_a_document_and_would_without_the_mask(path):
         assert torch.equal(before, after)
         if path != "varlen":
             leaking = [
-                families.family("bert").encode(model, b["input_ids"], b["position_ids"], {"attention_mask": None})[0, :7]
+                families.family("bert").encode(model, b["input_ids"], b["position_ids"], {"attention_mask": None})[
+                    0, :7
+                ]
                 for b in (batch, changed)
             ]
             assert (leaking[0] - leaking[1]).abs().max() > 1e-3
@@ -167,8 +167,7 @@ def test_varlen_kernel_equals_mask_on_a_gpu(family):
     batch = {name: tensor.cuda() for name, tensor in batch.items()}
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         kernel, masked = (
-            logits_of(make_model(family, path).cuda(), family, path, batch).float()
-            for path in ("varlen", "sdpa")
+            logits_of(make_model(family, path).cuda(), family, path, batch).float() for path in ("varlen", "sdpa")
         )
     real = batch["segments"] >= 0
     assert (kernel - masked)[real].abs().max() / masked[real].abs().max() < 0.02

@@ -1,6 +1,5 @@
 """ELECTRA's objective: what is sampled, where it is put, what is called replaced, what stays shared."""
 
-import numpy as np
 import pytest
 import torch
 from test_objectives import LAYOUT, LENGTH, batches_of, make_rows

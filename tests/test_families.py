@@ -1,0 +1,218 @@
+"""Every family and every objective has what is asked of all, and both checks of the first second find what is wrong."""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from tiny import new_models, tiny_preset
+from transformers import AutoTokenizer
+
+from lmscripts import objectives
+from lmscripts.data.packing import Layout
+from lmscripts.errors import UserError
+from lmscripts.models import building, families
+from lmscripts.models.attention import use_attention
+from lmscripts.models.checks import check_exports, check_isolation
+from lmscripts.tokenizer.encoder import Encoder
+
+LAYOUT = Layout(64, "isolated", begin_id=2, end_id=3, pad_id=0)
+HEADS = [(name, objective) for name in families.names() for objective in families.family(name).heads]
+NOT_EVERYWHERE = {"SCORES"}
+
+
+def asked_for(docstring):
+    """Names of the table of a docstring, and of those that are functions their parameters."""
+    found = {}
+    for names, rest in re.findall(r"^    (\w+(?:, \w+)*)  +(.*)$", docstring, re.MULTILINE):
+        parameters = re.match(r"\((.*?)\)", rest)
+        found |= {name: parameters and parameters[1].split(", ") for name in names.split(", ")}
+        found |= {name: inside.split(", ") for name, inside in re.findall(r"`(\w+)\((.*?)\)`", rest)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "docstring"),
+    [
+        *((families.family(name), families.__doc__) for name in families.names()),
+        *((objectives.objective(name), objectives.__doc__) for name in objectives.names()),
+    ],
+    ids=[*families.names(), *objectives.names()],
+)
+def test_every_module_has_what_is_asked_of_all(module, docstring):
+    asked = asked_for(docstring)
+    assert len(asked) > 12
+    for name, parameters in asked.items():
+        if name in NOT_EVERYWHERE and not hasattr(module, name):
+            continue
+        value = getattr(module, name)
+        if parameters is not None:
+            known = inspect.signature(value).parameters
+            assert list(known)[: len(parameters)] == parameters, name
+            more = [known[other] for other in list(known)[len(parameters) :]]
+            assert all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in more), name
+
+
+def test_families_and_objectives_fit_together():
+    assert {objective for _, objective in HEADS} == set(objectives.names())
+    for name in families.names():
+        module = families.family(name)
+        assert module.default_objective in module.heads
+        assert module.heads.keys() == module.pretrained_heads.keys()
+        for objective, heads in module.heads.items():
+            kind = objectives.objective(objective)
+            assert heads.keys() == module.pretrained_heads[objective].keys() == kind.PARTS.keys()
+            assert {export.subfolder for export in kind.EXPORTS} == kind.PARTS.keys()
+            assert dataclasses.is_dataclass(kind.Settings)
+
+
+def test_what_is_not_there_is_refused_by_name():
+    with pytest.raises(UserError, match="no --objective clozed: choose among causal, masked, replaced"):
+        objectives.objective("clozed")
+    with pytest.raises(UserError, match="of the family t5 cannot be trained yet, only bert, electra, gpt2, roberta"):
+        families.family("t5")
+    with pytest.raises(UserError, match="--objective causal has no head in the family bert, which has masked"):
+        families.architectures("bert", "causal")
+
+
+# ---- both checks of the first second -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+@pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
+def test_documents_are_kept_apart_and_the_model_is_left_as_it_was(name, objective, path):
+    family = families.family(name)
+    for model in new_models(name, objective, LAYOUT, path).values():
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        for packing in ("isolated", "contiguous"):
+            check_isolation(family, model, path, dataclasses.replace(LAYOUT, packing=packing))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+        assert model.training
+        assert model.config._attn_implementation == use_attention(path)
+
+
+def no_mask(model, path, batch, dtype):
+    return {"attention_mask": None}
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+@pytest.mark.parametrize("path", ["eager", "sdpa"])
+def test_a_family_whose_attention_gives_no_mask_is_caught(name, objective, path, monkeypatch):
+    family = families.family(name)
+    monkeypatch.setattr(family, "attention", no_mask)
+    for model in new_models(name, objective, LAYOUT, path).values():
+        with pytest.raises(UserError, match=f"a {type(model).__name__} .* with --packing contiguous"):
+            check_isolation(family, model, path, LAYOUT)
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+def test_a_mask_that_hides_too_little_is_caught(name, objective, monkeypatch):
+    """All but the first token of the document before is hidden."""
+    family = families.family(name)
+    right = family.attention
+
+    def leaking(*arguments):
+        found = right(*arguments)
+        if found["attention_mask"] is not None:
+            found["attention_mask"][..., 0] = 0.0
+        return found
+
+    monkeypatch.setattr(family, "attention", leaking)
+    for model in new_models(name, objective, LAYOUT).values():
+        with pytest.raises(UserError, match="packed rows|see the one before"):
+            check_isolation(family, model, "sdpa", LAYOUT)
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+def test_positions_that_go_on_from_document_to_document_are_caught(name, objective, monkeypatch):
+    family = families.family(name)
+    right = family.encode
+
+    def counting_on(model, ids, positions, *rest):
+        return right(model, ids, torch.arange(ids.shape[1]).expand_as(ids), *rest)
+
+    monkeypatch.setattr(family, "encode", counting_on)
+    for model in new_models(name, objective, LAYOUT).values():
+        with pytest.raises(UserError, match="gives other logits in packed rows than alone"):
+            check_isolation(family, model, "sdpa", LAYOUT)
+
+
+def build(name, objective, tokenizer, autos=None):
+    kind = objectives.objective(objective)
+    return building.build(
+        tiny_preset(name),
+        objective,
+        autos or {export.subfolder: export.auto for export in kind.EXPORTS},
+        tokenizer,
+        LAYOUT,
+        seed=0,
+        path="sdpa",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+def test_both_checks_are_made_where_a_run_is_built(name, objective, tokenizer_dir, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    models, notices = build(name, objective, tokenizer)
+    assert notices == []
+    assert models.keys() == objectives.objective(objective).PARTS.keys()
+    for part in models:
+        with pytest.raises(UserError, match=f"AutoModelForSeq2SeqLM cannot load a {type(models[part]).__name__}"):
+            build(name, objective, tokenizer, {part: "AutoModelForSeq2SeqLM"})
+    monkeypatch.setattr(families.family(name), "attention", no_mask)
+    with pytest.raises(UserError, match="with --packing contiguous"):
+        build(name, objective, tokenizer)
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+def test_an_export_that_comes_back_as_another_model_is_refused(name, objective, tokenizer_dir):
+    models = new_models(name, objective, LAYOUT)
+    encoder = Encoder(tokenizer_dir, AutoTokenizer.from_pretrained(tokenizer_dir))
+    for part, model in models.items():
+        with pytest.raises(UserError, match=f"makes a \\w+ of what is saved as a {type(model).__name__}"):
+            check_exports(models, {part: "AutoModelForTokenClassification"}, encoder)
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+def test_a_tokenizer_that_does_not_come_back_is_refused(name, objective, tokenizer_dir):
+    models = new_models(name, objective, LAYOUT)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.add_tokens(["<new>"])  # its folder does not know
+    with pytest.raises(UserError, match="makes another tokenizer of .*: a vocabulary of 2048 other entries"):
+        check_exports(models, {}, Encoder(Path(tokenizer_dir), tokenizer))
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+GIVEN = {
+    "do_whole_word_mask": [],
+    "mask_unit": ["span"],
+    "mask_probability": ["0.2"],
+    "generator_weight": ["2"],
+    "discriminator_weight": ["2"],
+    "z_loss": ["0.1"],
+}
+
+
+def options_of(objective):
+    return {field.name for field in dataclasses.fields(objectives.objective(objective).Settings)}
+
+
+@pytest.mark.parametrize(
+    ("objective", "option"),
+    [(name, option) for name in objectives.names() for option in GIVEN if option not in options_of(name)],
+)
+def test_options_of_another_objective_are_refused(objective, option, store_dir, tmp_path):
+    assert set(GIVEN) == set().union(*map(options_of, objectives.names()))
+    family = next(name for name, of_family in HEADS if of_family == objective)
+    arguments = ["--model_type", f"{family}-tiny", "--objective", objective, "--dataset_dir", store_dir]
+    arguments += ["--model_dir", tmp_path / "run", f"--{option}", *GIVEN[option]]
+    done = run_script("run_pretraining.py", *arguments, check=False)
+    assert done.returncode == 2
+    assert re.search(rf"--{option} \S+ has no effect on the objective {objective}", done.stderr)
+    assert not (tmp_path / "run").exists()
