@@ -122,7 +122,7 @@ def test_a_mask_that_hides_too_little_is_caught(name, objective, monkeypatch):
 
     monkeypatch.setattr(family, "attention", leaking)
     for model in new_models(name, objective, LAYOUT).values():
-        with pytest.raises(UserError, match="packed rows|see the one before"):
+        with pytest.raises(UserError, match=r"packed rows|see the one before"):
             check_isolation(family, model, "sdpa", LAYOUT)
 
 
@@ -183,7 +183,7 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(name, objective, tokeniz
     models = new_models(name, objective, LAYOUT)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.add_tokens(["<new>"])  # its folder does not know
-    with pytest.raises(UserError, match="makes another tokenizer of .*: a vocabulary of 2048 other entries"):
+    with pytest.raises(UserError, match=r"makes another tokenizer of .*: a vocabulary of 2048 other entries"):
         check_exports(models, {}, Encoder(Path(tokenizer_dir), tokenizer))
 
 
