@@ -94,6 +94,20 @@ def test_documents_are_kept_apart_and_the_model_is_left_as_it_was(name, objectiv
         assert model.config._attn_implementation == use_attention(path)
 
 
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+@pytest.mark.parametrize("length", [1, 2, 8, 14, 15, 23])
+def test_short_rows_are_checked_too(name, objective, length, monkeypatch):
+    """Two documents of a fixed length would need more positions than a model of such rows has."""
+    family, layout = families.family(name), dataclasses.replace(LAYOUT, sequence_length=length)
+    models = new_models(name, objective, layout).values()
+    for model in models:
+        check_isolation(family, model, "sdpa", layout)
+    monkeypatch.setattr(family, "attention", no_mask)
+    for model in models if length > 1 else ():
+        with pytest.raises(UserError, match="packed rows"):
+            check_isolation(family, model, "sdpa", layout)
+
+
 def no_mask(model, path, batch, dtype):
     return {"attention_mask": None}
 
@@ -188,6 +202,22 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(name, objective, tokeniz
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_sizes_of_the_line_are_those_of_the_model(name):
+    objective = families.family(name).default_objective
+    asked = building.as_asked(tiny_preset(name), objective, sizes={"layers": 3, "heads": 4, "hidden_size": 96})
+    assert (asked.layers, asked.heads, asked.hidden_size, asked.ffn_size) == (3, 4, 96, 384)
+    with pytest.raises(UserError, match="--n_embd 97 is not divisible by --n_head 2"):
+        building.as_asked(tiny_preset(name), objective, sizes={"hidden_size": 97})
+
+
+def test_sizes_of_the_line_of_which_a_generator_cannot_have_its_share():
+    """Its heads would be rounded down to none."""
+    with pytest.raises(UserError, match="electra-tiny: generator-size 1/2 of attention-heads 1 is not a whole number"):
+        building.as_asked(tiny_preset("electra"), "replaced", sizes={"heads": 1})
+
 
 GIVEN = {
     "do_whole_word_mask": [],
