@@ -28,8 +28,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lmscripts import objectives
+from lmscripts.models.families import gpt2
 from lmscripts.models.fitting import fuse_activations
-from lmscripts.objectives.causal import CausalLanguageModel
+from lmscripts.objectives import causal
 
 WAYS = ("ours", "theirs")
 
@@ -57,7 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if options.way == "ours":
         fuse_activations(model)  # as run_pretraining.py does
-    objective = CausalLanguageModel(model, "sdpa").train()
+    objective = objectives.trained("causal", gpt2, {"": model}, "sdpa", causal.Settings()).train()
     ids = torch.randint(0, 50304, (options.rows, 1024), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "position_ids": torch.arange(1024).expand(options.rows, -1)}
     batch["labels"] = ids.roll(-1, dims=1).reshape(-1)

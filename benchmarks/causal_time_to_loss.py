@@ -46,20 +46,22 @@ from transformers import (
 )
 from turns import Turns, Watch
 
+from lmscripts import objectives
 from lmscripts.counters import stream_key
-from lmscripts.data.loader import Prefetcher
-from lmscripts.data.packing import Layout
 from lmscripts.data.preparation import Source, prepare_store
-from lmscripts.data.pretraining import PretrainingData, open_stream
+from lmscripts.data.steps import Phase, Prefetcher, fixed_batch
 from lmscripts.data.stream import StreamRows
+from lmscripts.models.families import gpt2
 from lmscripts.models.fitting import fuse_activations
-from lmscripts.objectives.causal import CausalLanguageModel, boundary_ids, causal_batches
+from lmscripts.objectives import causal
+from lmscripts.objectives.module import Objective
 from lmscripts.text.corpus import Span, read_documents
 from lmscripts.text.report import TextReport
 from lmscripts.training.optim import build_optimizer
 
 LENGTH, ROWS = 128, 8
 WAYS = ("ours", "group_texts")
+MAKE = partial(causal.batches, plan=None)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,6 @@ class Material:
 def prepare(options: argparse.Namespace) -> Material:
     """Token stores for ours, blocks for theirs."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_dir, local_files_only=True)
-    begin, end = boundary_ids(tokenizer)
-    layout = Layout(LENGTH, "isolated", begin, end, tokenizer.pad_token_id)
     rows, blocks, tokens = {}, {}, {}
     for name, raw in (("train", options.text), ("held_out", options.held_out)):
         text = options.work_dir / f"{name}.txt"
@@ -96,7 +96,7 @@ def prepare(options: argparse.Namespace) -> Material:
         write_documents(text, documents)
         source = Source((str(text),), options.tokenizer_dir, validation_fraction=0.0)
         store = prepare_store(source, options.work_dir / f"store_{name}", num_workers=1)
-        rows[name] = open_stream(store, "train", layout)
+        rows[name] = causal.rows(store, "train", tokenizer, LENGTH, "isolated")
         lines = text.read_text(encoding="utf-8").splitlines(keepends=True)  # run_clm keeps line breaks
         ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
         blocks[name], tokens[name] = [], sum(map(len, ids))
@@ -104,6 +104,11 @@ def prepare(options: argparse.Namespace) -> Material:
             joined = list(chain.from_iterable(ids[start : start + 1000]))
             blocks[name] += [joined[at : at + LENGTH] for at in range(0, len(joined) - LENGTH + 1, LENGTH)]
     return Material(tokenizer, rows, blocks, tokens["held_out"], text.stat().st_size)
+
+
+def trained(model: GPT2LMHeadModel) -> Objective:
+    """A model with the loss of run_pretraining.py."""
+    return objectives.trained("causal", gpt2, {"": model}, "sdpa", causal.Settings())
 
 
 class Score:
@@ -122,11 +127,11 @@ class Score:
         return nats / math.log(2) / material.held_out_bytes
 
     def _ours(self, model: GPT2LMHeadModel) -> float:
-        rows, objective = self.material.rows["held_out"], CausalLanguageModel(model, "sdpa").eval()
+        rows, objective = self.material.rows["held_out"], trained(model).eval()
         total = 0.0
         for start in range(0, rows.num_rows, 64):
-            taken = rows.read(np.arange(start, min(start + 64, rows.num_rows)))
-            total += float(objective(causal_batches(taken, [len(taken.ids)])[0][0])["clm_entropy"])
+            batch, _ = fixed_batch(rows, MAKE, np.arange(start, min(start + 64, rows.num_rows)))
+            total += float(objective(batch)["clm_entropy"])
         return total
 
     def _blocks(self, model: GPT2LMHeadModel) -> float:
@@ -140,11 +145,12 @@ class Score:
 
 def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
     """The loop of run_pretraining.py in one process, at a constant learning rate."""
-    data = PretrainingData(
+    data = Phase(
         train=material.rows["train"],
         held_out=None,
-        masking=None,
-        attention="sdpa",
+        make=MAKE,
+        slots=LENGTH,
+        words="",
         seed=0,
         batch_size=ROWS,
         shares=[ROWS],
@@ -154,7 +160,7 @@ def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
     )
     network = material.model()
     fuse_activations(network)
-    objective = CausalLanguageModel(network, "sdpa").train()
+    objective = trained(network).train()
     adam = {"learning_rate": learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
     optimizer = build_optimizer("adamw", network, **adam)
     watch.start()

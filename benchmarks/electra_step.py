@@ -37,19 +37,20 @@ from paired import compare
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
+from lmscripts import objectives
 from lmscripts.counters import rows_at
-from lmscripts.data.masking import MaskingPlan, prediction_slots
-from lmscripts.data.pretraining import mlm_layout, open_rows, replacement_ids
+from lmscripts.data.steps import Batch
 from lmscripts.data.token_store import open_store
 from lmscripts.models.attention import attention_inputs
-from lmscripts.models.electra import share_embeddings
-from lmscripts.objectives import Batch, ReplacedTokenDetection, masked_batches
+from lmscripts.models.families import electra
+from lmscripts.objectives import replaced
 from lmscripts.training.optim import build_optimizer
 
 LENGTH = 128
 CHECKED_STEPS = 3
 TOLERANCE = 1e-4
 DISCRIMINATOR_WEIGHT = 50.0  # arXiv:2003.10555, section 2
+SETTINGS = replaced.Settings(mask_unit="token", mask_probability=(0.15,))
 Losses = tuple[Tensor, Tensor]
 # (N, V) logits of the masked positions in the order of the text, and the batch -> (N,) drawn ids.
 Draw = Callable[[Tensor, Batch], Tensor]
@@ -59,33 +60,21 @@ def make_batches(options: argparse.Namespace) -> list[Batch]:
     """Masked rows, one batch per pair and one to warm up."""
     store = open_store(options.store)
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
-    layout = mlm_layout(tokenizer, LENGTH, "isolated")
-    opened = open_rows(store, "train", layout)
+    opened = replaced.rows(store, "train", tokenizer, LENGTH, "isolated")
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
     index = opened.index
     rows, epochs = rows_at(np.arange(index.num_rows), index.num_rows, seed=0)
     first = index.first_segment[rows]
-    full = index.segment_length[first] == layout.most_real_tokens  # then it is the only segment
+    full = index.segment_length[first] == opened.layout.most_real_tokens  # then it is the only segment
     rows = rows[~full if options.masked_rows else full]
     size = options.rows
     if rows.size < size * (options.pairs + 1):
         raise SystemExit(f"{options.store} has {rows.size} rows to use, {options.pairs + 1} batches need {size} each")
-    slots = prediction_slots(0.15, layout.most_real_tokens)
-    plan = MaskingPlan(
-        0.15,
-        slots,
-        tokenizer.mask_token_id,
-        replacement_ids(tokenizer),
-        unit="token",
-        mask_share=0.85,
-        random_share=0.0,
-        draws=True,
-    )
+    plan = replaced.plan(tokenizer, opened.layout, SETTINGS)
 
     def batch(taken: NDArray[np.int64]) -> Batch:
-        laid_out = opened.read(taken)
-        return masked_batches(laid_out, taken, epochs[: taken.size], 0, plan, [taken.size])[0][0]
+        return replaced.batches(opened, taken, epochs[: taken.size], 0, [taken.size], plan)[0][0]
 
     return [batch(rows[number * size : (number + 1) * size]) for number in range(options.pairs + 1)]
 
@@ -108,7 +97,7 @@ def make_models(vocab_size: int, fraction: Fraction) -> nn.ModuleDict:
     torch.manual_seed(0)
     generator = ElectraForMaskedLM(ElectraConfig(**shared, **{name: int(size) for name, size in small.items()}))
     discriminator = ElectraForPreTraining(ElectraConfig(**shared, **sizes))
-    share_embeddings(generator, discriminator)
+    electra.join({"generator": generator, "": discriminator})
     return nn.ModuleDict({"generator": generator, "discriminator": discriminator})
 
 
@@ -178,8 +167,9 @@ class Way:
 
 def our_way(models: nn.ModuleDict) -> Way:
     """The objective of lmscripts on a copy of the models."""
-    models = copy.deepcopy(models)
-    return Way(ReplacedTokenDetection(models["generator"], models["discriminator"], "sdpa"), our_losses)
+    copied = copy.deepcopy(models)
+    parts = {"generator": copied["generator"], "": copied["discriminator"]}
+    return Way(objectives.trained("replaced", electra, parts, "sdpa", SETTINGS), our_losses)
 
 
 def their_way(models: nn.ModuleDict, draw: Draw) -> Way:

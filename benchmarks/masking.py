@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from paired import compare
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from lmscripts.counters import rows_at
-from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
+from lmscripts.data.steps import Batch, Phase
 from lmscripts.data.token_store import open_store
-from lmscripts.objectives import Batch
+from lmscripts.objectives import masked
 
 SHAPES = ((256, 128), (64, 512))
 
@@ -33,21 +34,20 @@ def measure(options: argparse.Namespace, num_rows: int, length: int) -> None:
     """Compare both ways at one shape and print the result."""
     store = open_store(options.store)
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
-    layout = mlm_layout(tokenizer, length, "isolated")
-    opened = open_rows(store, "train", layout)
+    opened = masked.rows(store, "train", tokenizer, length, "isolated")
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
-    index = opened.index
-    plan = mlm_masking(tokenizer, layout, probability=0.15, unit="word")
+    plan = masked.plan(tokenizer, opened.layout, masked.Settings(mask_unit="word", mask_probability=(0.15,)))
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, return_tensors="pt")
 
     numbers = range(options.pairs * options.batches)
-    chosen = [rows_at(np.arange(n * num_rows, (n + 1) * num_rows), index.num_rows, seed=0)[0] for n in numbers]
-    data = PretrainingData(
+    chosen = [rows_at(np.arange(n * num_rows, (n + 1) * num_rows), opened.num_rows, seed=0)[0] for n in numbers]
+    data = Phase(
         train=opened,
         held_out=None,
-        masking=plan,
-        attention="sdpa",
+        make=partial(masked.batches, plan=plan),
+        slots=plan.slots,
+        words="",
         seed=0,
         batch_size=num_rows,
         shares=[num_rows],

@@ -13,9 +13,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from turns import Watch
-from ways import Material, make_trainer, our_data
+from ways import SETTINGS, Material, make_trainer, our_data
 
-from lmscripts.objectives import MaskedLanguageModel
+from lmscripts import objectives
+from lmscripts.models.families import bert
 from lmscripts.training.optim import build_optimizer
 
 
@@ -24,7 +25,7 @@ def phases(way: str, material: Material, dataset: Dataset | None, num_steps: int
     watch = Watch(lambda model: 0.0, 0.0)
     if dataset is None:
         data, network = our_data(material, way), material.model()
-        objective = MaskedLanguageModel(network, "bert", data.attention).train()
+        objective = objectives.trained("masked", bert, {"": network}, "sdpa", SETTINGS).train()
         optimizer: Any = build_optimizer(
             "adamw", network, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
         )

@@ -22,11 +22,13 @@ from paired import Pairs, compare
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from lmscripts import objectives
 from lmscripts.counters import rows_at
-from lmscripts.data.pretraining import mlm_layout, mlm_masking, open_rows
+from lmscripts.data.steps import Batch
 from lmscripts.data.token_store import open_store
 from lmscripts.models.attention import attention_inputs
-from lmscripts.objectives import Batch, MaskedLanguageModel, masked_batches
+from lmscripts.models.families import bert
+from lmscripts.objectives import masked
 from lmscripts.training.optim import build_optimizer
 
 LENGTH = 128
@@ -37,8 +39,7 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
     """Masked rows, one batch per pair and one to warm up."""
     store = open_store(options.store)
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
-    layout = mlm_layout(tokenizer, LENGTH, "isolated")
-    opened = open_rows(store, "train", layout)
+    opened = masked.rows(store, "train", tokenizer, LENGTH, "isolated")
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
     index = opened.index
@@ -46,12 +47,11 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
     if full_only:
         first = index.first_segment[rows]
         alone = index.first_segment[rows + 1] - first == 1
-        rows = rows[alone & (index.segment_length[first] == layout.most_real_tokens)]
-    plan = mlm_masking(tokenizer, layout, probability=0.15, unit="word")
+        rows = rows[alone & (index.segment_length[first] == opened.layout.most_real_tokens)]
+    plan = masked.plan(tokenizer, opened.layout, masked.Settings(mask_unit="word", mask_probability=(0.15,)))
 
     def batch(taken: NDArray[np.int64]) -> Batch:
-        laid_out = opened.read(taken)
-        return masked_batches(laid_out, taken, epochs[: taken.size], 0, plan, [taken.size])[0][0]
+        return masked.batches(opened, taken, epochs[: taken.size], 0, [taken.size], plan)[0][0]
 
     size = options.rows
     return [batch(rows[number * size : (number + 1) * size]) for number in range(options.pairs + 1)]
@@ -67,7 +67,7 @@ def full_labels(batch: Batch) -> torch.Tensor:
 
 def make_steps(model: BertForMaskedLM) -> tuple[Step, Step]:
     """One optimizer step of each way; both return the loss."""
-    objective = MaskedLanguageModel(copy.deepcopy(model), "bert", "sdpa")
+    objective = objectives.trained("masked", bert, {"": copy.deepcopy(model)}, "sdpa", masked.Settings())
     theirs = copy.deepcopy(model)
 
     def our_loss(batch: Batch) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,14 +21,16 @@ from transformers import (
 )
 from turns import Watch
 
+from lmscripts import objectives
 from lmscripts.counters import stream_key
-from lmscripts.data.loader import Prefetcher
-from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking, open_rows
+from lmscripts.data.steps import Phase, Prefetcher
 from lmscripts.data.token_store import TokenStore
-from lmscripts.objectives import MaskedLanguageModel
+from lmscripts.models.families import bert
+from lmscripts.objectives import masked
 from lmscripts.training.optim import build_optimizer
 
 LENGTH = 128
+SETTINGS = masked.Settings(mask_unit="token", mask_probability=(0.15,))
 # Rows of a step: about 1,000 text tokens for each way, as a sentence is about 30.
 ROWS = {"ours": 8, "ours_by_line": 8, "line_by_line": 32, "group_texts": 8}
 WAYS = tuple(ROWS)
@@ -59,17 +62,18 @@ class Material:
         return BertForMaskedLM(self.config)
 
 
-def our_data(material: Material, way: str) -> PretrainingData:
+def our_data(material: Material, way: str) -> Phase:
     """Packed rows with single tokens masked, as the collator of transformers masks them."""
-    layout = mlm_layout(material.tokenizer, LENGTH, "isolated")
-    train = open_rows(material.stores[way], "train", layout)
+    train = masked.rows(material.stores[way], "train", material.tokenizer, LENGTH, "isolated")
     if train is None:
         raise SystemExit("no training text")
-    return PretrainingData(
+    plan = masked.plan(material.tokenizer, train.layout, SETTINGS)
+    return Phase(
         train=train,
         held_out=None,
-        masking=mlm_masking(material.tokenizer, layout, probability=0.15, unit="token"),
-        attention="sdpa",
+        make=partial(masked.batches, plan=plan),
+        slots=plan.slots,
+        words="",
         seed=material.seed,
         batch_size=ROWS[way],
         shares=[ROWS[way]],
@@ -82,7 +86,7 @@ def our_data(material: Material, way: str) -> PretrainingData:
 def train_ours(way: str, material: Material, learning_rate: float, watch: Watch) -> None:
     """The loop of run_pretraining.py in one process, at a constant learning rate."""
     data, network = our_data(material, way), material.model()
-    objective = MaskedLanguageModel(network, "bert", data.attention).train()
+    objective = objectives.trained("masked", bert, {"": network}, "sdpa", SETTINGS).train()
     optimizer = build_optimizer(
         "adamw", network, learning_rate=learning_rate, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
     )

@@ -3,29 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from tiny import new_models
 
-from lmscripts.data.packing import Layout
+from lmscripts.data.packing import Layout, segment_ends
 from lmscripts.errors import UserError
-from lmscripts.models import DECODERS, FAMILIES, build
-from lmscripts.models.attention import additive_mask, attention_inputs, choose_attention, segment_ends, use_attention
-from lmscripts.models.encoder import narrow_last_layer
-from lmscripts.options.presets import load_preset
+from lmscripts.models import families
+from lmscripts.models.attention import additive_mask, choose_attention
 
 LAYOUT = Layout(64, "isolated", begin_id=2, end_id=3, pad_id=0)
+FAMILIES = families.names()
+ENCODERS = [name for name in FAMILIES if "causal" not in families.family(name).heads]
 
 
-def make_model(parameter_file, family, path):
-    preset = load_preset(parameter_file, f"{family}-tiny")
-    models, _ = build(
-        preset,
-        range(512),
-        LAYOUT,
-        seed=1,
-        attn_implementation=use_attention(path),
-        hidden_dropout=0.1,
-        attention_dropout=0.0,
-    )
-    model = models.get("generator", models[""])
+def make_model(family, path):
+    objective = "masked" if family in ENCODERS else "causal"
+    model = new_models(family, objective, LAYOUT, path, seed=1, dropout=0.1)[""]
     with torch.no_grad():  # larger weights, so that a leak would show
         for parameter in model.parameters():
             parameter.mul_(3.0)
@@ -53,27 +45,25 @@ def make_batch(lengths):
 def logits_of(model, family, path, batch, slots=None):
     if path == "varlen":
         batch = {**batch, "segment_ends": segment_ends(batch["segments"], 30)}
-    attention = attention_inputs(path, batch, torch.float32, causal=family in DECODERS)
-    family = FAMILIES[family]
+    family = families.family(family)
+    attention = family.attention(model, path, batch, torch.float32)
     hidden = family.encode(model, batch["input_ids"], batch["position_ids"], attention, slots)
     return family.predict(model, hidden)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(DECODERS)))
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
 @pytest.mark.parametrize("one_document", [False, True])
-def test_a_narrow_last_layer_gives_the_same_logits_and_gradients_at_its_slots(
-    family, path, one_document, parameter_file
-):
+def test_a_narrow_last_layer_gives_the_same_logits_and_gradients_at_its_slots(family, path, one_document):
     batch, _ = make_batch([64] if one_document else [7, 20, 1, 30])
     if one_document and path != "varlen":
         batch.pop("segments")  # no mask at all
     slots = torch.tensor([0, 5, 63, 33, 64 + 1, 64 + 2, 64 + 40, 64 + 40])
-    model = make_model(parameter_file, family, path)
+    model = make_model(family, path)
     full = logits_of(model, family, path, batch).flatten(0, 1)[slots]
     full.logsumexp(-1).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    narrow_last_layer(FAMILIES[family].layers(model))
+    families.family(family).narrow(model)
     assert torch.equal(full, logits_of(model, family, path, batch).flatten(0, 1)[slots])
     model.zero_grad()
     narrow = logits_of(model, family, path, batch, slots)
@@ -83,15 +73,15 @@ def test_a_narrow_last_layer_gives_the_same_logits_and_gradients_at_its_slots(
         assert torch.allclose(dict(model.named_parameters())[name].grad, gradient, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
-def test_packed_equals_separate(family, path, parameter_file):
-    model = make_model(parameter_file, family, path)
+def test_packed_equals_separate(family, path):
+    model = make_model(family, path)
     lengths = [7, 20, 1, 30]
     batch, documents = make_batch(lengths)
     with torch.no_grad():
         packed = logits_of(model, family, path, batch)
-        plain = make_model(parameter_file, family, "sdpa")
+        plain = make_model(family, "sdpa")
         for row, order in enumerate([range(4), reversed(range(4))]):
             at = 0
             for document in order:
@@ -103,8 +93,8 @@ def test_packed_equals_separate(family, path, parameter_file):
 
 
 @pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
-def test_neighbours_do_not_change_a_document_and_would_without_the_mask(path, parameter_file):
-    model = make_model(parameter_file, "bert", path)
+def test_neighbours_do_not_change_a_document_and_would_without_the_mask(path):
+    model = make_model("bert", path)
     batch, _ = make_batch([7, 20, 30])
     changed = {**batch, "input_ids": batch["input_ids"].clone()}
     changed["input_ids"][:, 7:27] = 11
@@ -113,17 +103,19 @@ def test_neighbours_do_not_change_a_document_and_would_without_the_mask(path, pa
         assert torch.equal(before, after)
         if path != "varlen":
             leaking = [
-                FAMILIES["bert"].encode(model, b["input_ids"], b["position_ids"], {"attention_mask": None})[0, :7]
+                families.family("bert").encode(model, b["input_ids"], b["position_ids"], {"attention_mask": None})[
+                    0, :7
+                ]
                 for b in (batch, changed)
             ]
             assert (leaking[0] - leaking[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
-def test_gradients_agree_between_paths(path, parameter_file):
+def test_gradients_agree_between_paths(path):
     gradients = []
     for way in (path, "eager"):
-        model = make_model(parameter_file, "bert", way)
+        model = make_model("bert", way)
         batch, _ = make_batch([7, 20, 30])
         logits_of(model, "bert", way, batch).square().mean().backward()
         gradients.append(model.bert.embeddings.word_embeddings.weight.grad)
@@ -157,8 +149,8 @@ def test_choice_of_the_path_where_a_model_does_not_have_all():
         choose_attention("varlen", "cuda", "bf16", 0.0, ("sdpa", "eager"))
 
 
-def test_varlen_refuses_attention_dropout(parameter_file):
-    model = make_model(parameter_file, "bert", "varlen").train()
+def test_varlen_refuses_attention_dropout():
+    model = make_model("bert", "varlen").train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
@@ -169,14 +161,13 @@ def test_varlen_refuses_attention_dropout(parameter_file):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="runs where there is a CUDA device")
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_varlen_kernel_equals_mask_on_a_gpu(family, parameter_file):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_varlen_kernel_equals_mask_on_a_gpu(family):
     batch, _ = make_batch([7, 20, 1, 30])
     batch = {name: tensor.cuda() for name, tensor in batch.items()}
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         kernel, masked = (
-            logits_of(make_model(parameter_file, family, path).cuda(), family, path, batch).float()
-            for path in ("varlen", "sdpa")
+            logits_of(make_model(family, path).cuda(), family, path, batch).float() for path in ("varlen", "sdpa")
         )
     real = batch["segments"] >= 0
     assert (kernel - masked)[real].abs().max() / masked[real].abs().max() < 0.02

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 from lmscripts.errors import UserError
-from lmscripts.models import FAMILIES
+from lmscripts.models.families import bert
 from lmscripts.training import average as averaging
 
 SIZES = dict(vocab_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
@@ -20,7 +20,7 @@ class Bert(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.model = BertForMaskedLM(BertConfig(**SIZES, hidden_size=16))
-        self.family = FAMILIES["bert"]
+        self.family = bert
         layer = self.model.bert.encoder.layer[-1]
         layer.forward = MethodType(lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs), layer)
 

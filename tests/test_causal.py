@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from tiny import tiny_preset
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -20,17 +20,19 @@ from transformers import (
     pipeline,
 )
 
+from lmscripts import objectives
 from lmscripts.data.packing import Layout
 from lmscripts.data.stream import StreamRows
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
-from lmscripts.models import attention_paths, build, decoders, gpt2
-from lmscripts.models.attention import choose_attention, segment_ends, use_attention
-from lmscripts.models.decoders import check_isolation, fit_rows, set_ids
+from lmscripts.models import building
+from lmscripts.models.attention import attention_paths, use_attention
+from lmscripts.models.checks import check_isolation
+from lmscripts.models.cross_entropy import chunked_cross_entropy
+from lmscripts.models.families import gpt2
 from lmscripts.models.fitting import freeze, fuse_activations, lengthen_positions
-from lmscripts.objectives.causal import CausalLanguageModel, boundary_ids, causal_batches
-from lmscripts.objectives.cross_entropy import chunked_cross_entropy
-from lmscripts.options.presets import load_preset
+from lmscripts.objectives import causal
+from lmscripts.objectives.causal import boundary_ids
 from lmscripts.tokenizer.folder import copy_tokenizer
 
 BEGIN, END, PAD = 2, 3, 0
@@ -68,12 +70,12 @@ def make_model(path="sdpa", seed=0, **settings):
 
 
 def make_batch(rows, numbers, path="sdpa"):
-    laid_out = rows.read(np.asarray(numbers))
-    (batch, counts) = causal_batches(laid_out, [len(numbers)])[0]
-    if path == "varlen":
-        segments = torch.from_numpy(laid_out.segments)
-        batch["segment_ends"] = segment_ends(segments, segments.numel() + 1)
-    return batch, counts
+    numbers = np.asarray(numbers)
+    return causal.batches(rows, numbers, np.zeros_like(numbers), 0, [numbers.size], None, path == "varlen")[0]
+
+
+def make_objective(model, path, **settings):
+    return objectives.trained("causal", gpt2, {"": model}, path, causal.Settings(**settings))
 
 
 # ---- rows ----
@@ -192,7 +194,7 @@ def test_frozen_output_matrix_gets_no_gradient():
 def test_objective_equals_the_documents_alone_through_the_model_itself(path):
     rows = make_rows([7, 20, 1, 30], 62)  # all in one row
     model = make_model(path)
-    objective = CausalLanguageModel(model, path)
+    objective = make_objective(model, path)
     batch, counts = make_batch(rows, [0], path)
     loss = objective(batch)["clm"]
     loss.backward()
@@ -212,7 +214,7 @@ def test_objective_equals_the_documents_alone_through_the_model_itself(path):
 
 
 def test_metrics_are_those_of_a_language_model():
-    objective = CausalLanguageModel(make_model(), "sdpa", z_loss=0.1)
+    objective = make_objective(make_model(), "sdpa", z_loss=0.1)
     found = objective.metrics(
         {"clm": 25.0, "clm_entropy": 20.0, "clm_penalty": 5.0, "clm_correct": 3.0}, {"clm": 10.0, "bytes": 40.0}
     )
@@ -233,7 +235,7 @@ def test_no_logit_changes_with_a_neighbour_and_would_by_position_ids_alone(path,
     batch, _ = make_batch(make_rows([20, 14, 27], 64), [0], path)
     changed = dict(batch, input_ids=batch["input_ids"].clone())
     changed["input_ids"][0, 21:36] = 11  # the document in the middle
-    objective = CausalLanguageModel(model, path)
+    objective = make_objective(model, path)
     hidden = []
     model.transformer.register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[0]))
     with torch.no_grad():
@@ -261,7 +263,7 @@ def test_nothing_is_seen_before_it_is_predicted(path):
     changed["input_ids"][0, 40:] = 11
     hidden = []
     model.transformer.register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[0]))
-    objective = CausalLanguageModel(model, path)
+    objective = make_objective(model, path)
     objective(batch), objective(changed)
     assert torch.equal(hidden[0][:40], hidden[1][:40])
 
@@ -307,27 +309,38 @@ def layout_of(length, packing="isolated"):
 
 
 def preset_of(folder):
-    return replace(load_preset(ROOT / "parameter.json", "gpt2-tiny"), pretrained_model=str(folder))
+    return replace(tiny_preset("gpt2"), pretrained_model=str(folder))
+
+
+def choose(preset, wanted="auto", device="cpu", precision="no"):
+    return building.choose_attention(
+        preset, "causal", wanted, device=device, precision=precision, attention_dropout=0.0
+    )
+
+
+def build(preset, tokenizer, layout, path="sdpa", hidden_dropout=0.0):
+    settings = {"seed": 0, "path": path, "hidden_dropout": hidden_dropout, "attention_dropout": 0.0}
+    models, notices = building.build(preset, "causal", tokenizer, layout, **settings)
+    return models[""], notices
 
 
 def go_on_from(folder, tokenizer, length=32, packing="isolated", hidden_dropout=0.0):
-    path = choose_attention("auto", "cpu", "no", 0.0, attention_paths(preset_of(folder)))
-    settings = {"attn_implementation": path, "hidden_dropout": hidden_dropout, "attention_dropout": 0.0}
-    models, notices = build(preset_of(folder), tokenizer, layout_of(length, packing), seed=0, **settings)
-    return models[""], path, notices
+    path = choose(preset_of(folder))
+    model, notices = build(preset_of(folder), tokenizer, layout_of(length, packing), path, hidden_dropout)
+    return model, path, notices
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "biogpt", "opt", "xglm", "gpt_neo", "gptj", "falcon"])
 def test_decoders_of_many_types_have_the_loss_of_their_documents_alone(name):
     model = decoder(name).eval()
-    paths = decoders.attention_paths(type(model))
+    paths = attention_paths(type(model))
     path = next(path for path in paths if path != "varlen")
     model.set_attn_implementation(path)
-    check_isolation(model, path)
+    check_isolation(gpt2, model, path, layout_of(32))
     rows = make_rows([7, 9, 1, 10], 31)
     batch, _ = make_batch(rows, [0], path)
     with torch.no_grad():
-        ours = CausalLanguageModel(model, path).eval()(batch)["clm"].item()
+        ours = make_objective(model, path).eval()(batch)["clm"].item()
         alone = 0.0
         for document in documents_of(rows.part):
             logits = model(input_ids=torch.tensor([[BEGIN, *document]]), use_cache=False).logits[0]
@@ -339,14 +352,14 @@ def test_what_makes_other_logits_is_found_and_the_model_is_left_as_it_was():
     llama = decoder("llama")
     for path in PATHS:
         llama.set_attn_implementation(use_attention(path))
-        check_isolation(llama, path)
+        check_isolation(gpt2, llama, path, layout_of(32))
         assert llama.config._attn_implementation == use_attention(path)
     for hook, message in [(torch.tanh, "by .* of the highest; it cannot"), (lambda x: x / 8, "of the highest")]:
         handle = llama.register_forward_hook(
             lambda module, inputs, out, hook=hook: out.__setitem__("logits", hook(out.logits))
         )
         with pytest.raises(UserError, match=message):
-            check_isolation(llama, "varlen")
+            check_isolation(gpt2, llama, "varlen", layout_of(32))
         handle.remove()
 
 
@@ -355,7 +368,7 @@ def test_a_leak_that_is_smaller_than_the_difference_of_two_kernels_is_found():
     llama = decoder("llama").eval()
     llama.model.layers[0].register_forward_hook(lambda module, inputs, out: out + 1e-4 * out.cumsum(1))
     with pytest.raises(UserError, match=r"lets a document see the one before it .* with --packing contiguous$"):
-        check_isolation(llama, "sdpa")
+        check_isolation(gpt2, llama, "sdpa", layout_of(32))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -365,18 +378,19 @@ def test_a_cap_that_small_logits_do_not_show_is_found(tied, packing):
     model = decoder("gemma2", tie_word_embeddings=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match="Gemma2ForCausalLM caps or scales its logits"):
-        check_isolation(model, "eager", packing)
+        check_isolation(gpt2, model, "eager", layout_of(32, packing))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     assert model.training
-    check_isolation(decoder("gemma2", final_logit_softcapping=None), "eager", packing)
+    uncapped = decoder("gemma2", final_logit_softcapping=None)
+    check_isolation(gpt2, uncapped, "eager", layout_of(32, packing))
 
 
 def test_a_model_without_position_ids_is_trained_where_documents_need_not_be_kept_apart():
     bloom = decoder("bloom")
     with pytest.raises(UserError, match=r"BloomForCausalLM .*; it can be trained with --packing contiguous$"):
-        check_isolation(bloom, "eager")
-    check_isolation(bloom, "eager", "contiguous")
+        check_isolation(gpt2, bloom, "eager", layout_of(32))
+    check_isolation(gpt2, bloom, "eager", layout_of(32, "contiguous"))
     rows = make_rows([7, 20, 30], 24, "contiguous")  # the last row is not full
     batch, _ = make_batch(rows, range(3), "eager")
     read = rows.read(np.arange(3))
@@ -384,17 +398,17 @@ def test_a_model_without_position_ids_is_trained_where_documents_need_not_be_kep
         logits = bloom.eval()(input_ids=torch.from_numpy(read.ids).long()).logits
         targets = torch.from_numpy(np.where(read.segments < 0, -100, read.targets)).long()
         expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        assert CausalLanguageModel(bloom, "eager").eval()(batch)["clm"].item() == pytest.approx(expected.item())
+        assert make_objective(bloom, "eager").eval()(batch)["clm"].item() == pytest.approx(expected.item())
 
 
 def test_windows_of_attention_shorter_than_rows_are_refused_where_a_mask_would_override_them():
     mistral = decoder("mistral")
     with pytest.raises(UserError, match="m/mistral attends to 16 tokens at most"):
-        fit_rows(mistral, "m/mistral", layout_of(32))
-    assert fit_rows(mistral, "m/mistral", layout_of(32, "contiguous"))[0] is mistral
+        gpt2.fit(mistral, "m/mistral", layout_of(32))
+    assert gpt2.fit(mistral, "m/mistral", layout_of(32, "contiguous"))[0] is mistral
     mistral.set_attn_implementation(use_attention("varlen"))
     with pytest.raises(UserError, match="attends to 16 tokens at most"):
-        fit_rows(mistral, "m/mistral", layout_of(32, "contiguous"))
+        gpt2.fit(mistral, "m/mistral", layout_of(32, "contiguous"))
 
 
 LEARNED = "32 position embeddings were lengthened to 64"
@@ -413,7 +427,7 @@ def test_rows_longer_than_the_positions_of_a_decoder(name, sentence, tmp_path):
     model = decoder(name).eval()
     short, long = (torch.randint(0, 200, (1, n), generator=torch.Generator().manual_seed(n)) for n in (32, 64))
     before = model(input_ids=short).logits
-    longer, notices = fit_rows(model, "m/x", layout_of(64))
+    longer, notices = gpt2.fit(model, "m/x", layout_of(64))
     assert notices == [sentence]
     assert longer.config.max_position_embeddings == 64
     longer.save_pretrained(tmp_path)
@@ -422,7 +436,7 @@ def test_rows_longer_than_the_positions_of_a_decoder(name, sentence, tmp_path):
         assert torch.allclose(each(input_ids=short).logits, before, atol=1e-5)
         assert torch.isfinite(each(input_ids=long).logits).all()
     assert torch.equal(again(input_ids=long).logits, longer(input_ids=long).logits)
-    assert fit_rows(again, "m/x", layout_of(48)) == (again, [])
+    assert gpt2.fit(again, "m/x", layout_of(48)) == (again, [])
 
 
 @pytest.mark.parametrize(
@@ -442,17 +456,17 @@ def test_rows_longer_than_the_positions_of_a_decoder(name, sentence, tmp_path):
 def test_scaled_positions_are_not_lengthened(scaling, length, packing, sentence):
     model = decoder("llama", rope_parameters={"rope_theta": 1e4} | scaling)
     if sentence is None:
-        assert fit_rows(model, "m/x", layout_of(length, packing)) == (model, [])
+        assert gpt2.fit(model, "m/x", layout_of(length, packing)) == (model, [])
         return
     with pytest.raises(UserError, match=sentence):
-        fit_rows(model, "m/x", layout_of(length, packing))
+        gpt2.fit(model, "m/x", layout_of(length, packing))
 
 
 def test_the_ids_of_training_are_written_down():
     """A LLaMA that was trained with the end 3 said that it was 2, and its texts never ended."""
     model = decoder("llama", eos_token_id=7, pad_token_id=None)
     model.generation_config.eos_token_id = [7, 8]
-    notices = set_ids(model, layout_of(32))
+    notices = gpt2.adopt(model, layout_of(32))
     assert notices == [
         "eos_token_id is 3, as in the rows of this run; it was 7 in config.json and [7, 8] in generation_config.json",
         "pad_token_id is 0, as in the rows of this run; it was None in config.json and None in generation_config.json",
@@ -460,12 +474,12 @@ def test_the_ids_of_training_are_written_down():
     for settings in (model.config, model.generation_config):
         assert {name: getattr(settings, name) for name in SPECIAL} == SPECIAL
     assert model.generation_config.max_length == 32
-    assert set_ids(model, layout_of(32)) == []
+    assert gpt2.adopt(model, layout_of(32)) == []
 
 
 def test_the_end_of_a_document_is_learned_where_it_serves_as_padding_too():
     model = decoder("llama", pad_token_id=END)
-    set_ids(model, Layout(32, "isolated", END, END, END))
+    gpt2.adopt(model, Layout(32, "isolated", END, END, END))
     model(input_ids=torch.tensor([[END, 9, 10]])).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad[END].any()
 
@@ -474,7 +488,7 @@ def test_settings_that_could_not_be_saved_are_refused_before_a_run():
     model = decoder("llama")
     model.generation_config.num_beams, model.generation_config.num_return_sequences = 1, 4
     with pytest.raises(UserError, match=r"generation_config.json of the model contradicts itself"):
-        set_ids(model, layout_of(32))
+        gpt2.adopt(model, layout_of(32))
 
 
 def test_going_on_with_a_decoder_says_what_was_changed(tokenizer_dir, tmp_path):
@@ -501,21 +515,18 @@ def test_going_on_with_a_decoder_says_what_was_changed(tokenizer_dir, tmp_path):
 
 def test_a_way_of_attention_that_a_model_lacks_is_named(tmp_path):
     decoder("gpt_neo").save_pretrained(tmp_path)
-    paths = attention_paths(preset_of(tmp_path))
     with pytest.raises(UserError, match="cannot compute --attention varlen: give eager, or auto"):
-        choose_attention("varlen", "cuda", "bf16", 0.0, paths)
+        choose(preset_of(tmp_path), "varlen", "cuda", "bf16")
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(UserError, match="is a t5, of which transformers has no causal language model"):
-        attention_paths(preset_of(tmp_path))
+        choose(preset_of(tmp_path))
 
 
 def test_a_pipeline_writes_as_much_as_a_model_of_short_rows_can_hold(tokenizer_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    preset = load_preset(ROOT / "parameter.json", "gpt2-tiny")
-    settings = {"attn_implementation": "sdpa", "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    models, notices = build(preset, tokenizer, layout_of(24), seed=0, **settings)
+    model, notices = build(tiny_preset("gpt2"), tokenizer, layout_of(24))
     assert notices == []
-    models[""].save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     copy_tokenizer(tokenizer_dir, tmp_path)
     writer = pipeline("text-generation", model=str(tmp_path), device="cpu")
     (written,) = writer("むかし", return_tensors=True)
@@ -527,7 +538,7 @@ def test_layers_are_found_wherever_a_decoder_keeps_them(name):
     """OPT has them a level deeper, which ended runs after their first step."""
     model = decoder(name)
     assert len(gpt2.layers(model)) == 2
-    assert CausalLanguageModel(model, "eager").flops_per_position(32, 32) > 6 * 32 * 200
+    assert make_objective(model, "eager").flops_per_position(32, 32) > 6 * 32 * 200
     freeze(model, 1)
     assert not model.get_input_embeddings().weight.requires_grad
     assert all(not p.requires_grad for p in gpt2.layers(model)[0].parameters())

@@ -9,6 +9,7 @@ from torch import nn
 from lmscripts.errors import UserError
 from lmscripts.files import _HOST, new_folder
 from lmscripts.training import checkpoint as checkpoints
+from lmscripts.training.folder import RunFolder
 
 
 def write_model(folder):
@@ -81,9 +82,9 @@ def test_files_get_the_usual_modes(tmp_path):
 def test_pruning_keeps_the_newest_and_the_multiples(tmp_path):
     for step in range(5, 65, 5):
         save(tmp_path, step)
-    checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every=20)
-    assert [checkpoints.checkpoint_step(p) for p in checkpoints.list_checkpoints(tmp_path)] == [20, 40, 55, 60]
-    checkpoints.prune_checkpoints(tmp_path, keep_last=0)
+    RunFolder(tmp_path, {}, float).prune(keep_last=2, keep_every=20)
+    assert [int(p.name.split("-")[1]) for p in checkpoints.list_checkpoints(tmp_path)] == [20, 40, 55, 60]
+    RunFolder(tmp_path, {}, float).prune(keep_last=0)
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-60"]
 
 

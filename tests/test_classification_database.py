@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace

@@ -4,9 +4,10 @@ import signal
 import pytest
 import torch
 
+from lmscripts.data.steps import micro_batches
 from lmscripts.errors import UserError
-from lmscripts.training.folder import TrainingState
-from lmscripts.training.processes import StopRequest, choose_precision, micro_batches, parse_duration, process_shares
+from lmscripts.training.processes import StopRequest, choose_precision, parse_duration, process_shares
+from lmscripts.training.state import TrainingState
 
 
 def test_equal_shares_by_default():

@@ -1,34 +1,34 @@
 """ELECTRA's objective: what is sampled, where it is put, what is called replaced, what stays shared."""
 
-import numpy as np
 import pytest
 import torch
-from test_objectives import LAYOUT, LENGTH, make_rows
+from test_objectives import LAYOUT, LENGTH, batches_of, make_rows
+from tiny import VOCABULARY, new_models, tiny_preset
 
 from lmscripts import objectives
-from lmscripts.data.masking import MaskingPlan, prediction_slots
 from lmscripts.data.packing import Rows
-from lmscripts.models import build, electra
-from lmscripts.models.attention import use_attention
-from lmscripts.objectives import CORRUPTION, ReplacedTokenDetection, masked_batches, sample
-from lmscripts.options.presets import load_preset
-
-CANDIDATES = np.arange(10, 512, dtype=np.int32)
-SLOTS = prediction_slots(0.15, LENGTH - 2)
-PLAN = MaskingPlan(0.15, SLOTS, 4, CANDIDATES, "word", **CORRUPTION["electra"])
+from lmscripts.models import families
+from lmscripts.objectives import module, replaced
+from lmscripts.objectives.replaced import sample
 
 
-def make_pair(parameter_file, seed=3):
-    models, _ = build(
-        load_preset(parameter_file, "electra-tiny"),
-        range(512),
-        LAYOUT,
-        seed=seed,
-        attn_implementation=use_attention("sdpa"),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
-    return ReplacedTokenDetection(models["generator"], models[""], "sdpa")
+class Vocabulary:
+    """A tokenizer of which only the ids are asked."""
+
+    all_special_ids = list(range(10))
+    mask_token_id = 4
+
+    def get_vocab(self):
+        return {f"word{number}": number for number in range(VOCABULARY)}
+
+
+SETTINGS = replaced.resolved(replaced.Settings(mask_probability=(0.15,), mask_unit="word"), tiny_preset("electra"))
+PLAN = replaced.plan(Vocabulary(), LAYOUT, SETTINGS)
+
+
+def make_pair(seed=3):
+    models = new_models("electra", "replaced", LAYOUT, seed=seed)
+    return objectives.trained("replaced", families.family("electra"), models, "sdpa", SETTINGS)
 
 
 def padded_rows(num_rows):
@@ -39,15 +39,10 @@ def padded_rows(num_rows):
     return Rows(ids, content, rows.word_starts & content, segments, rows.positions)
 
 
-def batches_of(rows, sizes=None, seed=1):
-    numbers = np.arange(len(rows.ids))
-    return masked_batches(rows, numbers, np.zeros_like(numbers), seed, PLAN, sizes or [numbers.size])
-
-
 def seen_by_discriminator(monkeypatch, objective, batch):
     """The ids that reach the discriminator, the labels it is held to, and the sums."""
     found = {}
-    encode, replace = electra.encode, objectives.replace_tokens
+    encode, replace = objective.family.encode, replaced.replace_tokens
 
     def watched_encode(model, ids, *rest):
         if model is objective.discriminator:
@@ -58,27 +53,27 @@ def seen_by_discriminator(monkeypatch, objective, batch):
         found["seen"], found["replaced"] = replace(*arguments)
         return found["seen"], found["replaced"]
 
-    monkeypatch.setattr(electra, "encode", watched_encode)
-    monkeypatch.setattr(objectives, "replace_tokens", watched_replace)
+    monkeypatch.setattr(objective.family, "encode", watched_encode)
+    monkeypatch.setattr(replaced, "replace_tokens", watched_replace)
     sums = objective(batch)
     assert torch.equal(found["ids"], found["seen"])
     return found["seen"], found["replaced"], sums
 
 
-def test_a_rigged_generator_puts_its_ids_where_it_said(monkeypatch, parameter_file):
+def test_a_rigged_generator_puts_its_ids_where_it_said(monkeypatch):
     """An id that depends on the position must arrive at that position (an older system took those of others)."""
     rows = padded_rows(6)
-    ((batch, counts),) = batches_of(rows)
+    ((batch, counts),) = batches_of(rows, plan=PLAN)
     wanted = 20 + torch.arange(6 * LENGTH) % 97
     # At every third position the rigged generator happens to be right.
     original = torch.from_numpy(rows.ids).reshape(-1).long()
     wanted = torch.where(torch.arange(wanted.numel()) % 3 == 0, original, wanted)
 
-    def rigged(family, model, batch, attention):
+    def rigged(trained, model, batch, attention):
         return 1e4 * torch.nn.functional.one_hot(wanted[batch["slots"]], 512).float()
 
-    monkeypatch.setattr(objectives, "logits_at_slots", rigged)
-    objective = make_pair(parameter_file)
+    monkeypatch.setattr(module.Objective, "logits_at_slots", rigged)
+    objective = make_pair()
     seen, replaced, sums = seen_by_discriminator(monkeypatch, objective, batch)
     used = batch["slots"][batch["weights"] > 0]
     expected = original.clone()
@@ -91,11 +86,11 @@ def test_a_rigged_generator_puts_its_ids_where_it_said(monkeypatch, parameter_fi
     assert counts["rtd"] == (rows.segments >= 0).sum() == 6 * (LENGTH - 5)
 
 
-def test_losses_equal_the_plain_pair(monkeypatch, parameter_file):
+def test_losses_equal_the_plain_pair(monkeypatch):
     """The same as ElectraForMaskedLM and ElectraForPreTraining with labels, on rows of one document."""
-    objective = make_pair(parameter_file)
+    objective = make_pair()
     rows = make_rows(4)
-    ((batch, counts),) = batches_of(rows)
+    ((batch, counts),) = batches_of(rows, plan=PLAN)
     seen, replaced, sums = seen_by_discriminator(monkeypatch, objective, batch)
     labels = torch.full((4 * LENGTH,), -100)
     used = batch["weights"] > 0
@@ -105,7 +100,7 @@ def test_losses_equal_the_plain_pair(monkeypatch, parameter_file):
     assert abs(sums["mlm"] / counts["mlm"] - generator.loss) < 1e-5
     assert abs(sums["rtd"] / counts["rtd"] - discriminator.loss) < 1e-5
     expected = torch.autograd.grad(generator.loss + 50 * discriminator.loss, objective.parameters())
-    total = objectives.total_loss(objective.weights, sums, counts)
+    total = objective.loss(sums, counts)
     found = torch.autograd.grad(total, objective.parameters())
     for (name, _), a, b in zip(objective.named_parameters(), expected, found, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
@@ -119,7 +114,7 @@ def test_losses_equal_the_plain_pair(monkeypatch, parameter_file):
 
 def test_masked_tokens_are_hidden_from_the_generator_in_85_of_100():
     rows = make_rows(2000)
-    ((batch, _),) = batches_of(rows)
+    ((batch, _),) = batches_of(rows, plan=PLAN)
     used = batch["weights"] > 0
     at_slots = batch["input_ids"].reshape(-1)[batch["slots"][used]]
     hidden = (at_slots == PLAN.mask_id).float().mean().item()
@@ -144,12 +139,12 @@ def test_samples_at_the_ends_of_the_distribution():
     assert sample(logits.expand(4, -1), draws).tolist() == [0, 0, 2, 2]
 
 
-def test_draws_do_not_depend_on_the_batch(monkeypatch, parameter_file):
+def test_draws_do_not_depend_on_the_batch(monkeypatch):
     """The same rows in one batch or in three: the same samples, hence the same labels and sums."""
-    objective = make_pair(parameter_file)
+    objective = make_pair()
     rows = padded_rows(6)
-    ((whole, counts),) = batches_of(rows)
-    cut = batches_of(rows, [1, 2, 3])
+    ((whole, counts),) = batches_of(rows, plan=PLAN)
+    cut = batches_of(rows, [1, 2, 3], plan=PLAN)
     seen, replaced, sums = seen_by_discriminator(monkeypatch, objective, whole)
     parts = [seen_by_discriminator(monkeypatch, objective, batch) for batch, _ in cut]
     assert torch.equal(seen, torch.cat([part[0] for part in parts]))
@@ -160,56 +155,56 @@ def test_draws_do_not_depend_on_the_batch(monkeypatch, parameter_file):
     assert sum(c["rtd"] for _, c in cut) == counts["rtd"]
 
 
-def test_an_idle_process_adds_nothing(parameter_file):
-    objective = make_pair(parameter_file)
-    ((batch, _),) = batches_of(make_rows(1))
+def test_an_idle_process_adds_nothing():
+    objective = make_pair()
+    ((batch, _),) = batches_of(make_rows(1), plan=PLAN)
     for name in ("weights", "row_weights"):
         batch[name].zero_()
     sums = objective(batch)
     assert all(value == 0 for value in sums.values())
-    objectives.total_loss(objective.weights, sums, {"mlm": 3, "rtd": 5}).backward()
+    objective.loss(sums, {"mlm": 3, "rtd": 5}).backward()
     assert all((p.grad is not None and (p.grad == 0).all()) for p in objective.parameters())
 
 
-def test_embeddings_are_one_module_and_stay_shared(parameter_file, tmp_path):
+def test_embeddings_are_one_module_and_stay_shared(tmp_path):
     from lmscripts.training.resume import load_weights
 
-    objective = make_pair(parameter_file)
+    objective = make_pair()
     for subfolder, model in objective.models.items():
         model.save_pretrained(tmp_path / "checkpoint" / subfolder)
-    other = make_pair(parameter_file, seed=9)
+    other = make_pair(seed=9)
     load_weights(other.models, tmp_path / "checkpoint")
     for pair in (objective, other):
         words = pair.discriminator.electra.embeddings.word_embeddings.weight
         assert pair.generator.electra.embeddings is pair.discriminator.electra.embeddings
         assert pair.generator.generator_lm_head.weight is words
-    ((batch, counts),) = batches_of(make_rows(2))
+    ((batch, counts),) = batches_of(make_rows(2), plan=PLAN)
     assert objective(batch)["rtd"] == other(batch)["rtd"]
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    objectives.total_loss(other.weights, other(batch), counts).backward()
+    other.loss(other(batch), counts).backward()
     optimizer.step()
     assert torch.equal(other.generator.generator_lm_head.weight, words)
     assert not torch.equal(words, objective.discriminator.electra.embeddings.word_embeddings.weight)
     assert (words.grad != 0).any()
 
 
-def test_a_pair_whose_halves_disagree_is_refused(parameter_file, tmp_path):
+def test_a_pair_whose_halves_disagree_is_refused(tmp_path):
     from lmscripts.errors import UserError
     from lmscripts.training.resume import load_weights
 
-    objective = make_pair(parameter_file)
+    objective = make_pair()
     objective.discriminator.save_pretrained(tmp_path / "checkpoint")
-    make_pair(parameter_file, seed=9).generator.save_pretrained(tmp_path / "checkpoint" / "generator")
+    make_pair(seed=9).generator.save_pretrained(tmp_path / "checkpoint" / "generator")
     with pytest.raises(UserError, match="embeddings"):
         load_weights(objective.models, tmp_path / "checkpoint")
 
 
-def test_a_step_never_waits_for_the_device(monkeypatch, parameter_file):
+def test_a_step_never_waits_for_the_device(monkeypatch):
     """On the meta device there are no values: whatever would fetch one to the host fails."""
-    monkeypatch.setattr(objectives, "compute_dtype", lambda model, batch: torch.float32)  # meta has no autocast
-    objective = make_pair(parameter_file).to("meta")
-    ((batch, counts),) = batches_of(padded_rows(4))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # meta has no autocast
+    objective = make_pair().to("meta")
+    ((batch, counts),) = batches_of(padded_rows(4), plan=PLAN)
     sums = objective({name: tensor.to("meta") for name, tensor in batch.items()})
-    objectives.total_loss(objective.weights, sums, counts).backward()
+    objective.loss(sums, counts).backward()
     with pytest.raises(RuntimeError):
         bool(torch.isnan(sums["mlm"]))  # what the older system did in every step

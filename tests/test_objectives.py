@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from tiny import new_models
 
+from lmscripts import objectives
 from lmscripts.data.masking import MaskingPlan, prediction_slots
 from lmscripts.data.packing import Layout, Rows
-from lmscripts.models import build
-from lmscripts.models.attention import use_attention
-from lmscripts.objectives import MaskedLanguageModel, masked_batches
-from lmscripts.options.presets import load_preset
+from lmscripts.models import families
+from lmscripts.objectives import masked
 
 LENGTH = 64
 LAYOUT = Layout(LENGTH, "isolated", begin_id=2, end_id=3, pad_id=0)
@@ -26,28 +26,36 @@ def make_rows(num_rows, segments=1, seed=0):
     return Rows(ids, content, starts, segment, np.tile(position, (num_rows, 1)))
 
 
-def make_objective(parameter_file, family="bert", dropout=0.0):
-    preset = load_preset(parameter_file, f"{family}-tiny")
-    models, _ = build(
-        preset,
-        range(512),
-        LAYOUT,
-        seed=3,
-        attn_implementation=use_attention("sdpa"),
-        hidden_dropout=dropout,
-        attention_dropout=0.0,
-    )
-    return MaskedLanguageModel(models[""], family, "sdpa")
+class InMemory:
+    """A source of rows that are there already."""
+
+    layout, most_segments = LAYOUT, 4
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def read(self, numbers):
+        assert numbers.tolist() == list(range(len(self._rows.ids)))
+        return self._rows
+
+
+def make_objective(family="bert"):
+    models = new_models(family, "masked", LAYOUT)
+    return objectives.trained("masked", families.family(family), models, "sdpa", masked.Settings())
+
+
+def batches_of(rows, sizes=None, seed=1, plan=PLAN):
+    numbers = np.arange(len(rows.ids))
+    return masked.batches(InMemory(rows), numbers, np.zeros_like(numbers), seed, sizes or [numbers.size], plan)
 
 
 def batch_of(rows, seed=1):
-    numbers = np.arange(len(rows.ids))
-    return masked_batches(rows, numbers, np.zeros_like(numbers), seed, PLAN, [numbers.size])[0]
+    return batches_of(rows, seed=seed)[0]
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_loss_and_gradient_equal_the_plain_model_with_full_logits(parameter_file, family):
-    objective = make_objective(parameter_file, family)
+def test_loss_and_gradient_equal_the_plain_model_with_full_logits(family):
+    objective = make_objective(family)
     batch, counts = batch_of(make_rows(4))
     labels = torch.full((4, LENGTH), -100)
     used = batch["weights"] > 0
@@ -66,8 +74,8 @@ def test_loss_and_gradient_equal_the_plain_model_with_full_logits(parameter_file
             assert torch.allclose(parameter.grad, expected[name], rtol=1e-3, atol=1e-6), name
 
 
-def test_unused_slots_have_no_weight_and_no_gradient(parameter_file):
-    objective = make_objective(parameter_file)
+def test_unused_slots_have_no_weight_and_no_gradient():
+    objective = make_objective()
     batch, _ = batch_of(make_rows(2))
     batch["labels"][batch["weights"] == 0] = 77
     first = objective(batch)["mlm"]
@@ -80,21 +88,20 @@ def test_unused_slots_have_no_weight_and_no_gradient(parameter_file):
     assert all((p.grad is None) or (p.grad == 0).all() for p in objective.parameters())
 
 
-def test_a_batch_cut_in_two_has_the_same_sum(parameter_file):
-    objective = make_objective(parameter_file)
+def test_a_batch_cut_in_two_has_the_same_sum():
+    objective = make_objective()
     rows = make_rows(6, segments=2)
     whole, counts = batch_of(rows)
     total = objective(whole)["mlm"]
-    numbers = np.arange(6)
-    cut = masked_batches(rows, numbers, np.zeros_like(numbers), 1, PLAN, [2, 4])
+    cut = batches_of(rows, [2, 4])
     parts = [objective(batch)["mlm"] for batch, _ in cut]
     assert sum(part_counts["mlm"] for _, part_counts in cut) == counts["mlm"]
     assert abs(sum(parts) - total).item() / total.item() < 1e-6
     assert counts["tokens"] == rows.content.sum()
 
 
-def test_accuracy_is_counted_in_eval_mode_only(parameter_file):
-    objective = make_objective(parameter_file)
+def test_accuracy_is_counted_in_eval_mode_only():
+    objective = make_objective()
     batch, counts = batch_of(make_rows(3))
     assert "mlm_correct" not in objective.train()(batch)
     logits = objective.model.eval()(input_ids=batch["input_ids"]).logits.view(-1, 512)[batch["slots"]]

@@ -9,32 +9,40 @@ from torch import nn
 
 from lmscripts.errors import UserError
 from lmscripts.training.checkpoint import load_optimizer_state, optimizer_state
-from lmscripts.training.optim import OPTIMIZERS, build_optimizer, hidden_matrices, lr_at, parameter_groups
+from lmscripts.training.optim import OPTIMIZERS, Schedule, build_optimizer, hidden_matrices, parameter_groups
 
-BASE = {"peak": 1.0, "warmup_steps": 10, "max_steps": 110}
+
+def rate(step, schedule, **settings):
+    return Schedule(schedule, peak=1.0, warmup_steps=10, max_steps=110, **settings)(step)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
 def test_warmup_is_linear_and_the_first_step_moves(schedule):
-    rates = [lr_at(step, schedule=schedule, decay_steps=20, **BASE) for step in range(12)]
+    rates = [rate(step, schedule, decay_steps=20) for step in range(12)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == pytest.approx(1.0)
 
 
 def test_corners_of_the_schedules():
-    assert lr_at(60, schedule="linear", **BASE) == pytest.approx(0.5)
-    assert lr_at(60, schedule="cosine", **BASE) == pytest.approx(0.5)
-    assert lr_at(109, schedule="linear", **BASE) == pytest.approx(0.01)
-    assert lr_at(109, schedule="constant", **BASE) == 1.0
-    stable = [lr_at(step, schedule="wsd", decay_steps=20, **BASE) for step in range(10, 91)]
+    assert rate(60, "linear") == pytest.approx(0.5)
+    assert rate(60, "cosine") == pytest.approx(0.5)
+    assert rate(109, "linear") == pytest.approx(0.01)
+    assert rate(109, "constant") == 1.0
+    stable = [rate(step, "wsd", decay_steps=20) for step in range(10, 91)]
     assert stable == pytest.approx([1.0] * 81)
-    assert lr_at(100, schedule="wsd", decay_steps=20, **BASE) == pytest.approx(0.5)
-    assert lr_at(60, schedule="linear", final_ratio=0.1, **BASE) == pytest.approx(0.55)
+    assert rate(100, "wsd", decay_steps=20) == pytest.approx(0.5)
+    assert rate(60, "linear", final_ratio=0.1) == pytest.approx(0.55)
+
+
+def test_a_decay_that_begins_within_the_warmup_is_refused():
+    with pytest.raises(UserError, match="warmup 10 and decay 101 are more than the 110 steps of the run"):
+        rate(0, "wsd", decay_steps=101)
+    assert rate(9, "wsd", decay_steps=100) == pytest.approx(1.0)
 
 
 def test_no_schedule_rises_after_the_warmup_or_goes_below_its_floor():
     for schedule in ("linear", "cosine", "wsd"):
-        rates = [lr_at(step, schedule=schedule, decay_steps=30, final_ratio=0.1, **BASE) for step in range(10, 110)]
+        rates = [rate(step, schedule, decay_steps=30, final_ratio=0.1) for step in range(10, 110)]
         assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates))
         assert min(rates) >= 0.1
 

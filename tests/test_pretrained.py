@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from lmscripts.training.inputs import row_lengths
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -37,7 +38,6 @@ from lmscripts.models.fitting import freeze, lengthen_positions
 from lmscripts.models.pretrained import adopt_tokenizer, load_pretrained, set_dropout
 from lmscripts.options.presets import load_preset
 from lmscripts.tokenizer.extension import plan_extension, write_extension
-from lmscripts.training.inputs import row_lengths
 
 FAMILIES = {
     "bert": (BertForMaskedLM, BertConfig),

@@ -148,7 +148,7 @@ def test_the_exported_model_is_the_average(two_phases):
         (["--ema_decay", "1"], "--ema_decay must lie between 0 and 1, got 1"),
         (
             ["--model_type", "bert-test", "--generator_weight", "2"],
-            "--generator_weight 2.0 has no effect on the family",
+            "--generator_weight 2.0 has no effect on the objective masked",
         ),
         (["--frozen_layers", "1"], "layers that were never trained"),
         (["--pretrained_generator_model_name_or_path", "x"], "give both"),

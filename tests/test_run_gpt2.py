@@ -168,12 +168,12 @@ def test_sizes_of_the_line_make_the_model(common, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--mask_unit", "word"], "--mask_unit has no effect on the family gpt2"),
-        (["--do_whole_word_mask"], "--do_whole_word_mask has no effect on the family gpt2"),
-        (["--mask_probability", "0.2"], "--mask_probability has no effect on the family gpt2"),
+        (["--mask_unit", "word"], "--mask_unit word has no effect on the objective causal"),
+        (["--do_whole_word_mask"], "--do_whole_word_mask true has no effect on the objective causal"),
+        (["--mask_probability", "0.2"], "--mask_probability 0.2 has no effect on the objective causal"),
         (["--n_embd", "33"], "--n_embd 33 is not divisible by --n_head 2"),
         (["--z_loss", "-1"], "--z_loss must be at least 0, got -1.0"),
-        (["--model_type", "bert-test", "--z_loss", "1"], "--z_loss 1.0 has no effect on the family bert"),
+        (["--model_type", "bert-test", "--z_loss", "1"], "--z_loss 1.0 has no effect on the objective masked"),
         (["--decay_from", "x"], "--decay_from x needs --decay_steps"),
     ],
 )

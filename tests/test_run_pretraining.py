@@ -238,16 +238,15 @@ assert tokenizer.model_max_length == 64
     # The same through the pieces that training used, from the last checkpoint.
     from transformers import AutoModelForMaskedLM
 
-    from lmscripts.models import FAMILIES
-    from lmscripts.models.attention import attention_inputs
+    from lmscripts.models import families
 
+    module = families.family(family)
     trained = AutoModelForMaskedLM.from_pretrained(run_dir / "checkpoint-3").eval()
     segments = torch.where(real.bool(), 0, -1)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    attention = attention_inputs("sdpa", {"input_ids": ids, "segments": segments}, torch.float32)
+    attention = module.attention(trained, "sdpa", {"input_ids": ids, "segments": segments}, torch.float32)
     with torch.no_grad():
-        hidden = FAMILIES[family].encode(trained, ids, positions, attention)
-        expected = FAMILIES[family].predict(trained, hidden)
+        expected = module.predict(trained, module.encode(trained, ids, positions, attention))
     assert (logits - expected)[real.bool()].abs().max() < 1e-5
 
 

@@ -3,6 +3,7 @@
 import math
 import threading
 import tracemalloc
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,15 +25,18 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from lmscripts import objectives
 from lmscripts.data import windows
-from lmscripts.data.packing import PackedRows, build_row_index
-from lmscripts.data.pretraining import PretrainingData, mlm_layout, mlm_masking
+from lmscripts.data.packing import Layout, PackedRows, build_row_index
+from lmscripts.data.steps import Phase
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
 from lmscripts.evaluation import scoring
 from lmscripts.evaluation.sums import evaluate, raw_text_bytes, sum_over_batches
-from lmscripts.models import FAMILIES, gpt2
-from lmscripts.objectives import MaskedLanguageModel
+from lmscripts.models import families
+from lmscripts.models.families import gpt2
+from lmscripts.objectives import masked
+from lmscripts.text.records import TableOptions
 
 PAD, BEGIN, END, MASK, VOCABULARY = 0, 2, 3, 4, 200
 LENGTHS = [5, 1, 0, 30, 8, 200, 63, 64, 15, 16, 17, 2]
@@ -270,6 +274,19 @@ def make_masked(family):
     return perturbed(RobertaForMaskedLM(RobertaConfig(max_position_embeddings=65, **SIZES)))
 
 
+def make_objective(model, family="bert", probability=0.15):
+    settings = masked.Settings(mask_unit="token", mask_probability=(probability,))
+    return objectives.trained("masked", families.family(family), {"": model}, "sdpa", settings)
+
+
+def make_phase(rows, objective, tokenizer, batch_size):
+    """What a run has of these rows, which are held out as well."""
+    plan = masked.plan(tokenizer, rows.layout, objective.settings)
+    sizes = {"batch_size": batch_size, "shares": [batch_size], "micro_batch_size": batch_size}
+    sizes |= {"total_rows": rows.num_rows, "most_eval_rows": rows.num_rows}
+    return Phase(rows, rows, partial(masked.batches, plan=plan), plan.slots, "", seed=0, **sizes)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_pseudo_perplexity_equals_one_forward_pass_for_each_token(family):
     model, part = make_masked(family), make_part([5, 1, 0, 30, 5, 20])
@@ -282,22 +299,22 @@ def test_pseudo_perplexity_equals_one_forward_pass_for_each_token(family):
                     ids = torch.tensor([row])
                     ids[0, at] = MASK
                     nats -= model(input_ids=ids).logits[0, at].log_softmax(-1)[row[at]].item()
-    objective = MaskedLanguageModel(model, family, "sdpa").eval()
+    objective = make_objective(model, family).eval()
     special = {"cls": BEGIN, "sep": END, "mask": MASK}
     settings = {"block_size": 16, "batch_size": 3}
     accelerator = Accelerator(cpu=True)
-    found = scoring.score_pseudo(accelerator, FAMILIES[family], objective.model, part, special, **settings)
+    found = scoring.score_pseudo(accelerator, objective.family, objective.model, part, special, **settings)
     assert found["targets"] == 61
     assert abs(found["nats"] - nats) / 61 < 1e-5
     metrics = scoring.pseudo_metrics(found)
     assert metrics["pseudo_perplexity"] == pytest.approx(math.exp(nats / 61), rel=1e-4)
     assert not any("byte" in name for name in metrics)  # it is no likelihood
     settings["most_documents"] = 2
-    first = scoring.score_pseudo(accelerator, FAMILIES[family], objective.model, part, special, **settings)
+    first = scoring.score_pseudo(accelerator, objective.family, objective.model, part, special, **settings)
     assert first["targets"] == 6
     token = int(part.tokens[2])
     known = scoring.score_pseudo(
-        accelerator, FAMILIES[family], objective.model, part, special, **settings, unknown_id=token
+        accelerator, objective.family, objective.model, part, special, **settings, unknown_id=token
     )
     assert known["unknown"] == part.tokens[:6].tolist().count(token) > first["unknown"] == 0
 
@@ -308,18 +325,18 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w1")), **special)
 
 
-def make_rows(tmp_path, tokenizer, lengths=LENGTHS):
+def make_rows(tmp_path, lengths=LENGTHS):
     part = make_part(lengths, folder=tmp_path / "train")
-    layout = mlm_layout(tokenizer, 64, "isolated")
+    layout = Layout(64, "isolated", BEGIN, END, PAD)
     return PackedRows(part, build_row_index(part, layout, tmp_path / "index"), layout)
 
 
 def test_masked_loss_equals_plain_models_on_the_same_masks(tmp_path):
     tokenizer = make_tokenizer()
-    rows = make_rows(tmp_path, tokenizer)
+    rows = make_rows(tmp_path)
     model = make_masked("bert")
-    plan = mlm_masking(tokenizer, rows.layout, 0.3, "token")
-    data = PretrainingData(rows, rows, plan, "sdpa", 0, 1, [1], 1, rows.num_rows, rows.num_rows)
+    objective = make_objective(model, probability=0.3)
+    data = make_phase(rows, objective, tokenizer, 1)
     nats = targets = right = 0
     with torch.no_grad():
         for number in range(rows.num_rows):
@@ -335,28 +352,25 @@ def test_masked_loss_equals_plain_models_on_the_same_masks(tmp_path):
                 nats += torch.nn.functional.cross_entropy(found, wanted, ignore_index=-100, reduction="sum").item()
                 right += (found.argmax(-1) == wanted).sum().item()
                 targets += (wanted >= 0).sum().item()
-    objective = MaskedLanguageModel(model, "bert", "sdpa")
-    settings = {"unit": "token", "probability": 0.3, "batch_size": 3}
-    metrics, counts = scoring.score_masks(Accelerator(cpu=True), objective, rows, tokenizer, **settings)
+    metrics, counts = scoring.score_masks(Accelerator(cpu=True), objective, rows, tokenizer, batch_size=3)
     assert counts["mlm"] == targets
     assert abs(metrics["loss"] - nats / targets) < 1e-5
     assert metrics["accuracy"] == right / targets
     assert counts["unknown"] == 0
-    masked = [
+    at_slots = [
         batch["labels"][batch["weights"] > 0] for batch, _ in map(data.eval_batch, np.arange(rows.num_rows)[:, None])
     ]
-    token = torch.cat(masked).mode().values.item()
-    _, counts = scoring.score_masks(Accelerator(cpu=True), objective, rows, tokenizer, **settings, unknown_id=token)
-    assert counts["unknown"] == (torch.cat(masked) == token).sum() > 0
+    token = torch.cat(at_slots).mode().values.item()
+    _, counts = scoring.score_masks(Accelerator(cpu=True), objective, rows, tokenizer, batch_size=3, unknown_id=token)
+    assert counts["unknown"] == (torch.cat(at_slots) == token).sum() > 0
 
 
 def test_a_text_without_a_masked_token_is_refused(tmp_path):
     tokenizer = make_tokenizer()
-    rows = make_rows(tmp_path, tokenizer, [1])
-    objective = MaskedLanguageModel(make_masked("bert"), "bert", "sdpa")
-    settings = {"unit": "token", "probability": 0.01, "batch_size": 3}
+    rows = make_rows(tmp_path, [1])
+    objective = make_objective(make_masked("bert"), probability=0.01)
     with pytest.raises(UserError, match=r"of the 1 tokens of the text none is masked at --mask_probability 0\.01"):
-        scoring.score_masks(Accelerator(cpu=True), objective, rows, tokenizer, **settings)
+        scoring.score_masks(Accelerator(cpu=True), objective, rows, tokenizer, batch_size=3)
 
 
 # ---- any number of processes ----
@@ -445,10 +459,9 @@ def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_pass():
 
 def test_held_out_figures_have_the_same_bits_for_any_number_of_processes(tmp_path):
     tokenizer = make_tokenizer()
-    rows = make_rows(tmp_path, tokenizer, [50] * 23)
-    objective = MaskedLanguageModel(make_masked("bert"), "bert", "sdpa").train()
-    plan = mlm_masking(tokenizer, rows.layout, 0.15, "token")
-    data = PretrainingData(rows, rows, plan, "sdpa", 0, 4, [4], 4, rows.num_rows, rows.num_rows)
+    rows = make_rows(tmp_path, [50] * 23)
+    objective = make_objective(make_masked("bert")).train()
+    data = make_phase(rows, objective, tokenizer, 4)
 
     def work(accelerator):
         return evaluate(accelerator, objective, data.eval_batch, rows.num_rows, 4)
@@ -477,11 +490,11 @@ def test_raw_bytes_are_those_of_the_file_or_of_the_text_fields(tmp_path):
     files["a.txt.bz2"].write_bytes(bz2.compress(raw))
     files["b.jsonl"].write_text(json.dumps({"text": " 二 \n三", "id": 1}) + "\n", encoding="utf-8")
     files["c.csv"].write_text("id,text\n1, 二 \n2,x\n", encoding="utf-8")
-    assert raw_text_bytes(list(files.values()), "text") == [len(raw)] * 3 + [9, 6]
+    assert raw_text_bytes(list(files.values()), TableOptions()) == [len(raw)] * 3 + [9, 6]
 
 
 def test_a_stream_from_the_hub_is_refused():
     from pathlib import Path
 
     with pytest.raises(UserError, match="hub:some/text is a stream from the Hub"):
-        raw_text_bytes([Path("hub:some/text")], "text")
+        raw_text_bytes([Path("hub:some/text")], TableOptions())

@@ -117,9 +117,12 @@ class ByLength:
         return first, first + sizes[place]
 
     def rows(self, positions: Ints) -> tuple[Ints, Ints]:
-        """See `Order`; of one epoch at a time."""
-        epochs, places = np.divmod(positions, len(self._lengths))
-        return np.concatenate(self.batches(int(epochs[0])))[places], epochs
+        """See `Order`."""
+        epochs, rows = np.divmod(positions, len(self._lengths))
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = np.concatenate(self.batches(int(epoch)))[rows[here]]
+        return rows, epochs
 
 
 def cut(rows: Ints, size: int) -> list[Ints]:

@@ -21,7 +21,7 @@ from lmscripts.models.attention import AttentionPath
 from lmscripts.models.checks import check_isolation, drops_something
 from lmscripts.models.families import architectures, family
 from lmscripts.models.finding import CHECKSUMS, find_damage
-from lmscripts.options.presets import Preset
+from lmscripts.options.presets import Preset, disagreements
 
 Models = dict[str, PreTrainedModel]
 
@@ -155,6 +155,8 @@ def as_asked(preset: Preset, objective: str, *, sizes: Mapping[str, Any], **give
         preset = replace(preset, ffn_size=4 * sizes["hidden_size"])
     if preset.hidden_size and preset.heads and preset.hidden_size % preset.heads:
         raise UserError(f"--n_embd {preset.hidden_size} is not divisible by --n_head {preset.heads}")
+    if sizes and (problems := disagreements(preset)):
+        raise UserError(f"the sizes that are given do not fit the preset {preset.name}: {'; '.join(problems)}")
     preset.layer_sizes()  # complains about what is missing
     if preset.frozen_layers >= 0:
         raise UserError(f"--frozen_layers {preset.frozen_layers} would freeze layers that were never trained")

@@ -47,6 +47,8 @@ def check_isolation(family: Any, model: Any, path: AttentionPath, layout: Layout
         UserError: the logits differ, or the model cannot be called this way; it says what the model can.
     """
     packing = layout.packing
+    if layout.sequence_length < 2:
+        return  # no two documents fit
     problem = _problem(family, model, path, layout, packing)
     if problem is None:
         return
@@ -105,8 +107,8 @@ def _documents(config: Any, layout: Layout) -> list[int]:
     """Tokens of the documents that are compared: one of them is longer than a window of attention, if rows can be."""
     window = getattr(config, "sliding_window", None)
     long = 9 if not isinstance(window, int) or isinstance(window, bool) else max(9, window + 5)
-    room = max(1, layout.sequence_length - 14)
-    return [min(long, room), 14]
+    second = min(14, layout.sequence_length // 2)
+    return [min(long, layout.sequence_length - second), second]
 
 
 def _leak(family: Any, model: Any, path: AttentionPath, ids: Tensor, lengths: list[int]) -> float:

@@ -18,7 +18,7 @@ exports. No optimizer, no folder, no log; imports from models and the rooms belo
     forward     (trained, batch) -> sums, never means: the loop divides each term once, by its targets over all
                 processes and micro-batches of the step
     metrics     (trained, sums, counts) -> named numbers
-    examples    (model, tokenizer, phase) -> lines for the model card
+    examples    (models, tokenizer, phase) -> lines for the model card
 
 Nothing heavy is imported before a function is called: `--help` reads the Settings of all.
 """

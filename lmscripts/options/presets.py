@@ -234,7 +234,7 @@ def load_preset(parameter_file: str | Path, name: str, families: Mapping[str, Fa
         except ValueError as error:
             problems.append(f"{key} {error}")
     preset = Preset(name, family, **values)
-    if problems := problems or _disagreements(preset):
+    if problems := problems or disagreements(preset):
         raise UserError(f"{parameter_file}, preset {name}: {'; '.join(problems)}")
     return preset
 
@@ -271,7 +271,7 @@ def _by_their_names(entries: Mapping[str, Any], family: FamilyKeys) -> tuple[dic
     return {name: entries[key] for name, key in spelled.items()}, problems
 
 
-def _disagreements(preset: Preset) -> list[str]:
+def disagreements(preset: Preset) -> list[str]:
     """What must hold between several values, each of which is right alone."""
     hidden, heads, fraction = preset.hidden_size, preset.heads, preset.generator_fraction
     problems = []

@@ -1,4 +1,4 @@
-"""The data of a run, its steps and epochs, what a checkpoint has to agree with, and what the card shows."""
+"""Which process computes which rows of which step, what a checkpoint has to agree with, and what the card shows."""
 
 from types import SimpleNamespace
 
@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from lmscripts.data.packing import Layout
-from lmscripts.data.phases import PhasedData
-from lmscripts.data.pretraining import PretrainingData, check_tokenizer
+from lmscripts.data.preparation import check_tokenizer
+from lmscripts.data.steps import ByLength, Phase, Phases, Shuffled, step_batches
 from lmscripts.data.stream import StreamRows
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
-from lmscripts.training.card import continuations, document_beginnings
+from lmscripts.objectives.causal import continuations, document_beginnings
 from lmscripts.training.resume import check_architecture, load_weights
 
 
@@ -159,16 +159,94 @@ def test_longer_rows_than_those_of_another_run(tmp_path):
         check_architecture(longer, tmp_path, another_run=False)
 
 
+# ---- steps -------------------------------------------------------------------------------------------------------
+
+LENGTHS = np.random.default_rng(0).integers(1, 400, 523)
+ORDERS = {
+    "shuffled": (Shuffled(num_rows=7, batch_size=5, total_rows=23, seed=4), 5),  # the last step has three rows
+    "by length": (ByLength(LENGTHS[:23], batch_size=5, seed=4), 10),  # one step of each of two epochs has three
+}
+
+
+def made(rows, epochs, sizes):
+    """Batches that say which rows they hold."""
+    ends = np.cumsum(sizes)[:-1]
+    parts = zip(np.split(rows, ends), np.split(epochs, ends), strict=True)
+    found = [{"rows": torch.from_numpy(row), "epochs": torch.from_numpy(epoch)} for row, epoch in parts]
+    weights = [{"weights": torch.ones(size), "row_weights": torch.ones(size, dtype=torch.bool)} for size in sizes]
+    return [(one | two, {"rows": float(len(one["rows"]))}) for one, two in zip(found, weights, strict=True)]
+
+
+def rows_of_steps(order, num_steps, shares, micro_batch_size, at_once, first=0):
+    """(row, epoch) of all rows of every step that weigh anything, in the order of the processes."""
+    steps = [[] for _ in range(num_steps - first)]
+    settings = {"micro_batch_size": micro_batch_size, "first": first, "stop": num_steps, "at_once": at_once}
+    for process in range(len(shares)):
+        given = list(step_batches(order, made, shares=shares, process=process, **settings))
+        assert len(given) == len(steps)
+        for step, (batches, counts) in zip(steps, given, strict=True):
+            assert batches  # also of a process without rows, which takes part in what is exchanged
+            assert max(len(batch["rows"]) for batch in batches) <= micro_batch_size
+            weighing = [batch for batch in batches if batch["weights"].any()]
+            assert all(batch["weights"].all() and batch["row_weights"].all() for batch in weighing)
+            assert sum(bool(batch["row_weights"].any()) for batch in batches) == len(weighing)
+            mine = [pair for b in weighing for pair in zip(b["rows"].tolist(), b["epochs"].tolist(), strict=True)]
+            assert counts == {"rows": len(mine)}
+            step += mine
+    return steps
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("shares", [[1, 1], [3, 1], [1, 0, 2], [1] * 7])
+def test_a_step_has_the_same_rows_for_any_processes_and_micro_batches(name, shares):
+    order, num_steps = ORDERS[name]
+    expected = rows_of_steps(order, num_steps, [1], 100, 1)
+    assert 3 in map(len, expected)
+    for micro_batch_size in (1, 2, 3, 100):
+        for at_once in (1, 4, 100):
+            assert rows_of_steps(order, num_steps, shares, micro_batch_size, at_once) == expected
+    assert rows_of_steps(order, num_steps, shares, 2, 3, first=3) == expected[3:]  # after a stop
+
+
+@pytest.mark.parametrize(
+    ("order", "num_rows", "per_epoch"),
+    [
+        (Shuffled(num_rows=35, batch_size=5, total_rows=105, seed=1), 35, 7),
+        (ByLength(LENGTHS, batch_size=4, seed=1), 523, 131),
+        (ByLength(LENGTHS[:3], batch_size=4, seed=1), 3, 1),
+    ],
+)
+def test_every_epoch_has_every_row_once(order, num_rows, per_epoch):
+    steps = rows_of_steps(order, 3 * per_epoch, [1], 100, 1)
+    epochs = [[row for step in steps[n * per_epoch : (n + 1) * per_epoch] for row, _ in step] for n in range(3)]
+    assert all(sorted(rows) == list(range(num_rows)) for rows in epochs)
+    assert epochs[0] != epochs[1] or num_rows == 3
+    assert [epoch for step in steps for _, epoch in step] == [n for n in range(3) for _ in range(num_rows)]
+
+
+def test_rows_of_about_the_same_length_share_a_step():
+    """Hardly any padding is computed, and no epoch goes from short rows to long ones."""
+
+    def padded(order, num_steps):
+        return sum(len(step) * max(LENGTHS[r] for r, _ in step) for step in rows_of_steps(order, num_steps, [1], 8, 1))
+
+    order = ByLength(LENGTHS, batch_size=8, seed=1)
+    shuffled = Shuffled(num_rows=523, batch_size=8, total_rows=523, seed=1)
+    assert padded(order, order.per_epoch) < 1.05 * LENGTHS.sum() < 1.5 * LENGTHS.sum() < padded(shuffled, 66)
+    means = [LENGTHS[rows].mean() for rows in order.batches(0)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4
+
+
 # ---- epochs ------------------------------------------------------------------------------------------------------
 
 
 def test_the_end_of_every_epoch_in_every_phase():
     """7 rows by 3, 15 rows in all: ends behind 7 and 14 rows; then 4 rows by 5: every step ends an epoch."""
-    rest = {"held_out": None, "masking": None, "attention": "sdpa", "seed": 0, "shares": [1], "micro_batch_size": 1}
+    rest = {"held_out": None, "make": None, "slots": 0, "words": "", "seed": 0, "shares": [1], "micro_batch_size": 1}
     rest["most_eval_rows"] = 0
-    first = PretrainingData(SimpleNamespace(num_rows=7), batch_size=3, total_rows=15, **rest)
-    second = PretrainingData(SimpleNamespace(num_rows=4), batch_size=5, total_rows=10, **rest)
-    data = PhasedData([first, second])
+    first = Phase(SimpleNamespace(num_rows=7), batch_size=3, total_rows=15, **rest)
+    second = Phase(SimpleNamespace(num_rows=4), batch_size=5, total_rows=10, **rest)
+    data = Phases([first, second])
     assert [step for step in range(8) if data.is_due(step, "epoch")] == [0, 3, 5, 6, 7]
     assert [step for step in range(8) if data.is_due(step, 3)] == [0, 3, 6]
 
