@@ -135,6 +135,8 @@ def test_further_pretraining() -> None:
         ("gpt2-xl", (48, 1600, 6400, 25, 1024)),
         ("debertav2-base", (12, 768, 3072, 12, 512)),
         ("debertav3-base", (12, 768, 3072, 12, 512)),
+        ("modernbert-tiny", (2, 128, 344, 2, 128)),
+        ("modernbert-small", (12, 256, 384, 4, 512)),
         ("modernbert-base", (22, 768, 1152, 12, 1024)),
     ],
 )
