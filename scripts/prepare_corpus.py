@@ -65,8 +65,9 @@ def build(options: Options) -> None:
     given["--output_dir"] = options.output_dir
     if missing := [name for name, value in given.items() if not value]:
         raise UserError(f"{missing[0]} is missing (or give --inspect STORE)")
-    from lmscripts.data.preparation import Source, find_tokenizer, prepare_store
+    from lmscripts.data.preparation import Source, prepare_store
     from lmscripts.text.report import TextReport
+    from lmscripts.tokenizer.encoder import find_tokenizer
 
     source = Source(
         input_files=options.input_file,
@@ -140,7 +141,7 @@ def inspect(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     from lmscripts.data.token_store import open_store, verify_store
-    from lmscripts.tokenizer.lossless import readable_pieces
+    from lmscripts.tokenizer.report import readable_pieces
 
     store = open_store(folder)
     manifest = store.manifest

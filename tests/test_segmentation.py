@@ -105,8 +105,8 @@ def test_missing_dictionary_says_how_to_install_it(monkeypatch, tmp_path):
 def test_numeral_runs_of_ipadic():
     segment = make_segmenter(WordTokenizer())
     words = segment("第3四半期連結会計期間末日満期手形")
-    assert numeral_runs(words) == ["四半期連結会計期間末日満期手形"]
-    assert numeral_runs(segment("第3四半期報告書は百貨店の一般管理費について述べる。")) == []
+    assert numeral_runs(" ".join(words)) == ["四半期連結会計期間末日満期手形"]
+    assert numeral_runs(" ".join(segment("第3四半期報告書は百貨店の一般管理費について述べる。"))) == []
     is_unknown = make_is_unknown(WordTokenizer())
     assert is_unknown("四半期連結会計期間末日満期手形")
     assert not is_unknown("万博記念公園")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,28 +16,7 @@ from lmscripts.errors import UserError
 from lmscripts.files import remove_leftovers
 from lmscripts.text.corpus import Span, TextReport, batches, find_files, read_documents, source_fingerprint
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.tokenizer.lossless import keeps_line_feeds
-
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-def find_tokenizer(name: str) -> Path:
-    """The folder of a tokenizer: the one that is named, or the files of a name on the Hub (its cache when offline).
-
-    Raises:
-        UserError: there is no such folder, and no tokenizer of that name.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir() or not HUB_NAME.fullmatch(name):
-        return folder  # who opens it says what is wrong with it
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_TOKENIZER_FILES)))
-    except Exception as error:  # the Hub client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
+from lmscripts.tokenizer.report import keeps_line_feeds
 
 
 @dataclass(frozen=True)

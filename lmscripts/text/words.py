@@ -7,6 +7,7 @@ Python object for each word; the lines for which that string does not show the w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import itertools
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +31,17 @@ MECAB_DICTIONARIES = {
     "unidic": "pip install unidic && python -m unidic download",
 }
 SUDACHI_MAX_BYTES = 49149
+# What transformers takes where the settings of an analyser are silent.
+MECAB_DEFAULTS: dict[str, Any] = {"mecab_dic": "unidic_lite", "mecab_option": None, "normalize_text": True}
+SUDACHI_DEFAULTS: dict[str, Any] = {
+    **{"sudachi_split_mode": "A", "sudachi_dict_type": "core", "normalize_text": True, "trim_whitespace": False},
+    **{"sudachi_projection": None, "sudachi_config_path": None, "sudachi_resource_dir": None},
+}
 
 # In the wakati string a word with white space looks like two, trailing white space is lost, and MeCab stops at NUL.
 _INEXACT = re.compile(r"[\s\x00]")
 _SENTENCE_PIECES = re.compile(r"[^。．！？!?]*[。．！？!?]*")
-_NUMERAL_RUN = re.compile(r"[0-9]*[〇一二三四五六七八九十百千万億兆][一-鿿々]{6,}")
+_NUMERAL_RUN = re.compile(r"(?<![^ ])[0-9]*[〇一二三四五六七八九十百千万億兆][一-鿿々]{6,}(?![^ ])")
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class WordTokenizer:
         used = {"mecab": ("dictionary", "option"), "sudachi": ("sudachi_split_mode", "sudachi_dictionary")}
         chosen = {name: settings[name] for name in ("kind", "normalization", *used.get(self.kind, ()))}
         if self.kind == "mecab":
-            chosen["dictionary_version"] = mecab_dictionary_version(self.mecab_kwargs())
+            chosen["dictionary_version"] = mecab_facts(self.mecab_kwargs())["dictionary_version"]
         if self.kind == "sudachi":
             chosen["dictionary_version"] = _version(f"sudachidict_{self.sudachi_dictionary}")
         return chosen
@@ -116,7 +123,7 @@ def make_segmenter(settings: WordTokenizer) -> Segmenter:
 
 
 def _normalizer(nfkc: bool) -> Callable[[str], str]:
-    return (lambda line: unicodedata.normalize("NFKC", line)) if nfkc else (lambda line: line)
+    return functools.partial(unicodedata.normalize, "NFKC") if nfkc else str
 
 
 # ---- MeCab ----
@@ -128,36 +135,38 @@ def mecab_segmenter(mecab_kwargs: dict[str, Any]) -> Segmenter:
     Raises:
         UserError: fugashi or the dictionary is missing.
     """
-    tagger = _mecab_tagger(mecab_kwargs)
-    nfkc = bool(mecab_kwargs.get("normalize_text", True))
-    normalize = unicodedata.normalize
+    settings = MECAB_DEFAULTS | mecab_kwargs
+    tagger, normalize = _mecab_tagger(settings), _normalizer(settings["normalize_text"])
     parse, inexact = tagger.parse, _INEXACT.search
 
     def words_of_nodes(line: str) -> list[str]:
-        return [word.surface for word in tagger(normalize("NFKC", line) if nfkc else line)]
+        return [word.surface for word in tagger(normalize(line))]
 
     def words_of_string(line: str) -> list[str]:
-        text = normalize("NFKC", line) if nfkc else line
+        text = normalize(line)
         if inexact(text):
             return [word.surface for word in tagger(text)]
         words: list[str] = parse(text).split(" ")
         return words if words != [""] else []
 
-    options = shlex.split(mecab_kwargs.get("mecab_option") or "")
-    switches = {word[:2] for word in options if word.startswith("-")}
+    switches = {word[:2] for word in shlex.split(settings["mecab_option"] or "") if word.startswith("-")}
     # Anything but dictionaries (output formats, n-best, ...) may change the string, never the nodes.
     return words_of_string if switches <= {"-d", "-r", "-u"} else words_of_nodes
 
 
-def _mecab_tagger(mecab_kwargs: dict[str, Any]) -> Any:
+def _mecab_tagger(settings: dict[str, Any]) -> Any:
     try:
         import fugashi
     except ImportError as error:
         raise UserError("MeCab needs the package fugashi: pip install fugashi") from error
-    name = mecab_kwargs.get("mecab_dic", "unidic_lite")  # the default of transformers
-    option = mecab_kwargs.get("mecab_option") or ""
+    name, option = settings["mecab_dic"], settings["mecab_option"] or ""
     if name is not None:
-        folder = _dictionary_folder(name)
+        try:
+            folder = Path(importlib.import_module(name).DICDIR)
+        except ImportError as error:
+            raise UserError(f"the MeCab dictionary {name} is not installed: {MECAB_DICTIONARIES[name]}") from error
+        if not folder.is_dir():
+            raise UserError(f"the MeCab dictionary {name} has not been downloaded: {MECAB_DICTIONARIES[name]}")
         option = f'-d "{folder}" -r "{folder / "mecabrc"}" {option}'
     try:
         return fugashi.GenericTagger(f"{option} -Owakati")
@@ -168,33 +177,28 @@ def _mecab_tagger(mecab_kwargs: dict[str, Any]) -> Any:
         ) from error
 
 
-def _dictionary_folder(name: str) -> Path:
-    if name not in MECAB_DICTIONARIES:
-        known = ", ".join(MECAB_DICTIONARIES)
-        raise UserError(f"the MeCab dictionary {name!r} is not one of {known}")
-    try:
-        folder = Path(importlib.import_module(name).DICDIR)
-    except ImportError as error:
-        raise UserError(f"the MeCab dictionary {name} is not installed: {MECAB_DICTIONARIES[name]}") from error
-    if not folder.is_dir():
-        raise UserError(f"the MeCab dictionary {name} has not been downloaded: {MECAB_DICTIONARIES[name]}")
-    return folder
+def mecab_facts(mecab_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are in effect and the dictionary's version; of a dictionary in a folder not its place.
+
+    The version is that of the dictionary's package; for a folder, a hash that changes with its content.
+    """
+    facts = MECAB_DEFAULTS | mecab_kwargs
+    option = facts["mecab_option"] or ""
+    if facts["mecab_dic"] is not None:
+        version = _version(facts["mecab_dic"])
+    else:
+        folders = [word for switch, word in itertools.pairwise(shlex.split(option)) if switch == "-d"]
+        version = _dictionary_hash(Path(folders[-1], "sys.dic")) if folders else "unknown"
+        option = re.sub(r"""-[dr]\s*("[^"]*"|'[^']*'|\S+)\s*""", "", option)
+    return facts | {"mecab_option": option, "dictionary_version": version}
 
 
-def mecab_dictionary_version(mecab_kwargs: dict[str, Any]) -> str:
-    """Version of the dictionary's package; for a folder, a hash that changes with its content."""
-    name = mecab_kwargs.get("mecab_dic", "unidic_lite")
-    if name is not None:
-        return _version(name)
-    words = shlex.split(mecab_kwargs.get("mecab_option") or "")
-    folders = [word for switch, word in itertools.pairwise(words) if switch == "-d"]
-    system = Path(folders[-1], "sys.dic") if folders else None
-    if system is None or not system.is_file():
+def _dictionary_hash(system: Path) -> str:
+    if not system.is_file():
         return "unknown"
-    digest = hashlib.sha256(str(system.stat().st_size).encode())
     with system.open("rb") as file:
-        digest.update(file.read(1 << 20))
-    return f"sys.dic {digest.hexdigest()[:16]}"
+        content = str(system.stat().st_size).encode() + file.read(1 << 20)
+    return f"sys.dic {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _version(package: str) -> str:
@@ -215,25 +219,25 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
     Raises:
         UserError: SudachiPy or the dictionary is missing.
     """
-    mode, dictionary = sudachi_kwargs.get("sudachi_split_mode", "A"), sudachi_kwargs.get("sudachi_dict_type", "core")
+    settings = SUDACHI_DEFAULTS | sudachi_kwargs
+    dictionary, trim = settings["sudachi_dict_type"], settings["trim_whitespace"]
+    normalize = _normalizer(settings["normalize_text"])
     try:
         from sudachipy import dictionary as sudachi_dictionary
         from sudachipy import tokenizer as sudachi_tokenizer
 
-        split_mode = getattr(sudachi_tokenizer.Tokenizer.SplitMode, mode)
         loaded = sudachi_dictionary.Dictionary(
-            config_path=sudachi_kwargs.get("sudachi_config_path"),
-            resource_dir=sudachi_kwargs.get("sudachi_resource_dir"),
+            config_path=settings["sudachi_config_path"],
+            resource_dir=settings["sudachi_resource_dir"],
             dict=dictionary,
         )
         make = getattr(loaded, "tokenizer", loaded.create)  # `create` is the older name
-        tagger = make(split_mode, projection=sudachi_kwargs.get("sudachi_projection"))
+        split_mode = getattr(sudachi_tokenizer.Tokenizer.SplitMode, settings["sudachi_split_mode"])
+        tagger = make(split_mode, projection=settings["sudachi_projection"])
     except ImportError as error:
         raise UserError(
             f"Sudachi needs SudachiPy and the dictionary {dictionary}: pip install SudachiPy sudachidict_{dictionary}"
         ) from error
-    normalize = _normalizer(bool(sudachi_kwargs.get("normalize_text", True)))
-    trim = bool(sudachi_kwargs.get("trim_whitespace", False))
 
     def segment(line: str) -> list[str]:
         text = normalize(line)
@@ -247,34 +251,31 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
 
 def _pieces(text: str, max_bytes: int) -> list[str]:
     """Cut a text into pieces of at most `max_bytes` of UTF-8, at sentence ends where there are any."""
-    pieces, piece, size = [], "", 0
+    pieces, step = [""], max_bytes // 4
     for sentence in _SENTENCE_PIECES.findall(text):
-        steps = [sentence[start : start + max_bytes // 4] for start in range(0, len(sentence), max_bytes // 4)]
-        for step in steps:
-            length = len(step.encode())
-            if size + length > max_bytes:
-                pieces.append(piece)
-                piece, size = "", 0
-            piece += step
-            size += length
-    return [*pieces, piece] if piece else pieces
+        for start in range(0, len(sentence), step):
+            part = sentence[start : start + step]
+            if len((pieces[-1] + part).encode()) > max_bytes:
+                pieces.append("")
+            pieces[-1] += part
+    return pieces
 
 
 # ---- a known fault of ipadic ----
 
 
-def numeral_runs(words: Iterable[str]) -> list[str]:
-    """Words that look like a known fault of ipadic: a kanji numeral with a run of seven or more kanji in one word.
+def numeral_runs(words: str) -> list[str]:
+    """Of words joined by spaces those that look like a known fault of ipadic: seven or more kanji behind a numeral.
 
     ipadic takes 四 in 第3四半期連結会計期間末日満期手形 for the start of an unknown number and gives the whole run
     as one word, depending on what follows. Real words of that shape exist: `make_is_unknown` tells them apart.
     """
-    return [word for word in words if _NUMERAL_RUN.fullmatch(word)]
+    return _NUMERAL_RUN.findall(words)
 
 
 def make_is_unknown(settings: WordTokenizer) -> Callable[[str], bool]:
     """A function that says whether MeCab's dictionary lacks a word (the word is no entry of its own)."""
-    tagger = _mecab_tagger(settings.mecab_kwargs())
+    tagger = _mecab_tagger(MECAB_DEFAULTS | settings.mecab_kwargs())
 
     def is_unknown(word: str) -> bool:
         nodes = list(tagger(word))

@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import load_encoder
 from lmscripts.tokenizer.folder import RECORD_FILE, write_json
-from lmscripts.tokenizer.lossless import DIFFICULT_LINES
+from lmscripts.tokenizer.report import DIFFICULT_LINES
 
 SPACE_MARK = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of pieces in a model

@@ -9,27 +9,43 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
+import shutil
 import signal
+import tempfile
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lmscripts.errors import UserError, naming
 from lmscripts.files import write_text
 from lmscripts.text.corpus import Span, read_documents
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
-from lmscripts.text.words import Segmenter, WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
+from lmscripts.text.words import WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
 
 _REPORT_EVERY_BYTES = 1 << 18
-# Cheap look at a whole line before its words are looked at one by one.
-_MAYBE_NUMERAL_RUN = re.compile(r"[〇一二三四五六七八九十百千万億兆][一-鿿々]{6}")
+
+
+@contextmanager
+def splits_folder(model_dir: Path, intermediate_dir: str) -> Iterator[Path]:
+    """The folder for the segmented text: `intermediate_dir`, or one beside the tokenizer that is removed again."""
+    if intermediate_dir:
+        folder = Path(intermediate_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    model_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{model_dir.name}.words-", dir=model_dir.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -43,10 +59,7 @@ class SplitTask:
         source: fingerprint of the whole text.
         words: how lines are cut into words.
         segmented: write words joined by spaces; otherwise the (normalised) lines.
-        document_per_line: see `read_documents`.
-        text_column: see `read_documents`.
-        on_bad_line: see `read_documents`.
-        keep_spaces: see `read_documents`.
+        reading: the keyword arguments of `read_documents`.
     """
 
     index: int
@@ -55,10 +68,7 @@ class SplitTask:
     source: str
     words: WordTokenizer
     segmented: bool
-    document_per_line: bool = False
-    text_column: str = "text"
-    on_bad_line: Literal["skip", "fail"] = "skip"
-    keep_spaces: bool = False
+    reading: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text_file(self) -> Path:
@@ -72,10 +82,7 @@ class SplitTask:
             "spans": [[Path(span.path).name, span.start, span.end] for span in self.spans],
             "words": self.words.description(),
             "segmented": self.segmented,
-            "document_per_line": self.document_per_line,
-            "text_column": self.text_column,
-            "on_bad_line": self.on_bad_line,
-            "keep_spaces": self.keep_spaces,
+            **self.reading,
         }
 
 
@@ -114,11 +121,10 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
     report, runs = TextReport(), Counter[str]()
     to_line = _line_writer(task, runs)
     aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
-    options = {name: getattr(task, name) for name in ("document_per_line", "text_column", "keep_spaces")}
     reported = 0
     try:
         with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for document in read_documents(task.spans, report, on_bad_line=task.on_bad_line, **options):  # type: ignore[arg-type]
+            for document in read_documents(task.spans, report, **task.reading):
                 file.writelines(map(to_line, document))
                 if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
                     progress(report.num_bytes - reported)
@@ -146,17 +152,16 @@ def _line_writer(task: SplitTask, runs: Counter[str]) -> Callable[[str], str]:
         if task.words.normalization == "none":
             return lambda line: f"{line}\n"
         return lambda line: f"{unicodedata.normalize('NFKC', line).strip()}\n"
-    segment: Segmenter = make_segmenter(task.words)
-    if task.words.kind != "mecab" or task.words.dictionary != "ipadic":
-        return lambda line: f"{' '.join(segment(line))}\n"
+    segment = make_segmenter(task.words)
+    looks_closer = task.words.kind == "mecab" and task.words.dictionary == "ipadic"
 
-    def with_look(line: str) -> str:
-        words = segment(line)
-        if _MAYBE_NUMERAL_RUN.search(line):
+    def to_line(line: str) -> str:
+        words = " ".join(segment(line))
+        if looks_closer:
             runs.update(numeral_runs(words))
-        return f"{' '.join(words)}\n"
+        return f"{words}\n"
 
-    return with_look
+    return to_line
 
 
 def write_splits(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmscripts.data.phases import BY_PHASE, Phase, by_phase
-from lmscripts.data.preparation import Source, find_tokenizer, prepare_beside
+from lmscripts.data.preparation import Source, prepare_beside
 from lmscripts.data.token_store import TokenStore, open_store
 from lmscripts.errors import UserError
 from lmscripts.models import DECODERS, decoders
 from lmscripts.options.checks import check_useless
 from lmscripts.options.presets import Preset, load_preset
-from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.encoder import find_tokenizer, load_encoder
 from lmscripts.training.checkpoint import look_for_whole
 from lmscripts.training.folder import read_state
 
