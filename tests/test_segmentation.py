@@ -36,8 +36,8 @@ def test_mecab_words_are_those_of_transformers(dictionary, normalization):
 def test_mecab_dictionary_by_folder_and_options():
     ipadic = pytest.importorskip("ipadic")
     settings = WordTokenizer(dictionary=ipadic.DICDIR)
-    assert settings.mecab_kwargs()["mecab_dic"] is None
-    exact = MecabTokenizer(**settings.mecab_kwargs())
+    assert settings.analyser_kwargs()["mecab_dic"] is None
+    exact = MecabTokenizer(**settings.analyser_kwargs())
     by_name = MecabTokenizer(mecab_dic="ipadic")
     segment = make_segmenter(settings)
     assert all(segment(line) == exact.tokenize(line) == by_name.tokenize(line) for line in lines())
@@ -49,7 +49,7 @@ def test_mecab_dictionary_by_folder_and_options():
 def test_sudachi_words_are_those_of_transformers(mode):
     pytest.importorskip("sudachidict_small")
     settings = WordTokenizer("sudachi", sudachi_split_mode=mode, sudachi_dictionary="small")
-    segment, exact = make_segmenter(settings), SudachiTokenizer(**settings.sudachi_kwargs())
+    segment, exact = make_segmenter(settings), SudachiTokenizer(**settings.analyser_kwargs())
     for line in lines():
         if len(line.encode()) <= 49149:
             assert segment(line) == exact.tokenize(line), repr(line[:80])

@@ -282,6 +282,7 @@ def test_no_text_and_no_room(tmp_path):
             train_vocabulary(tokenizer_type, [text], VocabularySettings(size=400), segmented=tokenizer_type != "bpe")
     with pytest.raises(UserError, match="no room"):
         VocabularySettings(size=15).room()
+    text.write_text("a text\n", encoding="utf-8")
     with pytest.raises(UserError, match="256 bytes"):
         train_vocabulary("bpe", [text], VocabularySettings(size=100), segmented=False)
 

@@ -65,9 +65,12 @@ class WordTokenizer:
     sudachi_dictionary: Literal["small", "core", "full"] = "core"
     normalization: Literal["nfkc", "none"] = "nfkc"
 
-    def mecab_kwargs(self) -> dict[str, Any]:
-        """The `mecab_kwargs` of `BertJapaneseTokenizer` that mean the same."""
+    def analyser_kwargs(self) -> dict[str, Any]:
+        """The `mecab_kwargs` or `sudachi_kwargs` of `BertJapaneseTokenizer` that mean the same."""
         normalize = {} if self.normalization == "nfkc" else {"normalize_text": False}
+        if self.kind == "sudachi":
+            chosen = {"sudachi_split_mode": self.sudachi_split_mode, "sudachi_dict_type": self.sudachi_dictionary}
+            return {**chosen, "trim_whitespace": True, **normalize}  # white space is no word
         option = {"mecab_option": self.option} if self.option else {}
         if self.dictionary in MECAB_DICTIONARIES:
             return {"mecab_dic": self.dictionary, **option, **normalize}
@@ -76,23 +79,13 @@ class WordTokenizer:
         place = f'-d "{folder}" -r "{settings_file if settings_file.exists() else "/dev/null"}"'
         return {"mecab_dic": None, "mecab_option": f"{place} {self.option}".strip(), **normalize}
 
-    def sudachi_kwargs(self) -> dict[str, Any]:
-        """The `sudachi_kwargs` of `BertJapaneseTokenizer` that mean the same."""
-        normalize = {} if self.normalization == "nfkc" else {"normalize_text": False}
-        return {
-            "sudachi_split_mode": self.sudachi_split_mode,
-            "sudachi_dict_type": self.sudachi_dictionary,
-            "trim_whitespace": True,  # white space is no word
-            **normalize,
-        }
-
     def description(self) -> dict[str, Any]:
         """Settings that matter for this kind, with the version of the dictionary, as plain values."""
         settings = asdict(self)
         used = {"mecab": ("dictionary", "option"), "sudachi": ("sudachi_split_mode", "sudachi_dictionary")}
         chosen = {name: settings[name] for name in ("kind", "normalization", *used.get(self.kind, ()))}
         if self.kind == "mecab":
-            chosen["dictionary_version"] = mecab_facts(self.mecab_kwargs())["dictionary_version"]
+            chosen["dictionary_version"] = mecab_facts(self.analyser_kwargs())["dictionary_version"]
         if self.kind == "sudachi":
             chosen["dictionary_version"] = _version(f"sudachidict_{self.sudachi_dictionary}")
         return chosen
@@ -110,9 +103,9 @@ def make_segmenter(settings: WordTokenizer) -> Segmenter:
             raise UserError(f"the MeCab dictionary must be {known} or a folder, not {settings.dictionary!r}")
         if settings.option and not settings.option.startswith("-"):
             raise UserError(f'{settings.option!r} is no option of MeCab; give a settings file as "-r FILE"')
-        return mecab_segmenter(settings.mecab_kwargs())
+        return mecab_segmenter(settings.analyser_kwargs())
     if settings.kind == "sudachi":
-        return sudachi_segmenter(settings.sudachi_kwargs())
+        return sudachi_segmenter(settings.analyser_kwargs())
     normalize = _normalizer(settings.normalization == "nfkc")
     if settings.kind == "none":
         return lambda line: normalize(line).split()
@@ -240,22 +233,21 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
         ) from error
 
     def segment(line: str) -> list[str]:
-        text = normalize(line)
-        short = len(text) * 4 <= SUDACHI_MAX_BYTES or len(text.encode()) <= SUDACHI_MAX_BYTES
-        pieces = [text] if short else _pieces(text, SUDACHI_MAX_BYTES)
-        words = [word.surface() for piece in pieces for word in tagger.tokenize(piece)]
+        words = [word.surface() for piece in _pieces(normalize(line)) for word in tagger.tokenize(piece)]
         return [trimmed for word in words if (trimmed := word.strip())] if trim else words
 
     return segment
 
 
-def _pieces(text: str, max_bytes: int) -> list[str]:
-    """Cut a text into pieces of at most `max_bytes` of UTF-8, at sentence ends where there are any."""
-    pieces, step = [""], max_bytes // 4
+def _pieces(text: str) -> list[str]:
+    """Cut a text into pieces that Sudachi takes, at sentence ends where there are any."""
+    if len(text) * 4 <= SUDACHI_MAX_BYTES or len(text.encode()) <= SUDACHI_MAX_BYTES:
+        return [text]
+    pieces, step = [""], SUDACHI_MAX_BYTES // 4
     for sentence in _SENTENCE_PIECES.findall(text):
         for start in range(0, len(sentence), step):
             part = sentence[start : start + step]
-            if len((pieces[-1] + part).encode()) > max_bytes:
+            if len((pieces[-1] + part).encode()) > SUDACHI_MAX_BYTES:
                 pieces.append("")
             pieces[-1] += part
     return pieces
@@ -275,7 +267,7 @@ def numeral_runs(words: str) -> list[str]:
 
 def make_is_unknown(settings: WordTokenizer) -> Callable[[str], bool]:
     """A function that says whether MeCab's dictionary lacks a word (the word is no entry of its own)."""
-    tagger = _mecab_tagger(MECAB_DEFAULTS | settings.mecab_kwargs())
+    tagger = _mecab_tagger(MECAB_DEFAULTS | settings.analyser_kwargs())
 
     def is_unknown(word: str) -> bool:
         nodes = list(tagger(word))

@@ -37,10 +37,10 @@ from lmscripts.tokenizer.identity import fingerprint, is_bert_japanese
 MAX_CACHED_WORDS = 1_000_000
 # Entries that no text gives, kept free for later words.
 UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
-# Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
-)
+# Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
+UNSPACED = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3001, 0x30FF), (0x3400, 0x9FFF)]
+UNSPACED += [(0xF900, 0xFAFF), (0xFF01, 0xFF9F), (0x20000, 0x3FFFF)]
+_UNSPACED = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED) + "]")
 _UNSPACED_BYTES = frozenset(f"<0x{byte:02X}>" for byte in (*range(0xE3, 0xEA), 0xF0))
 _LINE_CONTROLS = frozenset("\t\n\r") | {"<0x09>", "<0x0A>", "<0x0D>"}
 

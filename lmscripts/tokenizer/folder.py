@@ -154,7 +154,7 @@ def _japanese_config(tokenizer_type: TokenizerType, words: WordTokenizer) -> dic
         "word_tokenizer_type": words.kind,
         "subword_tokenizer_type": "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type,
         # Without explicit arguments transformers takes another dictionary than ipadic.
-        f"{words.kind}_kwargs": words.mecab_kwargs() if words.kind == "mecab" else words.sudachi_kwargs(),
+        f"{words.kind}_kwargs": words.analyser_kwargs(),
     }
 
 

@@ -23,7 +23,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,20 +164,13 @@ def sampled_lines(files: Sequence[Path]) -> Iterable[str]:
     """Non-empty lines, cut at MAX_SAMPLE_LINE characters; of a large text, a fixed sample of about MAX_SAMPLE_BYTES.
 
     A line is chosen by its own hash, so the sample does not depend on the files or their number.
-
-    Raises:
-        UserError: there is no text.
     """
     total = sum(path.stat().st_size for path in files)
     share = min(1.0, MAX_SAMPLE_BYTES / max(total, 1))
-    found = False
     for line in read_lines(files):
         if line and zlib.crc32(line.encode()) < share * 2**32:
-            found = True
             for start in range(0, len(line), MAX_SAMPLE_LINE):
                 yield line[start : start + MAX_SAMPLE_LINE]
-    if not found:
-        _require_text(Counter())
 
 
 def count_words(files: Sequence[Path]) -> Counter[str]:
@@ -191,7 +184,6 @@ def count_words(files: Sequence[Path]) -> Counter[str]:
         counts.update(line.split())
         if len(counts) > MAX_COUNTED_WORDS:
             counts = Counter({word: count for word, count in counts.items() if count > 1})
-    _require_text(counts)
     return counts
 
 
@@ -211,12 +203,6 @@ def most_frequent(counts: Counter[str], number: int) -> list[str]:
     return [entry for entry, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]]
 
 
-def _require_text(counts: Counter[str]) -> None:
-    """Refuse an empty count."""
-    if not counts:
-        raise UserError("the input holds no text: every file is empty or blank")
-
-
 # ---- the four kinds ----
 
 
@@ -234,11 +220,14 @@ def train_vocabulary(
     Raises:
         UserError: no text, or no such vocabulary can be made from it.
     """
+    if not any(line.strip() for line in read_lines(files)):
+        raise UserError("the input holds no text: every file is empty or blank")
     if tokenizer_type == "unigram" and not settings.causal:
         return _train_unigram(files, settings, segmented)
     of_words = {"wordpiece": _train_wordpiece, "character": _train_character}
     of_lines = {"bpe": _train_bpe, "unigram": _train_lossless_unigram}
-    return (of_words | of_lines)[tokenizer_type](files, settings)
+    trained = (of_words | of_lines)[tokenizer_type](files, settings)
+    return replace(trained, pieces=[*trained.pieces, *settings.fill_up(len(trained.pieces))])
 
 
 def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Trained:
@@ -259,22 +248,9 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
 
     model = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=settings.size,
-        min_frequency=settings.min_frequency,
-        special_tokens=fixed,
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
+    trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_limits(settings, fixed, alphabet))
     model.train([str(path) for path in files if path.stat().st_size], trainer)
-    trained = _in_order(model.get_vocab())
-    return Trained(
-        [*trained, *settings.fill_up(len(trained))],
-        num_characters=len(alphabet),
-        num_text_characters=len(characters),
-    )
+    return Trained(_in_order(model), num_characters=len(alphabet), num_text_characters=len(characters))
 
 
 def _train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
@@ -283,11 +259,7 @@ def _train_character(files: Sequence[Path], settings: VocabularySettings) -> Tra
     frequent = Counter({key: count for key, count in characters.items() if count >= settings.min_frequency})
     alphabet = most_frequent(frequent, min(settings.limit_alphabet, settings.room()))
     pieces = [*settings.reserved(), *alphabet]
-    return Trained(
-        [*pieces, *settings.fill_up(len(pieces))],
-        num_characters=len(alphabet),
-        num_text_characters=len(characters),
-    )
+    return Trained(pieces, num_characters=len(alphabet), num_text_characters=len(characters))
 
 
 def _train_bpe(files: Sequence[Path], settings: VocabularySettings) -> Trained:
@@ -300,18 +272,21 @@ def _train_bpe(files: Sequence[Path], settings: VocabularySettings) -> Trained:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.size,
-        min_frequency=settings.min_frequency,
-        special_tokens=[*settings.reserved(), *alphabet],
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(**_limits(settings, [*settings.reserved(), *alphabet], alphabet))
     model.train_from_iterator(sampled_lines(files), trainer)
-    pieces = _in_order(model.get_vocab())
     merges = [tuple(merge) for merge in json.loads(model.to_str())["model"]["merges"]]
-    return Trained([*pieces, *settings.fill_up(len(pieces))], merges=merges)
+    return Trained(_in_order(model), merges=merges)
+
+
+def _limits(settings: VocabularySettings, fixed: list[str], alphabet: list[str]) -> dict[str, Any]:
+    """What the trainers of `tokenizers` are told: the first entries, and no character beside those of the alphabet."""
+    sizes = {"vocab_size": settings.size, "min_frequency": settings.min_frequency, "special_tokens": fixed}
+    return {**sizes, "initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": False}
+
+
+def _in_order(model: Tokenizer) -> list[str]:
+    vocabulary = model.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmented: bool) -> Trained:
@@ -322,7 +297,6 @@ def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmente
     for unit, count in units.items():
         seen[" ".join(unit.split()).replace("``", '"').replace("''", '"')] += count
     del seen[""]
-    _require_text(seen)
     characters, _ = count_characters(seen)
     # The mark of a word's beginning takes an entry too.
     alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
@@ -387,10 +361,6 @@ def _run_sentencepiece(
         num_characters=len(alphabet),
         num_text_characters=len(characters),
     )
-
-
-def _in_order(vocabulary: dict[str, int]) -> list[str]:
-    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 # ---- a lossless unigram vocabulary ----
