@@ -6,7 +6,7 @@ import pytest
 from transformers.models.bert_japanese.tokenization_bert_japanese import MecabTokenizer, SudachiTokenizer
 
 from lmscripts.errors import UserError
-from lmscripts.text.words import WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
+from lmscripts.text.words import WordTokenizer, make_segmenter, numeral_run_finder
 
 SAMPLE = Path(__file__).parent.parent / "sample_data" / "articles.txt"
 HOSTILE = [
@@ -104,9 +104,9 @@ def test_missing_dictionary_says_how_to_install_it(monkeypatch, tmp_path):
 
 def test_numeral_runs_of_ipadic():
     segment = make_segmenter(WordTokenizer())
-    words = segment("第3四半期連結会計期間末日満期手形")
-    assert numeral_runs(" ".join(words)) == ["四半期連結会計期間末日満期手形"]
+    numeral_runs = numeral_run_finder(WordTokenizer())
+    assert numeral_runs(" ".join(segment("第3四半期連結会計期間末日満期手形"))) == ["四半期連結会計期間末日満期手形"]
     assert numeral_runs(" ".join(segment("第3四半期報告書は百貨店の一般管理費について述べる。"))) == []
-    is_unknown = make_is_unknown(WordTokenizer())
-    assert is_unknown("四半期連結会計期間末日満期手形")
-    assert not is_unknown("万博記念公園")
+    assert segment("九州芸術工科大学") == ["九州芸術工科大学"]  # an entry of the dictionary
+    assert numeral_runs("九州芸術工科大学 と 四半期連結会計期間末日満期手形") == ["四半期連結会計期間末日満期手形"]
+    assert numeral_run_finder(WordTokenizer(kind="none"))("四半期連結会計期間末日満期手形") == []

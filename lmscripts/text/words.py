@@ -131,20 +131,18 @@ def mecab_segmenter(mecab_kwargs: dict[str, Any]) -> Segmenter:
     settings = MECAB_DEFAULTS | mecab_kwargs
     tagger, normalize = _mecab_tagger(settings), _normalizer(settings["normalize_text"])
     parse, inexact = tagger.parse, _INEXACT.search
-
-    def words_of_nodes(line: str) -> list[str]:
-        return [word.surface for word in tagger(normalize(line))]
-
-    def words_of_string(line: str) -> list[str]:
-        text = normalize(line)
-        if inexact(text):
-            return [word.surface for word in tagger(text)]
-        words: list[str] = parse(text).split(" ")
-        return words if words != [""] else []
-
     switches = {word[:2] for word in shlex.split(settings["mecab_option"] or "") if word.startswith("-")}
     # Anything but dictionaries (output formats, n-best, ...) may change the string, never the nodes.
-    return words_of_string if switches <= {"-d", "-r", "-u"} else words_of_nodes
+    string_is_exact = switches <= {"-d", "-r", "-u"}
+
+    def segment(line: str) -> list[str]:
+        text = normalize(line)
+        if string_is_exact and not inexact(text):
+            words: list[str] = parse(text).split()
+            return words
+        return [word.surface for word in tagger(text)]
+
+    return segment
 
 
 def _mecab_tagger(settings: dict[str, Any]) -> Any:
@@ -256,21 +254,18 @@ def _pieces(text: str) -> list[str]:
 # ---- a known fault of ipadic ----
 
 
-def numeral_runs(words: str) -> list[str]:
-    """Of words joined by spaces those that look like a known fault of ipadic: seven or more kanji behind a numeral.
+def numeral_run_finder(settings: WordTokenizer) -> Callable[[str], list[str]]:
+    """A function that finds, among words joined by spaces, those of a known fault of ipadic.
 
     ipadic takes 四 in 第3四半期連結会計期間末日満期手形 for the start of an unknown number and gives the whole run
-    as one word, depending on what follows. Real words of that shape exist: `make_is_unknown` tells them apart.
+    as one word, depending on what follows. Real words of that shape exist: these are entries of the dictionary.
     """
-    return _NUMERAL_RUN.findall(words)
-
-
-def make_is_unknown(settings: WordTokenizer) -> Callable[[str], bool]:
-    """A function that says whether MeCab's dictionary lacks a word (the word is no entry of its own)."""
+    if settings.kind != "mecab" or settings.dictionary != "ipadic":
+        return lambda words: []
     tagger = _mecab_tagger(MECAB_DEFAULTS | settings.analyser_kwargs())
 
-    def is_unknown(word: str) -> bool:
+    def is_entry(word: str) -> bool:
         nodes = list(tagger(word))
-        return len(nodes) != 1 or bool(nodes[0].is_unk)
+        return len(nodes) == 1 and not nodes[0].is_unk
 
-    return is_unknown
+    return lambda words: [word for word in _NUMERAL_RUN.findall(words) if not is_entry(word)]

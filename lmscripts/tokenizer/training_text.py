@@ -27,7 +27,7 @@ from lmscripts.errors import UserError, naming
 from lmscripts.files import write_text
 from lmscripts.text.corpus import Span, read_documents
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
-from lmscripts.text.words import WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
+from lmscripts.text.words import WordTokenizer, make_segmenter, numeral_run_finder
 
 _REPORT_EVERY_BYTES = 1 << 18
 
@@ -132,9 +132,6 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
             file.flush()
             os.fsync(file.fileno())
         progress(report.num_bytes - reported)
-        if runs:
-            is_unknown = make_is_unknown(task.words)
-            runs = Counter({word: count for word, count in runs.items() if is_unknown(word)})
         # The record of an earlier text must not vouch for this one, should the process end between the two.
         task.text_file.with_suffix(".json").unlink(missing_ok=True)
         size = aside.stat().st_size
@@ -152,13 +149,11 @@ def _line_writer(task: SplitTask, runs: Counter[str]) -> Callable[[str], str]:
         if task.words.normalization == "none":
             return lambda line: f"{line}\n"
         return lambda line: f"{unicodedata.normalize('NFKC', line).strip()}\n"
-    segment = make_segmenter(task.words)
-    looks_closer = task.words.kind == "mecab" and task.words.dictionary == "ipadic"
+    segment, numeral_runs = make_segmenter(task.words), numeral_run_finder(task.words)
 
     def to_line(line: str) -> str:
         words = " ".join(segment(line))
-        if looks_closer:
-            runs.update(numeral_runs(words))
+        runs.update(numeral_runs(words))
         return f"{words}\n"
 
     return to_line
