@@ -144,7 +144,7 @@ def test_folder_is_what_transformers_expects(folders, tokenizer_type, kind):
     assert encoder.eos_id is None
     assert encoder.special_ids == (0, 1, 2, 3, 4)
     assert encoder.vocab_size == len(tokenizer)
-    assert encoder.num_reserved >= 10
+    assert len(encoder.reserved_ids) >= 10
 
 
 def test_saved_again_it_is_the_same(folders, tmp_path):

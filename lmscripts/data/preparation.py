@@ -133,8 +133,6 @@ def prepare_store(
     Raises:
         UserError: another store or anything else is at `folder`, or the source is unusable.
     """
-    if not source.tokenizer_dir.is_dir():
-        raise UserError(f"{source.tokenizer_dir} is not a tokenizer folder; make one with train_tokenizer.py")
     described = describe_source(source)
     if folder.exists():
         store = open_store(folder, described.tokenizer["fingerprint"])

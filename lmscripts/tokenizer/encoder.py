@@ -74,7 +74,6 @@ class Encoder:
         pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id: ids, None where the tokenizer has no such token.
         special_ids: sorted ids of all special tokens.
         reserved_ids: sorted ids of `[unusedN]` entries, which no text gives.
-        num_reserved: their number.
         fingerprint: hex sha256 of vocabulary and settings, whatever the folder's place.
         description: one line for people.
     """
@@ -94,7 +93,6 @@ class Encoder:
         self.special_ids: tuple[int, ...] = tuple(sorted(set(tokenizer.all_special_ids)))
         reserved = {number for piece, number in vocabulary.items() if UNUSED.fullmatch(piece)}
         self.reserved_ids = tuple(sorted(reserved - set(self.special_ids)))
-        self.num_reserved = len(self.reserved_ids)
         self.fingerprint = fingerprint(tokenizer)
         self.description = f"{_kind(tokenizer)}, {self.vocab_size:,} entries, fingerprint {self.fingerprint[:16]}"
         way = _JapaneseWay if is_bert_japanese(tokenizer) else _fast_way if tokenizer.is_fast else _slow_way
@@ -167,7 +165,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise UserError(f"the tokenizer folder {folder} does not exist (seen from {Path.cwd()})")
+        raise UserError(
+            f"the tokenizer folder {folder} does not exist (seen from {Path.cwd()}); make one with train_tokenizer.py"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a foreign folder makes transformers raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,15 +54,25 @@ def check_encoder(encoder: Encoder, lines: Sequence[str]) -> None:
     Raises:
         UserError: it does not; names the first such line.
     """
-    tokenizer = load_tokenizer(encoder.folder)
+    encode = partial(load_tokenizer(encoder.folder), add_special_tokens=False, verbose=False)
+    blame = f"the tokenizer in {encoder.folder} must not be used with this program: the fast path and AutoTokenizer"
+    check_ids(encoder, lines, lambda part: encode(part)["input_ids"], blame)
+
+
+def check_ids(
+    encoder: Encoder, lines: Sequence[str], ids_of: Callable[[list[str]], list[list[int]]], blame: str
+) -> None:
+    """Check that `encoder` gives every line the ids that `ids_of` gives a batch of lines.
+
+    Raises:
+        UserError: `blame`, the first line that differs and from where on it does.
+    """
     for part in _batches(lines):
-        expected = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-        for line, ours, theirs in zip(part, encoder.encode(part).rows(), expected):
-            if ours.tolist() != list(theirs):
-                raise UserError(
-                    f"the fast path and AutoTokenizer differ on the line {line[:80]!r}: {ours[:12].tolist()} and "
-                    f"{list(theirs)[:12]}; the tokenizer in {encoder.folder} must not be used with this program"
-                )
+        for line, row, theirs in zip(part, encoder.encode(part).rows(), ids_of(part)):
+            if (ours := row.tolist()) != theirs:
+                start = next((n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), len(ours))
+                shown = f"{ours[start : start + 8]} and {theirs[start : start + 8]}"
+                raise UserError(f"{blame} differ on the line {line[:80]!r} from token {start} on, {shown}")
 
 
 # ---- lossless ----
@@ -156,7 +167,7 @@ def tokenizer_report(encoder: Encoder, lines: Sequence[str]) -> dict[str, Any]:
         unknown += int((encoded.ids == encoder.unk_id).sum()) if encoder.unk_id is not None else 0
     used[list(encoder.special_ids)] = False
     characters = sum(map(len, lines))
-    ordinary = encoder.vocab_size - len(encoder.special_ids) - encoder.num_reserved
+    ordinary = encoder.vocab_size - len(encoder.special_ids) - len(encoder.reserved_ids)
     return {
         "lines": len(lines),
         "characters": characters,

@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import load_encoder
 from lmscripts.tokenizer.folder import RECORD_FILE, write_json
-from lmscripts.tokenizer.report import DIFFICULT_LINES
+from lmscripts.tokenizer.report import DIFFICULT_LINES, check_ids
 
 SPACE_MARK = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of pieces in a model
@@ -84,7 +84,8 @@ def import_sentencepiece(
     control_mask = special.get("mask_token") if special.get("mask_token") in control else None
     # sentencepiece itself does not read a mask of the kind control out of a text.
     checked = [line for line in (*DIFFICULT_LINES, *lines) if not control_mask or control_mask not in line]
-    _check(folder, model_file, processor, checked)
+    blame = f"{model_file} cannot be taken over: `tokenizers` and sentencepiece"
+    check_ids(load_encoder(folder), checked, processor.encode, blame)
     added = tokenizer.encode("").tokens
     return [
         f"{model_file.name}: {kind}, {len(proto.pieces):,} entries; "
@@ -111,18 +112,6 @@ def _read(model_file: Path) -> tuple[Any, Any]:
         kind = {3: "word", 4: "char"}.get(proto.trainer_spec.model_type, "unknown")
         raise UserError(f"{model_file} is a model of the kind {kind}; unigram and bpe can be taken over")
     return proto, processor
-
-
-def _check(folder: Path, model_file: Path, processor: Any, lines: Sequence[str]) -> None:
-    encoder = load_encoder(folder)
-    for line in lines:
-        ours, theirs = encoder.encode([line]).ids.tolist(), processor.encode(line)
-        if ours != theirs:
-            place = next((n for n, pair in enumerate(itertools.zip_longest(ours, theirs)) if pair[0] != pair[1]), 0)
-            raise UserError(
-                f"{model_file} cannot be taken over: `tokenizers` and sentencepiece differ on the line {line[:80]!r} "
-                f"from token {place} on, {ours[place : place + 8]} and {theirs[place : place + 8]}"
-            )
 
 
 # ---- the tokenizer ----
