@@ -121,7 +121,7 @@ class Trained:
         merges: for bpe, the pairs in the order in which they are joined.
         scores: for unigram, one logarithm of a probability per entry (0 for reserved ones).
         sentencepiece: for unigram, the model in sentencepiece's own format.
-        num_characters: different characters that are kept, and how many the text has.
+        num_characters: different characters that are kept.
         num_text_characters: different characters in the text.
     """
 
@@ -187,15 +187,13 @@ def count_words(files: Sequence[Path]) -> Counter[str]:
     return counts
 
 
-def count_characters(words: Counter[str]) -> tuple[Counter[str], set[str]]:
-    """How often each character occurs, and those that occur behind the first place of a word."""
+def count_characters(words: Counter[str]) -> Counter[str]:
+    """How often each character occurs."""
     counts: Counter[str] = Counter()
-    inside: set[str] = set()
     for word, count in words.items():
         for character in word:
             counts[character] += count
-        inside.update(word[1:])
-    return counts, inside
+    return counts
 
 
 def most_frequent(counts: Counter[str], number: int) -> list[str]:
@@ -238,7 +236,7 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
     """
     room = settings.room()
     words = count_words(files)
-    characters, inside = count_characters(words)
+    characters, inside = count_characters(words), {letter for word in words for letter in word[1:]}
     alphabet = most_frequent(characters, settings.limit_alphabet)
     # Each character takes an entry, and another one where it continues a word.
     entries = itertools.accumulate(1 + (character in inside) for character in alphabet)
@@ -255,7 +253,7 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
 
 def _train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
     """One entry for each of the most frequent characters."""
-    characters, _ = count_characters(count_words(files))
+    characters = count_characters(count_words(files))
     frequent = Counter({key: count for key, count in characters.items() if count >= settings.min_frequency})
     alphabet = most_frequent(frequent, min(settings.limit_alphabet, settings.room()))
     pieces = [*settings.reserved(), *alphabet]
@@ -297,7 +295,7 @@ def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmente
     for unit, count in units.items():
         seen[" ".join(unit.split()).replace("``", '"').replace("''", '"')] += count
     del seen[""]
-    characters, _ = count_characters(seen)
+    characters = count_characters(seen)
     # The mark of a word's beginning takes an entry too.
     alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
     return _run_sentencepiece(seen, settings, characters, alphabet)
@@ -380,7 +378,7 @@ def _train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings)
             f"printable ASCII; --vocab_size is {settings.size}"
         )
     units = _parts(Counter(sampled_lines(files)), _SENTENCEPIECE_MARKS)
-    characters, _ = count_characters(units)
+    characters = count_characters(units)
     frequent = most_frequent(characters, min(settings.limit_alphabet, settings.size - fixed))
     kept = {" ", *PRINTABLE_ASCII, *frequent}
     # sentencepiece refuses a text of which the alphabet covers less than 98 %, so it gets that which is covered.
@@ -410,7 +408,7 @@ def _parts(units: Counter[str], separators: Iterable[str]) -> Counter[str]:
 
 def _train_pieces(units: Counter[str], settings: VocabularySettings) -> dict[str, float]:
     """The ordinary pieces that sentencepiece finds, the best ones first, with the logarithms of their probabilities."""
-    characters, _ = count_characters(units)
+    characters = count_characters(units)
     if not characters:
         return {}
     try:
