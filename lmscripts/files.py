@@ -81,11 +81,12 @@ def _beside(path: Path) -> tuple[Path, Path, int | None]:
 def sync_folder(folder: Path) -> None:
     """Flush every file of a folder and the folder entries themselves to the disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(folder)
+        fsync(path)
+    fsync(folder)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,9 +122,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         give_usual_modes(aside)
         sync_folder(aside)
         os.rename(aside, folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """As `new_folder`, but an earlier folder is replaced, by the whole new one, when the block has ended well."""
+    new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    remove_leftovers(new)
+    with new_folder(new) as aside:
+        yield aside
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

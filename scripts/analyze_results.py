@@ -13,6 +13,7 @@ into; documents that the split kept together (a group, equal texts) are drawn to
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,9 @@ from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option, parse_options
 
 if TYPE_CHECKING:
-    from lmscripts.evaluation.comparison import Predictions, Run
+    from lmscripts.evaluation.comparison import Run
+
+    Versus = Callable[[Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Options:
     resamples: int = option(2000, help="samples of the test documents behind each interval")
     seed: int = option(0, help="of the samples, and of the training documents that baselines see")
     most_wrong: int = option(20, help="wrong documents to show with their text")
+    spreadsheet_safe: bool = option(False, help="tables for a spreadsheet: no cell is a formula, with a BOM")
     baselines: bool = option(True, help="fit TF-IDF and logistic regression on the same split")
     baseline_documents: int = option(20_000, help="training documents that baselines see at most")
 
@@ -59,12 +63,9 @@ def main() -> None:
 
 def analyze(options: Options) -> None:
     """Read one run or two, compute everything, write the report."""
-    import matplotlib
-
-    from lmscripts.evaluation import comparison, mistakes, report
+    from lmscripts.evaluation import comparison, report
     from lmscripts.evaluation.charts import draw_all
 
-    matplotlib.use("Agg")
     files = [Path(name) for name in options.input_file]
     run, other = comparison.read_results(files[0], options.run), None
     if len(files) > 1 or options.other_run is not None:
@@ -74,81 +75,90 @@ def analyze(options: Options) -> None:
             raise UserError(f"both are run {run.record['run_id']} of {run.file}: choose another with --other_run")
     folder = Path(options.output_dir) if options.output_dir else run.file.with_name(f"{run.file.stem}_report")
 
-    numbers, samples = numbers_of(run, options)
-    add_baselines(numbers, samples, run, options)
+    notices: list[str] = []
+    decided, thresholds = decide(run, notices)
+    if options.level not in decided:
+        raise UserError(f"{run} has no predictions of fragments")
+    numbers, versus = numbers_of(run, decided, options)
+    numbers |= {"thresholds": thresholds, "notices": notices}
+    add_confidence(numbers, run)
+    add_notices(numbers, run)
+    add_baselines(numbers, versus, run, options)
     if other is not None:
-        add_comparison(numbers, run, other, options)
-    numbers["wrong"], wrong = mistakes.find_mistakes(run, decide(run, "document", [])[0], options.most_wrong)
+        add_comparison(numbers, versus, run, other)
+    numbers["wrong"], wrong = report.find_mistakes(run, decided["document"], options.most_wrong)
     charts, images = draw_all(numbers)
     name = f"run_{run.record['run_id']}" + ("" if other is None else f"_and_{other.record['run_id']}")
     page = report.page(numbers, charts, wrong)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / f"{name}.html", page.encode("utf-8"))
-    text = json.dumps(numbers, ensure_ascii=False, indent=1, allow_nan=False)
-    write(folder / f"{name}.json", f"{text}\n".encode())
-    tables = {"wrong": mistakes.wrong_table(numbers)}
+    tables = {"wrong": report.wrong_table(numbers)}
     tables |= {} if run.multi_label else {"confusion": report.confusion_table(numbers)}
-    for table, rows in tables.items():
-        write(folder / f"{name}_{table}.csv", report.csv_text(rows).encode("utf-8-sig"))
-    for chart, image in images.items():
-        write(folder / f"{name}_{chart}.png", image)
-    print(summary(numbers))
-    print(f"report: {folder / f'{name}.html'}")
+    text = json.dumps(numbers, ensure_ascii=False, indent=1, allow_nan=False)
+    contents = {".html": page.encode(), ".json": f"{text}\n".encode()}
+    contents |= {
+        f"_{table}.csv": report.csv_text(rows, options.spreadsheet_safe).encode() for table, rows in tables.items()
+    }
+    contents |= {f"_{chart}.png": image for chart, image in images.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending, content in contents.items():  # written aside: an earlier report is never half overwritten
+        aside = folder / f".{name}{ending}.part"
+        aside.write_bytes(content)
+        aside.replace(folder / f"{name}{ending}")
+    print(report.summary(numbers), f"report: {folder / f'{name}.html'}", sep="\n")
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
 
-def decide(run: Run, level: str, notices: list[str]) -> tuple[Any, Any]:
-    """(N, K) labels given to test documents or fragments, and the thresholds behind them; None for one label each."""
+def decide(run: Run, notices: list[str]) -> tuple[dict[str, Any], list[float] | None]:
+    """Labels given to test documents and fragments, {level: (N, K)}, and the thresholds where there are any."""
     from lmscripts.evaluation.calibration import choose_thresholds, decisions
 
     thresholds, validation = None, run.predictions.get(("validation", "document"))
     if run.multi_label:
         tuned_on = None if validation is None else (validation.probabilities, validation.truth)
         thresholds, notice = choose_thresholds(run.record["facts"].get("thresholds"), run.labels, tuned_on)
-        if notice and notice not in notices:
-            notices.append(notice)
-    return decisions(run.predictions["test", level].probabilities, thresholds), thresholds
+        notices += [notice] if notice and notice not in notices else []
+    tested = {level: found.probabilities for (part, level), found in run.predictions.items() if part == "test"}
+    decided = {level: decisions(probabilities, thresholds) for level, probabilities in tested.items()}
+    return decided, None if thresholds is None else thresholds.tolist()
 
 
-def numbers_of(run: Run, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything about one run in values for JSON, and the resampled metrics of its documents."""
+def numbers_of(run: Run, decided: dict[str, Any], options: Options) -> tuple[dict[str, Any], Versus]:
+    """Everything about one run in values for JSON, and what compares another's decisions with its own."""
     import numpy as np
 
-    from lmscripts.evaluation.comparison import units_of
-    from lmscripts.evaluation.metrics import by_row, confusion_matrix, measured, plain
+    from lmscripts.evaluation.comparison import mcnemar, units_of
+    from lmscripts.evaluation.metrics import by_row, confusion_matrix, differences, measured, plain
 
-    notices: list[str] = []
-    if options.level == "fragment" and ("test", "fragment") not in run.predictions:
-        raise UserError(f"run {run.record['run_id']} in {run.file} has no predictions of fragments")
-    tested = run.predictions["test", "document"].doc_ids
-    units = units_of(run, tested)
-    levels: dict[str, Any] = {}
-    samples: dict[str, Any] = {}
-    for level in ("document", "fragment"):
-        if (found := run.predictions.get(("test", level))) is None:
-            continue
-        decided, _ = decide(run, level, notices)
-        drawn_together = units[np.searchsorted(tested, found.doc_ids)]
-        arguments = (found.truth, decided, drawn_together, run.multi_label, options.resamples, options.seed)
-        judged, drawn = measured(*arguments)
+    test = run.predictions["test", "document"]
+    units, levels, samples = units_of(run, test.doc_ids), dict[str, Any](), dict[str, Any]()
+    settings = (run.multi_label, options.resamples, options.seed)
+    for level, given in decided.items():
+        found = run.predictions["test", level]
+        drawn_together = units[np.searchsorted(test.doc_ids, found.doc_ids)]
+        judged, samples[level] = measured(found.truth, given, drawn_together, *settings)
         levels[level] = {"documents": len(np.unique(found.doc_ids)), **judged}
-        samples = samples or drawn
         if not run.multi_label:
-            matrix = confusion_matrix(found.truth.argmax(1), decided.argmax(1), len(run.labels))
+            matrix = confusion_matrix(found.truth.argmax(1), given.argmax(1), len(run.labels))
             levels[level] |= {"confusion": plain(matrix), "confusion_by_row": plain(by_row(matrix))}
+
+    def versus(given: Any) -> dict[str, Any]:
+        """Other decisions on the same documents and the same samples of them, and what this run is better by."""
+        judged, drawn = measured(test.truth, given, units, *settings)
+        gaps = differences(levels["document"]["metrics"], judged["metrics"], samples["document"], drawn)
+        right = ((one == test.truth).all(1) for one in (decided["document"], given))
+        return {"metrics": judged["metrics"], "difference": gaps, "mcnemar": mcnemar(*right)}
+
     split = {part: {"documents": len(flags), "labels": plain(flags.sum(0))} for part, flags in run.part_truth.items()}
     times = {name: run.record[name] for name in ("started", "ended") if run.record[name] is not None}
     shown = {name: datetime.fromtimestamp(at).astimezone().isoformat(" ", "seconds") for name, at in times.items()}
-    numbers = {
+    return {
         "format": 2,
         "database": run.file.name,
         "run": plain({**run.record, **shown}),
         "data": plain(run.meta),
         "labels": list(run.labels),
         "multi_label": run.multi_label,
-        "thresholds": plain(decide(run, "document", [])[1]),
         "split": split,
         "epochs": plain(run.epochs),
         "level": options.level,
@@ -158,17 +168,14 @@ def numbers_of(run: Run, options: Options) -> tuple[dict[str, Any], dict[str, An
         "stored_metrics": plain({f"{level} {name}": value for (level, name), value in run.stored_metrics.items()}),
         "baselines": [],
         "comparison": None,
-        "notices": notices,
-    }
-    add_confidence(numbers, run, run.predictions["test", options.level])
-    add_notices(numbers, run)
-    return numbers, samples
+    }, versus
 
 
-def add_confidence(numbers: dict[str, Any], run: Run, found: Predictions) -> None:
+def add_confidence(numbers: dict[str, Any], run: Run) -> None:
     """Calibration before and after the temperature, and accuracy over coverage."""
     from lmscripts.evaluation import calibration
 
+    found = run.predictions["test", numbers["level"]]
     labels = found.truth if run.multi_label else found.truth.argmax(1)
     before = None if found.logits is None else calibration.probabilities_of(found.logits, run.multi_label)
     numbers["calibration"] = {
@@ -176,20 +183,25 @@ def add_confidence(numbers: dict[str, Any], run: Run, found: Predictions) -> Non
         "before": None if before is None else calibration.judged(before, labels),
         "after": calibration.judged(found.probabilities, labels),
     }
-    numbers["coverage"], numbers["coverage_curve"] = [], None
-    if not run.multi_label:
-        numbers["coverage"], numbers["coverage_curve"] = calibration.coverage_points(found.probabilities, labels)
+    points = ([], None) if run.multi_label else calibration.coverage_points(found.probabilities, labels)
+    numbers["coverage"], numbers["coverage_curve"] = points
 
 
 def add_notices(numbers: dict[str, Any], run: Run) -> None:
     """What a reader must know before believing a number."""
     notices, tested = numbers["notices"], numbers["levels"]["document"]
-    absent = [label for label, found in zip(run.labels, tested["per_label"], strict=True) if not found["support"]]
+    labels = dict(zip(run.labels, tested["per_label"], strict=True))
+    absent = [label for label, found in labels.items() if not found["support"]]
+    given = [label for label, found in labels.items() if found["predicted"]]
     if absent:
         more = f" or one of {len(absent) - 5:,} others" if len(absent) > 5 else ""
         notices.append(f"No test document has the label {' or '.join(map(repr, absent[:5]))}{more}.")
-    if not run.multi_label and len(run.labels) - len(absent) == 1:
+    if len(labels) - len(absent) > 1 == len(given):
+        notices.append(f"The run gives no test document another label than {given[0]!r}: it does not tell them apart.")
+    elif not run.multi_label and len(labels) - len(absent) == 1:
         notices.append("All test documents have one label: only accuracy says something.")
+    if run.record["facts"].get("best_epoch") == max((record["epoch"] for record in run.epochs), default=0) > 0:
+        notices.append("The best epoch was the last one: more epochs may make it better.")
     documents, units = tested["documents"], tested["units"]
     if units == 1:
         what = "There is one test document" if documents == 1 else f"All {documents:,} test documents are of one group"
@@ -204,98 +216,53 @@ def add_notices(numbers: dict[str, Any], run: Run) -> None:
         )
     if lacking := len(set(run.parts["test"].tolist()) - set(run.predictions["test", "document"].doc_ids.tolist())):
         notices.append(f"{lacking:,} of {len(run.parts['test']):,} documents of the test part have no prediction.")
-    if len({int(doc) for part in run.parts.values() for doc in part}) < sum(map(len, run.parts.values())):
-        notices.append("Some documents are in two parts of the split: the numbers are too good.")
     for (level, name), value in run.stored_metrics.items():
         now = numbers["levels"].get(level, {}).get("metrics", {}).get(name, {}).get("value")
         if now is not None and value is not None and abs(now - value) > 1e-6:
             notices.append(f"The run wrote down {name} {value:.4f} of {level}s; its predictions give {now:.4f}.")
 
 
-def add_baselines(numbers: dict[str, Any], samples: dict[str, Any], run: Run, options: Options) -> None:
+def add_baselines(numbers: dict[str, Any], versus: Versus, run: Run, options: Options) -> None:
     """Simple classifiers on the same split, judged on the same documents and the same samples of them."""
-    from lmscripts.evaluation import baselines, comparison
-    from lmscripts.evaluation.metrics import differences, measured
+    from lmscripts.evaluation import baselines
 
-    test, trained = run.predictions["test", "document"], len(run.parts["train"])
+    notices, trained = numbers["notices"], len(run.parts["train"])
     if not trained:
-        numbers["notices"].append("The split has no training part: there are no baselines.")
+        notices.append("The split has no training part: there are no baselines.")
         return
-    found = {"most frequent label": baselines.majority_decisions(run.part_truth["train"], len(test.doc_ids))}
+    rows = len(run.predictions["test", "document"].doc_ids)
+    found = {"most frequent label": baselines.majority_decisions(run.part_truth["train"], rows)}
     if options.baselines:
         learnt, seen = baselines.baseline_decisions(run, options.baseline_documents, options.seed)
         found |= learnt
         if seen < trained:
-            numbers["notices"].append(f"The TF-IDF baselines saw {seen:,} of {trained:,} training documents.")
-    own = numbers["levels"]["document"]["metrics"]
-    right = (decide(run, "document", [])[0] == test.truth).all(1)
-    settings = (comparison.units_of(run, test.doc_ids), run.multi_label, options.resamples, options.seed)
-    for name, decided in found.items():
-        judged, drawn = measured(test.truth, decided, *settings)
-        gaps = differences(own, judged["metrics"], samples, drawn)
-        row = {"name": name, "metrics": judged["metrics"], "difference": gaps}
-        numbers["baselines"].append(row | {"mcnemar": comparison.mcnemar(right, (decided == test.truth).all(1))})
-        gap = next(iter(gaps.values()))["interval"]
+            notices.append(f"The TF-IDF baselines saw {seen:,} of {trained:,} training documents.")
+    numbers["baselines"] = [{"name": name, **versus(decided)} for name, decided in found.items()]
+    for baseline in numbers["baselines"]:
+        gap = next(iter(baseline["difference"].values()))["interval"]
         if gap is not None and gap[1] < 0:
-            numbers["notices"].append(f"{name} is better than this run.")
+            notices.append(f"{baseline['name']} is better than this run.")
 
 
-def add_comparison(numbers: dict[str, Any], run: Run, other: Run, options: Options) -> None:
+def add_comparison(numbers: dict[str, Any], versus: Versus, run: Run, other: Run) -> None:
     """Another run on the same test documents: paired differences, McNemar's test, options that differ."""
-    from lmscripts.evaluation import comparison
-    from lmscripts.evaluation.metrics import differences, measured, plain
+    from lmscripts.evaluation.comparison import places_of_same
+    from lmscripts.evaluation.metrics import plain
 
-    places = comparison.places_of_same(run, other)
+    places = places_of_same(run, other)
     columns = [other.labels.index(label) for label in run.labels]
-    test, judged = run.predictions["test", "document"], []
-    settings = (comparison.units_of(run, test.doc_ids), run.multi_label, options.resamples, options.seed)
-    for decided in (
-        decide(run, "document", [])[0],
-        decide(other, "document", numbers["notices"])[0][places][:, columns],
-    ):
-        judged.append(((decided == test.truth).all(1), *measured(test.truth, decided, *settings)))
-    (right, first, drawn), (other_right, second, other_drawn) = judged
+    found = versus(decide(other, numbers["notices"])[0]["document"][places][:, columns])
     given = run.record["options"], other.record["options"]
     changed = [[name, *(str(one.get(name, "–")) for one in given)] for name in sorted({*given[0], *given[1]})]
     numbers["comparison"] = {
         "database": other.file.name,
         "run": {name: plain(other.record[name]) for name in ("run_id", "name", "options", "facts")},
-        "first": first["metrics"],
-        "second": second["metrics"],
-        "difference": differences(first["metrics"], second["metrics"], drawn, other_drawn),
-        "mcnemar": comparison.mcnemar(right, other_right),
+        "first": numbers["levels"]["document"]["metrics"],
+        "second": found["metrics"],
+        "difference": found["difference"],
+        "mcnemar": found["mcnemar"],
         "options": [row for row in changed if row[1] != row[2]],
     }
-
-
-# ---- what is written ---------------------------------------------------------------------------------------------
-
-
-def write(file: Path, content: bytes) -> None:
-    """Write aside and rename, so that an earlier report is never half overwritten."""
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_bytes(content)
-    aside.replace(file)
-
-
-def summary(numbers: dict[str, Any]) -> str:
-    """The main numbers for the terminal."""
-    from lmscripts.evaluation.report import METRICS, with_interval
-
-    judged = {f"{found['rows']:,} {level}s": found for level, found in numbers["levels"].items()}
-    judged |= {baseline["name"]: baseline for baseline in numbers["baselines"]}
-    first, *others = numbers["levels"]["document"]["metrics"]
-    rows = [["", METRICS[first], *(METRICS[name] for name in others)]]
-    for title, found in judged.items():
-        alone = ({**found["metrics"][name], "interval": None} for name in others)
-        rows.append([title, with_interval(first, found["metrics"][first]), *map(with_interval, others, alone)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-    if other := numbers["comparison"]:
-        name = next(iter(other["first"]))
-        gap = with_interval(name, other["difference"][name], signed=True)
-        lines.append(f"{METRICS[name]}, this run less the other: {gap}; McNemar's test p = {other['mcnemar']['p']:.3g}")
-    return "\n".join([*lines, *(f"note: {notice}" for notice in numbers["notices"])])
 
 
 if __name__ == "__main__":

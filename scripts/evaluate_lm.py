@@ -20,8 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
+from lmscripts import objectives
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.files import write_text
+from lmscripts.options import lightning
 from lmscripts.options.checks import check_numbers, check_useless
 from lmscripts.options.parsing import option, parse_options
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lmscripts.data.preparation import Source
     from lmscripts.data.token_store import Part, TokenStore
     from lmscripts.models.saved import SavedModel
+    from lmscripts.text.records import TableOptions
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Options:
 
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence", group="text")
     text_column: str | None = option(None, help="column of tables and JSON lines; default: text", group="text")
+    delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="text")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes", group="text")
+    input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
+        None, help="of every file; default: by its name, and JSON lines by their content", group="text"
+    )
     line_ends: Literal["keep", "drop"] | None = option(
         None, help="causal: line ends and white space around lines; default: as prepare_corpus.py", group="text"
     )
@@ -77,7 +85,7 @@ class Options:
             raise UserError(f"--mask_probability must lie between 0 and 1, got {self.mask_probability}")
 
 
-RENAMED = {"sequence_length": "block_size", "ckpt_path": "model_dir", "test_file": "input_file"}
+RENAMED = {"sequence_length": "block_size", **lightning.RENAMED_IN_EVALUATION}
 
 
 def main() -> None:
@@ -105,7 +113,6 @@ def evaluate(options: Options) -> None:
     import torch
     from transformers import AutoTokenizer, logging
 
-    from lmscripts.data.pretraining import open_family_rows
     from lmscripts.evaluation import sums as evaluation
     from lmscripts.models import saved as saved_models
     from lmscripts.training import processes as distributed
@@ -115,18 +122,20 @@ def evaluate(options: Options) -> None:
     logging.disable_progress_bar()
     if options.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--precision fp16 needs a GPU, and this machine shows none: take fp32 or bf16")
-    text = evaluation.text_facts(files, options.text_column, options.document_per_line)
-    saved = saved_models.open_model(options.model_dir, options.generator_dir, options.tokenizer_dir)
+    text = evaluation.text_facts(files, table_of(options), options.document_per_line)
+    scored = [name for name in objectives.names() if hasattr(objectives.objective(name), "SCORES")]
+    saved = saved_models.open_model(options.model_dir, scored, options.generator_dir, options.tokenizer_dir)
+    kind = objectives.objective(saved.objective)
     chosen = choose(options, saved)
     if saved.untrained and options.require_trained:
         raise UserError(
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
 
-    with evaluation.temporary_store(source_of(options, files, saved), options.num_workers) as store:
+    with evaluation.temporary_store(source_of(options, saved), options.num_workers) as store:
         tokenizer, rows = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True), None
-        if saved.kind != "causal":
-            rows = open_family_rows(store, "train", saved.family, tokenizer, chosen["block_size"], "isolated")
+        if kind.SCORES == "masks":
+            rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
         accelerator = distributed.start_processes(mixed_precision=options.precision.replace("fp32", "no"))
         if (device := accelerator.device.type) == "cpu":
             torch.set_num_threads(options.cpu_threads)
@@ -138,7 +147,7 @@ def evaluate(options: Options) -> None:
             model.to(accelerator.device)
         counts = {name: store.manifest["parts"]["train"][name] for name in ("documents", "tokens", "text_bytes")}
         counts["raw_bytes"] = sum(file["bytes"] for file in text)
-        score = score_causal if saved.kind == "causal" else score_masked
+        score = score_masked if kind.SCORES == "masks" else score_causal
         metrics, found = score(accelerator, saved, (store.part("train"), rows, tokenizer), chosen, counts)
         check_finite(saved, metrics, options.precision)
         chosen["line_ends"], read = store.manifest["options"].get("line_ends", "drop"), store.manifest["text"]
@@ -171,21 +180,22 @@ def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     """The options that decide the numbers, with defaults filled in; refuses those without effect on this model."""
     from lmscripts.evaluation import sums as evaluation
 
-    kinds = {"causal": "a causal model", "masked": "a masked language model", "electra": "ELECTRA's pair"}
-    why = f"on {kinds[saved.kind]} ({saved.model_type})"
+    kind = objectives.objective(saved.objective)
+    why = f"on {kind.TITLE} ({saved.model_type})"
     given, chosen = vars(options), {"batch_size": options.batch_size, "precision": options.precision}
     chosen |= {"document_per_line": options.document_per_line}
-    chosen |= {"text_column": options.text_column or evaluation.TEXT_COLUMN}
+    chosen |= {"text_column": options.text_column or "text"}
+    chosen |= {n: given[n] for n in ("delimiter", "quotes", "input_format") if given[n] not in (None, True)}
     chosen["block_size"] = size = options.block_size or saved.longest
     if size is None:
         raise UserError(f"the configuration of {saved.name} does not say its longest input: give --block_size")
     if saved.longest is not None and size > saved.longest:
         raise UserError(f"--block_size {size} is longer than the {saved.longest} positions of {saved.name}")
-    if saved.kind != "causal" and size < evaluation.SHORTEST_ROW:
+    if kind.SCORES == "masks" and size < evaluation.SHORTEST_ROW:
         raise UserError(f"--block_size {size} is too short {why}: it must be at least {evaluation.SHORTEST_ROW}")
-    if options.pseudo_perplexity and saved.kind != "masked":
+    if options.pseudo_perplexity and (kind.SCORES != "masks" or len(saved.models) > 1):
         raise UserError(f"--pseudo_perplexity has no effect {why}: it is for one masked language model")
-    if saved.kind == "causal":
+    if kind.SCORES == "windows":
         check_useless(given, why, "mask_unit", "mask_probability")
         chosen["stride"] = stride = options.stride or size
         if stride > size:
@@ -196,18 +206,24 @@ def choose(options: Options, saved: SavedModel) -> dict[str, Any]:
     return chosen | {name: given[name] for name in ("pseudo_perplexity", "max_documents")}
 
 
-def source_of(options: Options, files: list[Path], saved: SavedModel) -> Source:
+def table_of(options: Options) -> TableOptions:
+    """How tables of texts are read."""
+    from lmscripts.text.records import corpus_table
+
+    return corpus_table(options.text_column, options.delimiter, options.quotes, options.input_format)
+
+
+def source_of(options: Options, saved: SavedModel) -> Source:
     """The text, all of it, as the model reads it."""
     from lmscripts.data.preparation import Source
-    from lmscripts.evaluation.sums import TEXT_COLUMN
 
     return Source(
-        tuple(map(str, files)),
+        options.input_file,
         saved.encoder.folder,
         validation_fraction=0.0,
         document_per_line=options.document_per_line,
-        text_column=options.text_column or TEXT_COLUMN,
-        line_ends=options.line_ends if saved.kind == "causal" else "drop",
+        table=table_of(options),
+        line_ends=options.line_ends if objectives.objective(saved.objective).SCORES == "windows" else "drop",
     )
 
 
@@ -239,23 +255,20 @@ def score_masked(
     accelerator: Accelerator, saved: SavedModel, opened: Opened, chosen: dict[str, Any], counts: Numbers
 ) -> Scores:
     """What the family's objective measures on fixed masks; on demand the pseudo-perplexity."""
-    from lmscripts import objectives
-    from lmscripts.data.pretraining import special_ids
     from lmscripts.evaluation import scoring
+    from lmscripts.objectives.masked import special_ids
 
     part, rows, tokenizer = opened
-    if saved.kind == "electra":
-        objective = objectives.build("electra", saved.models, "sdpa")
-    else:
-        objective = objectives.MaskedLanguageModel(saved.models[""], saved.family, "sdpa")
+    masks = {"mask_unit": chosen["mask_unit"], "mask_probability": (chosen["mask_probability"],)}
+    kind = objectives.objective(saved.objective)
+    objective = objectives.trained(saved.objective, saved.family, saved.models, "sdpa", kind.Settings(**masks))
     settings = {"batch_size": chosen["batch_size"], "unknown_id": scoring.unknown_id(tokenizer)}
-    masks = {"unit": chosen["mask_unit"], "probability": chosen["mask_probability"]}
-    masks |= {**settings, "progress": Progress(accelerator, "rows")}
-    metrics, targets = scoring.score_masks(accelerator, objective, rows, tokenizer, **masks)
+    progress = Progress(accelerator, "rows")
+    metrics, targets = scoring.score_masks(accelerator, objective, rows, tokenizer, **settings, progress=progress)
     metrics["unknown_share"] = targets["unknown"] / targets["mlm"]
     found: Numbers = {"rows": rows.num_rows, "masked": int(targets["mlm"])}
     found["unknown_tokens"] = int(targets["unknown"])
-    if saved.kind == "electra":
+    if "rtd" in targets:
         found["judged"] = int(targets["rtd"])
     if chosen["pseudo_perplexity"]:
         sizes = {**settings, "block_size": chosen["block_size"], "progress": Progress(accelerator, "masks")}
@@ -320,9 +333,9 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 def describe(saved: SavedModel) -> dict[str, Any]:
     """The model in plain values."""
-    from lmscripts.models import num_parameters
+    from lmscripts.models.building import num_parameters
 
-    facts: dict[str, Any] = {"name": saved.name, "type": saved.model_type, "kind": saved.kind, "step": saved.step}
+    facts: dict[str, Any] = {"name": saved.name, "type": saved.model_type, "kind": saved.objective, "step": saved.step}
     facts |= {"parameters": num_parameters(saved.models), "weights_sha256": saved.weights}
     return facts | {"tokenizer": saved.encoder.description, "notices": saved.notices}
 

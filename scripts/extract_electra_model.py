@@ -92,11 +92,12 @@ def open_preset(options: Options) -> Preset | None:
     """The preset to compare with, if one is named."""
     if options.model_type is None:
         return None
-    from lmscripts.options.presets import family_of, load_preset
+    from lmscripts.options.presets import FAMILIES, default_parameter_file, family_of, load_preset
 
     if (family := family_of(options.model_type)) != "electra":
         raise UserError(f"--model_type {options.model_type} is a preset of the family {family}, not electra")
-    return load_preset(options.parameter_file or PRESETS, options.model_type, families=("electra",))
+    file, known = options.parameter_file or default_parameter_file(), {"electra": FAMILIES["electra"]}
+    return load_preset(file, options.model_type, families=known)
 
 
 # ---- model cards -------------------------------------------------------------------------------------------------

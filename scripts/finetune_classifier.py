@@ -20,13 +20,20 @@ from time import monotonic
 from typing import Literal
 
 from lmscripts.errors import UserError, leave, user_errors
+from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import dump_options, option, parse_options
-from lmscripts.training.classifier_checks import check_options
+from lmscripts.training.classifier_checks import check_metric, check_shares
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
 Metric = Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "mcc"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+POSITIVE = [
+    "epochs", "patience", "lora_rank", "batch_size", "micro_batch_size", "learning_rate", "save_steps",
+    "keep_last", "stop_at_step", "max_length", "num_workers", "logging_steps", "expected_processes", "timeout"
+]  # fmt: skip
+NOT_NEGATIVE = ["weight_decay", "max_grad_norm", "seed", "split_seed", "overlap", "max_words"]
+BELOW_ONE = ["dropout", "label_smoothing", "warmup_share"]
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
@@ -91,6 +98,9 @@ class Options:
 
     output_dir: str | None = option(None, help="folder of the results; default: beside the table", group="run")
     run_name: str | None = option(None, help="NAME in the names of the results; default: the table's", group="run")
+    spreadsheet_safe: bool = option(
+        False, help="tables for a spreadsheet: no cell is a formula, with a BOM", group="run"
+    )
     logfile: str | None = option(None, help="also write what is shown to this file", short="f", group="run")
     do_continue: bool = option(False, help="go on from the newest whole checkpoint", group="run")
     dry_run: bool = option(False, help="build the database, print the plan and exit", group="run")
@@ -109,7 +119,14 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
-        check_options(vars(self))
+        check_numbers(vars(self), positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
+        check_metric(self.metric, bool(self.separator))
+        if self.split_column or self.validation_file or self.test_file:
+            check_shares(vars(self))
+        if self.lora_rank and self.from_scratch:
+            raise UserError("--lora_rank adds to trained weights, and --from_scratch has none: give one of them")
+        if self.split_column and (self.validation_file or self.test_file):
+            raise UserError("give --split_column, or a file for each part, not both")
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
@@ -125,12 +142,12 @@ def main() -> None:
 def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     """The whole run; ends the process with its exit code. What `at_errors` is given is told of an error."""
     import torch
+    from lmscripts.data.loader import Prefetcher, to_device
     from tqdm import tqdm
     from transformers import logging
 
     from lmscripts.counters import stream_key
     from lmscripts.data import labelled_rows as batches
-    from lmscripts.data.loader import Prefetcher, to_device
     from lmscripts.evaluation import judging, progress, results
     from lmscripts.models import classifier, lora
     from lmscripts.objectives.labels import ClassifierObjective, step_scale
@@ -163,7 +180,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
             note(*task.sentences())
         return
     folder = Path(options.output_dir) if options.output_dir else Path(options.input_file).parent
-    files = results.ResultFiles(folder, options.run_name or task.database.path.stem)
+    files = results.ResultFiles(folder, options.run_name or task.database.path.stem, options.spreadsheet_safe)
     run_dir = files.training
     accelerator = distributed.start_processes(
         mixed_precision=distributed.choose_precision(None, 0, False, options.precision),

@@ -41,6 +41,7 @@ class Options:
     )
     output_file: str = option("-", help="csv or jsonl by its name; - is standard output, as csv", short="o")
     output_format: Literal["csv", "jsonl"] | None = option(None, help="default: by the name of the output")
+    spreadsheet_safe: bool = option(False, help="csv for a spreadsheet: no cell is a formula, with a BOM")
     text: str = option("text", help="column of the texts in a table", short="t")
     id_column: str | None = option(None, help="column that names a text; default: its line is its name")
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header")
@@ -78,6 +79,7 @@ def predict(options: Options) -> None:
     from transformers import logging
 
     from lmscripts.evaluation.applying import Classifier, check_input_options, in_batches, read_texts
+    from lmscripts.evaluation.report import csv_text
     from lmscripts.models.classifier import open_classifier
     from lmscripts.text.records import TableOptions
 
@@ -100,12 +102,16 @@ def predict(options: Options) -> None:
     num_texts = num_silent = 0
     with output(target) as file:
         if not is_json:
-            file.write(csv_line([*head(with_names), *(f"probability of {label}" for label in classifier.labels)]))
+            columns = [*head(with_names), *(f"probability of {label}" for label in classifier.labels)]
+            file.write(csv_text([columns], options.spreadsheet_safe))
         for texts in batches:
             answers = classifier.answer(texts)
             for answer in answers:
-                as_line = (answer, classifier.labels, with_names, settings.separator)
-                file.write(as_json(*as_line[:2]) if is_json else as_csv(*as_line))
+                if is_json:
+                    file.write(as_json(answer, classifier.labels))
+                else:
+                    row = as_row(answer, classifier.labels, with_names, settings.separator)
+                    file.write(csv_text([row], options.spreadsheet_safe, begins_file=False))
             file.flush()
             num_texts, num_silent = num_texts + len(answers), num_silent + sum(bool(a.note) for a in answers)
     where = "" if target is None else f", in {target}"
@@ -154,18 +160,11 @@ def head(with_names: bool) -> list[str]:
     return ["line", *(["name"] if with_names else []), "label", "fragments", "note"]
 
 
-def csv_line(cells: list[object]) -> str:
-    """One line of CSV in which no cell is a formula."""
-    from lmscripts.evaluation.report import csv_text
-
-    return csv_text([cells])
-
-
-def as_csv(answer: Answer, labels: list[str], with_names: bool, between: str) -> str:
-    """An answer as a line of CSV; labels of a text that has several stand with the separator of their table between."""
+def as_row(answer: Answer, labels: list[str], with_names: bool, between: str) -> list[object]:
+    """An answer as a row of CSV; labels of a text that has several stand with the separator of their table between."""
     names = [answer.text.name] if with_names else []
     shown = [f"{value:.6f}" for value in answer.probabilities] or [""] * len(labels)
-    return csv_line([answer.text.line, *names, between.join(answer.labels), answer.num_fragments, answer.note, *shown])
+    return [answer.text.line, *names, between.join(answer.labels), answer.num_fragments, answer.note, *shown]
 
 
 def as_json(answer: Answer, labels: list[str]) -> str:

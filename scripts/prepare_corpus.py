@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.options.language_pretraining import PREPARATION
 from lmscripts.options.parsing import option, parse_options_with_origin
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class Options:
     max_documents: int | None = option(None, help="read no more than so many documents")
     document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence")
     text_column: str = option("text", help="column of tables and JSON lines that holds the text")
+    delimiter: str | None = option(None, help="of csv and tsv; default: found in the header")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes")
+    input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
+        None, help="of every file; default: by its name, and JSON lines by their content"
+    )
     line_ends: Literal["keep", "drop"] | None = option(
         None,
         help="and white space around lines: for the model to learn or not; default: keep if the tokenizer is causal",
@@ -48,8 +54,7 @@ class Options:
 
 def main() -> None:
     """Parse, then build or inspect."""
-    renamed = {"input_corpus": "input_file"}
-    options, origins = parse_options_with_origin(Options, description=__doc__ or "", renamed=renamed)
+    options, origins = parse_options_with_origin(Options, description=__doc__ or "", **PREPARATION)
     with user_errors():
         if options.inspect is not None:
             if ignored := [n for n, origin in origins.items() if origin == "command line" and n != "inspect"]:
@@ -66,6 +71,7 @@ def build(options: Options) -> None:
     if missing := [name for name, value in given.items() if not value]:
         raise UserError(f"{missing[0]} is missing (or give --inspect STORE)")
     from lmscripts.data.preparation import Source, prepare_store
+    from lmscripts.text.records import corpus_table
     from lmscripts.text.report import TextReport
     from lmscripts.tokenizer.encoder import find_tokenizer
 
@@ -76,7 +82,7 @@ def build(options: Options) -> None:
         validation_files=options.validation_file,
         max_documents=options.max_documents,
         document_per_line=options.document_per_line,
-        text_column=options.text_column,
+        table=corpus_table(options.text_column, options.delimiter, options.quotes, options.input_format),
         line_ends=options.line_ends,
     )
     output, began = Path(str(options.output_dir)), time.monotonic()

@@ -26,9 +26,11 @@ from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
 from lmscripts.options.checks import check_numbers
+from lmscripts.options.language_pretraining import TOKENIZER
 from lmscripts.options.parsing import option, parse_options_with_origin
 
 if TYPE_CHECKING:
+    from lmscripts.text.records import TableOptions
     from lmscripts.text.report import TextReport
     from lmscripts.text.words import WordTokenizer
     from lmscripts.tokenizer.training import Trained, VocabularySettings
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
 IMPORTING = ("from_sentencepiece", "input_file", "document_format", "text_column", "model_max_length", *EXTENDING[2:])
+IMPORTING += ("delimiter", "quotes", "input_format")
 # What does not decide the tokenizer that is trained.
 ELSEWHERE = ("input_file", "model_dir", "overwrite", "intermediate_dir", "num_files", "num_workers")
 ELSEWHERE += ("extend_tokenizer_dir", "new_words_file", "from_sentencepiece")
@@ -58,6 +61,11 @@ class Options:
         "blank_line", help="of txt: sentences with a blank line after a document, or a document a line", group="text"
     )
     text_column: str = option("text", help="column or key of the text in jsonl, csv, tsv and parquet", group="text")
+    delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="text")
+    quotes: bool = option(True, help="csv: a field may stand in double quotes", group="text")
+    input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
+        None, help="of every file; default: by its name, and JSON lines by their content", group="text"
+    )
     on_bad_line: Literal["skip", "fail"] = option("skip", help="leave out bad records, counted; or stop", group="text")
 
     objective: Literal["masked", "causal"] = option(
@@ -95,21 +103,6 @@ class Options:
     from_sentencepiece: str = option("", help="model of sentencepiece to take over instead of training", group="import")
 
 
-RENAMED = {
-    "mecab_dic_type": "mecab_dic",
-    "word_tokenizer_type": "word_tokenizer",
-    "subword_tokenizer_type": "tokenizer_type",
-    "sudachi_dict_type": "sudachi_dict",
-}
-RENAMED_VALUES = {"tokenizer_type": {"sentencepiece": "unigram"}, "word_tokenizer": {"basic": "whitespace"}}
-ACCEPTED_UNUSED = {
-    "language": "--word_tokenizer says how the text is cut into words, whatever the language",
-    "pretokenized_prefix": "segmented text is written to --intermediate_dir only",
-    "ignore_max_byte_error": "lines beyond Sudachi's limit are cut at sentence ends",
-    "disable_tqdm": "without a terminal plain lines are printed",
-}
-
-
 # ---- what the options mean together ----
 
 
@@ -122,8 +115,7 @@ def refuse(origins: dict[str, str], why: str, *names: str) -> None:
 
 def refuse_useless(options: Options, origins: dict[str, str], paths: Sequence[Path]) -> None:
     """Refuse what the other options, or the formats of the text, leave without effect."""
-    from lmscripts.text.corpus import HUB
-    from lmscripts.text.reading import format_of
+    from lmscripts.text.corpus import is_plain
 
     for analyser in ("mecab", "sudachi"):
         if options.word_tokenizer != analyser:
@@ -133,9 +125,9 @@ def refuse_useless(options: Options, origins: dict[str, str], paths: Sequence[Pa
     for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
         if options.tokenizer_type == kind and getattr(options, name) != getattr(Options, name):
             refuse(origins, f"with --tokenizer_type {kind}", name)
-    plain = [not str(path).startswith(HUB) and format_of(path)[0] == "txt" for path in paths]
+    plain = [is_plain(str(path), options.input_format or "") for path in paths]
     if all(plain):
-        refuse(origins, "where all input is plain text", "text_column", "on_bad_line")
+        refuse(origins, "where all input is plain text", "text_column", "delimiter", "quotes", "on_bad_line")
     if not any(plain):
         refuse(origins, "where no input is plain text", "document_format")
 
@@ -184,6 +176,9 @@ def request_of(options: Options, source: str, words: WordTokenizer) -> str:
     chosen = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
     if options.objective == "masked":
         del chosen["objective"]  # so that tokenizers of earlier versions are known again
+    for name in ("delimiter", "quotes", "input_format"):  # likewise
+        if chosen[name] == getattr(Options, name):
+            del chosen[name]
     facts = [source, chosen, words.description(), library_versions(words)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -212,9 +207,16 @@ class Progress:
             print(f"segmenting: {done}, {done_bytes / (now - self.started) / 1e6:.1f} MB/s", flush=True)
 
 
-def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path]) -> TextReport:
-    """Write the splits that are not there yet and say what was found in the text."""
-    from lmscripts.text.report import TextReport
+def table_of(options: Options) -> TableOptions:
+    """How tables of texts are read."""
+    from lmscripts.text.records import corpus_table
+
+    form = (options.delimiter, options.quotes, options.input_format, options.on_bad_line)
+    return corpus_table(options.text_column, *form)
+
+
+def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path], report: TextReport) -> None:
+    """Write the splits that are not there yet and say what was found in the text, all of it added to the report."""
     from lmscripts.tokenizer.training_text import numeral_run_warning, write_splits
 
     plain = all(path.suffix == ".txt" and path.is_file() for path in paths)
@@ -224,7 +226,6 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path])
         results = write_splits(tasks, num_workers, progress)
     if kept := sum(result.was_there for result in results):
         print(f"{kept} of {len(tasks)} splits were finished by an earlier run and are used again")
-    report = TextReport()
     for result in results:
         report.merge(result.report)
     print("\n".join(report.sentences()))
@@ -233,7 +234,6 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path])
         print(f"warning: {warning}")
     if not report.num_documents:
         raise UserError("the input holds no text: every file is empty or blank")
-    return report
 
 
 def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
@@ -279,13 +279,8 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, 
 
 
 def main() -> None:
-    options, origins = parse_options_with_origin(
-        Options,
-        description=(__doc__ or "").rsplit("\n\n", 1)[0],
-        renamed=RENAMED,
-        renamed_values=RENAMED_VALUES,
-        accepted_unused=ACCEPTED_UNUSED,
-    )
+    description = (__doc__ or "").rsplit("\n\n", 1)[0]
+    options, origins = parse_options_with_origin(Options, description=description, **TOKENIZER)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     steps = extend if options.extend_tokenizer_dir or options.new_words_file else run
     steps = take_over if options.from_sentencepiece else steps
@@ -321,8 +316,8 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
     target, model = Path(options.model_dir), Path(options.from_sentencepiece)
     paths = find_files(options.input_file) if options.input_file else []
     per_line = options.document_format == "line"
-    reading = {"document_per_line": per_line, "text_column": options.text_column, "keep_spaces": True}
-    lines = spread_sample(paths, CHECKED_LINES, **reading) if paths else []
+    form = {"document_per_line": per_line, "keep_spaces": True}
+    lines = spread_sample(paths, CHECKED_LINES, table_of(options), **form) if paths else []
     length = options.model_max_length if origins["model_max_length"] != "default" else None
     with replaced_folder(target, options.overwrite) as aside:
         print("\n".join(import_sentencepiece(model, aside, lines, model_max_length=length)))
@@ -332,6 +327,7 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
 def run(options: Options, origins: dict[str, str]) -> None:
     """Train a tokenizer: everything after the options were read."""
     from lmscripts.text.corpus import find_files, plan_spans, source_fingerprint, spread_sample
+    from lmscripts.text.report import TextReport
     from lmscripts.tokenizer.folder import check_target, needs_words, read_record, replaced_folder, write_tokenizer
     from lmscripts.tokenizer.training_text import SplitTask, splits_folder
 
@@ -343,7 +339,8 @@ def run(options: Options, origins: dict[str, str]) -> None:
         raise UserError("missing --input_file (on the line or in the file of --config)")
     target = Path(options.model_dir)
     settings = vocabulary_of(options)
-    paths = find_files(options.input_file)
+    report, table = TextReport(), table_of(options)
+    paths = find_files(options.input_file, report)
     refuse_useless(options, origins, paths)
     words = words_of(options)
     source = source_fingerprint(paths)
@@ -355,15 +352,15 @@ def run(options: Options, origins: dict[str, str]) -> None:
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = options.num_workers or cpus or 1
-    form = {"document_per_line": options.document_format == "line", "text_column": options.text_column}
-    form["keep_spaces"] = causal
-    spans = plan_spans(paths, options.num_files or workers, document_per_line=form["document_per_line"])
-    segmented, reading = needs_words(options.tokenizer_type, words), {**form, "on_bad_line": options.on_bad_line}
+    per_line = options.document_format == "line"
+    spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line, input_format=table.format)
+    form = {"document_per_line": per_line, "keep_spaces": causal}
+    split = (source, words, needs_words(options.tokenizer_type, words), table, form)
     with splits_folder(target, options.intermediate_dir) as folder:
-        tasks = [SplitTask(i, tuple(part), folder, source, words, segmented, reading) for i, part in enumerate(spans)]
-        report = segment(tasks, workers, paths)
+        tasks = [SplitTask(i, tuple(part), folder, *split) for i, part in enumerate(spans)]
+        segment(tasks, workers, paths, report)
         trained = train(options, tasks, settings)
-    lines = spread_sample(paths, MEASURED_LINES, **form)
+    lines = spread_sample(paths, MEASURED_LINES, table, **form)
     record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": settings.facts()}
     del record["text"]["examples"]  # names of files
     made = {"causal": causal, "model_max_length": options.model_max_length, "record": record}

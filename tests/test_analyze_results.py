@@ -155,20 +155,20 @@ def test_the_page_needs_nothing_and_runs_nothing(analysed):
     assert HOSTILE in "".join(page.text)  # as text
     assert HOSTILE not in text
     sections = re.findall("<h2>(.*?)</h2>", text)
-    assert len(sections) == 13
+    assert len(sections) == 12
     assert "prefers-color-scheme:dark" in text
 
 
-def test_wrong_documents_are_all_in_the_table_and_no_cell_is_a_formula(analysed):
+def test_wrong_documents_are_all_in_the_table_under_their_labels(analysed):
     file, folder, _ = analysed
-    with open(folder / "run_1_and_2_wrong.csv", encoding="utf-8-sig", newline="") as table:
+    with open(folder / "run_1_and_2_wrong.csv", encoding="utf-8", newline="") as table:
         rows = list(csv.DictReader(table))
     test = comparison.read_run(file, 1).predictions["test", "document"]
     wrong = test.doc_ids[test.probabilities.argmax(1) != test.truth.argmax(1)]
     assert sorted(int(row["doc_id"]) for row in rows) == wrong.tolist() != []
     sure = [float(row["probability"]) for row in rows]
     assert sure == sorted(sure, reverse=True)
-    assert {row[name] for row in rows for name in ("true", "predicted")} <= {f"'{LABELS[0]}", *LABELS[1:]}
+    assert {row[name] for row in rows for name in ("true", "predicted")} == {*LABELS}
 
 
 def test_the_fragment_that_decided_is_shown(analysed):
@@ -274,7 +274,7 @@ def test_very_many_labels_have_a_picture_and_every_cell_in_a_table(tmp_path):
     (source,) = [value for name, value in Page(page).attributes if name == "src"]
     assert source.startswith("data:image/png;base64,")
     assert "img-src data:" in page
-    with open(tmp_path / "run_1_confusion.csv", encoding="utf-8-sig", newline="") as table:
+    with open(tmp_path / "run_1_confusion.csv", encoding="utf-8", newline="") as table:
         rows = list(csv.DictReader(table))
     matrix = numbers_in(tmp_path)["levels"]["document"]["confusion"]
     assert sum(int(row["documents"]) for row in rows) == 60
@@ -327,6 +327,32 @@ def test_little_and_lopsided_data_is_said_and_does_no_harm(tmp_path):
     Page((tmp_path / "run_1.html").read_text(encoding="utf-8"))
 
 
+def test_a_run_that_does_not_decide_and_one_that_was_short_are_told(tmp_path):
+    texts, truth, _ = single()
+    runs = ({"facts": {"best_epoch": 3}}, {"facts": {"best_epoch": 2}})
+    file = write_database(tmp_path / "x.sqlite", texts, truth, runs=runs)
+    execute(
+        file, "UPDATE predictions SET probabilities = ? WHERE run_id = 2", np.array([0.2, 0.5, 0.3], "<f4").tobytes()
+    )
+    settings = ("--no_baselines", "--output_dir", tmp_path)
+    short, still = (analyze(file, "--run", number, *settings).stdout for number in (1, 2))
+    assert "The best epoch was the last one" in short
+    assert "no test document another label than 'neutral'" in still
+    assert "another label than" not in short
+    assert "The best epoch" not in still
+
+
+def test_tables_for_spreadsheets_are_asked_for(tmp_path):
+    texts, truth, _ = single()
+    file = write_database(tmp_path / "x.sqlite", texts, truth, ("=a", "-b", "@c"), runs=({"skill": 0.1},))
+    for name, more in (("exact", ()), ("safe", ("--spreadsheet_safe",))):
+        analyze(file, "--no_baselines", "--output_dir", tmp_path / name, *more)
+    for table in ("wrong", "confusion"):
+        exact, safe = ((tmp_path / name / f"run_1_{table}.csv").read_text("utf-8") for name in ("exact", "safe"))
+        assert safe == "\ufeff" + re.sub("(?<![0-9a-z])(?=[=@]|-b)", "'", exact)
+        assert "=a" in exact
+
+
 def test_what_the_run_wrote_down_is_checked(tmp_path):
     texts, truth, _ = single()
     file = write_database(tmp_path / "x.sqlite", texts, truth)
@@ -356,7 +382,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path):
         ((file, "--other_run", 1), "both are run 1"),
         ((file, file, file), "not 3"),
         ((tmp_path / "x.csv",), "look for"),
-        ((tmp_path / "none.sqlite",), "there is no such file"),
+        ((tmp_path / "none.sqlite",), "there is no file"),
         ((file, "--resamples", 0), "resamples"),
         ((), "missing --input_file"),
     ):

@@ -7,14 +7,16 @@ import json
 import os
 import random
 import resource
+import runpy
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,18 +25,16 @@ import pytest
 from conftest import ROOT, SAMPLE
 from transformers import BertConfig
 
-from lmscripts.data import database as database_module
-from lmscripts.data import source_tables
-from lmscripts.data.database import Database, database_of, open_database, open_or_build
-from lmscripts.data.folding import FoldSettings, fold
+from lmscripts.data import labelled_build, labelled_store
+from lmscripts.data.folding import Folder, FoldSettings
+from lmscripts.data.labelled_build import database_of, open_or_build
 from lmscripts.data.labelled_rows import read_part
+from lmscripts.data.labelled_store import SCHEMA, Database
 from lmscripts.data.splits import SplitSettings
-from lmscripts.data.sqlite_file import SCHEMA, process_name
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.text.records import TableOptions
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.training.classifier_checks import check_options
 from lmscripts.training.classifier_task import open_task
 
 FOLDS = FoldSettings(max_length=32)
@@ -102,9 +102,9 @@ def test_everything_of_the_table_is_in_the_file(table, encoder):
     stored = query(made.path, "SELECT doc_id, name, text, grp FROM documents ORDER BY doc_id")
     assert stored == [(n, row["id"], row["text"], row["work"]) for n, row in enumerate(rows)]
     parts = dict(query(made.path, "SELECT doc_id, part FROM split_members WHERE split_id = ?", made.split_id))
-    expected = fold(encoder, [row["text"] for row in rows], FOLDS)
+    expected = Folder(encoder, FOLDS)([row["text"] for row in rows])
     for part in ("train", "validation", "test"):
-        read = made.read_folds(made.tok_id, made.split_id, part)
+        read = made.read_folds(part)
         assert read.ids.dtype == np.int32
         wanted = [(n, f) for n, folds in enumerate(expected) if parts[n] == part for f in folds]
         assert read.doc_ids.tolist() == [n for n, _ in wanted]
@@ -112,13 +112,14 @@ def test_everything_of_the_table_is_in_the_file(table, encoder):
         assert read.ids.tolist() == [number for _, f in wanted for number in f.ids.tolist()]
         for name in ("idx", "n", "char_start", "char_end"):
             assert getattr(read, name).tolist() == [getattr(f, name) for _, f in wanted]
-        doc_ids, offsets, label_ids = made.read_labels(made.split_id, part)
+        doc_ids, truth = made.read_labels(part)
         assert doc_ids.tolist() == sorted(n for n in parts if parts[n] == part)
-        assert offsets.tolist() == list(range(len(doc_ids) + 1))
-        assert [made.labels()[number] for number in label_ids] == [rows[n]["label"] for n in doc_ids]
+        assert truth.shape == (len(doc_ids), 2)
+        assert truth.sum(1).tolist() == [1] * len(doc_ids)
+        assert [made.labels()[number] for number in truth.argmax(1)] == [rows[n]["label"] for n in doc_ids]
         assert made.read_texts(doc_ids[::-1]) == [rows[n]["text"] for n in doc_ids[::-1]]
-    assert any("train: 48 documents" in line for line in made.split_sentences(made.split_id))
-    assert made.documents_without_rows(made.tok_id) == []
+    assert any("train: 48 documents" in line for line in made.split_sentences())
+    assert made.documents_without_rows() == []
 
 
 def test_groups_and_equal_texts_stay_together(tmp_path, encoder):
@@ -142,10 +143,10 @@ def test_several_labels_and_files_of_parts(tmp_path, encoder):
     options, given = TableOptions(separator="|"), SplitSettings(method="given")
     made = open_or_build(table, encoder, FOLDS, given, options, part_files={"test": test})
     assert made.path.name == "train.sqlite"
-    doc_ids, offsets, label_ids = made.read_labels(made.split_id, "test")
+    doc_ids, truth = made.read_labels("test")
     assert doc_ids.tolist() == list(range(40, 50))
-    assert [label_ids[a:b].tolist() for a, b in pairwise(offsets)] == [[0], [0, 1]] * 5
-    assert 3 <= len(made.read_labels(made.split_id, "validation")[0]) <= 5
+    assert truth.tolist() == [[True, False], [True, True]] * 5
+    assert 3 <= len(made.read_labels("validation")[0]) <= 5
     assert open_or_build(table, encoder, FOLDS, given, options, part_files={"test": test}).done[0].startswith("found")
     with pytest.raises(UserError, match=r"train train\.csv.*test test\.csv .*now"):
         open_or_build(table, encoder, FOLDS, given, options, part_files={"test": table})
@@ -157,15 +158,15 @@ def test_documents_of_no_label_are_documents_where_there_may_be_several(tmp_path
     assert made.meta()["num_documents"] == 60
     without = 0
     for part, size in (("train", 48), ("validation", 6), ("test", 6)):
-        doc_ids, offsets, label_ids = made.read_labels(made.split_id, part)
+        doc_ids, truth = made.read_labels(part)
         assert len(doc_ids) == size
-        for doc_id, first, end in zip(doc_ids, offsets[:-1], offsets[1:], strict=True):
-            assert label_ids[first:end].tolist() == ([0, 1], [], [0])[doc_id % 3]
-        read = read_part(made, made.tok_id, made.split_id, part, num_labels=2)
+        for doc_id, has in zip(doc_ids, truth.tolist(), strict=True):
+            assert has == ([True, True], [False, False], [True, False])[doc_id % 3]
+        read = read_part(made, part)
         assert read.doc_ids.tolist() == doc_ids.tolist()
         without += int((read.truth.sum(1) == 0).sum())
     assert without == 20
-    assert "no label 16 (80.0%)" in made.split_sentences(made.split_id)[0]
+    assert "no label 16 (80.0%)" in made.split_sentences()[0]
 
 
 def test_an_sqlite_file_keeps_the_parts_that_its_table_gave(tmp_path, encoder):
@@ -179,14 +180,14 @@ def test_an_sqlite_file_keeps_the_parts_that_its_table_gave(tmp_path, encoder):
     assert (again.split_id, again.split, again.done[0][:9]) == (first.split_id, given, "found all")
     other = open_or_build(first.path, encoder, FOLDS, SplitSettings(seed=5, train=0.5, validation=0.1, test=0.4))
     for part in ("train", "validation", "test"):
-        read = [made.read_labels(made.split_id, part)[0].tolist() for made in (first, other)]
+        read = [made.read_labels(part)[0].tolist() for made in (first, other)]
         assert read[0] == read[1]
         assert len(read[0]) == 12
 
     train, test = write_table(tmp_path / "train.csv", 40), write_table(tmp_path / "test.csv", 20, seed=2)
     first = open_or_build(train, encoder, FOLDS, given, part_files={"test": test})
     again = open_or_build(first.path, encoder, FOLDS, SPLIT)
-    assert again.read_labels(again.split_id, "test")[0].tolist() == list(range(40, 60))
+    assert again.read_labels("test")[0].tolist() == list(range(40, 60))
     whole = open_or_build(table, encoder, FOLDS, SPLIT, database=tmp_path / "whole.sqlite")
     assert open_or_build(whole.path, encoder, FOLDS, SPLIT).split == SPLIT
 
@@ -252,7 +253,7 @@ def test_documents_without_a_token_are_told(tmp_path, encoder):
     table = write_table(tmp_path / "t.csv", extra=[("1", "\u200b\ufeff", "good", "")])
     made = open_or_build(table, encoder, FOLDS, SPLIT)
     made_of = encoder.encode(["\u200b\ufeff"]).lengths[0]
-    assert made.documents_without_rows(made.tok_id) == ([] if made_of else [60])
+    assert made.documents_without_rows() == ([] if made_of else [60])
 
 
 # ---- used again ----
@@ -263,12 +264,12 @@ def test_the_second_opening_makes_no_call_of_the_tokenizer_and_no_lock(table, en
     assert sum(calls) >= 60
     calls.clear()
     before = files(table.parent)
-    monkeypatch.setattr(database_module, "only_builder", None)  # nothing is locked, so that a read-only folder serves
+    monkeypatch.setattr(labelled_build, "only_builder", None)  # nothing is locked, so that a read-only folder serves
     for source in (table, table.with_suffix(".sqlite")):
         again = open_or_build(source, encoder, FOLDS, SPLIT)
         assert isinstance(again, Database)
         assert again.done[0].startswith("found")
-        assert len(again.read_folds(again.tok_id, again.split_id, "train").doc_ids)
+        assert len(again.read_folds("train").doc_ids)
     assert calls == []
     assert files(table.parent) == before
     fresh = load_encoder(encoder.folder)
@@ -289,7 +290,7 @@ def test_another_length_or_split_is_added_and_the_rest_stays(table, encoder, cal
     assert (longer.tok_id, longer.split_id) == (2, 2)
     after = set(dump(first.path))
     assert all(line in after for line in before)
-    rows = [longer.read_folds(tok_id, 2, "train") for tok_id in (1, 2)]
+    rows = [replace(longer, tok_id=tok_id).read_folds("train") for tok_id in (1, 2)]
     assert [np.diff(each.offsets).max() for each in rows] == [32, 48]
     assert set(rows[0].doc_ids) == set(rows[1].doc_ids)
     calls.clear()
@@ -308,7 +309,7 @@ def test_another_tokenizer_is_another_tokenization(table, encoder, tmp_path_fact
 
 def test_another_source_is_refused_with_both_hashes_or_replaced(table, encoder):
     made = open_or_build(table, encoder, FOLDS, SPLIT)
-    run = made.start_run("r", {}, {}, tok_id=1, split_id=1, model_dir="m")
+    run = made.start_run("r", {}, {}, model_dir="m")
     old = made.meta()["sha256"]["leanings.csv"][:16]
     write_table(table, 66)
     before = files(table.parent)
@@ -391,7 +392,7 @@ def test_foreign_older_and_damaged_files_are_refused_and_untouched(table, encode
         assert "\n" not in str(raised.value)
         assert files(table.parent) == before
     with pytest.raises(UserError, match=said):
-        open_database(good)
+        Database(good).meta()
     if may_be_replaced:
         assert open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True).done[0].startswith("built")
     else:
@@ -416,7 +417,7 @@ def damaged_files(made):
 
 def read_all(made):
     parts = ("train", "validation", "test")
-    ids = [made.read_folds(made.tok_id, made.split_id, part).ids.tolist() for part in parts]
+    ids = [made.read_folds(part).ids.tolist() for part in parts]
     return ids, made.read_texts(range(made.meta()["num_documents"]))
 
 
@@ -508,21 +509,21 @@ def test_a_hostile_table_is_one_sentence_and_leaves_nothing(tmp_path, encoder, n
 
 
 def test_a_table_that_changes_while_it_is_read_is_refused(table, encoder, monkeypatch):
-    read = source_tables.read_table
+    read = labelled_build.read_table
 
     def growing(path, options, repairs):
         yield from read(path, options, repairs)
         with open(path, "a", encoding="utf-8") as file:
             file.write("99,late,good,w\n")
 
-    monkeypatch.setattr(source_tables, "read_table", growing)
+    monkeypatch.setattr(labelled_build, "read_table", growing)
     with pytest.raises(UserError, match="changed while it was read"):
         open_or_build(table, encoder, FOLDS, SPLIT)
     assert sorted(files(table.parent)) == ["leanings.csv"]
 
 
 def test_what_is_stored_is_the_hash_of_what_was_read_after_the_wait_for_another_process(table, encoder, monkeypatch):
-    lock = database_module.only_builder
+    lock = labelled_build.only_builder
 
     @contextlib.contextmanager
     def changed_meanwhile(path):
@@ -530,7 +531,7 @@ def test_what_is_stored_is_the_hash_of_what_was_read_after_the_wait_for_another_
         with lock(path):
             yield
 
-    monkeypatch.setattr(database_module, "only_builder", changed_meanwhile)
+    monkeypatch.setattr(labelled_build, "only_builder", changed_meanwhile)
     made = open_or_build(table, encoder, FOLDS, SPLIT)
     assert made.meta()["num_documents"] == 66
     assert made.meta()["sha256"] == {"leanings.csv": file_sha256(table)}
@@ -544,7 +545,7 @@ def test_what_is_stored_is_the_hash_of_what_was_read_after_the_wait_for_another_
 def test_settings_that_make_no_sense_are_refused_before_a_table_is_read(table, encoder, monkeypatch):
     made = open_or_build(table, encoder, FOLDS, SPLIT)
     before = dump(made.path)
-    monkeypatch.setattr(source_tables, "read_table", None)
+    monkeypatch.setattr(labelled_build, "read_table", None)
     new = {"database": table.with_name("new.sqlite")}
     for more in ({}, new):
         with pytest.raises(UserError, match=r"sum to 1\.5"):
@@ -560,9 +561,9 @@ def test_settings_that_make_no_sense_are_refused_before_a_table_is_read(table, e
 DRIVER = """
 import json, os, random, signal, sqlite3, sys, time
 from pathlib import Path
-from lmscripts.data.database import open_or_build
+from lmscripts.data.labelled_build import open_or_build
 from lmscripts.data.splits import SplitSettings
-from lmscripts.data.stored import Stored
+from lmscripts.data.labelled_store import Database
 from lmscripts.data.folding import FoldSettings
 from lmscripts.tokenizer.encoder import load_encoder
 
@@ -668,11 +669,11 @@ for number in range(12):
     share = 0.9 + 0.15 * moment.random() if number % 2 else moment.random()
     end = time.monotonic() + whole * share
     while time.monotonic() < end:  # readers see the old or the new
-        made = Stored(target).read_folds(2, 1, "train")
+        made = Database(target, 2, 1).read_folds("train")
         assert len(made.doc_ids) == 0 or len(set(made.doc_ids)) > 100
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    rows = Stored(target).read_folds(1, 1, "train")  # undoes what was left half done
+    rows = Database(target, 1, 1).read_folds("train")  # undoes what was left half done
     found = state()
     assert found in (before, expected), (found, before, expected)
     seen.append("old" if found == before else "new")
@@ -764,7 +765,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path, encoder, 
 def test_workers_end_when_their_builder_is_killed(tmp_path, tokenizer_dir):
     table = write_table(tmp_path / "t.csv", 3000)
     program = f"""
-from lmscripts.data.database import open_or_build
+from lmscripts.data.labelled_build import open_or_build
 from lmscripts.data.splits import SplitSettings
 from lmscripts.data.folding import FoldSettings
 if __name__ == "__main__":
@@ -825,7 +826,7 @@ def test_what_an_sqlite_file_holds_is_checked_like_the_options(tmp_path, model_d
     task = open_task(options_of(part, model_dir, split_column="part", validation_share=0.2), print)
     again = open_task(options_of(task.database.path, model_dir, validation_share=0.2), print)
     assert (again.split, again.database.split_id) == (task.split, task.database.split_id)
-    assert len(again.database.read_labels(again.database.split_id, "validation")[0]) == 8
+    assert len(again.database.read_labels("validation")[0]) == 8
     assert any("were given their parts" in line for line in again.sentences())
     with pytest.raises(UserError, match=r"leave out --train_share 0\.1 and --test_share 0\.8"):
         open_task(options_of(task.database.path, model_dir, train_share=0.1, test_share=0.8), print)
@@ -842,9 +843,9 @@ def test_what_an_sqlite_file_holds_is_checked_like_the_options(tmp_path, model_d
     ],
 )
 def test_shares_beside_given_parts_are_refused(changed, said):
-    values = defaultdict(lambda: None, vars(options_of("t.csv", "m", **changed)))
+    options = runpy.run_path(str(ROOT / "scripts" / "finetune_classifier.py"))["Options"]
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
-        check_options(values)
+        options(input_file="t.csv", model_name_or_path="m", **changed)
 
 
 def test_a_log_is_never_written_into_a_table_or_found_impossible_at_the_end(table, model_dir, monkeypatch):
@@ -882,8 +883,8 @@ def test_labels_are_shown_bounded_and_without_control_characters(tmp_path, model
 def test_what_a_run_gives_comes_back(table, encoder):
     made = open_or_build(table, encoder, FOLDS, SPLIT)
     options = {"learning_rate": 1e-4, "name": "日本"}
-    run = made.start_run("first", options, {"parameters": 5}, tok_id=1, split_id=1, model_dir=table.parent / "m")
-    other = made.start_run("second", {}, {}, tok_id=1, split_id=1, model_dir="m")
+    run = made.start_run("first", options, {"parameters": 5}, model_dir=table.parent / "m")
+    other = made.start_run("second", {}, {}, model_dir="m")
     made.write_epoch(run, 1, 10, "validation", {"loss": 0.5, "accuracy": np.float32(0.25)})
     made.write_epoch(run, 1, 12, "validation", {"loss": 0.4})  # repeated after a resume
     made.write_epoch(run, 2, 20, "validation", {"loss": float("nan")})
@@ -909,7 +910,18 @@ def test_what_a_run_gives_comes_back(table, encoder):
     facts = {"seconds": 3, "key": run.key}
     assert (row[0], json.loads(row[1]), json.loads(row[2]), *row[3:]) == ("first", options, facts, "done", 1)
     assert query(made.path, "SELECT status FROM runs WHERE run_id = ?", other.run_id) == [("running",)]
-    with pytest.raises(UserError, match="do not go with"):
+    records = made.read_runs()
+    assert [(each["name"], each["options"], each["status"]) for each in records] == [
+        ("first", options, "done"),
+        ("second", {}, "running"),
+    ]
+    assert (records[0]["folding"]["max_length"], records[0]["split"]["seed"]) == (32, 1)
+    assert [each["value"] for each in made.read_epochs(run.run_id)] == [0.25, 0.4, None]
+    assert made.read_test_metrics(run.run_id) == {("document", "accuracy"): 0.9}
+    assert [row[:2] for row in made.read_predictions(run.run_id, "test", "fragment")] == [(3, 0), (3, 1)]
+    assert made.read_document(3)["text"] == made.read_texts([3])[0]
+    assert made.read_document(3)["spans"][0][0] == 0
+    with pytest.raises(ValueError, match="longer"):
         made.write_predictions(run, "test", "document", [3], None, probabilities, logits)
     again = open_or_build(table, encoder, FoldSettings(max_length=20), SPLIT)
     assert query(again.path, "SELECT count(*) FROM predictions") == [(5,)]
@@ -917,7 +929,7 @@ def test_what_a_run_gives_comes_back(table, encoder):
 
 def test_nothing_is_written_into_the_entry_of_another_run(table, encoder):
     made = open_or_build(table, encoder, FOLDS, SPLIT)
-    origin, about = made.origin(1, 1), {"tok_id": 1, "split_id": 1, "model_dir": "m"}
+    origin, about = made.origin(), {"model_dir": "m"}
     run = made.start_run("A", {}, {}, **about, origin=origin)
     made.path.unlink()
     write_table(table, 66)
@@ -928,13 +940,12 @@ def test_nothing_is_written_into_the_entry_of_another_run(table, encoder):
         lambda: made.write_epoch(run, 1, 10, "train", {"loss": 0.5}),
         lambda: made.write_test_metrics(run, "document", {"accuracy": 0.9}),
         lambda: made.write_predictions(run, "test", "document", [3], None, shares, shares),
-        lambda: made.go_on_with_run(run),
         lambda: made.end_run(run, "done", {}),
         lambda: made.read_places(run),
     ):
         with pytest.raises(UserError, match=r"leanings\.sqlite was built again since run 1 .*--do_continue"):
             write()
-    assert not made.holds_run(run)
+    assert not made.go_on_with_run(run)
     with pytest.raises(UserError, match="was built again while this run was about to begin"):
         made.start_run("A", {}, {}, **about, origin=origin)
     assert dump(made.path) == before
@@ -943,54 +954,132 @@ def test_nothing_is_written_into_the_entry_of_another_run(table, encoder):
 @pytest.mark.parametrize("swapped", ["tokenization", "split"])
 def test_a_run_does_not_begin_with_another_tokenization_or_split_of_its_number(table, encoder, swapped):
     made = open_or_build(table, encoder, FOLDS, SPLIT)
-    origin = made.origin(1, 1)
+    origin = made.origin()
     made.path.unlink()
     folds, split = (FoldSettings(max_length=20), SPLIT) if swapped == "tokenization" else (FOLDS, SplitSettings(seed=9))
     open_or_build(table, encoder, folds, split)
     open_or_build(table, encoder, FOLDS, SPLIT)
     with pytest.raises(UserError, match="about to begin"):
-        made.start_run("A", {}, {}, tok_id=1, split_id=1, model_dir="m", origin=origin)
+        made.start_run("A", {}, {}, model_dir="m", origin=origin)
+
+
+def run_elsewhere(made, name, folder, *, wait=False):
+    """Enter a run in a process of its own, which then waits or dies without a word; returns its number."""
+    told, tell = os.pipe()
+    process = os.fork()
+    if not process:
+        made.start_run(name, {}, {}, model_dir=folder)
+        os.write(tell, b"!")
+        if wait:
+            time.sleep(600)
+        os._exit(9)
+    os.read(told, 1)
+    if not wait:
+        os.waitpid(process, 0)
+    return process
 
 
 def test_a_run_whose_process_is_gone_was_killed_and_holds_nobody_up(table, encoder):
     made = open_or_build(table, encoder, FOLDS, SPLIT)
-    about = {"tok_id": 1, "split_id": 1}
-    folders = ("mine", "others", "mine")
-    for number, folder in enumerate(folders, 1):
-        made.start_run(f"r{number}", {}, {}, **about, model_dir=folder)
-    program = "import os; from lmscripts.data.sqlite_file import process_name; print(process_name())"
-    gone = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-    with contextlib.closing(sqlite3.connect(made.path)) as connection, connection:
-        sql = "UPDATE runs SET facts = json_set(facts, '$.process', ?) WHERE run_id < 3"
-        connection.execute(sql, (gone,))
-    made.start_run("again", {}, {}, **about, model_dir="mine")
+    run_elsewhere(made, "r1", "mine")
+    run_elsewhere(made, "r2", "others")
+    third = made.start_run("r3", {}, {}, model_dir="mine")
+    fourth = made.start_run("again", {}, {}, model_dir="mine")
     states = [status for (status,) in query(made.path, "SELECT status FROM runs ORDER BY run_id")]
     assert states == ["killed", "running", "running", "running"]  # the third is of this process, which lives
 
     write_table(table, 66)
     with pytest.raises(UserError, match="run 3"):
         open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
-    elsewhere = f"elsewhere {gone.split(' ', 1)[1]}"
-    reused = " ".join([*process_name().split(" ")[:2], "1"])  # our number, begun at another time
-    with contextlib.closing(sqlite3.connect(made.path)) as connection, connection:
-        sql = "UPDATE runs SET facts = json_set(facts, '$.process', ?)"
-        connection.execute(sql, (elsewhere,))
-    with pytest.raises(UserError, match=r"as running on another machine.*remove the file"):
+    for run in (third, fourth):
+        made.end_run(run, "stopped")
+    process = run_elsewhere(made, "r5", "elsewhere", wait=True)
+    with pytest.raises(UserError, match=r"run 5 \(r5\) is training with .*wait"):
         open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
-    with contextlib.closing(sqlite3.connect(made.path)) as connection, connection:
-        connection.execute(sql, (reused,))
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     assert open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True).meta()["num_documents"] == 66
+    assert sorted(files(table.parent)) == ["leanings.csv", "leanings.sqlite"]
+
+
+def test_a_run_goes_on_in_one_process_at_a_time(table, encoder):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    run = made.start_run("r", {}, {}, model_dir="m")
+    process = os.fork()
+    if not process:
+        with contextlib.suppress(UserError):
+            labelled_store._runs_here.clear()  # as in a process that knows nothing of this one
+            made.go_on_with_run(run)
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+    made.end_run(run, "stopped")
+    assert made.go_on_with_run(run)
+    assert query(made.path, "SELECT status, ended FROM runs") == [("running", None)]
+    made.end_run(run, "done")
+
+
+def leave_a_log(path):
+    """What a tool leaves that opens a file in WAL mode, changes all texts in it and is killed."""
+    process = os.fork()
+    if not process:
+        connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("UPDATE documents SET text = 'old ' || text")
+        os._exit(9)
+    os.waitpid(process, 0)
+    assert path.with_name(f"{path.name}-wal").stat().st_size > 0
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_another_program_left_beside_a_file_is_not_played_back_into_the_new_one(table, encoder, removed):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    leave_a_log(made.path)
+    if removed:
+        made.path.unlink()
+    write_table(table, 66, seed=5)
+    fresh = open_or_build(table, encoder, FOLDS, SPLIT, database=table.with_name("fresh.sqlite"))
+    again = open_or_build(table, encoder, FOLDS, SPLIT, overwrite=not removed)
+    assert dump(again.path) == dump(fresh.path)
+    assert sorted(files(table.parent)) == ["fresh.sqlite", "leanings.csv", "leanings.sqlite"]
+
+
+def test_the_old_file_is_whole_until_the_new_one_takes_its_place(table, encoder, monkeypatch):
+    """Also one whose last changes are still beside it: they must not go before it goes."""
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    leave_a_log(made.path)
+    expected = made.read_texts(range(60))
+    assert all(text.startswith("old ") for text in expected)
+    write_table(table, 66, seed=5)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+    assert made.read_texts(range(60)) == expected
+
+
+def test_a_new_file_is_read_again_and_compared_with_what_was_written(table, encoder, monkeypatch):
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    leave_a_log(made.path)
+    monkeypatch.setattr(labelled_store, "_remove_side_files", lambda path: None)
+    write_table(table, 66, seed=5)
+    with pytest.raises(UserError, match=r"not what was just written|truncated or damaged"):
+        open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
 
 
 def test_what_a_killed_builder_left_goes_and_what_a_living_one_needs_stays(table, encoder):
     open_or_build(table, encoder, FOLDS, SPLIT)
     clean = files(table.parent)
-    left = [table.with_name(f".leanings.sqlite.{end}") for end in ("lock", "building")]
+    left = [table.with_name(f".leanings.sqlite.{end}") for end in ("lock", "building", "0123456789abcdef.lock")]
     for path in left:
         path.touch()
     with open(left[0], encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         open_or_build(table, encoder, FOLDS, SPLIT)
-        assert all(path.exists() for path in left)
+        assert [path.exists() for path in left] == [True, True, False]
     open_or_build(table, encoder, FOLDS, SPLIT)
     assert files(table.parent) == clean

@@ -231,8 +231,8 @@ def test_temperature_is_found_again_and_repairs_calibration():
     fitted = calibration.fit_temperature(logits, labels)
     assert fitted == pytest.approx(2.5, rel=0.05)
     before, after = (calibration.probabilities_of(logits, False, t) for t in (1.0, fitted))
-    assert calibration.expected_calibration_error(before, labels) > 0.1
-    assert calibration.expected_calibration_error(after, labels) < 0.02
+    assert calibration.judged(before, labels)["ece"] > 0.1
+    assert calibration.judged(after, labels)["ece"] < 0.02
     losses = [
         calibration.negative_log_likelihood(calibration.probabilities_of(logits, False, t), labels)
         for t in (fitted * 0.98, fitted, fitted * 1.02)
@@ -267,10 +267,10 @@ def test_temperature_refuses_what_is_no_number():
 def test_calibration_error_by_hand():
     """Two statements at 0.9, one true; two at 0.6, both true: (2 * 0.4 + 2 * 0.4) / 4."""
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    assert calibration.expected_calibration_error(probabilities, np.array([0, 1, 1, 1])) == pytest.approx(0.4)
+    assert calibration.judged(probabilities, np.array([0, 1, 1, 1]))["ece"] == pytest.approx(0.4)
     sure = np.array([[1.0, 0.0], [1.0, 0.0]])
-    assert calibration.expected_calibration_error(sure, np.array([0, 0])) == 0.0
-    assert calibration.reliability(sure, np.array([0, 0])).count.tolist() == [0] * 14 + [2]
+    assert calibration.judged(sure, np.array([0, 0]))["ece"] == 0.0
+    assert [one["count"] for one in calibration.judged(sure, np.array([0, 0]))["bins"]] == [0] * 14 + [2]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,6 +1,8 @@
 """The report of a classifier: what it reads from a database, what it draws, and what data cannot do to it."""
 
+import csv
 import hashlib
+import io
 import json
 import re
 import sqlite3
@@ -9,9 +11,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lmscripts.data.sqlite_file import SCHEMA, SCHEMA_VERSION
+from lmscripts.data.labelled_store import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, opened
 from lmscripts.errors import UserError
-from lmscripts.evaluation import baselines, charts, comparison, markup, mistakes, report
+from lmscripts.evaluation import baselines, charts, comparison, report
 
 WORDS = ("beat", "my", "opponent", "she", "will", "remove", "stop", "signs", "buy", "this", "vote", "now")
 
@@ -44,13 +46,16 @@ def write_database(
     spans = spans or [cut(len(text)) for text in texts]
     count, num_labels = len(texts), len(labels)
     connection = sqlite3.connect(file)
-    connection.executescript(f"{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};")
+    connection.executescript(
+        f"{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};PRAGMA application_id = {APPLICATION_ID};"
+    )
     connection.executemany(
         "INSERT INTO meta VALUES (?, ?)",
         [
             ("source", "leanings.csv"),
-            ("sha256", hashlib.sha256("".join(texts).encode()).hexdigest()),
-            ("format", "csv"),
+            ("sha256", json.dumps({"leanings.csv": hashlib.sha256("".join(texts).encode()).hexdigest()})),
+            ("multi_label", json.dumps(multi_label)),
+            ("num_documents", json.dumps(count)),
         ],
     )
     connection.executemany("INSERT INTO labels VALUES (?, ?)", list(enumerate(labels)))
@@ -159,7 +164,7 @@ def test_a_run_is_read_as_it_was_written(database):
 
 
 def test_nobody_writes_through_a_reader(database):
-    with pytest.raises(UserError, match="readonly"), comparison.open_database(database) as connection:
+    with pytest.raises(UserError, match="readonly"), opened(database) as connection:
         connection.execute("DELETE FROM runs")
 
 
@@ -200,11 +205,13 @@ def spoil(file, how):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("missing", "there is no such file"),
-        ("text", "no SQLite database"),
-        ("foreign", "not a database of finetune_classifier.py: it has no table meta"),
-        ("cut", "cannot be read: "),
-        ("PRAGMA user_version = 1", "has version 1 of the tables; this program reads 2"),
+        ("missing", "there is no file"),
+        ("text", "no SQLite file"),
+        ("foreign", "an SQLite file of another program"),
+        ("cut", "truncated or damaged"),
+        ("PRAGMA user_version = 1", "has schema version 1, and this version reads 2"),
+        ("UPDATE runs SET facts = '{'", "facts of run 1 cannot be read"),
+        ("UPDATE predictions SET doc_id = 0 WHERE doc_id = 48", "document 0 is not in that part of the split"),
         ("DELETE FROM runs", "holds 0 runs, none of them finished"),
         ("UPDATE runs SET status = 'failed'", "holds 1 runs, none of them finished"),
         ("DELETE FROM predictions", "run 1 in .* has no predictions for test documents"),
@@ -267,18 +274,35 @@ def test_a_document_with_a_label_that_was_missed_is_shown(tmp_path):
     decided[-1] = [True, True, False]
     for row, missed in (([0.9, 0.55, 0.01], True), ([0.9, 0.995, 0.01], False)):
         test.probabilities[-1] = row
-        every, shown = mistakes.find_mistakes(run, decided, 5)
+        every, shown = report.find_mistakes(run, decided, 5)
         label = 2 if missed else 1
         assert [(m["doc_id"], m["label"], m["missed"]) for m in every] == [(59, run.labels[label], missed)]
         assert (every[0]["true"], every[0]["predicted"]) == (["left", "right"], ["left", "neutral"])
         of_label = fragments.probabilities[fragments.doc_ids == 59, label]
         assert every[0]["decisive"] == (of_label.argmin() if missed else of_label.argmax())
-        page = mistakes.wrong_document(shown[0])
+        page = wrong_document(shown[0])
         what = '<span class="bad">right</span> missed <small>1.0 %' if missed else "wrongly given <small>99.5 %"
         assert what in page
         assert "given left, neutral, in truth" in page
     numbers = {"multi_label": True, "wrong": every, "run": {"options": {"separator": ";"}}}
-    assert mistakes.wrong_table(numbers)[1][:5] == [59, "left;right", "left;neutral", "neutral", False]
+    assert report.wrong_table(numbers)[1][:5] == [59, "left;right", "left;neutral", "neutral", False]
+
+
+def test_the_first_of_every_confusion_is_shown_before_the_second_of_any(tmp_path):
+    """All texts that were shown could be of one kind, which taught little about the others."""
+    texts, truth, _ = single()
+    run = comparison.read_run(write_database(tmp_path / "x.sqlite", texts, truth, runs=({"skill": 0.1},)))
+    test = run.predictions["test", "document"]
+    decided = np.eye(3, dtype=bool)[test.probabilities.argmax(1)]
+    every, shown = report.find_mistakes(run, decided, 100)
+    kinds = [(*mistake["true"], mistake["label"]) for mistake in every]
+    assert len(set(kinds)) < len(kinds)
+    assert [mistake["rank"] for mistake in shown] == sorted(mistake["rank"] for mistake in shown)
+    first = [mistake for mistake in shown if not mistake["rank"]]
+    assert [mistake["doc_id"] for mistake in first] == [
+        every[kinds.index(kind)]["doc_id"] for kind in dict.fromkeys(kinds)
+    ]
+    assert len(report.find_mistakes(run, decided, 2)[1]) == 2
 
 
 def test_other_test_documents_are_refused(tmp_path):
@@ -335,26 +359,47 @@ def test_baselines_of_one_label_and_of_empty_texts():
 # ---- HTML and CSV ------------------------------------------------------------------------------------------------
 
 
+def wrong_document(document):
+    shown = report.environment().get_template("pieces.html").module.wrong_document(document)
+    return " ".join(shown.split())
+
+
+ODD = ("=1+1", "-a", "＝1+1", 'say "x", y', "a\rb", "\r", "a\nb", "\t=1", " left ", "", "'=x", "吾輩", "\ufeffx")
+
+
+def test_what_a_program_reads_is_what_was_written():
+    """Labels and ids that begin with = + - @ had an apostrophe before them, and joined with nothing."""
+    rows = [[text, number, "-1.5"] for number, text in enumerate(ODD)]
+    text = report.csv_text(rows)
+    assert list(csv.reader(io.StringIO(text, newline=""))) == [[str(cell) for cell in row] for row in rows]
+    assert report.csv_text(rows[:1]) == "=1+1,0,-1.5\n"
+
+
+def test_a_file_for_spreadsheets_begins_with_its_mark():
+    assert report.csv_text([["a", 1]], True) == "\ufeffa,1\n"
+    assert report.csv_text([["=a", 1]], True, begins_file=False) == "'=a,1\n"
+
+
 @pytest.mark.parametrize(
     "text", ["=1+1", "+1+1", "-cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1", "\n=1", "=HYPERLINK(1)", "＝1+1", "－x"]
 )
 def test_no_cell_is_a_formula(text):
-    assert report.safe_cell(text) == f"'{text}"
+    (row,) = csv.reader(io.StringIO(report.csv_text([[text]], True, begins_file=False), newline=""))
+    assert row == [f"'{text}"]
 
 
 @pytest.mark.parametrize("value", [-1.5, 3, "-1.5", "+2", "-1e-3", "left", "a=b", "", None, "1+1", "吾輩"])
 def test_numbers_and_plain_text_stay(value):
-    assert report.safe_cell(value) == value
-    assert type(report.safe_cell(value)) is type(value)
+    assert report.csv_text([[value, ""]], True, begins_file=False) == report.csv_text([[value, ""]])
 
 
 def test_markup_in_data_is_text():
     hostile = "<script>alert(1)</script>&\"'\x00\ud800"
-    shown = markup.escape(hostile)
-    assert "<" not in shown
-    assert '"' not in shown
+    shown = report.environment().from_string('<p title="{{ x }}">{{ x }}</p>').render(x=hostile)
+    assert shown.count("<") == 2
+    assert shown.count('"') == 2
+    assert shown.count("\N{REPLACEMENT CHARACTER}") == 4
     shown.encode("utf-8")
-    assert markup.table([hostile], [[hostile]]).count("<script") == 0
 
 
 WRONG = {
@@ -368,7 +413,7 @@ def test_the_decisive_fragment_is_marked_where_it_stands():
     text = "a < b. " * 40 + "THE <i>PART</i> THAT DECIDED" + " and more" * 100
     start = text.index("THE")
     span = (start, text.index(" and"))
-    shown = mistakes.wrong_document({**WRONG, "text": text, "span": span})
+    shown = wrong_document({**WRONG, "text": text, "span": span})
     assert "<mark>THE &lt;i&gt;PART&lt;/i&gt; THAT DECIDED</mark>" in shown
     assert "fragment 2 of 3" in shown
     assert "speech &lt;7&gt;" in shown
@@ -379,14 +424,14 @@ def test_the_decisive_fragment_is_marked_where_it_stands():
 
 
 def test_japanese_text_says_so_and_a_long_one_is_cut():
-    shown = mistakes.wrong_document({**WRONG, "text": "吾輩は猫である。" * 5000, "span": (8, 16)})
+    shown = wrong_document({**WRONG, "text": "吾輩は猫である。" * 5000, "span": (8, 16)})
     assert '<blockquote lang="ja">' in shown
     assert "first 20,000 characters" in shown
     assert len(shown) < 25_000
 
 
 def test_a_span_outside_of_the_text_is_harmless():
-    shown = mistakes.wrong_document({**WRONG, "text": "short", "span": (100, 200)})
+    shown = wrong_document({**WRONG, "text": "short", "span": (100, 200)})
     assert "short" in shown
     assert "<mark>" not in shown
 

@@ -16,9 +16,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, run_script
 
-from lmscripts.options import lightning
-from lmscripts.options.checks import OLDER_NAMES
-from lmscripts.options.foreign import ForeignOptions, Written
+from lmscripts.options import language_pretraining, lightning
+from lmscripts.options.yaml_text import Entry
 
 PAGE = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
 SCRIPTS = ROOT / "scripts"
@@ -201,18 +200,17 @@ def test_a_key_becomes_what_the_table_says(key: str) -> None:
     """Translated alone, a key sets the options in its row and no others."""
     if key in WITHOUT_MEANING | set(lightning.NOT_NEEDED) | {"trainer.resume_from_checkpoint"}:
         return
-    old = ForeignOptions({key: Written(key, [SAMPLE_VALUES.get(key, "3")], key, "config.yaml")}, {}, in_file=True)
-    lightning.translate(old)
+    given = Entry(key, [SAMPLE_VALUES.get(key, "3")], key, "config.yaml")
+    entries, _ = lightning.translate([given])
     row = next(row for row in rows("gpt2") if key in spans(row.there))
-    meant = {meaning.name for meaning in old.meanings}
+    meant = {entry.key for entry in entries if entry.origin == "config.yaml"}
     assert meant
     assert meant <= {option for span in spans(row.here) for option in re.findall(r"--(\w+)", span)}
 
 
 def test_older_names_of_the_japanese_scripts() -> None:
-    tokenizer = runpy.run_path(str(SCRIPTS / "train_tokenizer.py"))
-    known = {"run_pretraining.py": OLDER_NAMES}
-    known["train_tokenizer.py"] = {"renamed": tokenizer["RENAMED"], "accepted_unused": tokenizer["ACCEPTED_UNUSED"]}
+    known = {"run_pretraining.py": language_pretraining.PRETRAINING}
+    known["train_tokenizer.py"] = language_pretraining.TOKENIZER
     checked = set()
     for row in rows("japanese"):
         names = known.get(row.script, {})

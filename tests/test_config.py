@@ -13,7 +13,8 @@ from typing import Any, Literal
 import pytest
 
 from lmscripts.errors import UserError
-from lmscripts.options.parsing import dump_options, option, parse_options, parse_options_with_origin
+from lmscripts.options.checks import check_numbers, check_useless, refuse_given
+from lmscripts.options.parsing import Further, dump_options, option, parse_options, parse_options_with_origin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -412,3 +413,111 @@ def test_a_table_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         parse_options(TableOptions, description="", argv=["-e", "4"])
     assert "missing --input_file" in capsys.readouterr().err
+
+
+# ---- further dataclasses of options ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Masked:
+    GROUP = "objective masked"
+    mask_unit: Literal["token", "word"] = option("token", help="What is masked.")
+    mask_probability: float = option(0.15, help="Share.")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_probability < 1:
+            raise UserError(f"--mask_probability must lie between 0 and 1, got {self.mask_probability}")
+
+
+@dataclass(frozen=True)
+class Replaced:
+    GROUP = "objective replaced"
+    mask_unit: Literal["token", "word"] = option("token", help="What is masked.")
+    discriminator_weight: float = option(50.0, help="Weight.")
+
+
+@dataclass(frozen=True)
+class Causal:
+    z_loss: float = option(0.0, help="Weight.")
+    seed: int = option(1, help="Seed.")
+
+
+@dataclass(frozen=True)
+class Run:
+    model_dir: str = option(help="Folder.", group="run")
+    seed: int = option(1, help="Seed.", group="run")
+
+
+def parse_more(*words: str) -> tuple[Run, Further]:
+    argv = ["--model_dir", "r", *words]
+    return parse_options(Run, more=(Masked, Replaced, Causal), description="Trains.", argv=argv)
+
+
+def test_further_dataclasses_are_options_too() -> None:
+    options, further = parse_more("--z-loss", "1e-4", "--mask_unit", "word", "--seed", "3")
+    assert options == Run(model_dir="r", seed=3)
+    assert further.settings == {
+        Masked: Masked(mask_unit="word"),
+        Replaced: Replaced(mask_unit="word"),
+        Causal: Causal(z_loss=1e-4, seed=3),
+    }
+    assert further.given == {"mask_unit": "word", "z_loss": 1e-4}  # the seed is the script's own
+
+
+def test_a_further_option_without_effect_is_refused() -> None:
+    _, further = parse_more("--z_loss", "0.1", "--mask_unit", "word")
+    with pytest.raises(UserError, match=r"^--z_loss 0\.1 has no effect on the objective masked$"):
+        refuse_given(further.settings[Masked], further.given, "on the objective masked")
+    refuse_given(["z_loss", "mask_unit"], further.given, "on the objective x")
+    _, further = parse_more("--z_loss", "0")  # the default, but asked for
+    with pytest.raises(UserError, match=r"--z_loss 0\.0 has no effect on"):
+        refuse_given(further.settings[Replaced], further.given, "on the objective replaced")
+
+
+def test_further_options_are_printed_saved_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_more("--z_loss", "0.5", "--print_config")
+    printed = capsys.readouterr().out
+    assert "# ---- objective masked, objective replaced ----\n\n# What is masked." in printed
+    assert printed.count("\nseed: ") == printed.count("\nmask_unit: ") == 1
+    options, further = parse_more("--config", write(tmp_path, printed))
+    assert (options, further) == parse_more("--z_loss", "0.5")
+    assert further.given == {"z_loss": 0.5}  # all others stand in the file as they are anyway
+    saved = dump_options(options, further.settings[Causal])
+    assert "\nz_loss: 0.5\n" in saved
+    assert "mask_unit" not in saved
+    assert parse_more("--config", write(tmp_path, saved)) == (options, further)
+
+
+def test_further_options_in_the_help_and_in_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_more("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "objective replaced: --discriminator_weight VALUE Weight. (default: 50.0)" in text
+    assert f"{Causal.__module__.rpartition('.')[2]}: --z_loss VALUE" in text  # without a GROUP the module's name
+    for words, sentence in (
+        (("--mask_probability", "2"), "--mask_probability must lie between 0 and 1, got 2.0"),
+        (("--zloss", "2"), "unknown option --zloss (did you mean --z_loss?)"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_more(*words)
+        assert sentence in capsys.readouterr().err
+
+
+def test_options_of_one_name_have_to_be_the_same() -> None:
+    @dataclass(frozen=True)
+    class Other:
+        z_loss: float = option(1.0, help="Weight.")
+
+    with pytest.raises(TypeError, match="the option z_loss differs"):
+        parse_options(Run, more=(Causal, Other), description="", argv=[])
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def test_checks_pass_over_options_that_a_copy_of_a_script_does_not_have() -> None:
+    check_numbers({"a": 1}, positive=("a", "gone"), not_negative=("gone",), below_one=("gone",))
+    check_useless({"a": None}, "here", "a", "gone")
+    with pytest.raises(UserError, match="--a must be greater than 0, got 0"):
+        check_numbers({"a": (1, 0)}, positive=("gone", "a"))

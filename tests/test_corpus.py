@@ -25,14 +25,16 @@ from lmscripts.text.corpus import (
     source_fingerprint,
     spread_sample,
 )
+from lmscripts.text.records import corpus_table
 
 SAMPLE = Path(__file__).parent.parent / "sample_data"
 DOCUMENTS = [[f"文書{number}の文{line}。" for line in range(number % 4 + 1)] for number in range(30)]
 TEXT = "\n\n".join("\n".join(document) for document in DOCUMENTS) + "\n"
 
 
-def read(path, report=None, **options):
-    return list(read_documents([Span(str(path))], report or TextReport(), **options))
+def read(path, report=None, *, document_per_line=False, keep_spaces=False, **table):
+    form = {"document_per_line": document_per_line, "keep_spaces": keep_spaces}
+    return list(read_documents([Span(str(path))], report or TextReport(), corpus_table(**table), **form))
 
 
 def write(path, content):
@@ -189,7 +191,7 @@ def test_missing_column_names_the_columns(tmp_path):
         path = write(tmp_path / name, content)
         with pytest.raises(UserError, match=r"'text'.*'body'"):
             read(path)
-        assert read(path, text_column="body") == [["x"]]
+        assert read(path, column="body") == [["x"]]
 
 
 def test_bad_records(tmp_path):
@@ -198,10 +200,10 @@ def test_bad_records(tmp_path):
     )
     report = TextReport()
     assert read(path, report) == [["x"], ["\ufffdy"]]
-    assert report.changes == {"bad_records_dropped": 3, "records_without_text": 1, "invalid_utf8_lines": 1}
+    assert report.changes == {"bad_records_dropped": 3, "records_without_text": 1, "half_characters": 1}
     assert f"{path}:2" in "\n".join(report.sentences())
-    with pytest.raises(UserError, match=r"a\.jsonl:2: not a JSON record"):
-        read(path, on_bad_line="fail")
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no JSON record"):
+        read(path, on_bad_row="fail")
 
 
 def test_hub_name(monkeypatch):
@@ -238,8 +240,9 @@ def test_line_ends_across_blocks(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", TEXT.replace("\n", "\r\n"))
     for limit in (50, 51, 52, 53):
         with path.open("rb") as file:
-            lines = [line for line, _ in text_reading.raw_lines(file, limit=limit)]
-        assert b"\n".join(lines).decode() == TEXT.rstrip("\n")
+            lines = list(text_reading.text_lines(file, limit=limit))
+        text = "".join(line + "\n" * ends for line, ends in lines)
+        assert text == TEXT
 
 
 def test_invalid_utf8_is_repaired_and_placed(tmp_path):
@@ -364,7 +367,150 @@ def test_white_space_is_kept_where_it_is_asked_for(tmp_path, keep):
 
 
 def test_a_long_line_that_is_cut_keeps_its_spaces(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_reading.raw_lines, "__defaults__", (None, 64))
+    monkeypatch.setattr(text_reading.text_lines, "__defaults__", (None, 64))
     line = "  " + "word " * 40 + " "
     (tmp_path / "long.txt").write_text(line + "\n")
     assert "".join(read(tmp_path / "long.txt", keep_spaces=True)[0]) == line
+
+
+# ---- tables of a corpus: the reader of the classifier ----
+
+
+def test_bad_rows_are_counted_by_reason_and_never_merged_into_others(tmp_path):
+    """A quote that nothing closes, a field too many or too few, bytes of another encoding, the header once more."""
+    rows = ["id\ttext\turl", "1\tfirst\tu1", '2\t"quoted" at once\tu2', '3\t"open\tu3', "4\tfourth\tu4", "5\tshort"]
+    rows += ["6\tone\ttoo\tmany", "id\ttext\turl", "7\tlast\tu7"]
+    path = write(tmp_path / "a.tsv", "\n".join(rows).encode() + b"\n8\tcaf\xe9\tu8\n")
+    report = TextReport()
+    assert read(path, report) == [["first"], ["fourth"], ["last"]]
+    once = ("too few fields", "too many fields", "header repeated", "cannot be decoded")
+    assert report.reasons == {"stray quote": 2, **dict.fromkeys(once, 1)}
+    assert report.changes == {"bad_records_dropped": 6}
+    told = "\n".join(report.sentences())
+    assert f"6 records could not be read and were left out (first at {path}:3, {path}:4, {path}:6" in told
+    assert f"2 x stray quote, at {path}:3: the quote that opens a field in line 3" in told
+    assert "--no_quotes" in told
+    assert f"1 x header repeated, at {path}:8" in told
+    again = TextReport.from_dict(json.loads(json.dumps(report.as_dict())))
+    again.merge(report)
+    assert again.reasons["stray quote"] == 4
+    assert f"4 x stray quote, at {path}:3" in "\n".join(again.sentences())
+    with pytest.raises(UserError, match=r"a\.tsv:3: stray quote: .*--no_quotes"):
+        read(path, on_bad_row="fail")
+    assert read(path, quotes=False)[1:3] == [['"quoted" at once'], ['"open']]
+
+
+def test_one_stray_quote_costs_one_record_of_two_thousand(tmp_path):
+    rows = [f"{number},text {number}" for number in range(2000)]
+    rows[10] = '10,"text 10'
+    report = TextReport()
+    documents = read(write(tmp_path / "a.csv", "id,text\n" + "\n".join(rows) + "\n"), report)
+    assert documents == [[f"text {number}"] for number in range(2000) if number != 10]
+    assert report.reasons == {"stray quote": 1}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+def test_the_delimiter_is_found_or_given(tmp_path, name, delimiter):
+    data = f"id{delimiter}text\n1{delimiter}eins\n2{delimiter}zwei: 3\n".encode()
+    path = write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
+    assert read(path) == [["eins"], ["zwei: 3"]]
+    path = write(tmp_path / "colon.csv", "id:text\n1:eins, zwei\n")
+    assert read(path, delimiter=":") == [["eins, zwei"]]
+    with pytest.raises(UserError, match=r"no column 'text'; it has 'id:text'"):
+        read(path)
+
+
+def test_tables_of_a_spreadsheet_and_of_an_old_mac(tmp_path):
+    assert read(write(tmp_path / "sep.csv", "sep=|\r\nid|text\r\n1|a; b, c\r\n")) == [["a; b, c"]]
+    assert read(write(tmp_path / "mac.csv", 'id,text\r1,eins\r2,"zwei\rdrei"\r')) == [["eins"], ["zwei", "drei"]]
+    assert read(write(tmp_path / "cell.csv", "id,text\n1,eins\rzwei\n2,drei\n")) == [["eins", "zwei"], ["drei"]]
+    report = TextReport()
+    assert read(write(tmp_path / "two.csv", "\ufefftext\na\n\ufefftext\nb\n"), report) == [["a"], ["b"]]
+    assert report.changes == {"byte_order_marks": 2, "bad_records_dropped": 1}
+
+
+def test_marks_and_lines_that_nobody_sees(tmp_path):
+    """A byte order mark of a file that was put behind another; a line of U+200B ends a document."""
+    report = TextReport()
+    path = write(tmp_path / "a.txt", "eins\n\n\ufeffzwei\n\u200b\ndrei\n")
+    assert read(path, report) == [["eins"], ["zwei"], ["drei"]]
+    assert report.changes == {"byte_order_marks": 1}
+    assert [d for spans in plan_spans([path], 9) for d in read_documents(spans, TextReport())] == read(path)
+
+
+def test_spaces_before_a_text_in_a_table_are_kept_where_they_are_asked_for(tmp_path):
+    path = write(tmp_path / "a.csv", "text,id\n  return x,1\n  '5\" wide',2\n")
+    assert read(path, keep_spaces=True) == [["  return x"], ["  '5\" wide'"]]
+
+
+# ---- what a file is, by its content ----
+
+RECORDS = '\n{"id": 1, "text": "eins"}\n\n{"id": 2, "text": "zwei"}\n{"text": \n'
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.txt", "a", "a.csv", "a.jsonl"])
+def test_json_lines_are_json_lines_whatever_the_suffix(tmp_path, name):
+    path = write(tmp_path / name, RECORDS.encode() if not name.endswith("gz") else gzip.compress(RECORDS.encode()))
+    report = TextReport()
+    assert [d for spans in plan_spans([path], 3) for d in read_documents(spans, report)] == [["eins"], ["zwei"]]
+    assert report.reasons == {"no JSON record": 1}
+    assert report.changes["json_lines_files"] == (name != "a.jsonl")
+    assert name == "a.jsonl" or "--input_format txt" in report.sentences()[1]
+    as_it_stands = read(path, input_format="txt")
+    assert as_it_stands[0] == ['{"id": 1, "text": "eins"}']
+    plan = plan_spans([path], 3, input_format="txt")
+    table = corpus_table(input_format="txt")
+    assert [d for spans in plan for d in read_documents(spans, TextReport(), table)] == as_it_stands
+
+
+def test_a_long_first_record_is_one(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps({"text": "eins " * 30_000}) + "\n" + json.dumps({"text": "zwei"}))
+    assert [document[0][:4] for document in read(path)] == ["eins", "zwei"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"text": 1} is a record\nand prose', '{"text": "x"}\nand prose', "{curly} words", "[1] a note", "<b>bold</b> x"],
+)
+def test_prose_stays_prose(tmp_path, text):
+    assert read(write(tmp_path / "a.txt", text)) == [text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.json", '[{"text": "eins"}]', r"JSON array.*jq -c .*--input_format txt"),
+        ("a.jsonl", '[\n {"text": "eins"}\n]', r"JSON array"),
+        ("a.json", '{\n "text": "eins"\n}', r"JSON object.*--input_format txt"),
+        ("a.html", "<!DOCTYPE html><p>eins</p>", r"markup.*--input_format txt"),
+        ("a.txt", '\ufeff <?xml version="1.0"?><x/>', r"markup"),
+        ("a.csv", b"PK\x03\x04" + bytes(99), r"office file \(\.xlsx, \.docx\) or a zip archive"),
+        ("a.txt", gzip.compress(b"eins"), r"gzip: let its name end in \.gz"),
+        ("a.txt", b"%PDF-1.7 ...", r"PDF"),
+        ("a.txt.gz", gzip.compress(bytes(257) + b"ustar" + bytes(99)), r"tar archive"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_what_it_is(tmp_path, name, data, said):
+    path = write(tmp_path / name, data)
+    with pytest.raises(UserError, match=rf"{name} is .*{said}"):
+        read(path)
+    if "input_format" in said:
+        assert read(path, input_format="txt") == [[line.strip() for line in data.splitlines()]]
+
+
+def test_files_that_a_folder_leaves_out_are_told(tmp_path):
+    for name in ("a.txt", "b.json", "notes.md", ".hidden", "sub/c.xlsx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "x")
+    report = TextReport()
+    assert find_files([str(tmp_path)], report) == [tmp_path / "a.txt"]
+    told = "3 files of a folder were left out for their names; name those that are text on the line (first at"
+    assert f"{told} {tmp_path}/b.json" in report.sentences()[1]
+
+
+def test_the_command_that_converts_is_quoted(tmp_path):
+    (tmp_path / "two words").mkdir()
+    path = write(tmp_path / "two words" / "alt;.txt", ("これは古い文字コードのテキストです。\n" * 20).encode("euc-jp"))
+    with pytest.raises(UserError, match=rf"iconv -f euc-jp -t UTF-8 '{path}' > '{path}\.utf8\.txt'"):
+        read(path)

@@ -23,6 +23,7 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation.result import as_json, check_output, remarks, table
 from lmscripts.evaluation.sums import SHORTEST_ROW, text_facts
 from lmscripts.files import check_writable, write_text
+from lmscripts.text.records import corpus_table
 
 OLDER = dict.fromkeys(("model", "untrained", "untrained_because", "text", "metrics", "counts", "options", "versions"))
 
@@ -300,8 +301,8 @@ def test_a_file_counts_once(text, tmp_path):
     link.symlink_to(text)
     copy.write_bytes(text.read_bytes())
     with pytest.raises(UserError, match=f"{text} and {link} are the same file"):
-        text_facts([text, copy, link], None, False)
-    facts = text_facts([text, copy], None, False)
+        text_facts([text, copy, link], corpus_table(), False)
+    facts = text_facts([text, copy], corpus_table(), False)
     assert [fact["file"] for fact in facts] == ["held_out.txt", "copy.txt"]
     assert facts[0]["sha256"] == facts[1]["sha256"]
 
@@ -309,10 +310,14 @@ def test_a_file_counts_once(text, tmp_path):
 def test_options_of_other_forms_of_text_are_refused(text, tmp_path):
     (table_file := tmp_path / "a.jsonl").write_text('{"body": "w1"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"--text_column body has no effect: only \.txt files are given"):
-        text_facts([text], "body", False)
+        text_facts([text], corpus_table("body"), False)
     with pytest.raises(UserError, match=r"--document_per_line has no effect: no \.txt file is given"):
-        text_facts([table_file], "body", True)
-    assert [fact["bytes"] for fact in text_facts([text, table_file], "body", True)] == [text.stat().st_size, 2]
+        text_facts([table_file], corpus_table("body"), True)
+    facts = text_facts([text, table_file], corpus_table("body"), True)
+    assert [fact["bytes"] for fact in facts] == [text.stat().st_size, 2]
+    assert not any("format" in fact for fact in facts)
+    facts = text_facts([table_file.rename(tmp_path / "a.json")], corpus_table("body"), False)
+    assert [(fact["bytes"], fact["format"]) for fact in facts] == [(2, "jsonl")]
 
 
 def test_the_shortest_row_is_that_of_the_packing(tmp_path):

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lmscripts.data import labelled_rows as batches
-from lmscripts.data.database import open_or_build
 from lmscripts.data.folding import FoldSettings
+from lmscripts.data.labelled_build import open_or_build
+from lmscripts.data.labelled_store import FoldRows
 from lmscripts.data.splits import SplitSettings
-from lmscripts.data.stored import FoldRows
 from lmscripts.errors import UserError
 from lmscripts.evaluation import progress, results
 from lmscripts.evaluation.aggregate import AGGREGATES, document_logits
@@ -127,7 +127,7 @@ def here(monkeypatch, capsys):
 
 
 def predictions(folder, name="topics_testset_predictions.csv"):
-    with open(folder / name, encoding="utf-8-sig", newline="") as file:
+    with open(folder / name, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -574,7 +574,7 @@ def runs_of(database):
 def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
     options, path = {"options": TableOptions(group="article")}, tmp_path / "own.sqlite"
     database = build(table, bert, path, **options)
-    about = (tmp_path / "model", {}, {}, database.origin(1, 1))
+    about = (tmp_path / "model", {}, {}, database.origin())
     state = progress.ClassifierState()
     state.run_id, state.key = progress.open_run(database, state, "A", *about)
     record = {"epoch": 1, "step": 5, "train": {"loss": 2.0}, "validation": {"loss": 1.5, "mcc": None}}
@@ -625,7 +625,7 @@ def test_a_run_whose_database_is_built_anew_meanwhile_stops_and_writes_nothing(
             lines[1:] = [line.replace(f",{old},", f",{'zyx'[number]},") for line in lines[1:]]
         (tmp_path / "other.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         database = build(tmp_path / "other.csv", bert, path)
-        database.start_run("B", {}, {}, tok_id=1, split_id=1, model_dir="b")
+        database.start_run("B", {}, {}, model_dir="b")
         seen.append(path.read_bytes())
         return usual(*given)
 
@@ -682,7 +682,7 @@ def test_of_several_labels_an_epoch_is_judged_as_the_model_would_be_exported(tab
     # All labels above one half, and told apart without a mistake by a higher threshold.
     answers = RowAnswers(1.0 + 3.0 * part.truth[part.owners], np.ones(part.num_rows))
     state = progress.ClassifierState(step=7)
-    state.run_id, state.key = database.start_run("A", {}, {}, tok_id=1, split_id=1, model_dir="m")
+    state.run_id, state.key = database.start_run("A", {}, {}, model_dir="m")
     assert judge(answers, part, settings).document["macro_f1"] < 0.8
     record = progress.close_epoch(database, state, 1, {"loss": 1.0}, part, answers, settings)
     assert record["validation"]["macro_f1"] == 1.0

@@ -11,12 +11,17 @@ from test_tokenization import HOSTILE, make_folder, sample_lines, words_of
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lmscripts.data.folding import Folder, FoldSettings, fold, special_tokens_around
+from lmscripts.data.folding import Folder, FoldSettings, special_tokens_around
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.alignment import Aligner, _only_places
-from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.encoder import Encoder, load_encoder
 from lmscripts.tokenizer.folder import write_tokenizer
 from lmscripts.tokenizer.training import VocabularySettings, train_vocabulary
+
+
+def fold(encoder, texts, settings):
+    return Folder(encoder, settings)(texts)
+
 
 EXAMPLE = "Beat my Republican opponent! She will remove stop signs from your neighborhood."
 KINDS = [
@@ -401,7 +406,7 @@ def test_a_tokenizer_of_transformers_serves_as_well(encoders):
     encoder = encoders("foreign bert")
     tokenizer = AutoTokenizer.from_pretrained(encoder.folder)
     settings = FoldSettings(max_length=12)
-    for a, b in zip(fold(encoder, TEXTS, settings), fold(tokenizer, TEXTS, settings)):
+    for a, b in zip(fold(encoder, TEXTS, settings), fold(Encoder(encoder.folder, tokenizer), TEXTS, settings)):
         assert [f.ids.tolist() for f in a] == [f.ids.tolist() for f in b]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import subprocess
@@ -607,16 +606,9 @@ def test_help_says_it_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> Non
     assert text.endswith("PyTorch Lightning are accepted too: model.*, seed_everything and trainer.*.")
 
 
-def test_only_the_standard_library_is_imported() -> None:
-    for name in ("lightning.py", "config_foreign.py"):
-        tree = ast.parse((ROOT / "lmscripts" / name).read_text(encoding="utf-8"))
-        modules = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
-        modules |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        assert modules - {"lmscripts.errors", "lmscripts.options.foreign"} <= sys.stdlib_module_names | {
-            "collections.abc"
-        }
+def test_nothing_heavy_is_imported() -> None:
     code = "import sys, lmscripts.options.lightning\n"
-    code += "print([m for m in ('torch', 'yaml', 'jsonargparse') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'numpy', 'transformers', 'jsonargparse') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"

@@ -16,11 +16,12 @@ from conftest import ROOT
 from test_analyze_results import run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from lmscripts.data.folding import FoldSettings, fold
+from lmscripts.data.folding import Folder, FoldSettings
 from lmscripts.errors import UserError
 from lmscripts.evaluation import applying
 from lmscripts.models.classifier import KEY, ClassifierSettings
 from lmscripts.text.records import TableOptions
+from lmscripts.tokenizer.encoder import load_encoder
 
 SCRIPT = "predict_classifier.py"
 LABELS = ("料理", "宇宙", "=1+1")
@@ -68,7 +69,7 @@ def from_standard_input(model_dir, text, *arguments):
 def recomputed(model_dir, text):
     """Probabilities by plain transformers: logits of the rows of 16 tokens, their mean, the temperature."""
     model = AutoModelForSequenceClassification.from_pretrained(model_dir).eval()
-    (rows,) = fold(AutoTokenizer.from_pretrained(model_dir), [text], FoldSettings(max_length=16))
+    (rows,) = Folder(load_encoder(model_dir), FoldSettings(max_length=16))([text])
     with torch.no_grad():
         logits = [model(torch.from_numpy(row.ids).long()[None]).logits[0] for row in rows]
     return len(rows), (torch.stack(logits).mean(0) / 1.7).softmax(0).tolist()
@@ -88,8 +89,23 @@ def test_every_text_has_its_line_in_order_folded_and_calibrated_as_the_folder_sa
         assert (int(row["fragments"]), row["note"]) == (number, "")
         assert list(map(float, shares)) == pytest.approx(expected, abs=2e-6)
         best = LABELS[expected.index(max(expected))]
-        assert row["label"] == (f"'{best}" if best.startswith("=") else best)  # no formula for a spreadsheet
+        assert row["label"] == best
     assert int(rows[3]["fragments"]) > 2
+
+
+def test_an_answer_for_a_spreadsheet_has_its_mark_once_and_no_formula(model_dir, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS), encoding="utf-8")
+    outputs = []
+    for more in ((), ("--spreadsheet_safe",)):
+        outputs.append(run_here(SCRIPT, "--model_dir", model_dir, "--input_file", file, *more).stdout)
+    exact, safe = outputs
+    assert safe.startswith("\ufeffline,")
+    assert safe.count("\ufeff") == 1
+    assert [row["label"] for row in csv.DictReader(io.StringIO(safe))] == [
+        f"'{row['label']}" if row["label"].startswith("=") else row["label"]
+        for row in csv.DictReader(io.StringIO(exact))
+    ]
 
 
 def test_tables_json_lines_and_standard_input_are_answered_alike(model_dir, tmp_path):
@@ -286,3 +302,14 @@ def test_a_damaged_setting_is_named(model_dir, tmp_path):
     done = run_here(SCRIPT, "--model_dir", tmp_path / "model", standard_input="星\n".encode(), check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "temperature 0" in done.stderr
+
+
+def test_json_lines_are_records_whatever_the_name_of_the_input(tmp_path):
+    (tmp_path / "texts.json").write_text('{"text": "eins"}\n{"text": "zwei"}\n', encoding="utf-8")
+    (tmp_path / "texts.csv.txt").write_bytes(b"PK\x03\x04 is a workbook")
+    table = TableOptions(label="")
+    read = [each.text for each in applying.read_texts(str(tmp_path / "texts.json"), "", table)]
+    assert read == ["eins", "zwei"]
+    assert len(list(applying.read_texts(str(tmp_path / "texts.json"), "txt", table))) == 2
+    with pytest.raises(UserError, match="is an office file"):
+        next(applying.read_texts(str(tmp_path / "texts.csv.txt"), "", table))

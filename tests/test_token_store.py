@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import SAMPLE, run_script
 
-from lmscripts.data.preparation import Source, prepare_store
+from lmscripts.data.preparation import Source, describe_source, prepare_store
 from lmscripts.data.token_store import in_validation, open_store, verify_store
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
+from lmscripts.text.records import corpus_table
 
 
 def contents(folder):
@@ -172,11 +174,55 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(many_documents, tokenizer_di
 
     def kill_a_worker(_):
         for child in psutil.Process(os.getpid()).children(recursive=True):
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was killed at the batch before
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
 
     longer = tmp_path / "longer.txt"  # than what is under way at once, which may be ready before the kill
     longer.write_bytes(many_documents.read_bytes() * 4)
     with pytest.raises(UserError, match="was killed"):
         prepare_store(Source((str(longer),), Path(tokenizer_dir)), tmp_path / "store", 2, kill_a_worker)
     assert not (tmp_path / "store").exists()
+
+
+def test_how_tables_are_read_is_told_apart_only_where_it_is_unusual(tokenizer_dir, tmp_path):
+    """So that a store that an earlier version made of the same text is found again."""
+    (tmp_path / "a.csv").write_text('id;text\n1;eins\n2;"zwei\n', encoding="utf-8")
+
+    def options(**table):
+        source = Source((str(tmp_path / "a.csv"),), Path(tokenizer_dir), table=corpus_table(**table))
+        return describe_source(source).options
+
+    usual = {"validation_fraction": 0.01, "max_documents": None, "document_per_line": False, "text_column": "text"}
+    assert options() == options(delimiter=None, quotes=True, input_format=None) == usual
+    assert options(quotes=False, delimiter=";") == usual | {"quotes": False, "delimiter": ";"}
+    assert options(input_format="txt") == usual | {"format": "txt"}
+    (tmp_path / "a.csv").write_text('{"text": "eins"}\n', encoding="utf-8")
+    assert options() == usual
+    (tmp_path / "a.csv").rename(tmp_path / "a.json")
+    (tmp_path / "a.csv").symlink_to(tmp_path / "a.json")
+    source = Source((str(tmp_path / "a.json"),), Path(tokenizer_dir))
+    assert describe_source(source).options == usual | {"json_lines": ["a.json"]}
+
+
+def test_bad_rows_and_skipped_files_are_told_by_every_script_that_reads_a_corpus(tokenizer_dir, tmp_path):
+    """One reader: the tokenizer and the store leave out the same rows and say why; --no_quotes takes them as texts."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rows = [f"{number}\tこれは{number}番目の文です。" for number in range(40)]
+    rows[7] = '7\t"引用で始まる文です。'
+    (folder / "a.tsv").write_text("\n".join(["id\ttext", *rows, "id\ttext", ""]), encoding="utf-8")
+    (folder / "b.json").write_text("{}", encoding="utf-8")
+    told = ["2 records could not be read and were left out", f"1 x stray quote, at {folder}/a.tsv:9:", "--no_quotes"]
+    told += [f"1 x header repeated, at {folder}/a.tsv:42:", "1 files of a folder were left out", f"{folder}/b.json"]
+    arguments = ["--input_file", folder, "--num_workers", 1]
+    store = ["prepare_corpus.py", *arguments, "--tokenizer_dir", tokenizer_dir, "--output_dir"]
+    vocabulary = ["train_tokenizer.py", *arguments, "--vocab_size", 200, "--model_dir"]
+    for number, command in enumerate((store, vocabulary)):
+        done = run_script(*command, tmp_path / f"skipped{number}")
+        assert all(words in done.stdout for words in told), done.stdout
+        done = run_script(*command, tmp_path / f"taken{number}", "--no_quotes", "--delimiter", "\t")
+        assert "1 records could not be read" in done.stdout
+        assert "stray quote" not in done.stdout
+    assert open_store(tmp_path / "skipped0").manifest["text"]["documents"] == 39
+    assert open_store(tmp_path / "taken0").manifest["text"]["documents"] == 40

@@ -187,7 +187,7 @@ def test_repairs_are_printed(tmp_path):
         "\ufeffよい文。\r\n".encode() * 30 + b"\x00\xff\r\n" + "第3四半期連結会計期間末日満期手形\n".encode()
     )
     output = run("--input_file", path, "--model_dir", tmp_path / "t", "--vocab_size", 100)
-    assert "1 byte order marks" in output
+    assert "30 byte order marks" in output
     assert f"1 lines held bytes that are not UTF-8; each was replaced by U+FFFD (first at {path}:31)" in output
     assert "--mecab_dic unidic_lite" in output
     assert "四半期連結会計期間末日満期手形" in output

@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -104,22 +103,8 @@ class Fold:
     num_repeated: int
 
 
-def fold(tokenizer: Any, texts: Sequence[str], settings: FoldSettings) -> list[list[Fold]]:
-    """Rows of every text; see `Folder`, which is for more than one call with the same tokenizer.
-
-    Args:
-        tokenizer: an `Encoder`, or a tokenizer of transformers; from then on special tokens in a text are text for it.
-        texts: blank ones, and ones of which the tokenizer makes nothing, give no row.
-        settings: how.
-
-    Raises:
-        UserError: see `Folder`.
-    """
-    return Folder(tokenizer, settings)(texts)
-
-
 class Folder:
-    """Folds texts with one tokenizer.
+    """Folds texts with one tokenizer, for which special tokens in a text are text from then on.
 
     Attributes:
         encoder: the tokenizer.
@@ -132,9 +117,8 @@ class Folder:
             text and cannot be told from a real one.
     """
 
-    def __init__(self, tokenizer: Any, settings: FoldSettings) -> None:
-        is_encoder = isinstance(tokenizer, Encoder)
-        self.encoder: Encoder = tokenizer if is_encoder else Encoder(Path(tokenizer.name_or_path), tokenizer)
+    def __init__(self, encoder: Encoder, settings: FoldSettings) -> None:
+        self.encoder = encoder
         self.settings = settings
         self.before, self.after = special_tokens_around(self.encoder.tokenizer)
         self.room = settings.max_length - len(self.before) - len(self.after)
@@ -149,8 +133,11 @@ class Folder:
         if self._only_special_are_added():
             self.encoder.tokenizer.split_special_tokens = True
 
+    def __reduce__(self) -> tuple[type[Folder], tuple[Encoder, FoldSettings]]:
+        return Folder, (self.encoder, self.settings)
+
     def __call__(self, texts: Sequence[str]) -> list[list[Fold]]:
-        """Rows of every text, encoded in one go."""
+        """Rows of every text; blank ones, and ones of which the tokenizer makes nothing, give no row."""
         if self.encoder.tokenizer.is_fast:
             # Whoever called the tokenizer with truncation since has left it set, and the ends of texts would be lost.
             self.encoder.tokenizer.backend_tokenizer.no_truncation()

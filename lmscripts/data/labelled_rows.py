@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lmscripts.counters import permute, split_shares, stream_key
 from lmscripts.data.folding import special_tokens_around
-from lmscripts.data.stored import FoldRows, Stored
+from lmscripts.data.labelled_store import Database, FoldRows
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.training.processes import micro_batches
@@ -63,30 +63,22 @@ class Part:
 
 
 def read_part(
-    database: Stored,
-    tok_id: int,
-    split_id: int,
+    database: Database,
     part: str,
     *,
-    num_labels: int,
     class_weights: Floats | None = None,
     count_documents_once: bool = True,
 ) -> Part:
     """A part of a split as it is trained or judged.
 
     Args:
-        database: the file of the task.
-        tok_id: which rows.
-        split_id: which split.
+        database: the file of the task, with the rows and the split that are meant.
         part: train, validation or test.
-        num_labels: K.
         class_weights: (K,) weight of the rows of each label, for one label a row; None weighs all alike.
         count_documents_once: a row of a document that has k of them weighs 1/k.
     """
-    folds = database.read_folds(tok_id, split_id, part)
-    doc_ids, offsets, label_ids = database.read_labels(split_id, part)
-    truth = np.zeros((len(doc_ids), num_labels), np.bool_)
-    truth[np.repeat(np.arange(len(doc_ids)), np.diff(offsets)), label_ids] = True
+    folds = database.read_folds(part)
+    doc_ids, truth = database.read_labels(part)
     owners = np.searchsorted(doc_ids, folds.doc_ids).astype(np.int64)
     weights = 1.0 / np.maximum(folds.n, 1) if count_documents_once else np.ones(len(owners))
     if class_weights is not None:

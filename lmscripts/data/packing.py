@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lmscripts.data.masking import expand_ranges
-from lmscripts.data.token_store import Part
+from lmscripts.data.token_store import Part, TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder
 
@@ -113,6 +116,24 @@ class Rows:
     segments: NDArray[np.int32]
     positions: NDArray[np.int32]
     targets: NDArray[np.int32] | None = None
+
+
+def segment_ends(segments: Tensor, capacity: int) -> Tensor:
+    """(capacity,) int32 cumulative lengths 0, l1, l1 + l2, ... of the segments of all rows, for varlen attention.
+
+    The empty end of a row counts as a segment. Unused entries repeat the total, so the shape does not depend on the
+    number of segments.
+
+    Args:
+        segments: (B, T) integers.
+        capacity: at least the number of segments + 1.
+    """
+    changes = torch.ones_like(segments, dtype=torch.bool)
+    changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = changes.reshape(-1).nonzero().squeeze(1)
+    ends = torch.full((capacity,), segments.numel(), dtype=torch.int32, device=segments.device)
+    ends[: starts.numel()] = starts.to(torch.int32)
+    return ends
 
 
 @dataclass(frozen=True)
@@ -254,6 +275,20 @@ def row_index(part: Part, store_fingerprint: str, layout: Layout, cache_dir: Pat
             if not folder.is_dir():
                 raise
     return _open_index(folder)
+
+
+def open_rows(store: TokenStore, part_name: str, layout: Layout) -> PackedRows | None:
+    """Rows of one part of a store by their index, which is built on first use; None when the part is empty.
+
+    The index is kept in `rows/` inside the store or, where the store may not be written, among the temporary files.
+    """
+    part = store.part(part_name)
+    if part.tokens.size == 0:
+        return None
+    cache_dir = store.folder / "rows"
+    if not os.access(store.folder, os.W_OK):
+        cache_dir = Path(tempfile.gettempdir()) / f"lmscripts_rows_{store.fingerprint[:16]}"
+    return PackedRows(part, row_index(part, store.fingerprint, layout, cache_dir), layout)
 
 
 def read_rows(part: Part, index: RowIndex, rows: NDArray[np.int64], layout: Layout) -> Rows:

@@ -14,7 +14,18 @@ from typing import Any, Literal
 from lmscripts.data.token_store import Documents, TokenStore, build_store, open_store, store_fingerprint
 from lmscripts.errors import UserError
 from lmscripts.files import remove_leftovers
-from lmscripts.text.corpus import Span, TextReport, batches, find_files, read_documents, source_fingerprint
+from lmscripts.text.corpus import (
+    HUB,
+    Span,
+    batches,
+    find_files,
+    is_plain,
+    read_documents,
+    source_fingerprint,
+)
+from lmscripts.text.reading import format_of
+from lmscripts.text.records import TEXTS, TableOptions
+from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
 from lmscripts.tokenizer.report import keeps_line_feeds
 
@@ -30,7 +41,7 @@ class Source:
         validation_files: text of its own for the validation part.
         max_documents: read no more than so many documents of the input.
         document_per_line: .txt files hold one document a line instead of one sentence.
-        text_column: column of tables and JSON lines.
+        table: how tables and JSON lines are read: column of the text, delimiter, quotes; and the format of all files.
         line_ends: "keep" encodes every line of a document as it stands, with the white space around it, and all but
             the last with their line feed; "drop" encodes lines alone. None keeps for a tokenizer without a mask token
             that gives line feeds back.
@@ -42,7 +53,7 @@ class Source:
     validation_files: tuple[str, ...] = ()
     max_documents: int | None = None
     document_per_line: bool = False
-    text_column: str = "text"
+    table: TableOptions = TEXTS
     line_ends: Literal["keep", "drop"] | None = None
 
     def options(self, encoder: Encoder) -> dict[str, Any]:
@@ -55,8 +66,11 @@ class Source:
             "validation_fraction": 0.0 if self.validation_files else self.validation_fraction,
             "max_documents": self.max_documents,
             "document_per_line": self.document_per_line,
-            "text_column": self.text_column,
+            "text_column": self.table.text,
         }
+        for name in ("delimiter", "quotes", "format"):
+            if (value := getattr(self.table, name)) != getattr(TEXTS, name):  # earlier stores know none of them
+                options[name] = value
         keep = self.line_ends == "keep" or (self.line_ends is None and encoder.mask_id is None)
         if not keep:
             return options
@@ -111,15 +125,22 @@ def describe_source(source: Source) -> Description:
         "vocab_size": encoder.vocab_size,
     }
     options = source.options(encoder)
+    if records := [path.name for path in (*train, *held_out) if _is_seen_as_records(path, source)]:
+        options["json_lines"] = records  # an earlier store would have their braces as text
     return Description(store_fingerprint(text["fingerprint"], encoder.fingerprint, options), text, tokenizer, options)
+
+
+def _is_seen_as_records(path: Path, source: Source) -> bool:
+    named = source.table.format or format_of(path)[0] != "txt"
+    return not named and not str(path).startswith(HUB) and not is_plain(str(path))
 
 
 def _documents(files: Sequence[Path], source: Source, keep_spaces: bool, report: TextReport) -> Iterator[Documents]:
     documents = read_documents(
         [Span(str(path)) for path in files],
         report,
+        source.table,
         document_per_line=source.document_per_line,
-        text_column=source.text_column,
         keep_spaces=keep_spaces,
     )
     return batches(islice(documents, source.max_documents))
@@ -145,11 +166,11 @@ def prepare_store(
         return store
     remove_leftovers(folder)
     report = TextReport()
-    held_out = find_files(source.validation_files) if source.validation_files else None
+    held_out = find_files(source.validation_files, report) if source.validation_files else None
     keep_spaces = described.options.get("spaces") == "keep"
     return build_store(
         folder,
-        _documents(find_files(source.input_files), source, keep_spaces, report),
+        _documents(find_files(source.input_files, report), source, keep_spaces, report),
         tokenizer_dir=source.tokenizer_dir,
         tokenizer_facts=described.tokenizer,
         source_facts=described.text,

@@ -5,16 +5,13 @@ unit, and a unit is never taken apart. Units are put in the order of a hash of t
 the first of them are for testing, the last for validation, and those between for training. Where a class is cut, above
 or below its share, depends on what the classes before it have left over. Hence
 
-- the same table, seed and shares always give the same parts, whatever the order of the rows;
-- a part's rows of a class differ from its share by at most the rows of the largest unit of the class (and one unit
-  where the share of a part would be none), if the units hold one class each;
-- a part's rows of all classes together differ from its share by about as little, however many small classes there are;
-- a class of four units or more is in every part, unless there are so many that a part would exceed its share by more
-  than ten units and more than a tenth of the smallest part;
-- rows that are added move only what stands near the ends of a class, not everything.
+- the same table, seed and shares give the same parts whatever the order of the rows, and rows that are added move only
+  what stands near the ends of a class;
+- a part's rows, of a class and of all, differ from its share by about the largest unit at most;
+- a class of four units or more is in every part, unless a part would exceed its share by far;
+- every class has rows for training.
 
-A document with several labels, and a unit with several classes, counts for its rarest class. Every class has rows for
-training.
+A document with several labels, and a unit with several classes, counts for its rarest class.
 """
 
 from __future__ import annotations
@@ -110,7 +107,7 @@ def split_documents(documents: Sequence[SplitDocument], settings: SplitSettings)
     train, validation, test = settings.shares()
     if settings.method == "given":
         return _given(documents, settings)
-    units = _units(documents, settings.use_groups)
+    units = units_of_documents(documents, settings.use_groups)
     parts = _assign(documents, units, settings.seed, validation, test)
     for part, share in zip(PARTS, (train, validation, test)):
         if share > 0 and part not in parts:
@@ -181,7 +178,7 @@ def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[
     if "validation" not in parts and validation > 0:
         places = [place for place, part in enumerate(parts) if part == "train"]
         chosen = [documents[place] for place in places]
-        units = _units(chosen, settings.use_groups)
+        units = units_of_documents(chosen, settings.use_groups)
         for place, part in zip(places, _assign(chosen, units, settings.seed, validation, 0.0)):
             parts[place] = part
     elif "validation" in parts and settings.validation not in (0, SplitSettings.validation):
@@ -202,7 +199,7 @@ def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[
 # ---- units ----
 
 
-def _units(documents: Sequence[SplitDocument], use_groups: bool) -> list[str]:
+def units_of_documents(documents: Sequence[SplitDocument], use_groups: bool) -> list[str]:
     """A name for each document's unit: documents that share a group, a text or an id, directly or by others, share it.
 
     The name is the smallest group of the unit, or the hash of its text, so that further rows hardly ever change it.

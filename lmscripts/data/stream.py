@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lmscripts.data.masking import expand_ranges
 from lmscripts.data.packing import Layout, Rows
-from lmscripts.data.token_store import Part
+from lmscripts.data.token_store import Part, TokenStore
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,11 @@ class StreamRows:
         text = content.reshape(num_rows, length)
         numbers = [a.reshape(num_rows, length) for a in (ids, segments, positions, targets)]
         return Rows(numbers[0], text, text, *numbers[1:])
+
+
+def open_stream(store: TokenStore, part_name: str, layout: Layout) -> StreamRows | None:
+    """One part of a store as a stream for a causal model; None when the part is empty."""
+    part = store.part(part_name)
+    if part.tokens.size == 0:
+        return None
+    return StreamRows(part, layout, int(store.manifest["parts"][part_name]["text_bytes"]))

@@ -19,11 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +30,7 @@ from numpy.typing import NDArray
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256, new_folder
 from lmscripts.tokenizer.folder import copy_tokenizer
+from lmscripts.workers import in_order
 
 FORMAT_VERSION = 1
 _FILES = ("tokens", "word_starts", "sentence_lengths", "document_tokens", "document_sentences", "document_bytes")
@@ -300,42 +297,6 @@ def _append(batch: EncodedBatch, train: _PartWriter, validation: _PartWriter) ->
         )
 
 
-def _in_order(encode: _Encode, batches: Iterable[Documents], num_workers: int) -> Iterator[EncodedBatch]:
-    """Encode batches in `num_workers` processes, give them back in order, and hold only a few at a time."""
-    if num_workers <= 1:
-        yield from map(encode, batches)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, spawn, _start_worker, (encode,)) as pool:
-        waiting: deque[Future[EncodedBatch]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_encode_in_worker, batch))
-                if len(waiting) > 2 * num_workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError("a tokenising process was killed, probably for memory: give fewer --num_workers") from None
-
-
-_worker: _Encode | None = None
-
-
-def _start_worker(encode: _Encode) -> None:
-    """Remember the encoder of this worker process; interrupts are the parent's business."""
-    import signal
-
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker = encode
-
-
-def _encode_in_worker(documents: Documents) -> EncodedBatch:
-    assert _worker is not None
-    return _worker(documents)
-
-
 def build_store(
     folder: Path,
     batches: Iterable[Documents],
@@ -371,12 +332,12 @@ def build_store(
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
         encode = _Encode(str(tokenizer_dir), dtype, options["validation_fraction"], options.get("line_ends"))
-        for batch in _in_order(encode, batches, num_workers):
+        for batch in in_order(encode, batches, num_workers):
             _append(batch, train, validation)
             progress(int(batch.document_sizes[:, 2].sum()))
         if validation_batches is not None:
             encode = _Encode(str(tokenizer_dir), dtype, 1.0, options.get("line_ends"))
-            for batch in _in_order(encode, validation_batches, num_workers):
+            for batch in in_order(encode, validation_batches, num_workers):
                 _append(batch, train, validation)
         parts = {"train": train.close(), "validation": validation.close()}
         if parts["train"]["tokens"] == 0:

@@ -24,8 +24,8 @@ from lmscripts.data.labelled_rows import by_length
 from lmscripts.errors import UserError, naming
 from lmscripts.evaluation.aggregate import calibrated, document_logits, names_of
 from lmscripts.models.classifier import ClassifierSettings, Source, label_names, padding_id
-from lmscripts.text.reading import MAX_RECORD_BYTES, format_of, open_binary, reading
-from lmscripts.text.records import BadRow, TableOptions, check_encoding
+from lmscripts.text.reading import MAX_RECORD_BYTES, check_file, format_of, kind_of, opened
+from lmscripts.text.records import BadRow, TableOptions, check_codec
 from lmscripts.text.tables import read_table
 
 EMPTY = "empty text"
@@ -83,8 +83,8 @@ def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -
         UserError: naming the option and the kind; or an encoding that there is not.
     """
     if "encoding" in given:
-        check_encoding(given["encoding"])
-    real = kind or ("txt" if path == "-" else format_of(path)[0])
+        check_codec(given["encoding"])
+    real = kind or ("txt" if path == "-" else kind_of(path) if Path(path).is_file() else format_of(path)[0])
     for name, value in given.items():
         if real not in _OF_KIND[name]:
             shown = f"--no_{name}" if value is False else f"--{name} {value}"
@@ -98,7 +98,7 @@ def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
 
     Args:
         path: the file, also compressed; "-" is standard input.
-        kind: "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by the name of the file; of
+        kind: "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by its name and content; of
             standard input it takes lines of text, unless the first of them looks like the beginning of a table. A table
             on standard input is read to its end before the first text.
         table: how a table is read, with an empty `label`.
@@ -108,11 +108,10 @@ def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
     """
     if path == "-":
         yield from _standard_input(sys.stdin.buffer, kind, table)
-    elif not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"the input {path} {what} (seen from {Path.cwd()})")
-    elif (kind or format_of(path)[0]) == "txt":
-        with reading(path), open_binary(path) as file:
+        return
+    check_file(path, "input")
+    if kind_of(path, kind) == "txt":
+        with opened(path) as file:
             yield from _lines(file, table.encoding)
     else:
         yield from _rows(path, kind, table)

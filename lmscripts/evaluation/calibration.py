@@ -8,7 +8,6 @@ every pair of row and label is a statement of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,39 +22,12 @@ Flags = NDArray[np.bool_]
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """How often statements come true, by how sure they were.
-
-    Attributes:
-        edges: (bins + 1,) limits of confidence; a bin has its upper limit, the first one also 0.
-        count: (bins,) statements.
-        confidence: (bins,) their mean confidence; NaN in an empty bin.
-        accuracy: (bins,) share that came true; NaN in an empty bin.
-    """
-
-    edges: Floats
-    count: NDArray[np.int64]
-    confidence: Floats
-    accuracy: Floats
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error: mean gap between the two, weighted by statements; NaN without any."""
-        if not self.count.sum():
-            return float("nan")
-        gaps = np.abs(np.nan_to_num(self.confidence) - np.nan_to_num(self.accuracy))
-        return float((gaps * self.count).sum() / self.count.sum())
-
-
 def probabilities_of(logits: NDArray[Any], multi_label: bool, temperature: float = 1.0) -> Floats:
     """(N, K) softmax, or sigmoid when a row may have several labels, of (N, K) logits over the temperature."""
+    from scipy.special import expit, softmax
+
     scaled = np.asarray(logits, dtype=np.float64) / temperature
-    if multi_label:
-        small = np.exp(-np.abs(scaled))
-        return np.where(scaled >= 0, 1.0, small) / (1.0 + small)
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+    return np.asarray(expit(scaled) if multi_label else softmax(scaled, axis=1))
 
 
 def fit_temperature(
@@ -76,7 +48,7 @@ def fit_temperature(
     """
     values = _checked(logits, labels, "logits")
     labels = np.asarray(labels)
-    wanted = labels.astype(np.float64) if labels.ndim == 2 else np.eye(values.shape[1])[labels]
+    wanted = (labels if labels.ndim == 2 else one_hot(labels, values.shape[1])).astype(np.float64)
 
     def slope(inverse: float) -> float:
         """Derivative of the negative log-likelihood by 1/T, per row."""
@@ -107,16 +79,23 @@ def negative_log_likelihood(probabilities: NDArray[Any], labels: NDArray[Any]) -
     return float(-np.where(labels, np.log(values), np.log(against)).sum(1).mean())
 
 
-def reliability(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> Reliability:
-    """Confidence against truth in bins of equal width.
+def judged(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> dict[str, Any]:
+    """Confidence against truth, in values for JSON.
 
     Args:
         probabilities: (N, K).
         labels: (N,) label numbers: the statements are the N largest probabilities. (N, K) flags: all N x K.
-        bins: number of bins.
+        bins: number of bins of equal width; a bin has its upper limit, the first one also 0.
+
+    Returns:
+        "ece", the expected calibration error, which is the mean gap between how sure and how right (arXiv:1706.04599,
+        section 2); "nll", the `negative_log_likelihood`; "bins", each with "low", "high", "count" of statements, and
+        their mean "confidence" and "accuracy" (share that came true), None in an empty one.
+
+    Raises:
+        UserError: no rows, other shapes, or probabilities that are not finite.
     """
-    values = _checked(probabilities, labels, "probabilities")
-    labels = np.asarray(labels)
+    values, labels = _checked(probabilities, labels, "probabilities"), np.asarray(labels)
     if labels.ndim == 1:
         confidence, came_true = values.max(1), values.argmax(1) == labels
     else:
@@ -124,28 +103,16 @@ def reliability(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 1
     edges = np.linspace(0, 1, bins + 1)
     places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     count = np.bincount(places, minlength=bins)
-    sums = np.bincount(places, weights=confidence, minlength=bins)
-    right = np.bincount(places, weights=came_true, minlength=bins)
-    means = [np.divide(part, count, out=np.full(bins, np.nan), where=count > 0) for part in (sums, right)]
-    return Reliability(edges, count, *means)
-
-
-def expected_calibration_error(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> float:
-    """Mean gap between how sure and how right, over bins of equal width (arXiv:1706.04599, section 2).
-
-    Args:
-        probabilities: (N, K).
-        labels: (N,) label numbers, or (N, K) flags; then over all pairs of row and label.
-        bins: number of bins.
-
-    Raises:
-        UserError: no rows, other shapes, or probabilities that are not finite.
-    """
-    return reliability(probabilities, labels, bins).error
+    sums = [np.bincount(places, weights=part, minlength=bins) for part in (confidence, came_true)]
+    means = [np.divide(part, count, out=np.full(bins, np.nan), where=count > 0) for part in sums]
+    error = np.nansum(np.abs(means[0] - means[1]) * count) / count.sum()
+    names = ("low", "high", "count", "confidence", "accuracy")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(edges[:-1], edges[1:], count, *means, strict=True)]
+    return {"ece": float(error), "nll": negative_log_likelihood(values, labels), "bins": plain(rows)}
 
 
 def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any], default: float = 0.5) -> Floats:
-    """For each label the threshold with the best F1; a row gets the label if its probability is at least that.
+    """(K,) thresholds with the best F1 of each label; a row gets the label if its probability is at least that.
 
     A threshold lies midway between two neighbouring probabilities. Among equally good ones the nearest to `default` is
     taken; a label that no row has keeps the default, because nothing can be learnt about it.
@@ -154,9 +121,6 @@ def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any], default: 
         probabilities: (N, K) of the validation part.
         labels: (N, K) flags.
         default: the threshold where the rows do not say.
-
-    Returns:
-        (K,) thresholds.
 
     Raises:
         UserError: no rows, other shapes, or probabilities that are not finite.
@@ -224,21 +188,11 @@ def coverage_accuracy(confidence: NDArray[Any], right: NDArray[Any]) -> tuple[Fl
     Returns:
         Share of rows that are decided, rising; share of those that is right; confidence of the least sure of them.
     """
-    order = np.argsort(-np.asarray(confidence, dtype=np.float64), kind="stable")
-    falling = np.asarray(confidence, dtype=np.float64)[order]
-    number = np.arange(1, len(falling) + 1)
-    ends = np.append(falling[1:] < falling[:-1], True) if len(falling) else np.zeros(0, np.bool_)
+    order = np.argsort(-np.asarray(confidence), kind="stable")
+    falling, number = np.asarray(confidence)[order], np.arange(1, len(order) + 1)
+    ends = np.append(falling[1:] < falling[:-1], True)
     accuracy = np.cumsum(np.asarray(right, dtype=np.float64)[order]) / number
-    return number[ends] / max(1, len(falling)), accuracy[ends], falling[ends]
-
-
-def judged(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> dict[str, Any]:
-    """Calibration in values for JSON: "ece", "nll" and "bins", each with low, high, count, confidence, accuracy."""
-    found = reliability(probabilities, labels, bins)
-    names = ("low", "high", "count", "confidence", "accuracy")
-    rows = zip(found.edges[:-1], found.edges[1:], found.count, found.confidence, found.accuracy, strict=True)
-    loss = negative_log_likelihood(probabilities, labels)
-    return {"ece": found.error, "nll": loss, "bins": [plain(dict(zip(names, row, strict=True))) for row in rows]}
+    return number[ends] / len(falling), accuracy[ends], falling[ends]
 
 
 def coverage_points(probabilities: NDArray[Any], labels: NDArray[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -261,15 +215,12 @@ def coverage_points(probabilities: NDArray[Any], labels: NDArray[Any]) -> tuple[
 
 def _checked(values: NDArray[Any], labels: NDArray[Any], what: str) -> Floats:
     numbers, flags = np.asarray(values, dtype=np.float64), np.asarray(labels)
-    fits = numbers.ndim == 2 and flags.shape in (numbers.shape[:1], numbers.shape)
-    if not fits or not len(numbers):
+    if numbers.ndim != 2 or flags.shape not in (numbers.shape[:1], numbers.shape) or not len(numbers):
         raise UserError(
             f"{what} of the shape {numbers.shape} and labels of the shape {flags.shape} give no calibration"
         )
     if not np.isfinite(numbers).all():
         raise UserError(f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} {what} are not finite numbers")
-    if flags.ndim == 1 and not (flags.min() >= 0 and flags.max() < numbers.shape[1]):
-        raise UserError(
-            f"label numbers run from {flags.min()} to {flags.max()}, but there are {numbers.shape[1]} labels"
-        )
+    if flags.ndim == 1:
+        one_hot(flags, numbers.shape[1])  # refuses numbers that are no labels
     return numbers

@@ -57,12 +57,7 @@ def one_hot(labels: NDArray[Any], num_labels: int) -> Flags:
 
 
 def tally(truth: Flags, decided: Flags) -> Tally:
-    """Counts of all rows.
-
-    Args:
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-    """
+    """Counts of all rows, of which (N, K) says what labels they have and what labels they were given."""
     return _as_tally(np.asarray(_contributions(truth, decided).sum(axis=0), dtype=np.float64).reshape(-1))
 
 
@@ -138,17 +133,14 @@ def per_label(counts: Tally) -> dict[str, Floats]:
     }
 
 
-def interval(values: Floats, coverage: float = 0.95) -> Floats | None:
-    """(2, ...) the middle of (R, ...) resampled values: percentile interval.
+def interval(values: Floats, coverage: float = 0.95) -> list[float] | None:
+    """The middle of (R,) resampled values: percentile interval.
 
-    Samples in which the number is undefined are left out; None without resamples, NaN where no sample defines it.
+    Samples in which the number is undefined are left out; None where no sample defines it.
     """
-    if len(values) == 0:
-        return None
+    defined = values[~np.isnan(values)]
     tail = 50 * (1 - coverage)
-    filled = np.where(np.isnan(values).all(axis=0), 0.0, values)
-    bounds = np.asarray(np.nanpercentile(filled, [tail, 100 - tail], axis=0))
-    return np.where(np.isnan(values).all(axis=0), np.nan, bounds)
+    return [float(bound) for bound in np.percentile(defined, [tail, 100 - tail])] if len(defined) else None
 
 
 def confusion_matrix(truth: NDArray[Any], decided: NDArray[Any], num_labels: int) -> Integers:
@@ -163,18 +155,14 @@ def by_row(matrix: Integers) -> Floats:
 
 
 def plain(value: Any) -> Any:
-    """The same in values that JSON knows: no array, and None for every number that is none."""
+    """The same in values that JSON knows: no array, and None for a number that is none."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return (
-            [plain(item) for item in value] if np.ndim(value) or isinstance(value, (list, tuple)) else plain(value[()])
-        )
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def measured(
@@ -194,26 +182,21 @@ def measured(
         {"units", "rows", "metrics": {name: {"value", "interval"}}, "per_label": [...]} and {name: (R,)}. Intervals
         are None when there is one unit: it says nothing about others.
     """
-    counts = tally(truth, decided)
-    number = len(np.unique(units))
+    counts, number = tally(truth, decided), len(np.unique(units))
     drawn = resampled_tally(truth, decided, units, resamples, seed)
-    samples = overall(drawn, multi_label)
-    each, each_sample = per_label(counts), per_label(drawn)
+    samples, each, each_sample = overall(drawn, multi_label), per_label(counts), per_label(drawn)
 
-    def pair(value: Any, bounds: Floats | None) -> dict[str, Any]:
-        return {"value": plain(value), "interval": None if number < 2 or bounds is None else _bounds(bounds)}
+    def pair(value: Any, sample: Floats) -> dict[str, Any]:
+        return {"value": plain(value), "interval": interval(sample) if number > 1 else None}
 
-    bounds = {name: interval(values) for name, values in each_sample.items()}
     labels = [
         {
-            "support": int(counts.support[label]),
-            "predicted": int(counts.predicted[label]),
-            "hits": int(counts.hits[label]),
-            **{name: pair(each[name][label], _column(bounds[name], label)) for name in each},
+            **{name: int(getattr(counts, name)[label]) for name in ("support", "predicted", "hits")},
+            **{name: pair(each[name][label], each_sample[name][:, label]) for name in each},
         }
         for label in range(truth.shape[1])
     ]
-    metrics = {name: pair(value, interval(samples[name])) for name, value in overall(counts, multi_label).items()}
+    metrics = {name: pair(value, samples[name]) for name, value in overall(counts, multi_label).items()}
     return {"units": number, "rows": len(truth), "metrics": metrics, "per_label": labels}, samples
 
 
@@ -227,17 +210,15 @@ def differences(
 
     Args:
         first: "metrics" of `measured`.
-        second: the same of another classifier, on units numbered alike.
+        second: the same of another classifier, on units numbered alike, with the same seed and number of samples.
         first_samples: what `measured` returned beside it.
-        second_samples: the same of the other, with the same seed and number of samples.
+        second_samples: likewise.
     """
     found = {}
     for name, own in first.items():
         values = own["value"], second[name]["value"]
-        bounds = interval(first_samples[name] - second_samples[name])
-        known = own["interval"] is not None and bounds is not None
-        gap = None if None in values else values[0] - values[1]
-        found[name] = {"value": gap, "interval": _bounds(bounds) if known and bounds is not None else None}
+        bounds = own["interval"] and interval(first_samples[name] - second_samples[name])
+        found[name] = {"value": None if None in values else values[0] - values[1], "interval": bounds}
     return found
 
 
@@ -259,14 +240,6 @@ def surest_mistakes(probabilities: Floats, truth: Flags, decided: Flags, multi_l
     labels = sure.argmax(1)
     top = sure[np.arange(len(sure)), labels]
     return [(int(row), int(labels[row])) for row in np.argsort(-top, kind="stable") if top[row] >= 0]
-
-
-def _column(bounds: Floats | None, label: int) -> Floats | None:
-    return None if bounds is None else bounds[:, label]
-
-
-def _bounds(bounds: Floats) -> list[float] | None:
-    return None if np.isnan(bounds).any() else [float(bound) for bound in bounds]
 
 
 def _contributions(truth: Flags, decided: Flags) -> Any:

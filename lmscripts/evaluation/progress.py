@@ -13,9 +13,8 @@ import numpy as np
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel
 
-from lmscripts.data.database import Database
 from lmscripts.data.labelled_rows import Part
-from lmscripts.data.stored import RunKey
+from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import RowAnswers, best_shares, calibrate, judge
 from lmscripts.evaluation.metrics import plain
@@ -203,11 +202,9 @@ def open_run(
     Raises:
         UserError: the database was built anew from something else since.
     """
-    if state.run_id and state.key and database.holds_run(state.entry):
-        database.go_on_with_run(state.entry)
+    if state.run_id and state.key and database.go_on_with_run(state.entry):
         return state.entry
-    ids = {"tok_id": database.tok_id, "split_id": database.split_id}
-    run = database.start_run(name, options, facts, **ids, model_dir=model_dir, origin=origin)
+    run = database.start_run(name, options, facts, model_dir=model_dir, origin=origin)
     for record in state.history:  # what the other database knew
         _write_epoch(database, run, record["step"], record)
     return run

@@ -1,7 +1,7 @@
-"""The report of a run as one HTML page that needs nothing else, and cells of CSV that stay text.
+"""The report of a run as one HTML page that needs nothing else, its tables, and CSV.
 
-Every text that comes from data (labels, names, documents, options) passes `escape`; `Markup` marks what is HTML
-already. The page holds no script and forbids itself the network, so it can be passed on.
+The page is `report.html`, filled by jinja2, which escapes every text that comes from data (labels, names, documents,
+options). It holds no script and forbids itself the network, so it can be passed on.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import csv
 import io
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lmscripts.evaluation.charts import MOST_LABELS_IN_MATRIX, STYLE
-from lmscripts.evaluation.markup import Markup, escape, percent, table
-from lmscripts.evaluation.mistakes import wrong_document
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from lmscripts.evaluation.charts import MOST_LABELS_IN_MATRIX
+from lmscripts.evaluation.comparison import Run, read_places
+from lmscripts.evaluation.metrics import Flags, plain, surest_mistakes
 
 Numbers = Mapping[str, Any]
-Section = tuple[str, str, str]  # id, title, HTML
 
 METRICS = {
     "accuracy": "Accuracy",
@@ -29,19 +34,36 @@ METRICS = {
     "micro_f1": "Micro F1",
 }
 _LONGEST_VALUE = 300
+_LONGEST_TEXT = 20_000
 _FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def safe_cell(value: Any) -> Any:
-    """A value for a cell of a CSV file that no spreadsheet takes for a formula.
+# ---- CSV ---------------------------------------------------------------------------------------------------------
 
-    Numbers stay numbers, also when they are written as text ("-1.5"). Other text that begins with = + - @, their wide
-    forms, or a tab or line end gets an apostrophe in front, which spreadsheets show as text.
+
+def csv_text(rows: Sequence[Sequence[Any]], spreadsheet_safe: bool = False, *, begins_file: bool = True) -> str:
+    """Rows as CSV, exactly as they are: what a program reads from it is what was written.
+
+    Args:
+        rows: of cells.
+        spreadsheet_safe: for who opens it in a spreadsheet: a byte order mark at the beginning of the file, and an
+            apostrophe before text that would be a formula there (numbers in text, such as "-1.5", stay).
+        begins_file: these are the first rows of it.
     """
-    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
-        return value
-    return f"'{value}"
+    lines = ["\ufeff"] if spreadsheet_safe and begins_file else []
+    for row in rows:
+        text = io.StringIO()  # of its own for each row: "\r" is put into quotes only if it ends the lines
+        csv.writer(text, lineterminator="\r\n").writerow(
+            [_no_formula(cell) for cell in row] if spreadsheet_safe else row
+        )
+        lines.append(f"{text.getvalue()[:-2]}\n")
+    return "".join(lines)
+
+
+def _no_formula(cell: Any) -> Any:
+    is_formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if is_formula else cell
 
 
 def confusion_table(numbers: Numbers) -> list[list[Any]]:
@@ -53,11 +75,62 @@ def confusion_table(numbers: Numbers) -> list[list[Any]]:
     return rows
 
 
-def csv_text(rows: list[list[Any]]) -> str:
-    """Rows as CSV in which no cell is a formula."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([safe_cell(cell) for cell in row] for row in rows)
-    return text.getvalue()
+def wrong_table(numbers: Numbers) -> list[list[Any]]:
+    """Rows of all mistakes; labels of a document that has several stand with the separator of the run between them."""
+    names = ["doc_id", "true", "predicted"]
+    names += ["label", "missed", "probability"] if numbers["multi_label"] else ["probability", "true_probability"]
+    names, between = [*names, "decisive"], numbers["run"]["options"].get("separator") or "|"
+    joined = ({**found, **{name: between.join(found[name]) for name in names[1:3]}} for found in numbers["wrong"])
+    return [names, *([found[name] for name in names] for found in joined)]
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Test documents whose labels are wrong, the surest mistake first.
+
+    Args:
+        run: with predictions of test documents.
+        decided: (N, K) labels that they were given.
+        most_shown: mistakes that are returned with their text.
+
+    Returns:
+        All of them in values for JSON: "doc_id", "true" and "predicted" (names of labels), "label" (the one that is
+        most wrong) and whether it was "missed", its "probability", that of the true label where there is one
+        ("true_probability"), "fragments" (probability of `label` in each) and "decisive", the fragment that speaks
+        most for the mistake. And some for the page, the first of every confusion before the second of any ("rank"),
+        with what `read_places` says and the "span" of the decisive fragment.
+    """
+    found, fragments = run.predictions["test", "document"], run.predictions.get(("test", "fragment"))
+    every, folds = list[dict[str, Any]](), list[int]()
+    seen, ranks = Counter[Any](), list[int]()
+    for row, label in surest_mistakes(found.probabilities, found.truth, decided, run.multi_label):
+        doc_id, missed = int(found.doc_ids[row]), bool(found.truth[row, label])
+        true, given = ([run.labels[place] for place in np.flatnonzero(flags[row])] for flags in (found.truth, decided))
+        of_true = None if run.multi_label else plain(found.probabilities[row, found.truth[row].argmax()])
+        mistake: dict[str, Any] = {"doc_id": doc_id, "true": true, "predicted": given}
+        mistake |= {"label": run.labels[label], "missed": missed}
+        mistake |= {"probability": plain(found.probabilities[row, label]), "true_probability": of_true}
+        mistake |= {"fragments": [], "decisive": None}
+        first, last = (0, 0) if fragments is None else np.searchsorted(fragments.doc_ids, (doc_id, doc_id + 1))
+        if fragments is not None and last > first:
+            each = fragments.probabilities[first:last, label]
+            mistake |= {"fragments": plain(each), "decisive": int(each.argmin() if missed else each.argmax())}
+        decisive = mistake["decisive"]
+        folds.append(-1 if fragments is None or decisive is None else int(fragments.fold_idx[first + decisive]))
+        every.append(mistake)
+        kind = label, missed if run.multi_label else tuple(true)
+        ranks.append(seen[kind])
+        seen[kind] += 1
+    shown = []
+    for number in sorted(range(len(every)), key=ranks.__getitem__)[:most_shown]:
+        place = read_places(run, every[number]["doc_id"])
+        shown.append({**every[number], **place, "span": place["spans"].get(folds[number]), "rank": ranks[number]})
+    return every, shown
+
+
+# ---- HTML --------------------------------------------------------------------------------------------------------
 
 
 def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) -> str:
@@ -66,294 +139,111 @@ def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) 
     Args:
         numbers: what `scripts/analyze_results.py` writes as JSON.
         charts: name -> SVG.
-        wrong: wrong documents as `wrong_document` takes them.
+        wrong: the second of what `find_mistakes` gives.
     """
-    sections = [
-        ("summary", "Summary", _summary(numbers)),
-        ("model", "What was trained", _model(numbers)),
-        ("data", "Data and split", _data(numbers)),
-        ("training", "Training", _training(numbers, charts)),
-        ("results", "Documents and fragments", _levels(numbers)),
-        ("labels", "Each label", _labels(numbers)),
-        ("confusions", "Confusions", _confusions(numbers, charts)),
-        ("calibration", "Calibration", _calibration(numbers, charts)),
-        ("coverage", "Leaving out the unsure", _coverage(numbers, charts)),
-        ("baselines", "Baselines", _baselines(numbers)),
-        ("comparison", "The other run", _comparison(numbers)),
-        ("wrong", "Most wrong documents", "".join(map(wrong_document, wrong))),
-        ("notes", "How to read this", _notes(numbers)),
-    ]
-    sections = [section for section in sections if section[2]]
-    title, ended = escape(_title(numbers["run"])), escape(numbers["run"]["ended"])
-    links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{heading}</h2>{text}</section>' for name, heading, text in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header><h1>{title}</h1><p class="dim">{escape(numbers["database"])}, {ended}</p></header>
-<nav aria-label="Contents"><ol>{links}</ol></nav>
-<main>{body}</main>
-</body>
-</html>
-"""
-
-
-# ---- sections ----------------------------------------------------------------------------------------------------
+    level, names = numbers["levels"][numbers["level"]], numbers["labels"]
+    shares = level.get("confusion_by_row")
+    pairs = [(n, t, p) for t, row in enumerate(level.get("confusion", ())) for p, n in enumerate(row) if n and t != p]
+    pairs = sorted(pairs, key=lambda pair: (-pair[0], pair))[:10]
+    confusions = [(names[true], names[given], n, shares[true][given]) for n, true, given in pairs]
+    known = {("loss" not in record["metric"], record["metric"], record["part"]) for record in numbers["epochs"]}
+    columns = [(part, metric) for _, metric, part in sorted(known)]
+    rivals, title = list(numbers["baselines"]), _title(numbers["run"])
+    if other := numbers["comparison"]:
+        name = f"{_title(other['run'])} ({other['database']})"
+        rivals.append({"name": name, "metrics": other["second"], **other})
+    here = {**numbers, "charts": charts, "wrong": wrong, "found": level, "confusions": confusions, "columns": columns}
+    here |= {"rivals": rivals, "title": title}
+    return environment().get_template("report.html").render(here)
 
 
 def _title(run: Numbers) -> str:
     return f"Run {run['run_id']}" + (f": {run['name']}" if run["name"] else "")
 
 
-def _summary(numbers: Numbers) -> str:
-    level = numbers["levels"][numbers["level"]]
-    tiles = "".join(
-        f'<div class="tile"><span>{METRICS[name]}</span><b>{_shown(name, found["value"])}</b>'
-        f"{_range(found)}<small>{_between(name, found)}</small></div>"
-        for name, found in level["metrics"].items()
+def environment() -> jinja2.Environment:
+    """The templates beside this file, and what they call."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=visible,
     )
-    main = next(iter(level["metrics"]))
-    groups = "" if level["units"] == level["documents"] else f" in {level['units']:,} groups"
-    sentence = f"{level['documents']:,} test documents{groups}, {len(numbers['labels'])} labels."
-    sentence = sentence if numbers["level"] == "document" else f"{level['rows']:,} fragments of {sentence}"
-    for baseline in numbers["baselines"]:
-        gap = with_interval(main, baseline["difference"][main], signed=True)
-        right = percent(baseline["metrics"][main]["value"])
-        sentence += f" Baseline, {baseline['name']}: {right}; this run {gap} points."
-    notices = "".join(f"<li>{escape(notice)}</li>" for notice in numbers["notices"])
-    notices = f'<ul class="notices">{notices}</ul>' if notices else ""
-    return f'<div class="tiles">{tiles}</div><p>{escape(sentence)}</p>{notices}'
+    found.globals |= {"most_labels": MOST_LABELS_IN_MATRIX, "longest": _LONGEST_TEXT, "zip": zip}
+    found.globals |= {"shown": _shown, "between": _between, "excerpts": _excerpts, "percent": percent}
+    found.filters |= {"flat": _flat, "metric": METRICS.__getitem__, "plural": "{}s".format}
+    found.tests["holding"] = lambda text, pattern: re.search(pattern, text) is not None
+    return found
 
 
-def _model(numbers: Numbers) -> str:
-    run = numbers["run"]
-    names = ("status", "model_dir", "started", "ended", "tokenizer", "tokenizer_fingerprint")
-    rows = [(name.replace("_", " "), run[name]) for name in names if run[name] is not None]
-    rows += [(f"folding: {name}", value) for name, value in _flat(run["folding"])]
-    chosen = ("best_epoch", "metric", "steps", "parameters", "processes")
-    rows += [(name.replace("_", " "), run["facts"][name]) for name in chosen if name in run["facts"]]
-    facts = f"<details><summary>Facts</summary>{_facts(_flat(run['facts']))}</details>"
-    return _facts(rows) + facts + f"<details><summary>Options</summary>{_facts(_flat(run['options']))}</details>"
+def visible(value: Any) -> Any:
+    """Text in which control characters, which HTML has no place for, are a visible sign."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", value)
 
 
-def _data(numbers: Numbers) -> str:
-    parts = {name: part for name, part in numbers["split"].items() if part["documents"]}
-    head = ["label", *(f"{name} {what}" for name in parts for what in ("", "share"))]
-    rows = [["all documents", *(c for part in parts.values() for c in (f"{part['documents']:,}", ""))]]
-    for number, label in enumerate(numbers["labels"]):
-        counts = [(part["labels"][number], part["documents"]) for part in parts.values()]
-        rows.append([label, *(c for count, total in counts for c in (f"{count:,}", percent(count / total)))])
-    settings = [(f"split: {name}", value) for name, value in _flat(numbers["run"]["split"])]
-    hidden = ("rows_of_labels", "sources")  # the first is the table above; the second repeats the hashes
-    facts = [(name, value) for name, value in _flat(numbers["data"]) if not name.startswith(hidden)]
-    counts = [(name, value) for name, value in facts if name.startswith("num_")]
-    whole = f"<details><summary>How it was read and split</summary>{_facts([*facts, *settings])}</details>"
-    return table(head, rows) + _facts(counts) + whole
+def percent(value: float | None) -> str:
+    """A share in per cent; a dash where it has no meaning."""
+    return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _training(numbers: Numbers, charts: Mapping[str, str]) -> str:
-    records = numbers["epochs"]
-    if not records:
-        return ""
-    columns = sorted({(r["metric"], r["part"]) for r in records}, key=lambda c: ("loss" not in c[0], *c))
-    found = {(r["epoch"], r["metric"], r["part"]): f"{r['value']:.4f}" for r in records if r["value"] is not None}
-    head = ["epoch", *(f"{part} {metric.replace('_', ' ')}" for metric, part in columns)]
-    rows = [
-        [epoch, *(found.get((epoch, metric, part), "–") for metric, part in columns)]
-        for epoch in sorted({r["epoch"] for r in records})
-    ]
-    return _figure(charts, "training") + table(head, rows)
+def summary(numbers: Numbers) -> str:
+    """The main numbers for the terminal."""
+    judged = {f"{found['rows']:,} {level}s": found for level, found in numbers["levels"].items()}
+    judged |= {baseline["name"]: baseline for baseline in numbers["baselines"]}
+    first, *others = numbers["levels"]["document"]["metrics"]
+    rows = [["", METRICS[first], *(METRICS[name] for name in others)]]
+    for title, found in judged.items():
+        alone = (_shown(name, found["metrics"][name]["value"]) for name in others)
+        rows.append([title, _with_interval(first, found["metrics"][first]), *alone])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if other := numbers["comparison"]:
+        gap, p = _with_interval(first, other["difference"][first], signed=True), other["mcnemar"]["p"]
+        lines.append(f"{METRICS[first]}, this run less the other: {gap}; McNemar's test p = {p:.3g}")
+    return "\n".join([*lines, *(f"note: {notice}" for notice in numbers["notices"])])
 
 
-def _levels(numbers: Numbers) -> str:
-    levels = numbers["levels"]
-    head = ["", *(f"{level}s" for level in levels)]
-    rows = [["test rows", *(f"{found['rows']:,}" for found in levels.values())]]
-    for name in next(iter(levels.values()))["metrics"]:
-        rows.append([METRICS[name], *(with_interval(name, found["metrics"][name]) for found in levels.values())])
-    return table(head, rows)
+def _with_interval(name: str, found: Numbers, signed: bool = False) -> str:
+    between = _between(name, found, signed)
+    return _shown(name, found["value"], signed) + (f" ({between})" if between else "")
 
 
-def _labels(numbers: Numbers) -> str:
-    level = numbers["levels"][numbers["level"]]
-    rows, counts = [], []
-    for number, (label, found) in enumerate(zip(numbers["labels"], level["per_label"], strict=True)):
-        support, predicted, hits = (found[name] for name in ("support", "predicted", "hits"))
-        row = [label, *(with_interval(name, found[name]) for name in ("precision", "recall", "f1"))]
-        rows.append([*row, _range(found["f1"]), f"{support:,}", f"{predicted:,}"])
-        four = (hits, predicted - hits, support - hits, level["rows"] - support - predicted + hits)
-        limit = f"{numbers['thresholds'][number]:.3f}" if numbers["multi_label"] else ""
-        counts.append([label, *(f"{count:,}" for count in four), limit])
-    text = table(["label", "precision", "recall", "F1", "", "support", "predicted"], rows)
-    if numbers["multi_label"]:
-        head = ["label", "rightly given", "wrongly given", "missed", "rightly not given", "threshold"]
-        text = Markup(text + table(head, counts, 1, f"{numbers['level']}s"))
-    return text
-
-
-def _confusions(numbers: Numbers, charts: Mapping[str, str]) -> str:
-    level, names = numbers["levels"][numbers["level"]], numbers["labels"]
-    if numbers["multi_label"]:
-        return ""
-    parts = []
-    if len(names) > MOST_LABELS_IN_MATRIX:
-        said = f"{len(names):,} labels are too many for a table of numbers: the picture shows the share of each true "
-        said += "label, and the file that ends in _confusion.csv has every cell that is not empty."
-        parts.append(f"<p>{said}</p>{_figure(charts, 'confusion')}")
-    else:
-        for values, caption in (
-            (level["confusion"], f"{numbers['level']}s"),
-            (level["confusion_by_row"], "share of the true label"),
-        ):
-            rows = []
-            for line, name in enumerate(names):
-                cells = []
-                for column, value in enumerate(values[line]):
-                    share, kind = level["confusion_by_row"][line][column] or 0.0, "hit" if line == column else "miss"
-                    text = f"{value:,}" if isinstance(value, int) else percent(value)
-                    cells.append(Markup(f'<span class="{kind}" style="--p:{share:.4f}">{text}</span>'))
-                rows.append([name, *cells])
-            matrix = table(["true \\ predicted", *names], rows, 1, caption)
-            parts.append(matrix.replace("<table>", '<table class="matrix">', 1))
-    pairs = [(n, t, p) for t, row in enumerate(level["confusion"]) for p, n in enumerate(row) if n and t != p]
-    shares = level["confusion_by_row"]
-    most = [(names[t], names[p], n, percent(shares[t][p])) for n, t, p in sorted(pairs, key=lambda x: (-x[0], x))[:10]]
-    head = ["true", "predicted", f"{numbers['level']}s", "of the true label"]
-    return "".join(parts) + (table(head, most, 2, "most frequent confusions") if len(names) > 2 and most else "")
-
-
-def _calibration(numbers: Numbers, charts: Mapping[str, str]) -> str:
-    found = numbers["calibration"]
-    rows = [
-        [title, f"{found[key]['ece']:.4f}", f"{found[key]['nll']:.4f}"]
-        for key, title in (("before", "before the temperature"), ("after", "as stored"))
-        if found[key] is not None
-    ]
-    known = isinstance(found["temperature"], (int, float))
-    said = f"{found['temperature']:.3f}" if known else "not recorded by the run"
-    text = f"Temperature: {said}. A calibrated model is right in 80 % of what it is 80 % sure of."
-    head = ["", "ECE, 15 bins", "negative log-likelihood (nats)"]
-    return f"<p>{text}</p>" + _figure(charts, "calibration") + table(head, rows)
-
-
-def _coverage(numbers: Numbers, charts: Mapping[str, str]) -> str:
-    head = ["decided", f"{numbers['level']}s", "least confidence", "right among them"]
-    rows = [
-        [percent(point["coverage"]), f"{point['rows']:,}", f"{point['confidence']:.3f}", percent(point["accuracy"])]
-        for point in numbers["coverage"]
-    ]
-    return (_figure(charts, "coverage") + table(head, rows)) if rows else ""
-
-
-def _baselines(numbers: Numbers) -> str:
-    if not numbers["baselines"]:
-        return ""
-    level = numbers["levels"]["document"]
-    names = list(level["metrics"])
-    rows: list[list[Any]] = [["this run", *(with_interval(name, level["metrics"][name]) for name in names)]]
-    differences = []
-    for baseline in numbers["baselines"]:
-        rows.append([baseline["name"], *(with_interval(name, baseline["metrics"][name]) for name in names)])
-        gaps = [with_interval(name, baseline["difference"][name], signed=True) for name in names]
-        differences.append([f"against {baseline['name']}", *gaps, f"{baseline['mcnemar']['p']:.2g}"])
-    head = ["", *(METRICS[name] for name in names)]
-    title = "this run less the baseline, in points, on the same documents; p of McNemar's test"
-    return table(head, rows) + table([*head, "p"], differences, 1, title)
-
-
-def _comparison(numbers: Numbers) -> str:
-    found = numbers["comparison"]
-    if not found:
-        return ""
-    other, test = found["run"], found["mcnemar"]
-    head = ["", _title(numbers["run"]), f"{_title(other)} ({found['database']})", "difference"]
-    rows = []
-    for name in found["first"]:
-        both = (with_interval(name, found[key][name]) for key in ("first", "second"))
-        rows.append([METRICS[name], *both, with_interval(name, found["difference"][name], signed=True)])
-    text = f"Right in both: {test['both']:,}; only in the first: {test['only_first']:,}; only in the second: "
-    text += f"{test['only_second']:,}; in neither: {test['neither']:,}. McNemar's exact test: p = {test['p']:.3g}."
-    changed = table(["option", "first", "second"], found["options"], 3) if found["options"] else ""
-    return table(head, rows) + f"<p>{text}</p>" + (changed and f"<h3>Options that differ</h3>{changed}")
-
-
-def _notes(numbers: Numbers) -> str:
-    level = numbers["levels"]["document"]
-    grouped = level["units"] < level["documents"]
-    apart = (
-        f""", so that p is too small where they are alike, as in the \
-{level["units"]:,} groups here: go by the intervals"""
-        if grouped
-        else ""
-    )
-    text = f"""Intervals hold the middle 95 % of {numbers["resamples"]:,} samples of the test documents, drawn with \
-replacement (seed {numbers["seed"]}). Documents of one group, text or name are drawn together, as the split keeps them \
-together, and so are the fragments of a document. An interval without width says only that no sample differed, not \
-that the number is certain.
-Differences are taken on the same samples for both sides; p is McNemar's exact test, two-sided, which takes documents \
-for independent{apart}.
-A dash stands where a number has no meaning: the precision of a label that was never given, the recall of one that no \
-test document has, balanced accuracy and Matthews correlation where all test documents have one label. Such labels do \
-not count in the means.
-Matthews correlation is 0 for guessing and 1 for no mistake; balanced accuracy is the mean recall.
-Baselines were fitted on the training part of this split and judged on the same test documents; those on TF-IDF are \
-logistic regressions (C = 10) on n-grams of 2 to 4 characters, or 1 to 2 words."""
-    return "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in text.split("\n")) + "</ul>"
-
-
-# ---- pieces ------------------------------------------------------------------------------------------------------
-
-
-def _shown(name: str, value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if name == "mcc" else percent(value)
+def _shown(name: str, value: float | None, signed: bool = False) -> str:
+    if value is None or not signed:
+        return f"{value:.3f}" if name == "mcc" and value is not None else percent(value)
+    return f"{value:+.3f}" if name == "mcc" else f"{100 * value:+.1f}"
 
 
 def _between(name: str, found: Numbers, signed: bool = False) -> str:
-    if found["interval"] is None:
-        return ""
     factor, digits = (1.0, 3) if name == "mcc" else (100.0, 1)
-    return " to ".join(f"{factor * bound:{'+' if signed else ''}.{digits}f}" for bound in found["interval"])
+    return " to ".join(f"{factor * bound:{'+' if signed else ''}.{digits}f}" for bound in found["interval"] or ())
 
 
-def with_interval(name: str, found: Numbers, signed: bool = False) -> str:
-    """A number with its interval; per cent, or for differences points."""
-    text = _shown(name, found["value"])
-    if signed and found["value"] is not None:
-        text = f"{found['value']:+.3f}" if name == "mcc" else f"{100 * found['value']:+.1f}"
-    between = _between(name, found, signed)
-    return f"{text} ({between})" if between else text
+def _excerpts(document: Numbers) -> list[tuple[str, str, str]]:
+    """A document in short and, if that is not all, in long: before, in and behind the fragment that decided."""
+    text = document["text"]
+    start, end = (len(document["fragments"]) > 1 and document["span"]) or (0, 0)
+
+    def cut(end: int, first: int, last: int) -> tuple[str, str, str]:
+        low, high = (min(max(place, first), last) for place in (start, end))
+        dots = ("…" if first else "", "…" if last < len(text) else "")
+        return dots[0] + text[first:low], text[low:high], text[high:last] + dots[1]
+
+    first, last = max(0, start - 120), min(len(text), (end or 400) + 120)
+    short = cut(min(end, start + 1200), first, min(last, start + 1320))
+    return [short, cut(end, 0, _LONGEST_TEXT)] if len(text) > last - first else [short]
 
 
-def _range(found: Numbers) -> Markup:
-    """A number and its interval as a small picture from 0 to 1."""
-    if found["value"] is None:
-        return Markup("")
-    low, high = (min(1.0, max(0.0, bound)) for bound in found["interval"] or (found["value"],) * 2)
-    at = min(1.0, max(0.0, found["value"]))
-    return Markup(f'<span class="range" style="--low:{low:.4f};--high:{high:.4f};--at:{at:.4f}"></span>')
-
-
-def _figure(charts: Mapping[str, str], name: str) -> str:
-    return f"<figure>{charts[name]}</figure>" if name in charts else ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Names and values, also of what is nested, without those that say nothing."""
+    rows: list[tuple[str, str]] = []
     for name, value in values.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif value not in ("", [], None):
+            rows.append((prefix + name, textwrap.shorten(str(value), _LONGEST_VALUE, placeholder="…")))
     return rows
-
-
-def _facts(rows: Sequence[tuple[str, Any]]) -> str:
-    if not rows:
-        return ""
-    given = [(name, str(value)) for name, value in rows if value not in ("", [], None)]
-    rows = [(name, textwrap.shorten(value, _LONGEST_VALUE, placeholder="…")) for name, value in given]
-    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows) + "</dl>"

@@ -98,7 +98,7 @@ def _size(result: Result) -> str:
     """How much text there is, and what of the files was counted."""
     files = result["text"]
     size = sum(file["bytes"] for file in files)
-    forms = [format_of(file["file"]) for file in files]
+    forms = [(file.get("format", format_of(file["file"])[0]), format_of(file["file"])[1]) for file in files]
     tables = [form for form, _ in forms if form != "txt"]
     said = f"{len(files)} file{'s' * (len(files) > 1)}, {size:,} bytes"
     column = result["options"]["text_column"]

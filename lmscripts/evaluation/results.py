@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
+import html
 import json
 import os
 import re
@@ -19,16 +18,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from lmscripts.data.database import Database
 from lmscripts.data.labelled_rows import Part
-from lmscripts.data.stored import RunKey
+from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
 from lmscripts.evaluation.aggregate import names_of
 from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, judge
-from lmscripts.evaluation.markup import escape
 from lmscripts.evaluation.metrics import plain
 from lmscripts.evaluation.progress import ClassifierState
-from lmscripts.evaluation.report import safe_cell
+from lmscripts.evaluation.report import csv_text, visible
 from lmscripts.files import new_folder, remove_leftovers, write_text
 from lmscripts.models.classifier import KEY, ClassifierSettings, Source
 from lmscripts.models.lora import merge_lora
@@ -46,10 +43,14 @@ model = AutoModelForSequenceClassification.from_pretrained("PATH/TO/THIS/FOLDER"
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """What a run leaves beside its training folder, all with one beginning of their names."""
+    """What a run leaves beside its training folder, all with one beginning of their names.
+
+    `spreadsheet_safe` is how tables are written, see `csv_text`.
+    """
 
     folder: Path
     name: str
+    spreadsheet_safe: bool = False
 
     @property
     def training(self) -> Path:
@@ -164,7 +165,7 @@ def write_tables(
             part.doc_ids.tolist(), truth, predicted, all_probabilities, counts, strict=True
         )
     ]
-    write_text(files.predictions, _csv([*head, *shares, "fragments"], rows))
+    write_text(files.predictions, csv_text([[*head, *shares, "fragments"], *rows], files.spreadsheet_safe))
     folds, named = part.folds, names_of(judged.fragment_probabilities, labels, thresholds)
     pieces = [
         [doc_id, *places[doc_id], truth[owner], settings.separator.join(found), *_rounded(values), *span]
@@ -179,18 +180,12 @@ def write_tables(
             strict=True,
         )
     ]
-    write_text(files.fragments, _csv([*head, *shares, "fragment", "char_start", "char_end"], pieces))
+    head = [*head, *shares, "fragment", "char_start", "char_end"]
+    write_text(files.fragments, csv_text([head, *pieces], files.spreadsheet_safe))
 
 
 def _rounded(values: Any) -> list[str]:
     return ["" if np.isnan(value) else f"{value:.6f}" for value in values]
-
-
-def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([safe_cell(cell) for cell in row] for row in (head, *rows))
-    return f"\ufeff{text.getvalue()}"  # by which spreadsheets know UTF-8
 
 
 def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tested: Judged | None) -> str:
@@ -261,7 +256,8 @@ training documents: how well it does on other text was not measured.
 
 def _as_text(value: Any) -> str:
     """A cell of Markdown that shows a value as it is, whatever signs of HTML or Markdown are in it."""
-    return re.sub(r"[|*`\[\]\\]", lambda found: f"&#{ord(found[0])};", escape(" ".join(str(value).split())))
+    text = html.escape(visible(" ".join(str(value).split())))
+    return re.sub(r"[|*`\[\]\\]", lambda found: f"&#{ord(found[0])};", text)
 
 
 def _shown(value: float) -> str:

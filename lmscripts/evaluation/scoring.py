@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,22 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmscripts.data.masking import Unit, expand_ranges
+from lmscripts.data.masking import expand_ranges
 from lmscripts.data.packing import PackedRows
-from lmscripts.data.pretraining import PretrainingData, mlm_masking
+from lmscripts.data.steps import fixed_batch
 from lmscripts.data.token_store import Part
 from lmscripts.data.windows import slide, window_rows
 from lmscripts.errors import UserError
 from lmscripts.evaluation.sums import Progress, sum_over_batches, sums_and_counts
-from lmscripts.models import gpt2
-from lmscripts.objectives import CORRUPTION
+from lmscripts.models import decoder
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from accelerate import Accelerator
 
     from lmscripts.evaluation.sums import MakeBatch
+    from lmscripts.objectives.module import Objective
 
 LOGITS_AT_ONCE = 1 << 26
 
@@ -102,10 +101,10 @@ def score_causal(
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         found = []
         if separate_head:
-            hidden = gpt2.encode(model, ids, positions, {"attention_mask": None}, places)
+            hidden = decoder.encode(model, ids, positions, {"attention_mask": None}, places)
             most = max(1, LOGITS_AT_ONCE // vocabulary)
             for some, labels in zip(torch.split(hidden, most), torch.split(wanted, most), strict=True):
-                found.append(_nats_and_correct(gpt2.predict(model, some), labels))
+                found.append(_nats_and_correct(decoder.predict(model, some), labels))
         else:
             logits = model(input_ids=ids, use_cache=False).logits
             found.append(_nats_and_correct(logits.flatten(0, 1).index_select(0, places), wanted))
@@ -137,7 +136,7 @@ def has_separate_head(model: Any) -> bool:
     expected = model(input_ids=ids, use_cache=False).logits.float()
     try:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        found = gpt2.predict(model, gpt2.encode(model, ids, positions, {"attention_mask": None})).float()
+        found = decoder.predict(model, decoder.encode(model, ids, positions, {"attention_mask": None})).float()
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False  # built in another way
     return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
@@ -193,7 +192,7 @@ def _masked_batches(pieces: Pieces, positions: int, most_rows: int) -> Iterator[
 
 def score_pseudo(
     accelerator: Accelerator,
-    family: ModuleType,
+    family: Any,
     model: Any,
     part: Part,
     special: dict[str, int],
@@ -211,7 +210,7 @@ def score_pseudo(
 
     Args:
         accelerator: the running processes.
-        family: functions of the family, `lmscripts.models.FAMILIES`.
+        family: functions of the family, see `lmscripts.models.families`.
         model: a masked language model in evaluation mode on the device, its last layer narrowed.
         part: of the store.
         special: ids by name: "cls", "sep" and "mask".
@@ -264,12 +263,10 @@ def pseudo_metrics(totals: dict[str, float]) -> dict[str, float]:
 
 def score_masks(
     accelerator: Accelerator,
-    objective: Any,
+    objective: Objective,
     rows: PackedRows,
     tokenizer: Any,
     *,
-    unit: Unit,
-    probability: float,
     batch_size: int,
     unknown_id: int = -1,
     progress: Progress = no_progress,
@@ -278,11 +275,9 @@ def score_masks(
 
     Args:
         accelerator: the running processes.
-        objective: masked language model or replaced token detection, on the device.
+        objective: with its models on the device; its settings say what is masked.
         rows: of the text.
         tokenizer: from transformers.
-        unit: what is masked as a whole.
-        probability: share of the tokens to predict.
         batch_size: rows of a forward pass; fewer where their logits would be too many.
         unknown_id: from `unknown_id`; -1 for none.
         progress: called after each forward pass.
@@ -293,30 +288,19 @@ def score_masks(
     Raises:
         UserError: the text is so short that no token of it is masked.
     """
-    model_type = str(objective.models[""].config.model_type)
-    plan = mlm_masking(tokenizer, rows.layout, probability, unit, **CORRUPTION.get(model_type, {}))
-    vocabulary = max(int(model.get_input_embeddings().weight.shape[0]) for model in objective.models.values())
+    kind, settings = objective.kind, objective.settings
+    plan = kind.plan(tokenizer, rows.layout, settings)
+    tables: list[Any] = [model.get_input_embeddings() for model in objective.models.values()]
+    vocabulary = max(len(table.weight) for table in tables)
     at_once = max(1, min(batch_size, LOGITS_AT_ONCE // (plan.slots * vocabulary)))
-    data = PretrainingData(
-        rows,
-        rows,
-        masking=plan,
-        attention=objective.attention,
-        seed=0,
-        batch_size=at_once,
-        shares=[at_once],
-        micro_batch_size=at_once,
-        total_rows=rows.num_rows,
-        most_eval_rows=rows.num_rows,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    make_batch = _counting_unknown(data.eval_batch, unknown_id)
+    make = partial(kind.batches, plan=plan, with_ends=objective.attention == "varlen")
+    make_batch = _counting_unknown(partial(fixed_batch, rows, make), unknown_id)
     found = sums_and_counts(accelerator, objective, make_batch, rows.num_rows, at_once, progress=progress)
     sums, counts = found or ({}, {})
     if not counts.get("mlm"):
         raise UserError(
-            f"of the {rows.real_tokens} tokens of the text none is masked at --mask_probability {probability}: give "
-            "more text"
+            f"of the {rows.real_tokens} tokens of the text none is masked at --mask_probability "
+            f"{settings.mask_probability[0]}: give more text"
         )
     return objective.metrics(sums, counts), counts
 

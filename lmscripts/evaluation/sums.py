@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lmscripts.data.loader import to_device
 from lmscripts.data.preparation import Source, prepare_beside
+from lmscripts.data.steps import Batch, to_device
 from lmscripts.data.token_store import TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
-from lmscripts.text.corpus import HUB, Span, read_documents
-from lmscripts.text.reading import check_encoding, format_of, open_binary, read_records, reading
+from lmscripts.text.corpus import HUB, Span, is_plain, read_documents, table_texts
+from lmscripts.text.reading import format_of, opened
+from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import TextReport
 from lmscripts.training.processes import sum_over_processes
 
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from numpy.typing import NDArray
 
-    from lmscripts.objectives import Batch, Objective
+    from lmscripts.objectives.module import Objective
 
     # Rows of the given numbers as a batch with its counts.
     MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
 Progress = Callable[[int, int], None]  # passes done, passes in all
-TEXT_COLUMN = "text"  # of tables and JSON lines where none is named
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
 
@@ -147,12 +147,12 @@ def sums_and_counts(
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def text_facts(files: Sequence[Path], text_column: str | None, document_per_line: bool) -> list[dict[str, Any]]:
+def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bool) -> list[dict[str, Any]]:
     """Name, bytes (see `raw_text_bytes`) and sha256 of each file of a text.
 
     Args:
         files: from `find_files`.
-        text_column: of tables and JSON lines, if one was named.
+        table: how tables and JSON lines are read.
         document_per_line: whether .txt files were said to hold one document a line.
 
     Raises:
@@ -164,21 +164,27 @@ def text_facts(files: Sequence[Path], text_column: str | None, document_per_line
             status = path.stat()
             if (other := known.setdefault((status.st_dev, status.st_ino), path)) is not path:
                 raise UserError(f"{other} and {path} are the same file, whose text would count twice: give it once")
-    are_text = [format_of(path)[0] == "txt" for path in files]
-    if text_column is not None and all(are_text):
-        raise UserError(f"--text_column {text_column} has no effect: only .txt files are given, which have no columns")
+    are_text = [is_plain(str(path), table.format) for path in files]
+    useless = [f"--text_column {table.text}"] if table.text != TEXTS.text else []
+    useless += [f"--delimiter {table.delimiter}"] if table.delimiter else []
+    useless += [] if table.quotes else ["--no_quotes"]
+    if useless and all(are_text):
+        raise UserError(f"{useless[0]} has no effect: only .txt files are given, which have no columns")
     if document_per_line and not any(are_text):
         raise UserError("--document_per_line has no effect: no .txt file is given, and a record is a document")
-    column = text_column or TEXT_COLUMN
-    sizes, report = raw_text_bytes(files, column), TextReport()
+    sizes, report = raw_text_bytes(files, table), TextReport()
     spans = [Span(str(path)) for path in files]
-    if next(read_documents(spans, report, document_per_line=document_per_line, text_column=column), None) is None:
+    if next(read_documents(spans, report, table, document_per_line=document_per_line), None) is None:
         told = "; ".join(["not one line that is not empty", *report.sentences()[1:]])
         raise UserError(f"{' '.join(map(str, files))} holds no text: {sum(sizes)} bytes, {told}")
-    return [{"file": p.name, "bytes": size, "sha256": file_sha256(p)} for p, size in zip(files, sizes, strict=True)]
+    facts = [{"file": p.name, "bytes": size, "sha256": file_sha256(p)} for p, size in zip(files, sizes, strict=True)]
+    for fact, is_text in zip(facts, are_text, strict=True):
+        if not is_text and format_of(str(fact["file"]))[0] == "txt":
+            fact["format"] = table.format or "jsonl"  # which the name does not tell
+    return facts
 
 
-def raw_text_bytes(files: Sequence[Path], text_column: str) -> list[int]:
+def raw_text_bytes(files: Sequence[Path], table: TableOptions) -> list[int]:
     """Bytes of the text of each file as it is, before anything is cleaned or dropped.
 
     Of plain text all bytes of the file, decompressed; of tables the UTF-8 bytes of the text column.
@@ -193,13 +199,12 @@ def raw_text_bytes(files: Sequence[Path], text_column: str) -> list[int]:
                 f"{path} is a stream from the Hub, which may change: save it as a file and evaluate on that"
             )
         size = 0
-        if format_of(path)[0] == "txt":
-            check_encoding(path)
-            with reading(path), open_binary(path) as file:
+        if is_plain(path, table.format):
+            with opened(path) as file:
                 while block := file.read(1 << 20):
                     size += len(block)
         else:
-            for text, _ in read_records(path, text_column, "skip", TextReport()):
+            for text, _ in table_texts(path, table, TextReport()):
                 size += len(text.encode("utf-8", "surrogatepass"))
         sizes.append(size)
     return sizes

@@ -19,18 +19,21 @@ AttentionPath = Literal["eager", "sdpa", "varlen"]
 VARLEN = "lmscripts_varlen"
 
 
-def additive_mask(segments: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
+def additive_mask(segments: Tensor, dtype: torch.dtype, causal: bool = False, window: int | None = None) -> Tensor:
     """(B, 1, T, T) mask: 0 where query and key lie in the same segment, the lowest number of `dtype` elsewhere.
 
     Args:
         segments: (B, T) integers; empty positions hold -1 and see each other, so no row of the softmax is empty.
         dtype: of the queries.
         causal: hide what comes after the query as well.
+        window: hide what is farther than so many positions from the query as well.
     """
     apart = segments[:, None, :, None] != segments[:, None, None, :]
+    at = torch.arange(segments.shape[1], device=segments.device)
     if causal:
-        at = torch.arange(segments.shape[1], device=segments.device)
         apart = apart | (at[:, None] < at[None, :])
+    if window is not None:
+        apart = apart | ((at[:, None] - at[None, :]).abs() > window)
     mask = torch.zeros(apart.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(apart, torch.finfo(dtype).min)
 
@@ -42,7 +45,7 @@ def attention_inputs(
 
     Args:
         path: how attention is computed; for "varlen" the model must have been built by `use_attention`.
-        batch: holds "segments" (B, T) and, for "varlen", "segment_ends" (B * T + 1,), see `segment_ends`. A batch
+        batch: holds "segments" (B, T) and, for "varlen", "segment_ends", see `data.packing.segment_ends`. A batch
             without "segments" has one segment per row and no empty position: nothing needs masking, except what a
             decoder hides by itself.
         dtype: dtype of the queries.
@@ -57,24 +60,6 @@ def attention_inputs(
     return {"attention_mask": additive_mask(batch["segments"], dtype, causal)}
 
 
-def segment_ends(segments: Tensor, capacity: int) -> Tensor:
-    """(capacity,) int32 cumulative lengths 0, l1, l1 + l2, ... of the segments of all rows, for varlen attention.
-
-    The empty end of a row counts as a segment. Unused entries repeat the total, so the shape does not depend on the
-    number of segments.
-
-    Args:
-        segments: (B, T) integers.
-        capacity: at least the number of segments + 1.
-    """
-    changes = torch.ones_like(segments, dtype=torch.bool)
-    changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = changes.reshape(-1).nonzero().squeeze(1)
-    ends = torch.full((capacity,), segments.numel(), dtype=torch.int32, device=segments.device)
-    ends[: starts.numel()] = starts.to(torch.int32)
-    return ends
-
-
 def _varlen_forward(
     module: nn.Module,
     query: Tensor,
@@ -86,6 +71,7 @@ def _varlen_forward(
     max_length_q: int,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface over the flash varlen kernel; SDPA with a mask where there is none.
@@ -96,10 +82,11 @@ def _varlen_forward(
         key: the same, or fewer heads, each for a group of queries.
         value: as key.
         attention_mask: not used; the segments are given by `cu_seq_lens_q`.
-        cu_seq_lens_q: see `segment_ends`.
+        cu_seq_lens_q: see `lmscripts.data.packing.segment_ends`.
         max_length_q: T.
         dropout: must be 0, the kernel has none.
         scaling: factor of the scores.
+        sliding_window: positions that a query sees on a side, its own among them; None for all.
 
     Returns:
         (B, T, heads, d), and None for the weights.
@@ -115,12 +102,13 @@ def _varlen_forward(
 
         q, k, v = (x.transpose(1, 2).reshape(rows * length, heads, width) for x in (query, key, value))
         ends, longest = cu_seq_lens_q, max_length_q
-        window = (-1, 0 if causal else -1)
+        reach = -1 if sliding_window is None else sliding_window - 1
+        window = (reach, 0 if causal else reach)
         out: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window)  # type: ignore[assignment]
         return out.view(rows, length, heads, width), None
     at = torch.arange(rows * length, device=query.device)
     segments = torch.searchsorted(cu_seq_lens_q, at, right=True, out_int32=True).view(rows, length)
-    mask = additive_mask(segments, query.dtype, causal)
+    mask = additive_mask(segments, query.dtype, causal, None if sliding_window is None else sliding_window - 1)
     out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2), None
 
@@ -153,6 +141,13 @@ def attend_from(
     dropout = module.dropout.p if module.training else 0.0
     out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def attention_paths(architecture: Any) -> tuple[AttentionPath, ...]:
+    """The ways to compute attention that a class of transformers has, the fastest first."""
+    if not architecture._supports_sdpa:
+        return ("eager",)
+    return ("varlen", "sdpa", "eager") if architecture._supports_attention_backend else ("sdpa", "eager")
 
 
 def use_attention(path: AttentionPath) -> str:

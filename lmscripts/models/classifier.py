@@ -20,12 +20,10 @@ from lmscripts.data.folding import FoldSettings
 from lmscripts.data.labelled_rows import check_padding
 from lmscripts.errors import UserError
 from lmscripts.evaluation.aggregate import AGGREGATES
-from lmscripts.models.kind import OFFSET_POSITIONS
+from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state, weight_files
+from lmscripts.models.fitting import OFFSET_POSITIONS
 from lmscripts.models.pretrained import quiet_loading, set_dropout
-from lmscripts.models.saved import find_model, weight_files
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.training.checkpoint import checkpoint_step, list_checkpoints
-from lmscripts.training.folder import read_state
 
 KEY = "lmscripts_classifier"
 _FORMAT = 1

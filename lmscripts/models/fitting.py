@@ -13,6 +13,29 @@ from lmscripts.errors import UserError
 
 # ---- positions ----
 
+LENGTHS = ("max_position_embeddings", "max_seq_len", "context_length")
+# Types whose positions are counted from the padding id + 1: they read so many tokens fewer than they have places for.
+OFFSET_POSITIONS = (
+    "roberta",
+    "camembert",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "longformer",
+    "xmod",
+    "data2vec-text",
+)
+
+
+def longest_input(config: Any) -> int | None:
+    """Tokens of the longest input, special ones included, that a configuration speaks of; None where it says none."""
+    text = config.get_text_config(decoder=True)
+    found = (getattr(text, name, None) for name in LENGTHS)
+    length = next((n for n in found if isinstance(n, int) and n > 0), None)  # -1 is XLNet's word for any length
+    if length is None or config.model_type not in OFFSET_POSITIONS:
+        return length
+    return length - ((config.pad_token_id or 0) + 1)
+
 
 def repeat_positions(rows: Tensor, total: int, padding_id: int | None) -> Tensor:
     """(total, H) position embeddings: the (P, H) learned ones, then the same again from the first of the text on.

@@ -24,14 +24,14 @@ from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.tokenizer.identity import segmentation_difference
 
-_TOKENIZER_FILES: tuple[str, ...] = (
+TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
     "vocab.json",
     "spiece.model",
 )
-_TOKENIZER_FILES += ("sentencepiece.bpe.model", "tokenizer.model")
+TOKENIZER_FILES += ("sentencepiece.bpe.model", "tokenizer.model")
 _SPECIAL = ("pad", "unk", "cls", "sep", "mask")
 # What the configurations of transformers call them, decoders included.
 _HIDDEN_DROPOUTS: tuple[str, ...] = ("hidden_dropout_prob", "hidden_dropout", "dropout", "dropout_p", "mlp_dropout")
@@ -267,7 +267,7 @@ def _tokenizer_beside(name_or_path: str) -> Encoder | None:
     """The tokenizer saved with a model; None when there is none."""
     place = Path(name_or_path).expanduser()
     local = place.is_dir()
-    if local and not any((place / name).is_file() for name in _TOKENIZER_FILES):
+    if local and not any((place / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
         with quiet_loading():

@@ -1,48 +1,38 @@
-"""Saved models to evaluate: found, checked and loaded so that nobody scores what was never trained without knowing it.
+"""Saved models to evaluate: checked and loaded so that nobody scores what was never trained without knowing it.
 
 transformers fills up with random numbers what a folder lacks, and an older system scored a random model because it
 passed over the checkpoint it was given. Here weights must be there, whole, and fill the architecture; and weights that
-are still as initialisation makes them are named.
+are still as initialisation makes them are named. A configuration says little: transformers builds a causal model from
+the weights of a masked one, of a classifier or of a bare body. A model that sees what it is to predict has a wonderful
+perplexity.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ElectraForMaskedLM, PreTrainedModel
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
-from lmscripts.models.kind import (
-    OFFSET_POSITIONS,
-    Kind,
-    architecture_of,
-    check_looks_back,
-    check_saved_as,
-    kind_of,
-    longest_input,
-)
-from lmscripts.models.pretrained import load_pretrained
+from lmscripts.models import decoder
+from lmscripts.models.families import family, names
+from lmscripts.models.finding import STATE, WEIGHTS, checkpoint_step, find_model, read_state, weight_files
+from lmscripts.models.fitting import OFFSET_POSITIONS, longest_input
+from lmscripts.models.pretrained import TOKENIZER_FILES, load_pretrained
 from lmscripts.models.untrained import signs_of_no_training
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.training.checkpoint import (
-    CHECKSUMS,
-    average_notice,
-    checkpoint_step,
-    find_damage,
-    list_checkpoints,
-    look_for_whole,
-)
-from lmscripts.training.folder import read_state
 
-# In the order in which transformers looks for them; of a model in parts the index names the parts.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_TOKENIZER_FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-_TOKENIZER_FILES += ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+# As causal models are called: GPT2DoubleHeadsModel has the head as well, and files of 2023 say LLaMAForCausalLM.
+_CAUSAL_NAME = re.compile(r"(ForCausalLM|LMHeadModel|WithLMHead|DoubleHeadsModel)$")
+_ROUNDING = 3e-5  # of the highest logit; looking ahead changes a fresh model by 5e-4, a trained one by far more
 
 
 @dataclass(frozen=True)
@@ -51,10 +41,10 @@ class SavedModel:
 
     Attributes:
         name: as it was given, and for the folder of a run what was taken of it.
-        kind: what it predicts: the next token, masked tokens, or (ELECTRA's pair) both masked and replaced tokens.
-        family: a key of `lmscripts.models.FAMILIES`.
+        objective: name of what it predicts, see `lmscripts.objectives`.
+        family: module with the functions that run it, see `lmscripts.models.families`.
         model_type: of its configuration.
-        models: in evaluation mode, by subfolder as in `lmscripts.models`.
+        models: in evaluation mode, by subfolder.
         encoder: its tokenizer.
         weights: sha256 by file.
         step: optimizer steps done; None where nothing says.
@@ -64,8 +54,8 @@ class SavedModel:
     """
 
     name: str
-    kind: Kind
-    family: str
+    objective: str
+    family: Any
     model_type: str
     models: dict[str, PreTrainedModel]
     encoder: Encoder
@@ -76,98 +66,14 @@ class SavedModel:
     notices: list[str]
 
 
-# ---- which folder ------------------------------------------------------------------------------------------------
-
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, which nobody is asked about if it is a path
-
-
-def find_model(name: str) -> tuple[Path, list[str]]:
-    """The folder of the model that is meant: of a run its final/, else its newest whole checkpoint.
-
-    Nothing is renamed or removed: the run may be going on.
-
-    Args:
-        name: a model's folder, a checkpoint, the folder of a run, or a name on the Hub (from its cache when offline).
-
-    Returns:
-        The folder, and sentences for the user.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    place = Path(name).expanduser()
-    if place.is_file():
-        raise UserError(f"{place} is a file, not a folder: give the folder of the model")
-    if not place.is_dir():
-        if not _HUB_NAME.fullmatch(name) or name.endswith((".ckpt", ".pt", ".bin", ".safetensors")):
-            raise UserError(f"the model folder {place} does not exist (seen from {Path.cwd()})")
-        return _from_hub(name), []
-    notices: list[str] = []
-    if not (place / "config.json").is_file() and (list_checkpoints(place) or (place / "final").is_dir()):
-        run = place
-        if (run / "final" / "config.json").is_file():
-            place = run / "final"
-        else:
-            newest, notices = look_for_whole(run)
-            if newest is None:
-                raise UserError(f"every checkpoint in {run} is damaged: {'; '.join(notices)}")
-            place = newest
-        notices = [*notices, f"{run} is the folder of a run: {place.name} is taken"]
-    elif (place / "training_state.json").exists():
-        notices = average_notice(place)
-    of_training = (place / CHECKSUMS).exists() or (place / "training_state.json").exists()
-    if (of_training or checkpoint_step(place) is not None) and (damage := find_damage(place)):
-        raise UserError(f"the checkpoint {place} is damaged: {damage}; take another")
-    return place, notices
-
-
-def _from_hub(name: str) -> Path:
-    from transformers.utils.hub import cached_file
-
-    try:
-        file = cached_file(name, "config.json")
-    except Exception as error:  # the Hub client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name} is neither a folder (seen from {Path.cwd()}) nor a model of the Hub: {reason}"
-        ) from None
-    return Path(str(file)).parent
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers takes the weights of a folder from; empty where there are none.
-
-    Raises:
-        UserError: they are several, and their index is damaged.
-    """
-    for name in _WEIGHTS:
-        if (file := folder / name).is_file():
-            if not name.endswith(".json"):
-                return [file]
-            return [folder / part for part in _parts(file)]
-    return []
-
-
-def _parts(index: Path) -> list[str]:
-    """Names of the files that the index of weights in several files speaks of."""
-    try:
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: it is no index of weights ({type(error).__name__}: {error})") from None
-    if not parts or not all(isinstance(part, str) for part in parts):
-        raise UserError(f"{index} is damaged: its weight_map names no files of weights")
-    return sorted(parts)
-
-
-# ---- loading -----------------------------------------------------------------------------------------------------
-
-
-def open_model(name: str, generator_dir: str | None = None, tokenizer_dir: str | None = None) -> SavedModel:
+def open_model(
+    name: str, objectives: Collection[str], generator_dir: str | None = None, tokenizer_dir: str | None = None
+) -> SavedModel:
     """Load a model and its tokenizer, and check that they are whole, fit together, and were trained.
 
     Args:
-        name: see `find_model`.
+        name: see `lmscripts.models.finding.find_model`.
+        objectives: what it may predict.
         generator_dir: ELECTRA: the generator, where it is not in the subfolder generator/.
         tokenizer_dir: the tokenizer, where the model's folder has none.
 
@@ -177,74 +83,58 @@ def open_model(name: str, generator_dir: str | None = None, tokenizer_dir: str |
     """
     place, notices = find_model(name)
     hub = not Path(name).expanduser().is_dir()
-    config = _config(place)
-    kind, family = kind_of(place, config)
-    folders = {"": (name if hub else str(place), architecture_of(kind, family, config))}
-    check_saved_as(place, config, folders[""][1])
-    if generator := _generator(place, kind, generator_dir):
-        folders["generator"] = (str(generator), ElectraForMaskedLM)
-        check_saved_as(generator, _config(generator), ElectraForMaskedLM)
-        notices = [*notices, *([f"the generator is {generator}"] if generator_dir else [])]
+    config = read_config(place)
+    module, objective = what_it_predicts(place, config, objectives)
+    heads = {"": config_head(config)} if objective == "causal" else module.heads[objective]
+    folders = {"": (name if hub else str(place))}
+    for part in (part for part in heads if part):
+        folders[part] = str(_other_half(place, part, generator_dir))
+        notices = [*notices, *([f"the {part} is {folders[part]}"] if generator_dir else [])]
+    if generator_dir is not None and len(heads) == 1:
+        raise UserError(f"--generator_dir {generator_dir} has no effect: {place} is no discriminator of ELECTRA")
     if not hub:
-        for folder, _ in folders.values():
+        for folder in folders.values():
             _check_has_weights(Path(folder))
-    models = {subfolder: _load(kind, *what) for subfolder, what in folders.items()}
-    longest = longest_input([model.config for model in models.values()])
+    models = {part: _load(folders[part], heads[part]) for part in heads}
+    lengths = [length for model in models.values() if (length := longest_input(model.config)) is not None]
     encoder = _tokenizer(name, place, tokenizer_dir, hub)
     _check_vocabulary(models, encoder, place)
-    notices += _check_special_ids(models, encoder, kind, place, chosen=tokenizer_dir is not None)
-    if kind == "causal":
-        check_looks_back(models[""], _ordinary_ids(models[""], encoder), longest, place)
+    notices += _check_special_ids(models, encoder, objective, place, chosen=tokenizer_dir is not None)
+    if objective == "causal":
+        check_looks_back(models[""], _ordinary_ids(models[""], encoder), min(lengths, default=None), place)
     weights: dict[str, str] = {}
-    for subfolder, (folder, _) in folders.items():
-        files = weight_files(Path(folder) if subfolder else place)
-        weights |= {str(Path(subfolder, file.name)): file_sha256(file) for file in files}
+    for part, folder in folders.items():
+        files = weight_files(Path(folder) if part else place)
+        weights |= {str(Path(part, file.name)): file_sha256(file) for file in files}
     step, untrained = _state(place)
-    for subfolder, model in models.items():
-        signs, part = signs_of_no_training(model, step), subfolder or "the model"
-        untrained += [f"{part}: {why}" for why in signs.untrained]
-        notices += [f"it cannot be told whether {part} was trained: {why}" for why in signs.doubts]
+    for part, model in models.items():
+        signs, what = signs_of_no_training(model, step), part or "the model"
+        untrained += [f"{what}: {why}" for why in signs.untrained]
+        notices += [f"it cannot be told whether {what} was trained: {why}" for why in signs.doubts]
     return SavedModel(
         name=name if place == Path(name).expanduser() or hub else f"{name} ({place.name})",
-        kind=kind,
-        family=family,
+        objective=objective,
+        family=module,
         model_type=str(config.model_type),
         models=models,
         encoder=encoder,
         weights=weights,
         step=step,
         untrained=untrained,
-        longest=longest,
+        longest=min(lengths, default=None),
         notices=notices,
     )
 
 
-def _generator(place: Path, kind: Kind, generator_dir: str | None) -> Path | None:
-    """The folder of ELECTRA's other half; None for other models."""
-    own = place / "generator"
-    if kind != "electra" or (own / "config.json").is_file():
-        if generator_dir is not None:
-            why = f"{place} has its own in {own}" if kind == "electra" else f"{place} is no discriminator of ELECTRA"
-            raise UserError(f"--generator_dir {generator_dir} has no effect: {why}")
-        return own if kind == "electra" else None
-    if generator_dir is None:
-        raise UserError(
-            f"{place} is an ELECTRA discriminator without its generator, whose samples it is to find: give "
-            "--generator_dir"
-        )
-    return find_model(generator_dir)[0]
+# ---- what it is ----------------------------------------------------------------------------------------------------
 
 
-def _load(kind: Kind, folder: str, architecture: Any) -> PreTrainedModel:
-    attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
-    settings: Any = {"attn_implementation": attention, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    loaded: Any = AutoModelForCausalLM if kind == "causal" else architecture
-    model = load_pretrained(folder, loaded, **settings)
-    model.train(False)
-    return model
+def read_config(place: Path) -> Any:
+    """The configuration in a model's folder.
 
-
-def _config(place: Path) -> Any:
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     if not (place / "config.json").is_file():
         raise UserError(f"{place} holds no model: it has no config.json, and no checkpoint of a run")
     try:
@@ -253,11 +143,122 @@ def _config(place: Path) -> Any:
         raise UserError(f"{place / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
+def what_it_predicts(place: Path, config: Any, objectives: Collection[str]) -> tuple[Any, str]:
+    """The family whose functions run a saved model, and the objective that it was trained on.
+
+    Raises:
+        UserError: its type is not evaluated, or it was saved as something that predicts no tokens.
+    """
+    saved_as, model_type = list(getattr(config, "architectures", None) or []), str(config.model_type)
+    is_causal = bool(getattr(config, "is_decoder", False)) or any(map(_CAUSAL_NAME.search, saved_as))
+    if model_type in names() and not is_causal:
+        module = family(model_type)
+        heads = {objective: head for objective, head in module.heads.items() if objective in objectives}
+        by_name = [objective for objective, head in heads.items() if head[""] in saved_as]
+        objective = by_name[0] if by_name else module.default_objective
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        module, objective = decoder, "causal"
+    else:
+        raise UserError(
+            f"{place} is a model of the type {model_type}; evaluated are {_masked_types()} and causal language models"
+        )
+    if objective == "causal" and saved_as and not any(map(_CAUSAL_NAME.search, saved_as)):
+        flag = " with is_decoder" if getattr(config, "is_decoder", False) else ""
+        raise UserError(
+            f"{place} was saved as {', '.join(map(str, saved_as))}{flag}, and that is not what is scored of the type "
+            f"{model_type}: architectures in config.json has to name {config_head(config)}; masked language models are "
+            f"evaluated of the types {_masked_types()}"
+        )
+    return module, objective
+
+
+def config_head(config: Any) -> str:
+    """Name of the class that AutoModelForCausalLM takes for a configuration."""
+    return str(decoder.causal_class(config.model_type, config).__name__)
+
+
+def _masked_types() -> str:
+    return ", ".join(name for name in names() if "causal" not in family(name).heads)
+
+
+@torch.no_grad()
+def check_looks_back(model: PreTrainedModel, ids: Iterable[int], longest: int | None, place: Path) -> None:
+    """Prove that no logit of a causal model depends on a later token.
+
+    Two rows of random tokens are read twice, the second time with one token changed: the last, and one in the middle.
+    Before it nothing may change but by rounding. What depends on how many tokens of a batch go one way (mixtures of
+    experts) rounds differently at most, because no model of transformers drops tokens there when it is evaluated.
+
+    Args:
+        model: in evaluation mode.
+        ids: of ordinary tokens.
+        longest: tokens that the model reads; None where nothing says.
+        place: its folder, for the sentence.
+
+    Raises:
+        UserError: it looks ahead, or it cannot be run on token ids alone.
+    """
+    ordinary = torch.tensor(sorted(ids))
+    length = min(24, longest or 24)
+    if len(ordinary) < 2 or length < 2:
+        raise UserError(f"{place} reads {length} tokens of {len(ordinary)} kinds: too few to score")
+    drawn = torch.randint(len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))
+    changed, places = drawn.clone(), [length - 1, length // 2]
+    for row, at in enumerate(places):
+        changed[row, at] = (drawn[row, at] + 1) % len(ordinary)
+    logits = []
+    try:
+        for rows in (drawn, changed):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # a few draw random numbers even in evaluation mode (Reformer's hashes)
+                logits.append(model(input_ids=ordinary[rows].to(model.device), use_cache=False).logits.float())
+    except Exception as error:  # an architecture of any kind
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: a {type(model).__name__} cannot be run on tokens alone ({reason})") from error
+    before, after = logits
+    moved = max(float((before - after)[row, :at].abs().max()) for row, at in enumerate(places))
+    moved /= float(before.abs().max()) or 1.0
+    if moved > _ROUNDING:
+        raise UserError(
+            f"{place} looks ahead: a later token changes the logits before it, by {moved:.1e} of the highest, so a "
+            f"{type(model).__name__} with this configuration is no causal language model and its perplexity would mean "
+            "nothing"
+        )
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def _other_half(place: Path, part: str, generator_dir: str | None) -> Path:
+    """The folder of the model beside a discriminator."""
+    own = place / part
+    if (own / "config.json").is_file():
+        if generator_dir is not None:
+            raise UserError(f"--generator_dir {generator_dir} has no effect: {place} has its own in {own}")
+        return own
+    if generator_dir is None:
+        raise UserError(
+            f"{place} is an ELECTRA discriminator without its generator, whose samples it is to find: give "
+            "--generator_dir"
+        )
+    return find_model(generator_dir)[0]
+
+
+def _load(folder: str, head: str) -> PreTrainedModel:
+    architecture: Any = getattr(transformers, head)
+    attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
+    settings: Any = {"attn_implementation": attention, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    loaded: Any = AutoModelForCausalLM if _CAUSAL_NAME.search(head) else architecture
+    model = load_pretrained(folder, loaded, **settings)
+    model.train(False)
+    return model
+
+
 def _check_has_weights(folder: Path) -> None:
     found = weight_files(folder)
     if not found:
         raise UserError(
-            f"{folder} holds no weights (neither {_WEIGHTS[0]} nor {_WEIGHTS[2]}): a model made from its config.json "
+            f"{folder} holds no weights (neither {WEIGHTS[0]} nor {WEIGHTS[2]}): a model made from its config.json "
             "alone would be random"
         )
     if missing := [file.name for file in found if not file.is_file()]:
@@ -267,7 +268,7 @@ def _check_has_weights(folder: Path) -> None:
 def _tokenizer(name: str, place: Path, tokenizer_dir: str | None, hub: bool) -> Encoder:
     if hub and tokenizer_dir is None:
         AutoTokenizer.from_pretrained(name)  # type: ignore[no-untyped-call]  # brings its files to the cache
-    has_own = any((place / file).is_file() for file in _TOKENIZER_FILES)
+    has_own = any((place / file).is_file() for file in TOKENIZER_FILES)
     if has_own and tokenizer_dir is not None:
         raise UserError(f"--tokenizer_dir {tokenizer_dir} has no effect: {place} has the tokenizer of the model")
     if not has_own and tokenizer_dir is None:
@@ -276,14 +277,13 @@ def _tokenizer(name: str, place: Path, tokenizer_dir: str | None, hub: bool) -> 
 
 
 def _check_vocabulary(models: dict[str, PreTrainedModel], encoder: Encoder, place: Path) -> None:
-    rooms = {}
+    rooms = {part: _room(model) for part, model in models.items()}
     highest = max(encoder.tokenizer.get_vocab().values())
-    for subfolder, model in models.items():
-        rooms[subfolder] = _room(model)
-        if highest >= rooms[subfolder]:
+    for part, room in rooms.items():
+        if highest >= room:
             raise UserError(
-                f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {place / subfolder} "
-                f"has {rooms[subfolder]} entries: it is the tokenizer of another model"
+                f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {place / part} "
+                f"has {room} entries: it is the tokenizer of another model"
             )
     if len(set(rooms.values())) > 1:
         raise UserError(
@@ -293,16 +293,16 @@ def _check_vocabulary(models: dict[str, PreTrainedModel], encoder: Encoder, plac
 
 
 def _check_special_ids(
-    models: dict[str, PreTrainedModel], encoder: Encoder, kind: Kind, place: Path, *, chosen: bool
+    models: dict[str, PreTrainedModel], encoder: Encoder, objective: str, place: Path, *, chosen: bool
 ) -> list[str]:
     """Compare the special tokens that a score depends on with what config.json says of them.
 
     Many configurations say nothing, or what their class says of itself (an id beyond the vocabulary): that proves
     nothing. Of the padding only RoBERTa's kin depends, by their positions; elsewhere it often differs.
     """
-    notices = []
-    for subfolder, model in models.items():
-        important = {"bos", "eos"} if kind == "causal" else {"cls", "sep", "mask"}
+    notices, causal = [], objective == "causal"
+    for part, model in models.items():
+        important = {"bos", "eos"} if causal else {"cls", "sep", "mask"}
         important |= {"pad"} if model.config.model_type in OFFSET_POSITIONS else set()
         for name in ("pad", "bos", "eos", "cls", "sep", "mask"):
             ours, said = getattr(encoder, f"{name}_id"), getattr(model.config, f"{name}_token_id", None)
@@ -310,12 +310,12 @@ def _check_special_ids(
             if ours is None or ours in allowed or not any(0 <= each < _room(model) for each in allowed):
                 continue
             sentence = (
-                f"the {name} token has the id {ours} in the tokenizer {encoder.folder}, but {place / subfolder} says "
+                f"the {name} token has the id {ours} in the tokenizer {encoder.folder}, but {place / part} says "
                 f"{said} in its config.json"
             )
             if chosen and name in important:
                 raise UserError(f"{sentence}: it is the tokenizer of another model, or config.json has to be corrected")
-            notices += [sentence] if name in important or kind != "causal" else []
+            notices += [sentence] if name in important or not causal else []
     if chosen:
         notices.append(
             f"nothing proves that the tokenizer {encoder.folder} is that of {place}: only the size of the vocabulary "
@@ -341,9 +341,9 @@ def _ordinary_ids(model: PreTrainedModel, encoder: Encoder) -> set[int]:
 
 def _state(place: Path) -> tuple[int | None, list[str]]:
     """Steps done, and why the state says that nothing was trained."""
-    if not (place / "training_state.json").is_file():
+    if not (place / STATE).is_file():
         return checkpoint_step(place), []
     progress = read_state(place)["progress"]
     step = int(progress["step"])
     begun_anew = step == 0 and not progress.get("origin")  # else the weights are those of an earlier training
-    return step, ["training_state.json says step 0"] if begun_anew else []
+    return step, [f"{STATE} says step 0"] if begun_anew else []

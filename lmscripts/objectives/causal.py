@@ -1,23 +1,82 @@
-"""Causal language modelling: every token from what stands before it, of its own document only."""
+"""Causal language modelling: every token, and the end of its document, from what stands before it in the document.
+
+GPT-2; arXiv:2005.14165, section 2.1, trains the same way. The text is one stream of documents; logits are never all
+there at once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from lmscripts.data.packing import Rows
 from lmscripts.errors import UserError
-from lmscripts.models import gpt2
-from lmscripts.models.attention import AttentionPath, attention_inputs
-from lmscripts.objectives.cross_entropy import chunked_cross_entropy
+from lmscripts.objectives import Export
+from lmscripts.options.checks import check_numbers
+from lmscripts.options.parsing import option
 
-Batch = dict[str, Tensor]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from lmscripts.data.packing import Layout, Packing
+    from lmscripts.data.steps import Made, Phase
+    from lmscripts.data.stream import StreamRows
+    from lmscripts.data.token_store import TokenStore
+    from lmscripts.objectives.module import Batch, Objective, Sums
+    from lmscripts.options.presets import Preset
+
+TITLE = "a causal model"
+SCORES = "windows"
+PARTS = {"": "model"}
+EXPORTS = (
+    Export(
+        "model",
+        "",
+        "AutoModelForCausalLM",
+        "text-generation",
+        """from transformers import pipeline
+
+model = pipeline("text-generation", model="PATH")
+print(model("...", do_sample=True, top_k=50, max_new_tokens=40)[0]["generated_text"])""",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the objective."""
+
+    z_loss: float | None = option(None, help="weight of log(Z)^2, such as 1e-4 (0)")
+
+    def __post_init__(self) -> None:
+        check_numbers(vars(self), not_negative=("z_loss",))
+
+
+def resolved(settings: Settings, preset: Preset) -> Settings:
+    """The settings: no default is the preset's."""
+    return settings
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def rows(
+    store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing, settings: Any
+) -> StreamRows | None:
+    """The text as one stream; None for an empty part.
+
+    Raises:
+        UserError: the tokenizer has nothing that separates documents.
+    """
+    from lmscripts.data.packing import Layout
+    from lmscripts.data.stream import open_stream
+
+    begin, end = boundary_ids(tokenizer)
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return open_stream(store, part, Layout(sequence_length, packing, begin, end, pad))
 
 
 def boundary_ids(tokenizer: Any) -> tuple[int, int]:
@@ -39,108 +98,177 @@ def boundary_ids(tokenizer: Any) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
-class CausalLanguageModel(nn.Module):
-    """Predict every token of a document and its end (GPT-2; arXiv:2005.14165, section 2.1, trains the same way).
-
-    Of models other than GPT-2 `lmscripts.models.decoders.check_isolation` has to be asked first.
-
-    Attributes:
-        models: the transformers model, untouched.
-        weights: one loss term, "clm".
-    """
-
-    weights: Mapping[str, float] = {"clm": 1.0}
-
-    def __init__(self, model: PreTrainedModel, attention: AttentionPath, z_loss: float = 0.0) -> None:
-        super().__init__()
-        self.model = model
-        self.attention: AttentionPath = attention
-        self.z_loss = z_loss
-
-    @property
-    def models(self) -> dict[str, PreTrainedModel]:
-        """What is saved, by subfolder."""
-        return {"": self.model}
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the targets of a batch.
-
-        Args:
-            batch: from `causal_batches`.
-
-        Returns:
-            () fp32 each. "clm": sum of cross-entropies and of the terms of the z-loss; "clm_entropy" and "clm_penalty":
-            of either alone; in eval mode "clm_correct": right predictions.
-        """
-        device = batch["input_ids"].device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
-        attention = attention_inputs(self.attention, batch, dtype, causal=True)
-        hidden = gpt2.encode(self.model, batch["input_ids"], batch["position_ids"], attention).flatten(0, 1)
-        head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        loss, entropy, penalty, correct = chunked_cross_entropy(
-            hidden, head.weight, head.bias, batch["labels"], batch["weights"], self.z_loss
-        )
-        sums = {"clm": loss, "clm_entropy": entropy, "clm_penalty": penalty}
-        return sums if self.training else sums | {"clm_correct": correct}
-
-    def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Cross-entropy per target, perplexity, bits per byte of the text as read; where counted, right ones."""
-        targets = max(1.0, counts["clm"])
-        loss = sums["clm_entropy"] / targets
-        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        found["bits_per_text_byte"] = sums["clm_entropy"] / math.log(2) / max(1.0, counts["bytes"])
-        if self.z_loss:
-            found["z_loss"] = sums["clm_penalty"] / targets
-        if "clm_correct" in sums:
-            found["accuracy"] = sums["clm_correct"] / targets
-        return found
-
-    def flops_per_position(self, sequence_length: int, slots: int) -> float:
-        """Operations of a training step per position; `slots` is not used, as every position is predicted."""
-        return _operations(self.model, sequence_length)
+def plan(tokenizer: Any, layout: Layout, settings: Settings) -> None:
+    """Nothing is masked."""
 
 
-def _operations(model: PreTrainedModel, sequence_length: int) -> float:
-    """6 per weight that a position meets and 12 H T per layer for the scores (arXiv:2001.08361, section 2.1).
-
-    The half of the scores that lies in the future is counted, as is usual, although kernels may skip it.
-    """
-    layers = gpt2.layers(model)
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    matrices = sum(p.numel() for p in layers.parameters() if p.ndim >= 2) + head.weight.numel()
-    width = head.weight.shape[1]
-    return float(6 * matrices + 12 * len(layers) * width * sequence_length)
+def slots(plan: None, layout: Layout) -> int:
+    """Every position is predicted."""
+    return layout.sequence_length
 
 
-def causal_batches(rows: Rows, sizes: list[int]) -> list[tuple[Batch, dict[str, float]]]:
-    """Rows of a stream laid out for the objective, cut into batches.
+def words(plan: None, source: Any) -> str:
+    """What is predicted, for people."""
+    return "every token and the end of every document predicted from what stands before it"
+
+
+def batches(
+    source: StreamRows,
+    rows: NDArray[np.int64],
+    epochs: NDArray[np.int64],
+    seed: int,
+    sizes: list[int],
+    plan: None,
+    with_ends: bool = False,
+) -> Made:
+    """Rows of a stream laid out, all at once, then cut into batches; epochs and seed decide nothing here.
 
     Args:
-        rows: N rows of T tokens, with targets.
+        source: of the rows.
+        rows: (N,) which rows.
+        epochs: (N,).
+        seed: not used.
         sizes: rows of each batch, B; they sum to N.
+        plan: None.
+        with_ends: give "segment_ends" as well, see `lmscripts.data.steps.cut_rows`.
 
     Returns:
-        For each batch: input_ids (B, T) int32, position_ids (B, T) int32, segments (B, T) int32 (left out when no row
-        holds a second one: what is empty comes last, where nothing sees it), labels (B * T,) int64 and weights
-        (B * T,) fp32, 0 where a position is empty. And its counts: targets of the term "clm" and real (text) "tokens".
+        For each batch: input_ids (B, T) int32, labels (B * T,) int64 and weights (B * T,) fp32, 0 where a position is
+        empty; and what `cut_rows` gives. Its counts: targets of the term "clm", the "bytes" of text that they stand
+        for, and real (text) "tokens".
     """
-    if rows.targets is None:
+    import numpy as np
+
+    from lmscripts.data.steps import cut_rows
+
+    laid_out = source.read(rows)
+    if laid_out.targets is None:
         raise ValueError("these rows have no targets")
-    real = rows.segments >= 0
-    labels, weights = rows.targets.astype(np.int64), real.astype(np.float32)
-    several = np.any(rows.segments > 0, axis=1)
-    batches, begin = [], 0
-    for size in sizes:
-        part = slice(begin, begin + size)
-        begin += size
-        arrays = {
-            "input_ids": rows.ids[part],
-            "position_ids": rows.positions[part],
-            "labels": labels[part].reshape(-1),
-            "weights": weights[part].reshape(-1),
-        }
-        if several[part].any():
-            arrays["segments"] = rows.segments[part]
-        counts = {"clm": float(real[part].sum()), "tokens": float(np.count_nonzero(rows.content[part]))}
-        batches.append(({name: torch.from_numpy(array) for name, array in arrays.items()}, counts))
-    return batches
+    real = laid_out.segments >= 0
+    arrays: dict[str, NDArray[Any]] = {"input_ids": laid_out.ids, "labels": laid_out.targets.astype(np.int64)}
+    arrays["weights"] = real.astype(np.float32)
+    several = np.any(laid_out.segments > 0, axis=1)  # what is empty comes last, where nothing sees it
+    made, begin = [], 0
+    for batch in cut_rows(laid_out, sizes, arrays, several, source.most_segments if with_ends else None):
+        part = slice(begin, begin + len(batch["input_ids"]))
+        begin = part.stop
+        batch |= {name: batch[name].reshape(-1) for name in ("labels", "weights")}
+        counts = {"clm": float(real[part].sum()), "tokens": float(laid_out.content[part].sum())}
+        made.append((batch, counts | {"bytes": counts["clm"] * source.bytes_per_target}))
+    return made
+
+
+# ---- loss --------------------------------------------------------------------------------------------------------
+
+
+def weights(settings: Settings) -> dict[str, float]:
+    """One term."""
+    return {"clm": 1.0}
+
+
+def prepare(trained: Objective) -> None:
+    """Nothing: the model is untouched."""
+
+
+def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
+    """Sums over the targets of a batch.
+
+    Args:
+        trained: the models; `lmscripts.models.checks.check_isolation` has been asked.
+        batch: from `batches`.
+
+    Returns:
+        () fp32 each. "clm": sum of cross-entropies and of the terms of the z-loss; "clm_entropy" and "clm_penalty": of
+        either alone; in eval mode "clm_correct": right predictions.
+    """
+    from lmscripts.models.cross_entropy import chunked_cross_entropy
+
+    model: Any = trained.model
+    attention = trained.attention_inputs(model, batch)
+    hidden = trained.family.encode(model, batch["input_ids"], batch["position_ids"], attention).flatten(0, 1)
+    head = model.get_output_embeddings()
+    loss, entropy, penalty, correct = chunked_cross_entropy(
+        hidden, head.weight, head.bias, batch["labels"], batch["weights"], trained.settings.z_loss or 0.0
+    )
+    sums = {"clm": loss, "clm_entropy": entropy, "clm_penalty": penalty}
+    return sums if trained.training else sums | {"clm_correct": correct}
+
+
+def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
+    """Cross-entropy per target, perplexity, bits per byte of the text as read; where counted, right ones."""
+    targets = max(1.0, counts["clm"])
+    loss = sums["clm_entropy"] / targets
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    found["bits_per_text_byte"] = sums["clm_entropy"] / math.log(2) / max(1.0, counts["bytes"])
+    if trained.settings.z_loss:
+        found["z_loss"] = sums["clm_penalty"] / targets
+    if "clm_correct" in sums:
+        found["accuracy"] = sums["clm_correct"] / targets
+    return found
+
+
+# ---- examples ----------------------------------------------------------------------------------------------------
+
+
+def examples(models: Mapping[str, Any], tokenizer: Any, phase: Phase) -> list[str]:
+    """How the model goes on from beginnings of documents."""
+    return continuations(models[""], tokenizer, document_beginnings(phase))
+
+
+def document_beginnings(phase: Phase, number: int = 3, most_tokens: int = 12) -> list[NDArray[np.int64]]:
+    """How documents begin: held-out ones, then those of the training text; again from the first where there are fewer.
+
+    Args:
+        phase: its rows.
+        number: of beginnings, P.
+        most_tokens: tokens of each, the begin token among them; never more than half of the document.
+
+    Returns:
+        P arrays of (n,) ids.
+    """
+    from itertools import cycle, islice
+
+    import numpy as np
+
+    found: list[NDArray[np.int64]] = []
+    for source in (phase.held_out, phase.train):
+        if source is None:
+            continue
+        tokens, ends = source.part.tokens, source.part.document_tokens
+        for document in range(min(number, source.part.num_documents)):
+            begin, size = int(ends[document]), int(ends[document + 1] - ends[document])
+            text = tokens[begin : begin + min(most_tokens - 1, -(-size // 2))]
+            found.append(np.array([source.layout.begin_id, *text], np.int64))
+    return list(islice(cycle(found), number))
+
+
+def continuations(
+    model: Any, tokenizer: Any, prompts: list[NDArray[np.int64]], new_tokens: int = 40, seed: int = 0
+) -> list[str]:
+    """How the model goes on from each prompt: sampled from its 50 likeliest tokens, always the same.
+
+    Args:
+        model: a causal language model from transformers.
+        tokenizer: of the model.
+        prompts: ids; a prompt that comes again is gone on from in another way.
+        new_tokens: tokens to sample, at most.
+        seed: of the sampling; the state of the generators outside is left alone.
+    """
+    import torch
+
+    found = []
+    longest = getattr(model.config, "max_position_embeddings", max(map(len, prompts), default=0) + new_tokens)
+    for number, ids in enumerate(prompts):
+        prompt = torch.from_numpy(ids[: longest // 2])
+        inputs = prompt[None].to(next(model.parameters()).device)
+        settings = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
+        settings["max_length"] = min(prompt.numel() + new_tokens, longest)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed + number)
+            written = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)[0].cpu()
+        begun, added = (
+            " ".join(str(tokenizer.decode(part, skip_special_tokens=True)).split())
+            for part in (prompt, written[prompt.numel() :])
+        )
+        found.append(f"{begun} **{added}**")
+    return found

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmscripts.errors import UserError
-from lmscripts.options.foreign import LINE
-
-if TYPE_CHECKING:
-    from lmscripts.options.foreign import ForeignOptions, Written
+from lmscripts.options.yaml_text import LINE, Entry, check_flat, plain_value
 
 SYSTEM = "a GPT-2 trainer with the command line of PyTorch Lightning"
 RENAMED = {
@@ -32,6 +31,7 @@ RENAMED = {
     "model.lr": "learning_rate",
     "model.num_warmup_steps": "warmup_steps",
 }
+RENAMED_IN_EVALUATION = {"ckpt_path": "model_dir", "test_file": "input_file"}  # of its test.py, for evaluate_lm.py
 SIZES = ("n_layer", "n_head", "n_embd")
 LENGTHS = ("max_steps", "epochs", "phase_steps")
 # How they stood there where nothing was said and where this script would do otherwise. Adam's are torch's.
@@ -128,25 +128,32 @@ KEYS = (
 )
 
 
-def translate(old: ForeignOptions) -> None:
-    """Say what the given keys mean to run_pretraining.py.
+def translate(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """Replace the older keys by options of run_pretraining.py.
 
     Where a file has such keys, or no preset is named, what was not given is as it was in the older trainer.
+
+    Args:
+        entries: of the command line and of the file.
+
+    Returns:
+        The entries without older keys, and sentences for the user.
 
     Raises:
         UserError: a value has no counterpart here or is none, or two values contradict each other.
     """
+    old = _Old(entries)
+    if not any(entry.key in KEYS for entry in entries):
+        return list(entries), []
     for key, (default, instead) in UNSUPPORTED.items():
-        written = old.get(f"trainer.{key}")
-        if written is not None and not _same(written, default):
-            raise _refused(
-                written, f"only {default if default == 'null' else f'null or {default}'} is accepted", instead
-            )
-    if (written := old.get("trainer.resume_from_checkpoint")) is not None:
+        entry = old.get(f"trainer.{key}")
+        if entry is not None and not _same(entry, default):
+            raise _refused(entry, f"only {default if default == 'null' else f'null or {default}'} is accepted", instead)
+    if (entry := old.get("trainer.resume_from_checkpoint")) is not None:
         instead = (
             "--pretrained_model_name_or_path goes on from a transformers folder, --do_continue from a run made here"
         )
-        raise _refused(written, "a checkpoint of the older trainer cannot be read", f"set it to null; {instead}")
+        raise _refused(entry, "a checkpoint of the older trainer cannot be read", f"set it to null; {instead}")
     for key, name in RENAMED.items():
         old.rename(key, name)
     _length(old)
@@ -155,31 +162,132 @@ def translate(old: ForeignOptions) -> None:
     _machine(old)
     for key, reason in NOT_NEEDED.items():
         old.drop(key, reason)
-    if _is_config(old):
+    if old.is_config:
         for name, value in DEFAULTS.items():
-            if name != "attention_dropout" or old.own.get("attention") != "varlen":  # which has none
+            if name != "attention_dropout" or old.own_values("attention") != ["varlen"]:  # which has none
                 old.default(name, value, f"--{name} is {value}, as it was in the older trainer")
         if not old.decided(*LENGTHS):
             said = f"--epochs is {DEFAULT_EPOCHS}, as it was in the older trainer where nothing said how long"
             old.default("epochs", str(DEFAULT_EPOCHS), said)
     _run(old)
+    return [*old.own, *old.meant], old.notices
 
 
-def _length(old: ForeignOptions) -> None:
+class _Old:
+    """What was given of the older keys, and what it means here.
+
+    Attributes:
+        own: entries of the script's own options.
+        meant: entries that the older keys have become, defaults of the older trainer among them.
+        is_config: these are the options of an older run, not one of its keys beside the options of a run of ours.
+        notices: sentences for the user.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.own = [entry for entry in entries if entry.key not in KEYS]
+        self.meant: list[Entry] = []
+        self.notices: list[str] = []
+        self._older: dict[str, Entry] = {}
+        older = [entry for entry in entries if entry.key in KEYS]
+        for entry in map(_opened, older):
+            before = self._older.setdefault(entry.key, entry)  # the line comes before the file, and stays
+            if before.origin == entry.origin and (before.values, before.is_list) != (entry.values, entry.is_list):
+                raise UserError(f"{entry.key} is given twice: {before.shown} and {entry.shown}; give one")
+        self.is_config = any(entry.origin != LINE for entry in older) or self.own_values("model_type") is None
+
+    def own_values(self, name: str) -> list[Any] | None:
+        """The texts of an own option, those of the line before those of the file; None where it was not given."""
+        return next((entry.values for entry in self.own if entry.key == name), None)
+
+    def get(self, key: str) -> Entry | None:
+        """What was given; None where the key was not or is null, which is the same to the older trainer."""
+        entry = self._older.get(key)
+        return None if entry is None or entry.values == [None] else entry
+
+    def whole(self, key: str, default: int) -> int:
+        """The value of a key as a whole number above 0."""
+        if (entry := self.get(key)) is None:
+            return default
+        if not _text(entry).isdecimal() or int(_text(entry)) < 1:
+            raise UserError(f"{entry.label} must be a whole number greater than 0, not {entry.shown}")
+        return int(_text(entry))
+
+    def decided(self, *names: str) -> bool:
+        """Whether one of these own options has been given, in whichever way."""
+        return any(entry.key in names for entry in (*self.own, *self.meant))
+
+    def rename(self, key: str, name: str, value: str | None = None) -> None:
+        """A key is an own option under another name, and with another value where one is given."""
+        if (entry := self.get(key)) is None:
+            return
+        if value is None:
+            check_flat(entry)
+            self.meant.append(replace(entry, key=name))
+            self.notices.append(f"{key} is now --{name}")
+        else:
+            self.combine([key], name, value, f"{key} {entry.shown} is now --{name} {value}")
+
+    def combine(self, keys: Sequence[str], name: str, value: str, notice: str) -> None:
+        """Several keys together are one own option; it stands on the line if one of them does."""
+        entries = [entry for key in keys if (entry := self.get(key)) is not None]
+        place = next((entry for entry in entries if entry.origin == LINE), entries[0])
+        written = " and ".join(entry.written for entry in entries)
+        self.meant.append(replace(place, key=name, values=[value], written=written))
+        self.notices.append(notice)
+
+    def drop(self, key: str, reason: str) -> None:
+        """A key is not needed here."""
+        if self.get(key) is not None:
+            self.notices.append(f"{key} has no effect: {reason}")
+
+    def default(self, name: str, value: str, notice: str) -> None:
+        """An own option that was not given in any way becomes what it was in the older trainer."""
+        if not self.decided(name):
+            self.meant.append(Entry(name, [value], name, "default", written=value))
+            self.notices.append(notice)
+
+
+def _opened(entry: Entry) -> Entry:
+    """An entry as a file would have it: on the line a list or a mapping is one word."""
+    values, is_list = entry.values, entry.is_list
+    if entry.origin == LINE:
+        values = [None if text == "null" else plain_value(text) for text in values]
+        is_list = len(values) == 1 and isinstance(values[0], list)
+        values = values[0] if is_list else values
+    if is_list and not values:
+        values = [None]
+    entry = replace(entry, values=values, is_list=is_list)
+    return replace(entry, written=f"{entry.key} {entry.shown}".rstrip())
+
+
+def _text(entry: Entry) -> str:
+    """The only value of an entry.
+
+    Raises:
+        UserError: it has none, several, or a mapping.
+    """
+    if not entry.values:
+        raise UserError(f"{entry.label} needs a value")
+    if len(entry.values) > 1 or not isinstance(entry.values[0], str):
+        raise UserError(f"{entry.label} must be one value, not {entry.shown}")
+    return entry.values[0]
+
+
+def _length(old: _Old) -> None:
     """How long a run is, which here is one number, and the learning rate's schedule.
 
     There the schedule had a length of its own; without it the rate stayed constant after the warmup. A length on the
     line replaces those of the file; that the schedule is linear does not depend on its length.
     """
-    written = [item for key in (_EPOCHS, _STEPS, _SCHEDULE) if (item := old.get(key)) is not None]
-    on_line = [item for item in written if item.origin == LINE]
-    own = any(name in old.on_line and old.own[name] is not None for name in LENGTHS)
-    given = on_line if on_line or own else written
-    if len(given) > 1 and not (given[0].key == _STEPS and given[0].text == given[1].text):
+    given = [entry for key in (_EPOCHS, _STEPS, _SCHEDULE) if (entry := old.get(key)) is not None]
+    on_line = [entry for entry in given if entry.origin == LINE]
+    if on_line or any(own.key in LENGTHS and own.origin == LINE and own.values != ["null"] for own in old.own):
+        given = on_line
+    if len(given) > 1 and not (given[0].key == _STEPS and _text(given[0]) == _text(given[1])):
         first, second = given[:2]
         raise UserError(
-            f"{first.label} {first.text} and {second.key} {second.text} disagree on how long the run is, which here is "
-            "one number: set one of them to null"
+            f"{first.label} {_text(first)} and {second.key} {_text(second)} disagree on how long the run is, which "
+            "here is one number: set one of them to null"
         )
     if old.get(_SCHEDULE) is not None:
         steps = str(old.whole(_SCHEDULE, 0))
@@ -189,7 +297,7 @@ def _length(old: ForeignOptions) -> None:
         old.rename(item.key, "epochs" if item.key == _EPOCHS else "max_steps")
 
 
-def _batch(old: ForeignOptions) -> None:
+def _batch(old: _Old) -> None:
     """Rows of an optimizer step, there the product of what a process takes at once, how often, and on how many."""
     rows = old.whole(_BATCH, DEFAULT_BATCH_SIZE)
     per_machine = {key: count for key in _PER_MACHINE if (count := _processes(old.get(key))) > 1}
@@ -205,39 +313,34 @@ def _batch(old: ForeignOptions) -> None:
         words = " times ".join([*parts, *(f"{key} {n}" for key, n in factors.items())])
         words += f" is now --batch_size {total}, the rows of a step on all processes together"
         old.combine([_BATCH, *factors], "batch_size", total, words)
-    elif _is_config(old):
+    elif old.is_config:
         old.default("batch_size", total, f"--batch_size is {total}, as it was in the older trainer")
     if processes > 1:
         old.notices.append(f"the {processes} processes are now started by `accelerate launch`")
     old.rename(_BATCH, "micro_batch_size")
-    if "batch_size" not in old.own and (old.decided("batch_size") or "batch_size" in old.defaults):
+    if old.own_values("batch_size") is None and old.decided("batch_size"):
         old.default("micro_batch_size", str(rows), f"--micro_batch_size is {rows}, as it was in the older trainer")
 
 
-def _is_config(old: ForeignOptions) -> bool:
-    """Whether these are the options of an older run, not one of its keys beside the options of a run of ours."""
-    return old.in_file or "model_type" not in old.own
-
-
-def _processes(written: Written | None) -> int:
+def _processes(entry: Entry | None) -> int:
     """Processes that a number, a list or a text such as "0,1" of GPUs stands for; 1 also where there is none."""
-    if written is None:
+    if entry is None:
         return 1
-    values = [str(value) for value in written.values]
-    if len(values) == 1 and not written.is_list:  # there 3 was three GPUs, and [3] the GPU number 3
+    values = [str(value) for value in entry.values]
+    if len(values) == 1 and not entry.is_list:  # there 3 was three GPUs, and [3] the GPU number 3
         text = values[0]
         if re.fullmatch(r"\d+", text):
             return max(int(text), 1)
         values = [part.strip() for part in text.split(",") if part.strip()]
     if not values or not all(re.fullmatch(r"\d+", value) for value in values):
         raise UserError(
-            f"{written.label} must be a number of processes or a list of GPUs, not {written.shown}: it is one of the "
+            f"{entry.label} must be a number of processes or a list of GPUs, not {entry.shown}: it is one of the "
             "factors of --batch_size"
         )
     return len(values)
 
 
-def _model(old: ForeignOptions) -> None:
+def _model(old: _Old) -> None:
     """Sizes, or the model to go on from, whose sizes counted there and count here."""
     old.rename(_FROM, "pretrained_model_name_or_path")
     for name in SIZES:
@@ -247,73 +350,77 @@ def _model(old: ForeignOptions) -> None:
             old.rename(f"model.{name}", name)
 
 
-def _machine(old: ForeignOptions) -> None:
+def _machine(old: _Old) -> None:
     """How it is computed, for how long, and what is shown of it."""
-    if (written := old.get("trainer.precision")) is not None:
-        if written.text not in PRECISIONS:
-            raise UserError(f"{written.label} must be 16, 32 or bf16, not {written.text}")
-        old.rename("trainer.precision", "precision", PRECISIONS[written.text])
-    if (written := old.get("trainer.max_time")) is not None:
-        old.rename("trainer.max_time", "max_time", _duration(written))
-    if (written := old.get("trainer.logger")) is not None and not _same(written, "true"):
-        if not _same(written, "false"):
-            raise _refused(written, "only true and false are accepted", "--tracker chooses")
+    if (entry := old.get("trainer.precision")) is not None:
+        if _text(entry) not in PRECISIONS:
+            raise UserError(f"{entry.label} must be 16, 32 or bf16, not {entry.shown}")
+        old.rename("trainer.precision", "precision", PRECISIONS[_text(entry)])
+    if (entry := old.get("trainer.max_time")) is not None:
+        old.rename("trainer.max_time", "max_time", _duration(entry))
+    if (entry := old.get("trainer.logger")) is not None and not _same(entry, "true"):
+        if not _same(entry, "false"):
+            raise _refused(entry, "only true and false are accepted", "--tracker chooses")
         old.rename("trainer.logger", "tracker", "none")
     for key in ("trainer.accelerator", "trainer.distributed_backend"):
-        if (written := old.get(key)) is not None and written.text not in LAUNCHED:
-            raise _refused(written, "", "the file of `accelerate launch --config_file` says where a run takes place")
+        if (entry := old.get(key)) is not None and _text(entry) not in LAUNCHED:
+            raise _refused(entry, "", "the file of `accelerate launch --config_file` says where a run takes place")
         old.drop(key, "processes are started by `accelerate launch`, each with rows of its own")
-    if (written := old.get("trainer.callbacks")) is not None:
-        for callback in written.values:
-            old.notices.append(_callback(written, callback))
+    if (entry := old.get("trainer.callbacks")) is not None:
+        for callback in entry.values:
+            old.notices.append(_callback(entry, callback))
 
 
-def _callback(written: Written, callback: Any) -> str:
+def _callback(entry: Entry, callback: Any) -> str:
     """Why a callback is not needed."""
     path = callback.get("class_path") if isinstance(callback, dict) else callback
     if not isinstance(path, str):
-        raise UserError(f"{written.label} must be a list of `class_path: NAME`, not {written.shown}")
+        raise UserError(f"{entry.label} must be a list of `class_path: NAME`, not {entry.shown}")
     name = path.rpartition(".")[2]
     if name not in CALLBACKS_NOT_NEEDED:
         instead = CALLBACKS_INSTEAD.get(name, "")
-        raise UserError(f"{written.label}: {path} has no counterpart here, take it out{instead and f'; {instead}'}")
-    return f"{written.key} {name} is not needed: {CALLBACKS_NOT_NEEDED[name]}"
+        raise UserError(f"{entry.label}: {path} has no counterpart here, take it out{instead and f'; {instead}'}")
+    return f"{entry.key} {name} is not needed: {CALLBACKS_NOT_NEEDED[name]}"
 
 
-def _duration(written: Written) -> str:
+def _duration(entry: Entry) -> str:
     """The older "DD:HH:MM:SS", or a mapping of days, hours and so on, in the form of --max_time."""
     seconds_of = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-    value = written.values[0] if len(written.values) == 1 else None
+    value = entry.values[0] if len(entry.values) == 1 else None
     if isinstance(value, str) and re.fullmatch(r"\s*\d+(:\d+){3}\s*", value):
         value = dict(zip(("days", "hours", "minutes", "seconds"), value.strip().split(":"), strict=True))
     if not isinstance(value, dict) or not all(k in seconds_of and str(v).isdecimal() for k, v in value.items()):
-        raise UserError(f"{written.label} must look like 00:12:00:00 (days:hours:minutes:seconds), not {written.shown}")
+        raise UserError(f"{entry.label} must look like 00:12:00:00 (days:hours:minutes:seconds), not {entry.shown}")
     seconds = sum(int(number) * seconds_of[unit] for unit, number in value.items())
     parts = (seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
     return "".join(f"{part}{unit}" for part, unit in zip(parts, "dhms", strict=True) if part) or "0s"
 
 
-def _run(old: ForeignOptions) -> None:
-    """The model and the run's folder, which there were always GPT-2 small and the next version of lightning_logs."""
+def _run(old: _Old) -> None:
+    """The model and the run's folder, which there were always GPT-2 small and the next version of lightning_logs.
+
+    A run that is continued has to be named.
+    """
     old.default("model_type", "gpt2-small", "--model_type is not given: gpt2-small")
-    if not old.own.get("do_continue"):  # which has to say what it continues
+    continues = old.own_values("do_continue")
+    if continues is None or [str(value).lower() for value in continues] in (["false"], ["no"]):
         names = [path.name for path in Path("lightning_logs").glob("version_*")]
         used = [int(name.removeprefix("version_")) for name in names if name.removeprefix("version_").isdecimal()]
         folder = f"lightning_logs/version_{max(used, default=-1) + 1}"
         old.default("model_dir", folder, f"--model_dir is not given: {folder}")
 
 
-def _same(written: Written, default: str) -> bool:
+def _same(entry: Entry, default: str) -> bool:
     """Whether a value is the default, however it is spelt; to Lightning 1.0 means all, but 1 a single batch."""
-    if len(written.values) != 1 or not isinstance(written.values[0], str):
+    if len(entry.values) != 1 or not isinstance(entry.values[0], str):
         return False
-    text = written.values[0].strip()
+    text = entry.values[0].strip()
     try:
         return float(text) == float(default) and (default != "1.0" or not text.isdecimal())
     except ValueError:
         return text.casefold() == default.casefold()
 
 
-def _refused(written: Written, accepted: str, instead: str) -> UserError:
+def _refused(entry: Entry, accepted: str, instead: str) -> UserError:
     reasons = "; ".join(filter(None, (accepted, instead)))
-    return UserError(f"{written.label} {written.shown} has no counterpart here{reasons and f': {reasons}'}")
+    return UserError(f"{f'{entry.label} {entry.shown}'.rstrip()} has no counterpart here{reasons and f': {reasons}'}")

@@ -15,17 +15,19 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import jsonargparse
 
 from lmscripts.errors import UserError
-from lmscripts.options.foreign import LINE, ForeignOptions, Translation, Written
 from lmscripts.options.yaml_text import (
+    LINE,
     Entry,
+    Flag,
     alternatives,
+    by_group,
     choices,
     describe,
     help_with_default,
@@ -33,7 +35,6 @@ from lmscripts.options.yaml_text import (
     listed,
     nearest,
     normal,
-    plain_value,
     read_yaml,
     shown,
     to_yaml,
@@ -42,10 +43,27 @@ from lmscripts.options.yaml_text import (
 MISSING = dataclasses.MISSING
 OptionsType = TypeVar("OptionsType")
 Names = Mapping[str, str]
-RawValue = str | None  # None is a YAML null
 Beneath = Callable[[Mapping[str, tuple[Any, bool]], Callable[[str], dict[str, Any]]], Mapping[str, Any]]
 
 _NONE: Mapping[str, Any] = types.MappingProxyType({})
+_DEFAULT = "default"
+_EVERY_SCRIPT = (  # for the line alone
+    Flag("help", bool, False, "print this and exit", group="every script"),
+    Flag("config", str | None, None, "YAML file of options; the command line wins", group="every script"),
+    Flag("print_config", bool, False, "print all options as YAML and exit", group="every script"),
+)
+
+
+class Further(NamedTuple):
+    """What was said with the options of further dataclasses.
+
+    Attributes:
+        settings: one instance of each of the dataclasses.
+        given: name to value of those that the line has, or a file with another value than the default.
+    """
+
+    settings: dict[type[Any], Any]
+    given: dict[str, Any]
 
 
 def option(
@@ -72,104 +90,141 @@ def option(
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
+@typing.overload
+def parse_options(options_class: type[OptionsType], *, more: None = None, **rest: Any) -> OptionsType: ...
+@typing.overload
 def parse_options(
-    options_class: type[OptionsType],
-    *,
-    description: str,
-    argv: Sequence[str] | None = None,
-    renamed: Names = _NONE,
-    renamed_values: Mapping[str, Names] = _NONE,
-    accepted_unused: Names = _NONE,
-    foreign: Translation | None = None,
-    one_of: Collection[Collection[str]] = (),
-    beneath: Beneath | None = None,
-) -> OptionsType:
+    options_class: type[OptionsType], *, more: Sequence[type[Any]], **rest: Any
+) -> tuple[OptionsType, Further]: ...
+def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None = None, **rest: Any) -> Any:
     """Options from the command line, over those of `--config file.yaml`, over the defaults.
 
     Ends the process after `--help` and `--print_config` (exit code 0) and a mistake (one sentence, exit code 2).
 
+    With `more`, the fields of further dataclasses are options too. A field that several of them have is one option and
+    has to be the same in all. Which of them is in use is known afterwards:
+
+        options, further = parse_options(Options, more=(masked.Settings, causal.Settings), description=...)
+        settings = further.settings[causal.Settings]
+        refuse_given(settings, further.given, "on the objective causal")  # of checks.py
+        text = dump_options(options, settings)
+
     Args:
         options_class: frozen dataclass whose fields are made by `option`.
+        more: frozen dataclasses of the same kind; the heading of their options is their `GROUP` or their module's name.
+        rest: the arguments that follow, all of them by name.
         description: what the script does, for `--help`.
         argv: words of the command line without the program; `sys.argv[1:]` when None.
         renamed: older name -> its name now. `no_x` is the opposite of the boolean `x`.
         renamed_values: option (name now) -> {older value: its name now}.
         accepted_unused: older name -> a sentence that says why it is not needed any more.
-        foreign: a module that translates the keys of another system, as `lmscripts.options.lightning` does.
+        foreign: a module that knows another system, as `lmscripts.options.lightning` does: its `SYSTEM` in words, its
+            `KEYS` (`block.key` may stand in a block of a file), and `translate`, which turns entries with these keys
+            into entries of the script's options; one of the origin "default" counts where no other has the option.
         one_of: options of which one is given; where it stands on the line it replaces any that the file has.
         beneath: gets what was given, name to value and whether it stands on the line, and a function that reads a file
             of options; returns values that count instead of the defaults, and instead of what was given.
+
+    Returns:
+        The options; with `more` also a `Further`.
     """
-    older: dict[str, Any] = {"renamed": renamed, "renamed_values": renamed_values, "accepted_unused": accepted_unused}
-    older |= {"foreign": foreign, "one_of": one_of, "beneath": beneath}
-    return parse_options_with_origin(options_class, description=description, argv=argv, **older)[0]
+    options, further, _ = _parse(options_class, more or (), **rest)
+    return options if more is None else (options, further)
 
 
-def parse_options_with_origin(
-    options_class: type[OptionsType],
-    *,
-    description: str,
-    argv: Sequence[str] | None = None,
-    beneath: Beneath | None = None,
-    **older_names: Any,
-) -> tuple[OptionsType, dict[str, str]]:
+def parse_options_with_origin(options_class: type[OptionsType], **rest: Any) -> tuple[OptionsType, dict[str, str]]:
     """As `parse_options`, and for each option where it comes from: "command line", the file's name, or "default".
 
     With the origins a script can refuse an option that was given but would be ignored.
     """
-    reader = _Reader(options_class, **older_names)
+    options, _, origins = _parse(options_class, (), **rest)
+    return options, origins
+
+
+def dump_options(*options: Any) -> str:
+    """YAML text of all options, each under its help as a comment; `--config` with that text gives them back.
+
+    Args:
+        options: those of the script, then the instances of further dataclasses that are to be written down.
+    """
+    values = {name: value for instance in options for name, value in vars(instance).items()}
+    return to_yaml(_flags(*map(type, options)).values(), values)
+
+
+class _Given(NamedTuple):
+    """The value of one option, as it was written, and where."""
+
+    value: Any
+    written: str
+    origin: str
+
+
+def _parse(
+    options_class: type[OptionsType],
+    more: Sequence[type[Any]],
+    *,
+    description: str,
+    argv: Sequence[str] | None = None,
+    one_of: Collection[Collection[str]] = (),
+    beneath: Beneath | None = None,
+    **older_names: Any,
+) -> tuple[OptionsType, Further, dict[str, str]]:
+    flags = _flags(options_class, *more)
+    reader = _Reader(flags, **older_names)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in words or "--help" in words:
+        _say(reader.help_text(description), sys.stdout)
+        sys.exit(0)
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        if "-h" in words or "--help" in words:
-            _say(reader.help_text(description), sys.stdout)
-            sys.exit(0)
-        given = reader.collect(reader.split_words(words), LINE)
-        built_in = {name: given.pop(name).value for name in reader.built_in if name in given}
-        in_file: dict[str, _Given] = {}
-        if (file_name := built_in.get("config")) is not None:
-            in_file = reader.collect(read_yaml(file_name, reader.blocks), file_name)
-        given = reader.merge(given, in_file)
+        given, prints = reader.read(words, one_of)
         if beneath is not None:
-            given = reader.lay_under(given, beneath)
+            explicit = {n: (item.value, item.origin == LINE) for n, item in given.items() if item.origin != _DEFAULT}
+            under = beneath(explicit, reader.own_values)
+            given |= {name: _Given(value, "", "the run before") for name, value in under.items()}
         _say("".join(f"{notice}\n" for notice in dict.fromkeys(reader.notices)), sys.stderr)
         values = {name: item.value for name, item in given.items()}
-        if built_in.get("print_config"):
-            _say(to_yaml(options_class, values), sys.stdout)
+        if prints:
+            _say(to_yaml(flags.values(), values), sys.stdout)
             sys.exit(0)
-        required = {name for name, field in reader.fields.items() if field.metadata["required"]}
-        if missing := [f"--{name}" for name in reader.fields if name in required - given.keys()]:
+        if missing := [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]:
             raise UserError(f"missing {listed(missing, 'and')} (on the line or in the file of --config)")
-        origins = {name: given[name].origin if name in given else "default" for name in reader.fields}
-        return options_class(**values), origins
+
+        def made(cls: type[Any]) -> Any:
+            return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
+        options, own = made(options_class), {field.name for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
+        said = {name for name, item in given.items() if item.origin == LINE or item.value != flags[name].default}
+        further = Further({cls: made(cls) for cls in more}, {n: values[n] for n in flags if n in said - own})
+        return options, further, {name: given[name].origin if name in given else _DEFAULT for name in flags}
     except UserError as error:
         # Under a launcher every process parses the same line; one of them speaks on each node.
         _say(f"{Path(sys.argv[0]).name}: error: {error}\n", sys.stderr, rank_variable="LOCAL_RANK")
         sys.exit(2)
 
 
-def dump_options(options: Any) -> str:
-    """YAML text of all options, each under its help as a comment; `--config` with that text gives them back."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return to_yaml(type(options), values)
+def _flags(own: type[Any], *more: type[Any]) -> dict[str, Flag]:
+    """The options of a script's dataclass and of further ones; one that several have stands under all their headings.
 
-
-@dataclasses.dataclass(frozen=True)
-class _EveryScript:
-    """Options of every script, for the line alone."""
-
-    help: bool = option(False, help="print this and exit", group="every script")
-    config: str | None = option(None, help="YAML file of options; the command line wins", group="every script")
-    print_config: bool = option(False, help="print all options as YAML and exit", group="every script")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """One option as it was given: its name and all of it as they were written, what it means, where it stands."""
-
-    spelled: str
-    written: str
-    value: Any
-    origin: str
+    Raises:
+        TypeError: two dataclasses have options of one name that differ.
+    """
+    flags: dict[str, Flag] = {}
+    for cls in (own, *more):
+        hints = typing.get_type_hints(cls)
+        heading = "" if cls is own else getattr(cls, "GROUP", cls.__module__.rpartition(".")[2])
+        for field in dataclasses.fields(cls):
+            flag = Flag(field.name, hints[field.name], field.default, **field.metadata)
+            flag = flag._replace(group=flag.group or heading)
+            before = flags.setdefault(field.name, flag)
+            if before._replace(group="") != flag._replace(group=""):
+                raise TypeError(f"{cls.__module__}.{cls.__name__}: the option {field.name} differs from another one")
+            if (
+                cls is not own
+                and before.name not in own.__dataclass_fields__
+                and heading not in before.group.split(", ")
+            ):
+                flags[field.name] = flag._replace(group=f"{before.group}, {heading}")
+    return flags
 
 
 class _Reader:
@@ -177,59 +232,89 @@ class _Reader:
 
     def __init__(
         self,
-        options_class: type[Any],
+        flags: Mapping[str, Flag],
         renamed: Names = _NONE,
         renamed_values: Mapping[str, Names] = _NONE,
         accepted_unused: Names = _NONE,
-        foreign: Translation | None = None,
-        one_of: Collection[Collection[str]] = (),
+        foreign: Any = None,
     ) -> None:
-        self.fields = {field.name: field for field in dataclasses.fields(options_class)}
-        self.built_in = {field.name: field for field in dataclasses.fields(_EveryScript)}
-        self.hints = {**typing.get_type_hints(_EveryScript), **typing.get_type_hints(options_class)}
+        self.flags = {**flags, **{flag.name: flag for flag in _EVERY_SCRIPT}}
         self.renamed = {normal(old): normal(new) for old, new in renamed.items()}
         self.renamed_values = {normal(name): values for name, values in renamed_values.items()}
         self.accepted_unused = {normal(name): reason for name, reason in accepted_unused.items()}
         self.foreign = foreign
-        self.one_of = one_of
         foreign_keys = tuple(foreign.KEYS) if foreign else ()
         self.blocks = {key.split(".")[0] for key in foreign_keys if "." in key}
-        self.foreign_given: dict[str, Written] = {}
-        self.foreign_in_file = False
-        negations = [f"no_{name}" for name in self.fields if bool in alternatives(self.hints[name])]
-        self.own = [*self.fields, *negations, *self.renamed, *self.accepted_unused]
+        negations = [f"no_{name}" for name, flag in flags.items() if bool in alternatives(flag.hint)]
+        self.own = [*flags, *negations, *self.renamed, *self.accepted_unused]
         self.known = [*self.own, *foreign_keys]
         self.notices: list[str] = []
         self.parser = self._typed_parser()
 
     def _typed_parser(self) -> jsonargparse.ArgumentParser:
-        """Types and help of every field; what is required is checked after line and file are merged."""
-        usage = "%(prog)s [--config FILE.yaml] [--option VALUE ...]"
-        if first := next((name for name, field in self.fields.items() if field.metadata["positional"]), ""):
-            usage = usage.replace("%(prog)s", f"%(prog)s {first.upper()}")
+        """Types and help of every option; what is required is checked after line and file are merged."""
+        positional = next((f" {name.upper()}" for name, flag in self.flags.items() if flag.positional), "")
+        usage = f"%(prog)s{positional} [--config FILE.yaml] [--option VALUE ...]"
         parser = jsonargparse.ArgumentParser(usage=usage, add_help=False, exit_on_error=False)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter  # jsonargparse's own repeats types and defaults
-        groups: dict[str, Any] = {}
-        for name, field in {**self.fields, **self.built_in}.items():
-            heading = field.metadata["group"] or "options"
-            if heading not in groups:
-                groups[heading] = parser.add_argument_group(heading)
-            hint, text = self.hints[name], help_with_default(field, self.hints[name]).replace("%", "%%")
-            text += f" (also -{field.metadata['short']})" if field.metadata["short"] else ""
-            if hint is bool:
-                prefix: Any = None if name in self.built_in else "no_"
-                action = jsonargparse.ActionYesNo(no_prefix=prefix)
-                groups[heading].add_argument(f"--{name}", action=action, default=False, help=text)
-            else:
-                metavar = f"{'CHOICE' if choices(hint) else 'VALUE'}{' ...' if is_tuple(hint) else ''}"
-                groups[heading].add_argument(f"--{name}", type=hint, default=None, help=text, metavar=metavar)
+        for heading, flags in by_group(self.flags.values()).items():
+            group = parser.add_argument_group(heading)
+            for flag in flags:
+                text = help_with_default(flag).replace("%", "%%") + (f" (also -{flag.short})" if flag.short else "")
+                if flag.hint is bool:
+                    prefix: Any = None if flag in _EVERY_SCRIPT else "no_"
+                    action = jsonargparse.ActionYesNo(no_prefix=prefix)
+                    group.add_argument(f"--{flag.name}", action=action, default=False, help=text)
+                else:
+                    metavar = f"{'CHOICE' if choices(flag.hint) else 'VALUE'}{' ...' if is_tuple(flag.hint) else ''}"
+                    group.add_argument(f"--{flag.name}", type=flag.hint, default=None, help=text, metavar=metavar)
         return parser
 
-    def split_words(self, words: Sequence[str]) -> list[Entry]:
+    def help_text(self, description: str) -> str:
+        """The answer to `--help`."""
+        self.parser.description = description
+        older = [f"--{old} (now --{new})" for old, new in self.renamed.items()]
+        older += [f"--{old} (no effect any more)" for old in self.accepted_unused]
+        ends = ["Older names that are still accepted: " + ", ".join(older) + "."] if older else []
+        if self.foreign:
+            keys = listed(sorted({key.split(".")[0] + ".*" * ("." in key) for key in self.foreign.KEYS}), "and")
+            ends.append(f"Files and options of {self.foreign.SYSTEM} are accepted too: {keys}.")
+        self.parser.epilog = "\n\n".join(textwrap.fill(text, 78) for text in ends)
+        return str(self.parser.format_help())
+
+    # ---- where options stand
+
+    def read(self, words: Sequence[str], one_of: Collection[Collection[str]]) -> tuple[dict[str, _Given], bool]:
+        """The line over the file over another system's defaults, and whether `--print_config` was given."""
+        entries = self._by_their_names(self._line(words), [*self.known, *(flag.name for flag in _EVERY_SCRIPT)], "--")
+        every = self.collect(entry for entry in entries if self.flags.get(entry.key) in _EVERY_SCRIPT)
+        entries = [entry for entry in entries if entry.key not in every]
+        file = every["config"].value if "config" in every else None
+        if file is not None:
+            entries += self._file(file)
+        if self.foreign:
+            entries, notices = self.foreign.translate(entries)
+            self.notices += notices
+        on_line = self.collect(entry for entry in entries if entry.origin == LINE)
+        in_file = self.collect(entry for entry in entries if entry.origin == file)
+        defaults = self.collect(entry for entry in entries if entry.origin not in (LINE, file))
+        decided = {name for name, item in on_line.items() if item.value is not None}
+        replaced = {name for group in one_of if decided & {*group} for name in group}
+        kept = {name: item for name, item in in_file.items() if name not in replaced}
+        return {**defaults, **kept, **on_line}, "print_config" in every and every["print_config"].value
+
+    def own_values(self, file_name: str) -> dict[str, Any]:
+        """The script's own options in a file."""
+        entries = [entry for entry in self._file(file_name) if normal(entry.key) in self.own]
+        return {name: item.value for name, item in self.collect(entries).items()}
+
+    def _file(self, file_name: str) -> list[Entry]:
+        return self._by_their_names(read_yaml(file_name, self.blocks), self.known, "")
+
+    def _line(self, words: Sequence[str]) -> list[Entry]:
         """The options in the order of the line; what follows an option up to the next one are its values."""
-        own = {name: field.metadata for name, field in self.fields.items()}
-        shorts = {f"-{metadata['short']}": name for name, metadata in own.items() if metadata["short"]}
-        positional = next((name for name, metadata in own.items() if metadata["positional"]), None)
+        shorts = {f"-{flag.short}": name for name, flag in self.flags.items() if flag.short}
+        positional = next((name for name, flag in self.flags.items() if flag.positional), None)
         entries: list[Entry] = []
         for word in words:
             if word.startswith("--") and len(word) > 2:
@@ -248,116 +333,58 @@ class _Reader:
     def _takes(self, entry: Entry, word: str) -> bool:
         """Whether a word can be a value of the option before it; else it belongs to the positional option."""
         name = self.renamed.get(normal(entry.key), normal(entry.key))
-        hint = self.hints.get(name)
-        if hint is None or is_tuple(hint):
-            return hint is not None or name not in self.own
-        if bool in alternatives(hint):
-            return not entry.values and self._typed(name, word)[0]
-        return not entry.values
+        if name not in self.flags:
+            return name not in self.own
+        hint = self.flags[name].hint
+        may_be = bool not in alternatives(hint) or self._typed(hint, name, word)[0]
+        return is_tuple(hint) or (not entry.values and may_be)
 
-    def help_text(self, description: str) -> str:
-        """The answer to `--help`."""
-        self.parser.description = description
-        older = [f"--{old} (now --{new})" for old, new in self.renamed.items()]
-        if older := older + [f"--{old} (no effect any more)" for old in self.accepted_unused]:
-            self.parser.epilog = textwrap.fill("Older names that are still accepted: " + ", ".join(older) + ".", 78)
-        if self.foreign:
-            keys = listed(sorted({key.split(".")[0] + ".*" * ("." in key) for key in self.foreign.KEYS}), "and")
-            also = textwrap.fill(f"Files and options of {self.foreign.SYSTEM} are accepted too: {keys}.", 78)
-            self.parser.epilog = "\n\n".join(filter(None, (self.parser.epilog, also)))
-        return str(self.parser.format_help())
-
-    def collect(self, entries: Sequence[Entry], origin: str) -> dict[str, _Given]:
-        """What stands on the command line, or in a file."""
-        dashes, kind = ("--", "unknown option") if origin == LINE else ("", f"{origin}: unknown key")
-        known = [*self.known, *(self.built_in if origin == LINE else ())]
-        unknown: dict[str, Entry] = {}
-        for entry in entries:
-            if normal(entry.key) not in known:
-                unknown.setdefault(entry.key, entry)
-        if unknown:
+    def _by_their_names(self, entries: Iterable[Entry], known: Collection[str], dashes: str) -> list[Entry]:
+        """The entries under the names of today, without those that have no effect now; unknown ones are refused."""
+        entries = list(entries)
+        if unknown := {entry.key: entry for entry in entries if normal(entry.key) not in known}:
             answers = []
             for name, entry in unknown.items():
                 place, near = f" in line {entry.line}" if entry.line else "", nearest(name, known, dashes)
                 answers.append(f"{dashes}{name}{place}{near and f' ({near})'}")
+            kind = "unknown option" if dashes else f"{entries[0].origin}: unknown key"
             raise UserError(f"{kind}{'s' if len(answers) > 1 else ''} {listed(answers, 'and')}")
-        given: dict[str, _Given] = {}
+        found = []
         for entry in entries:
             spelled = normal(entry.key)
-            if spelled in self.own or spelled in self.built_in:
-                self._take(given, spelled, entry.values, origin, entry.label)
-            else:
-                self._set_aside(spelled, entry, origin)
-        return given
+            name = self.renamed.get(spelled, spelled)
+            if name in self.accepted_unused:
+                self.notices.append(f"--{spelled} has no effect: {self.accepted_unused[name]}")
+                continue
+            if spelled in self.renamed:
+                self.notices.append(f"--{spelled} is now --{name}")
+            found.append(dataclasses.replace(entry, key=name, written=f"--{spelled} {entry.shown}".rstrip()))
+        return found
 
-    def merge(self, on_line: dict[str, _Given], in_file: dict[str, _Given]) -> dict[str, _Given]:
-        """The line over the file, each with what the keys of the other system mean, over that system's defaults."""
-        defaults: dict[str, _Given] = {}
-        if self.foreign and self.foreign_given:
-            own = {name: item.value for name, item in {**in_file, **on_line}.items()}
-            old = ForeignOptions(self.foreign_given, own, self.foreign_in_file, [*on_line])
-            self.foreign.translate(old)
-            self.notices += old.notices
-            for name, values, sources in old.meanings:
-                place = next((source for source in sources if source.origin == LINE), sources[0])
-                value = self._convert(name, values, place.origin, place.label)
-                written = " and ".join(f"{source.key} {source.shown}" for source in sources)
-                self._keep(on_line if place.origin == LINE else in_file, name, _Given("", written, value, place.origin))
-            for name, text in old.defaults.items():
-                defaults[name] = _Given("", text, self._convert(name, [text], "default", name), "default")
-        decided = {name for name, item in on_line.items() if item.value is not None}
-        replaced = {name for group in self.one_of if decided & {*group} for name in group}
-        return {**defaults, **{n: item for n, item in in_file.items() if n not in replaced}, **on_line}
+    # ---- what they mean
 
-    def lay_under(self, given: dict[str, _Given], beneath: Beneath) -> dict[str, _Given]:
-        """What was given, over the options of the run that this one goes on from where there is one."""
-        explicit = {n: (item.value, item.origin == LINE) for n, item in given.items() if item.origin != "default"}
-        under = beneath(explicit, lambda file: {n: i.value for n, i in self.collect(read_yaml(file), file).items()})
-        return {**given, **{name: _Given(name, "", value, "the run before") for name, value in under.items()}}
+    def collect(self, entries: Iterable[Entry]) -> dict[str, _Given]:
+        """The values of one place; a list may go on, any other option given twice has to be the same."""
+        collected: dict[str, _Given] = {}
+        for entry in entries:
+            is_own = entry.key in self.flags
+            name = entry.key if is_own else entry.key.removeprefix("no_")
+            value = self._convert(self.flags[name], entry)
+            item = _Given(value if is_own else not value, entry.written, entry.origin)
+            before = collected.get(name)
+            spelled_alike = before is not None and before.written.split()[0] == item.written.split()[0]
+            if before is not None and is_tuple(self.flags[name].hint) and spelled_alike:
+                item = item._replace(value=(before.value or ()) + (item.value or ()))
+            elif before is not None and before.value != item.value:
+                place = "" if entry.origin == LINE else f"{entry.origin}: "
+                raise UserError(f"{place}{name} is given twice: {before.written} and {item.written}; give one")
+            collected[name] = item
+        return collected
 
-    def _set_aside(self, key: str, entry: Entry, origin: str) -> None:
-        """Keeps a key of the other system for its translation; the line is read before the file and stays."""
-        values, is_list = entry.values or [None], entry.is_list
-        self.foreign_in_file |= origin != LINE
-        if origin == LINE:
-            values = [None if text == "null" else plain_value(text) for text in entry.values]
-            is_list = len(values) == 1 and isinstance(values[0], list)
-            values = values[0] or [None] if is_list else values
-        written, before = Written(key, values, entry.label, origin, is_list), self.foreign_given.get(key)
-        if before and before.origin == origin and (before.values, before.is_list) != (values, is_list):
-            raise UserError(f"{key} is given twice: {before.shown} and {written.shown}; give one")
-        if before is None:
-            self.foreign_given[key] = written
-
-    def _take(self, collected: dict[str, _Given], spelled: str, raw: list[RawValue], origin: str, label: str) -> None:
-        """Adds one entry of the line or the file to what was collected from there."""
-        name = self.renamed.get(spelled, spelled)
-        if name in self.accepted_unused:
-            self.notices.append(f"--{spelled} has no effect: {self.accepted_unused[name]}")
-            return
-        if spelled in self.renamed:
-            self.notices.append(f"--{spelled} is now --{name}")
-        if name in self.hints:
-            value = self._convert(name, raw, origin, label)
-        else:
-            name = name.removeprefix("no_")
-            value = not self._convert(name, raw, origin, label)
-        written = " ".join([f"--{spelled}", *("null" if item is None else item for item in raw)])
-        self._keep(collected, name, _Given(spelled, written, value, origin))
-
-    def _keep(self, collected: dict[str, _Given], name: str, item: _Given) -> None:
-        """Adds a value; one that is already there from the same place has to be the same, or goes on with a list."""
-        before = collected.get(name)
-        if before is not None and is_tuple(self.hints[name]) and before.spelled == item.spelled != "":
-            item = dataclasses.replace(item, value=(before.value or ()) + (item.value or ()))
-        elif before is not None and before.value != item.value:
-            place = "" if item.origin == LINE else f"{item.origin}: "
-            raise UserError(f"{place}{name} is given twice: {before.written} and {item.written}; give one")
-        collected[name] = item
-
-    def _convert(self, name: str, raw: list[RawValue], origin: str, label: str) -> Any:
-        """Checks what was written against the type of the field."""
-        hint, on_line = self.hints[name], origin == LINE
+    def _convert(self, flag: Flag, entry: Entry) -> Any:
+        """Checks what was written against the type of the option."""
+        name, hint = flag.name, flag.hint
+        raw, on_line = entry.values, entry.origin == LINE
         new_values: Mapping[Any, str] = self.renamed_values.get(name, {})
         self.notices += [f"--{name} {old} is now --{name} {new_values[old]}" for old in raw if old in new_values]
         raw = [new_values.get(item, item) for item in raw]
@@ -366,19 +393,18 @@ class _Reader:
         if bool in alternatives(hint) and on_line and not raw:
             return True
         if not raw and (on_line or not is_tuple(hint)):
-            raise UserError(f"{label} needs a value")
+            raise UserError(f"{entry.label} needs a value")
         if len(raw) > 1 and not is_tuple(hint):
-            raise UserError(f"{label} takes one value, not {len(raw)} ({listed(raw, 'and')})")
+            raise UserError(f"{entry.label} takes one value, not {len(raw)} ({listed(raw, 'and')})")
         for item in raw:
-            if not self._typed(name, [item] if is_tuple(hint) else item)[0]:
+            if not self._typed(hint, name, [item] if is_tuple(hint) else item)[0]:
                 near = nearest(str(item), [str(choice) for choice in choices(hint)])
-                raise UserError(f"{label} must be {describe(hint)}, not {shown(item)}{near and f'; {near}'}")
-        return self._typed(name, raw if is_tuple(hint) else raw[0])[1]
+                raise UserError(f"{entry.label} must be {describe(hint)}, not {shown(item)}{near and f'; {near}'}")
+        return self._typed(hint, name, raw if is_tuple(hint) else raw[0])[1]
 
-    def _typed(self, name: str, raw: RawValue | list[RawValue]) -> tuple[bool, Any]:
+    def _typed(self, hint: Any, name: str, raw: Any) -> tuple[bool, Any]:
         """(accepted, value) of what jsonargparse makes of it."""
-        kinds = alternatives(self.hints[name])
-        written = raw if isinstance(raw, list) else [raw]
+        kinds, written = alternatives(hint), raw if isinstance(raw, list) else [raw]
         if None in written:
             return False, None
         if kinds <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file

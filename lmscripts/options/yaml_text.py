@@ -1,4 +1,4 @@
-"""Options as text: YAML files in and out, and types, values and help in words."""
+"""Options as text: what a file holds, YAML to write, and types, values and help in words."""
 
 from __future__ import annotations
 
@@ -17,25 +17,49 @@ import yaml
 
 from lmscripts.errors import UserError
 
+LINE = "command line"
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
-class Entry(NamedTuple):
+class Flag(NamedTuple):
+    """An option of a script: the field of a dataclass, with its type resolved and its metadata opened."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    required: bool = False
+    group: str = ""
+    short: str = ""
+    positional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
     """An option as it stands on the line or in a file.
 
     Attributes:
-        key: the name as spelt.
-        values: as written: a text, None for a YAML null; below a block also lists and mappings of these.
+        key: the name, as spelt until older names are replaced.
+        values: as written: texts, None for null, lists and mappings of these; empty for a flag without a value.
         label: the words for it in an error.
+        origin: `LINE` or the file's name.
         line: of the file; None on the command line.
         is_list: it is a list in the file, be it of a single value.
+        written: all of it as it was written, once its name is known.
     """
 
     key: str
     values: list[Any]
     label: str
+    origin: str = LINE
     line: int | None = None
     is_list: bool = False
+    written: str = ""
+
+    @property
+    def shown(self) -> str:
+        """All values as one would type them."""
+        return " ".join("null" if value is None else str(value) for value in self.values)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -49,7 +73,7 @@ def read_yaml(file_name: str, blocks: Collection[str] = ()) -> list[Entry]:
 
     Args:
         file_name: the file.
-        blocks: keys that may hold keys: `block: {key: value}` is `block.key: value`, whose value may be nested.
+        blocks: keys that may hold keys: `block: {key: value}` is `block.key: value`.
 
     Raises:
         UserError: the file cannot be read or holds something else.
@@ -60,7 +84,7 @@ def read_yaml(file_name: str, blocks: Collection[str] = ()) -> list[Entry]:
             return []
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{file_name} must hold lines of the form `option: value`")
-        return list(_entries(node, file_name, blocks))
+        return list(_entries(node, "", file_name, blocks))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "not UTF-8 text")
         raise UserError(f"--config {file_name} cannot be read: {reason}") from error
@@ -71,6 +95,16 @@ def read_yaml(file_name: str, blocks: Collection[str] = ()) -> list[Entry]:
         raise UserError(f"{file_name}{place}: not valid YAML ({problem})") from error
     except RecursionError as error:  # an anchor inside of itself
         raise UserError(f"{file_name} is nested too deeply") from error
+
+
+def check_flat(entry: Entry) -> None:
+    """Refuse what is nested.
+
+    Raises:
+        UserError: a value is a list or a mapping.
+    """
+    if any(isinstance(value, (list, dict)) for value in entry.values):
+        raise UserError(f"{entry.label} must be a value or a list of values")
 
 
 def plain_value(text: str) -> Any:
@@ -88,57 +122,44 @@ def plain_value(text: str) -> Any:
         raise UserError(f"{text} is not valid YAML") from error
 
 
-def to_yaml(options_class: type[Any], values: Mapping[str, Any]) -> str:
+def to_yaml(flags: Iterable[Flag], values: Mapping[str, Any]) -> str:
     """One commented line per option; a required option without a value stands there as a comment to fill in."""
-    hints = typing.get_type_hints(options_class)
-    lines, heading = [], "options"
-    for field in dataclasses.fields(options_class):
-        if (field.metadata["group"] or "options") != heading:
-            heading = field.metadata["group"] or "options"
-            lines += ["", f"# ---- {heading} ----"]
-        comment = help_with_default(field, hints[field.name])
-        lines += ["", *textwrap.wrap(comment, 100, initial_indent="# ", subsequent_indent="# ")]
-        if field.name in values or not field.metadata["required"]:
-            lines.append(f"{field.name}: {_yaml_value(values.get(field.name, field.default))}")
-        else:
-            lines.append(f"# {field.name}:")
+    lines: list[str] = []
+    for heading, members in by_group(flags).items():
+        lines += ["", f"# ---- {heading} ----"] if lines or heading != "options" else []
+        for flag in members:
+            comment = help_with_default(flag)
+            lines += ["", *textwrap.wrap(comment, 100, initial_indent="# ", subsequent_indent="# ")]
+            if flag.name in values or not flag.required:
+                lines.append(f"{flag.name}: {_yaml_value(values.get(flag.name, flag.default))}")
+            else:
+                lines.append(f"# {flag.name}:")
     return "\n".join(lines).strip() + "\n"
 
 
-def _entries(root: yaml.MappingNode, file_name: str, blocks: Collection[str]) -> Iterator[Entry]:
-    """The entries of a file; its blocks are opened."""
-    for key, key_node, value_node in _pairs(root, "", file_name):
-        if key not in blocks:
-            yield _entry(key, key_node, value_node, file_name, blocks)
-        elif isinstance(value_node, yaml.MappingNode):
-            for inner in _pairs(value_node, f"{key}.", file_name):
-                yield _entry(*inner, file_name, blocks)
-        elif _plain(value_node) is not None:
-            place = f"{file_name}, line {key_node.start_mark.line + 1}"
-            raise UserError(f"{place}: {key} must hold indented lines of the form `option: value`")
-
-
-def _pairs(node: yaml.MappingNode, prefix: str, file_name: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """The keys of a mapping, each with its node and that of its value; none twice."""
+def _entries(root: yaml.MappingNode, prefix: str, file_name: str, blocks: Collection[str]) -> Iterator[Entry]:
+    """The keys of a mapping, none twice; blocks are opened."""
     seen = set()
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
+    for key_node, node in root.value:
+        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
         if key in seen:
-            raise UserError(f"{file_name}, line {key_node.start_mark.line + 1}: {key} stands in the file a second time")
+            raise UserError(f"{file_name}, line {line}: {key} stands in the file a second time")
         seen.add(key)
-        yield key, key_node, value_node
-
-
-def _entry(key: str, key_node: yaml.Node, value_node: yaml.Node, file_name: str, blocks: Collection[str]) -> Entry:
-    line = key_node.start_mark.line + 1
-    label = f"{file_name}, line {line}: {key}"
-    if key in ("compute_environment", "distributed_type"):
-        raise UserError(f"{file_name} is a file for Accelerate: give it to `accelerate launch --config_file`")
-    is_list = isinstance(value_node, yaml.SequenceNode)
-    items = value_node.value if is_list else [value_node]
-    if key.split(".")[0] not in blocks and not all(isinstance(item, yaml.ScalarNode) for item in items):
-        raise UserError(f"{label} must be a value or a list of values")
-    return Entry(key, [_plain(item) for item in items], label, line, is_list)
+        if key in ("compute_environment", "distributed_type"):
+            raise UserError(f"{file_name} is a file for Accelerate: give it to `accelerate launch --config_file`")
+        value = _plain(node)
+        if key not in blocks:
+            is_list = isinstance(value, list)
+            entry = Entry(
+                key, value if is_list else [value], f"{file_name}, line {line}: {key}", file_name, line, is_list
+            )
+            if key.split(".")[0] not in blocks:
+                check_flat(entry)
+            yield entry
+        elif isinstance(node, yaml.MappingNode):
+            yield from _entries(node, f"{key}.", file_name, blocks)
+        elif value is not None:
+            raise UserError(f"{file_name}, line {line}: {key} must hold indented lines of the form `option: value`")
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -159,6 +180,14 @@ def _yaml_value(value: Any) -> str:
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
+
+
+def by_group(flags: Iterable[Flag]) -> dict[str, list[Flag]]:
+    """The options under their headings."""
+    groups: dict[str, list[Flag]] = {}
+    for flag in flags:
+        groups.setdefault(flag.group or "options", []).append(flag)
+    return groups
 
 
 def is_tuple(hint: Any) -> bool:
@@ -186,15 +215,15 @@ def describe(hint: Any) -> str:
     return listed(names + [text for kind, text in words.items() if kind in alternatives(hint)], "or")
 
 
-def help_with_default(field: dataclasses.Field[Any], hint: Any) -> str:
+def help_with_default(flag: Flag) -> str:
     """The help of an option with its choices and its default."""
-    only = "or" if alternatives(hint) & {int, float, str} else "one of"
-    notes = [f"{only} {', '.join(str(choice) for choice in choices(hint))}"] if choices(hint) else []
-    if field.metadata["required"]:
+    only = "or" if alternatives(flag.hint) & {int, float, str} else "one of"
+    notes = [f"{only} {', '.join(str(choice) for choice in choices(flag.hint))}"] if choices(flag.hint) else []
+    if flag.required:
         notes.append("required")
-    elif field.default not in (None, (), ""):
-        notes.append(f"default: {shown(field.default)}")
-    return str(field.metadata["help"]) + (f" ({'; '.join(notes)})" if notes else "")
+    elif flag.default not in (None, (), ""):
+        notes.append(f"default: {shown(flag.default)}")
+    return flag.help + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def shown(value: Any) -> str:

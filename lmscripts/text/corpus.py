@@ -7,42 +7,32 @@ A plain text file holds one sentence a line and a blank line between documents (
 
 from __future__ import annotations
 
+import bisect
 import glob
 import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 from lmscripts.errors import UserError
 from lmscripts.text.reading import (
     COMPRESSIONS,
     FORMATS,
-    check_encoding,
-    clean_bytes,
+    check_file,
+    check_utf8,
+    clean_line,
+    clean_lines,
     format_of,
-    open_binary,
-    raw_lines,
-    read_records,
-    reading,
-    record_lines,
+    is_blank,
+    kind_of,
+    opened,
+    text_lines,
 )
-from lmscripts.text.report import TextReport
-
-__all__ = [
-    "MAX_DOCUMENT_BYTES",
-    "Span",
-    "TextReport",
-    "batches",
-    "find_files",
-    "plan_spans",
-    "read_documents",
-    "source_fingerprint",
-    "spread_sample",
-]
+from lmscripts.text.records import TEXTS, BadRow, Record, TableOptions, read_records
+from lmscripts.text.report import Place, TextReport
 
 MAX_DOCUMENT_BYTES = 1 << 24
 HUB = "hub:"
@@ -61,24 +51,24 @@ class Span:
 # ---- which files ----
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
+def find_files(inputs: Sequence[str], report: TextReport | None = None) -> list[Path]:
     """Files for what the user named, in the order of the arguments, each once.
 
     Args:
         inputs: files, patterns (`*`, `?`, `[...]`, `**`), folders (searched to any depth, sorted by name, files
             with a known suffix only), or `hub:` names, which are passed on.
+        report: counts the files of folders that are left out; what begins with a dot is none.
 
     Raises:
         UserError: something is missing or cannot be read, or nothing is left.
     """
     found: dict[Path, None] = {}
     for name in inputs:
-        if name.startswith(HUB):
-            found[Path(name)] = None
-            continue
         path = Path(name).expanduser()
-        if path.is_dir():
-            matches = _files_in(path)
+        if name.startswith(HUB):
+            matches = [Path(name)]
+        elif path.is_dir():
+            matches = _files_in(path, report or TextReport())
         elif path.exists() or not glob.has_magic(name):
             matches = [path]
         else:
@@ -90,40 +80,26 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         raise UserError("no input file was given")
     for path in found:
         if not str(path).startswith(HUB):
-            _check_readable(path)
+            check_file(path, "input file")
     return list(found)
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, report: TextReport) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
 
     files = []
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name) for name in names if not name.startswith(".") and _is_known(name)]
-    if not files:
-        known = " ".join(FORMATS)
-        raise UserError(f"the folder {folder} holds no text file ({known}, each also {' '.join(COMPRESSIONS)})")
-    return sorted(files)
-
-
-def _is_known(name: str) -> bool:
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in FORMATS
-
-
-def _check_readable(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"the input file {path} does not exist (seen from {Path.cwd()})")
-    if not path.is_file():
-        raise UserError(f"the input {path} is neither a file nor a folder")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"the input file {path} cannot be read: {error.strerror}") from error
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    endings = tuple(form + packed for form in FORMATS for packed in ("", *COMPRESSIONS))
+    known = sorted(path for path in files if path.name.lower().endswith(endings))
+    if not known:
+        suffixes = f"{' '.join(FORMATS)}, each also {' '.join(COMPRESSIONS)}"
+        raise UserError(f"the folder {folder} holds no text file ({suffixes})")
+    for path in sorted(set(files) - set(known)):
+        report.count("files_skipped", 1, path.__str__)
+    return known
 
 
 def source_fingerprint(paths: Sequence[str | Path]) -> str:
@@ -144,7 +120,9 @@ def source_fingerprint(paths: Sequence[str | Path]) -> str:
 # ---- who reads which part ----
 
 
-def plan_spans(paths: Sequence[str | Path], num_splits: int, *, document_per_line: bool = False) -> list[list[Span]]:
+def plan_spans(
+    paths: Sequence[str | Path], num_splits: int, *, document_per_line: bool = False, input_format: str = ""
+) -> list[list[Span]]:
     """Cut the corpus into `num_splits` lists of spans of about equal bytes, at document ends.
 
     Reading the lists one after the other gives the documents of the files in order, whatever `num_splits` is. A cut
@@ -157,23 +135,28 @@ def plan_spans(paths: Sequence[str | Path], num_splits: int, *, document_per_lin
     if num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, not {num_splits}")
     names = [str(path) for path in paths]
-    sizes = [0 if name.startswith(HUB) else os.path.getsize(name) for name in names]
-    first_bytes = [sum(sizes[:index]) for index in range(len(sizes))]
-    total = sum(sizes)
-    cuts = [(0, 0)]  # (file, byte in the file)
+    sizes = [1 if name.startswith(HUB) else os.path.getsize(name) for name in names]
+    ends = list(itertools.accumulate(sizes))  # of the files, in bytes of the corpus
+    can_be_cut = lru_cache(lambda name: not format_of(name)[1] and is_plain(name, input_format))
+    cuts = [0]
     for split in range(1, num_splits):
-        target = total * split // num_splits
-        file = max((index for index, first in enumerate(first_bytes) if first <= target), default=0)
-        offset = target - first_bytes[file]
-        if (file, offset) <= cuts[-1]:
-            cuts.append(cuts[-1])  # the last document end lies behind this target already
-        elif format_of(names[file]) == ("txt", "") and not names[file].startswith(HUB):
-            cuts.append((file, _document_end(names[file], offset, document_per_line)))
-        else:
-            cuts.append((file, 0) if 2 * offset < sizes[file] else (file + 1, 0))
-        cuts[-1] = max(cuts[-1], cuts[-2])
-    cuts.append((len(names), 0))
-    return [_spans_between(names, sizes, *pair) for pair in itertools.pairwise(cuts)]
+        cut = ends[-1] * split // num_splits
+        if cut > cuts[-1]:  # else the last document end lies behind it already
+            file = bisect.bisect_right(ends, cut)
+            first = ends[file] - sizes[file]
+            if can_be_cut(names[file]):
+                cut = first + _document_end(names[file], cut - first, document_per_line)
+            else:
+                cut = first if 2 * (cut - first) < sizes[file] else ends[file]
+        cuts.append(max(cut, cuts[-1]))
+
+    def spans(begin: int, stop: int) -> Iterator[Span]:
+        for name, size, end in zip(names, sizes, ends):
+            start, last = max(begin - (end - size), 0), min(stop - (end - size), size)
+            if start < last:
+                yield Span(name) if last - start == size else Span(name, start, last)
+
+    return [list(spans(*pair)) for pair in itertools.pairwise([*cuts, ends[-1]])]
 
 
 def _document_end(path: str, offset: int, document_per_line: bool) -> int:
@@ -186,44 +169,34 @@ def _document_end(path: str, offset: int, document_per_line: bool) -> int:
         at_start = True
         while not document_per_line and (line := file.readline(_BLOCK)):
             ends = line.endswith(b"\n")
-            if at_start and ends and not line.decode("utf-8", "replace").strip():
+            if at_start and ends and is_blank(line.decode("utf-8", "replace")):
                 break
             at_start = ends
         return file.tell()
 
 
-def _spans_between(names: list[str], sizes: list[int], first: tuple[int, int], last: tuple[int, int]) -> list[Span]:
-    spans = []
-    for index in range(first[0], min(last[0] + 1, len(names))):
-        start = first[1] if index == first[0] else 0
-        end = last[1] if index == last[0] else sizes[index]
-        is_hub = names[index].startswith(HUB)
-        if start < end or (is_hub and index < last[0]):
-            whole = is_hub or (start == 0 and end == sizes[index])
-            spans.append(Span(names[index], start, None if whole else end))
-    return spans
-
-
 # ---- documents ----
+
+Lines = Iterator[tuple[str | None, Place]]  # None ends a document
 
 
 def read_documents(
     spans: Iterable[Span],
     report: TextReport,
+    table: TableOptions = TEXTS,
     *,
     document_per_line: bool = False,
-    text_column: str = "text",
-    on_bad_line: Literal["skip", "fail"] = "skip",
     keep_spaces: bool = False,
 ) -> Iterator[list[str]]:
     """The documents of the spans in order, each a non-empty list of non-empty lines without surrounding white space.
 
+    A document beyond MAX_DOCUMENT_BYTES goes on as another.
+
     Args:
         spans: from `plan_spans`, or `Span(path)` for a whole file.
         report: is added to while reading: counts, repairs, drops.
+        table: how tables are read: column of the text, delimiter, quotes, bad rows; its `format` is that of all files.
         document_per_line: in plain text, every line is a document.
-        text_column: column or key of the text in tables.
-        on_bad_line: what to do with a record that cannot be read: leave it out and count it, or stop.
         keep_spaces: lines as they stand, with indentation and what is at their ends; in tables also the empty ones
             between the first line with text and the last.
 
@@ -231,60 +204,71 @@ def read_documents(
         UserError: a file in another encoding, damaged or cut off, or without the column.
     """
     for span in spans:
-        if span.start == 0:
-            report.num_files += 1
-        if span.path.startswith(HUB):
-            documents = _hub_documents(span.path, text_column, report, keep_spaces)
-        elif format_of(span.path)[0] == "txt":
-            documents = _text_documents(span, document_per_line, report, keep_spaces)
+        report.num_files += span.start == 0
+        if is_plain(span.path, table.format):
+            lines = _text_lines(span, document_per_line, report, keep_spaces)
         else:
-            documents = (
-                record_lines(text, report, place, keep_spaces)
-                for text, place in read_records(span.path, text_column, on_bad_line, report)
-            )
-        for document in documents:
-            for piece in _bounded(document, report):
-                report.add_document(piece)
-                yield piece
+            lines = _record_lines(span.path, table, report, keep_spaces)
+        document: list[str] = []
+        size = 0
+        for line, place in lines:
+            length = 0 if line is None else len(line.encode())
+            if document and (line is None or size + length > MAX_DOCUMENT_BYTES):
+                if line is not None:
+                    report.count("long_documents_cut", 1, place)
+                report.add_document(document, size)
+                yield document
+                document, size = [], 0
+            if line is not None:
+                document.append(line)
+                size += length
 
 
-def _text_documents(span: Span, document_per_line: bool, report: TextReport, keep_spaces: bool) -> Iterator[list[str]]:
-    """Documents of a plain (or compressed) text file, each cut where it passes MAX_DOCUMENT_BYTES."""
-    check_encoding(span.path)
+def is_plain(path: str, input_format: str = "") -> bool:
+    """Whether an input is plain text; a table has records.
+
+    Raises:
+        UserError: it is neither, or not UTF-8.
+    """
+    if path.startswith(HUB):
+        return False
+    kind = kind_of(path, input_format)
+    if kind != "parquet":
+        check_utf8(path)
+    return kind == "txt"
+
+
+def _text_lines(span: Span, document_per_line: bool, report: TextReport, keep_spaces: bool) -> Lines:
+    """Lines of a plain (or compressed) text file."""
     number = 0  # complete lines before the present one, counted from the start of the span
 
     def place() -> str:
         return f"{span.path}:{_lines_before(span.path, span.start) + number + 1}"
 
-    document: list[str] = []
-    size, whole = 0, True
-    with reading(span.path), open_binary(span.path) as file:
+    whole = True
+    with opened(span.path) as file:
         if span.start:
             file.seek(span.start)
-        length = None if span.end is None else span.end - span.start
-        for raw, ends in raw_lines(file, length):
-            if span.start == number == 0 and raw.startswith(b"\xef\xbb\xbf"):
-                raw = raw[3:]
-                report.count("byte_order_marks")
+        for text, ends in text_lines(file, None if span.end is None else span.end - span.start):
             if not ends:
                 report.count("long_lines_cut", 1, place)
-            text = clean_bytes(raw, report, place, keep_spaces)
-            is_blank = not text.strip()
-            if not is_blank:
-                if size + len(raw) > MAX_DOCUMENT_BYTES and document:
-                    report.count("long_documents_cut", 1, place)
-                    yield document
-                    document, size = [], 0
-                document.append(text)
-                size += len(raw)
-            is_document_end = ends and (document_per_line or (whole and is_blank))
-            if is_document_end and document:
-                yield document
-                document, size = [], 0
+            line = clean_line(text, report, place, keep_spaces)
+            blank = is_blank(line)
+            if not blank:
+                yield line, place
+            if ends and (document_per_line or (whole and blank)):
+                yield None, place
             number += ends
             whole = ends
-    if document:
-        yield document
+    yield None, place
+
+
+def _record_lines(path: str, table: TableOptions, report: TextReport, keep_spaces: bool) -> Lines:
+    """Lines of the records of a table."""
+    for text, place in table_texts(path, table, report):
+        for line in clean_lines(text, report, place, keep_spaces):
+            yield line, place
+        yield None, place
 
 
 @lru_cache(maxsize=64)
@@ -298,47 +282,53 @@ def _lines_before(path: str, start: int) -> int:
     return lines
 
 
-def _bounded(document: list[str], report: TextReport) -> Iterator[list[str]]:
-    """The document, or the pieces of one that passes MAX_DOCUMENT_BYTES (a record; text files are cut on the way)."""
-    if sum(map(len, document)) * 4 <= MAX_DOCUMENT_BYTES:
-        if document:
-            yield document
-        return
-    piece: list[str] = []
-    size = 0
-    for line in document:
-        length = len(line.encode())
-        if piece and size + length > MAX_DOCUMENT_BYTES:
-            report.count("long_documents_cut")
-            yield piece
-            piece, size = [], 0
-        piece.append(line)
-        size += length
-    if piece:
-        yield piece
+def table_texts(path: str, table: TableOptions, report: TextReport) -> Iterator[tuple[str, Place]]:
+    """(text as it stands, place) of the records of a table or a data set on the Hub; what is none is counted.
+
+    Raises:
+        UserError: see `read_records`; a bad record where `table.on_bad_row` is "fail".
+    """
+    if path.startswith(HUB):
+        records = _hub_records(path, table.text)
+    else:
+        if not table.format and format_of(path)[0] != kind_of(path):
+            report.count("json_lines_files", 1, path.__str__)
+        records = read_records(path, table, report.changes)
+    for number, fields in records:
+
+        def place(number: int = number) -> str:
+            return f"{path}:{number}"
+
+        text = fields if isinstance(fields, BadRow) else fields["text"]
+        if text is None or text != text or (isinstance(text, str) and is_blank(text)):  # NaN is not equal to itself
+            report.count("records_without_text", 1, place)
+            continue
+        if not isinstance(text, (str, BadRow)):
+            details = f"{table.text!r} is no text but {type(text).__name__}"
+            text = BadRow(number, "text of the wrong kind", details, f"{text!r:.80}")
+        if isinstance(text, str):
+            yield text, place
+        elif table.on_bad_row == "fail":
+            raise text.error(path)
+        else:
+            report.count_bad(text.reason, text.details, place)
 
 
-def _hub_documents(name: str, text_column: str, report: TextReport, keep_spaces: bool) -> Iterator[list[str]]:
-    """Documents of a data set on the Hub, streamed: `hub:NAME[:CONFIG][:SPLIT][:COLUMN]`."""
+def _hub_records(name: str, text_column: str) -> Iterator[Record]:
+    """Records of a data set on the Hub, streamed: `hub:NAME[:CONFIG][:SPLIT][:COLUMN]`."""
     import datasets
 
     data_set, config, split, column = [*name.removeprefix(HUB).split(":"), "", "", ""][:4]
     column = column or text_column
     try:
-        records = iter(datasets.load_dataset(data_set, config or None, split=split or "train", streaming=True))
-        number = 0
-        while (record := next(records, None)) is not None:
-            number += 1
+        records = datasets.load_dataset(data_set, config or None, split=split or "train", streaming=True)
+        for number, record in enumerate(records, 1):
             if number == 1 and column not in record:
                 columns = ", ".join(map(repr, record))
                 raise UserError(
                     f"{name} has no column {column!r}; it has {columns}: write {HUB}NAME:CONFIG:SPLIT:COLUMN"
                 )
-            place = f"{name}:{number}"
-            if isinstance(text := record.get(column), str) and text.strip():
-                yield record_lines(text, report, lambda place=place: place, keep_spaces)  # type: ignore[misc]
-            else:
-                report.count("records_without_text", 1, lambda place=place: place)  # type: ignore[misc]
+            yield number, {"text": record.get(column)}
     except UserError:
         raise
     except Exception as error:  # the Hub client raises many kinds, all of which mean: this data set cannot be read
@@ -348,18 +338,19 @@ def _hub_documents(name: str, text_column: str, report: TextReport, keep_spaces:
 def spread_sample(
     paths: Sequence[str | Path],
     num_lines: int,
+    table: TableOptions = TEXTS,
     *,
     document_per_line: bool = False,
-    text_column: str = "text",
     keep_spaces: bool = False,
 ) -> list[str]:
     """Up to `num_lines` lines from about 200 places of the corpus, in its order; reads little more than these."""
-    places = [spans for spans in plan_spans(paths, 200, document_per_line=document_per_line) if spans]
+    form = {"document_per_line": document_per_line, "keep_spaces": keep_spaces}
+    plan = plan_spans(paths, 200, document_per_line=document_per_line, input_format=table.format)
+    places = [spans for spans in plan if spans]
     lines: list[str] = []
     for number, spans in enumerate(places):
         end = len(lines) + (num_lines - len(lines)) // (len(places) - number)
-        options = {"document_per_line": document_per_line, "text_column": text_column, "keep_spaces": keep_spaces}
-        for document in read_documents(spans, TextReport(), **options):  # type: ignore[arg-type]
+        for document in read_documents(spans, TextReport(), replace(table, on_bad_row="skip"), **form):
             lines += document[: end - len(lines)]
             if len(lines) >= end:
                 break

@@ -15,23 +15,16 @@ from lmscripts.text.reading import MAX_RECORD_BYTES
 
 
 class CsvRow(NamedTuple):
-    """One row.
+    """One row, or what is none for a quote that is astray, after which the next row begins behind `stray_from`.
 
-    Attributes:
-        first, last: its first and its last line, from 1.
-        fields: what stands between the delimiters; quotes are undone.
-        stray_from: 0, or the line on which a quote opens that is astray: it closes in the midst of a field on the line
-            `last`, or is still open there. The row is none then: `fields` ends with the field as it stands on its first
-            line, and the next row begins on the line after `stray_from`; of a text of several lines with a fault in its
-            quotes, that is the rest, which nothing tells from rows.
-        closed: whether a quote that is astray closes.
+    Of a text of several lines with a fault in its quotes that is the rest, which nothing tells from rows.
     """
 
-    first: int
+    first: int  # line, from 1
     last: int
-    fields: list[str]
-    stray_from: int = 0
-    closed: bool = True
+    fields: list[str]  # quotes are undone; the last one as it stands on its first line where a quote is astray
+    stray_from: int = 0  # the line on which a quote opens that closes in the midst of a field on the line `last`
+    closed: bool = True  # or, if not, is still open there
 
 
 def csv_rows(lines: Iterator[str], delimiter: str, quotes: bool) -> Iterator[CsvRow]:
@@ -43,13 +36,14 @@ def csv_rows(lines: Iterator[str], delimiter: str, quotes: bool) -> Iterator[Csv
         quotes: whether a field that begins with a double quote ends with the next one that is not doubled.
     """
     source = _Lines(lines)
-    reader = _QuotedRows(source, delimiter)
+    opens = re.compile('"' if delimiter == " " else ' *"')
+    blank = " \t".replace(delimiter, "")
+    behind = re.compile(rf"[{blank}]*(?:({re.escape(delimiter)})|[\r\n]*\Z)")
     while (line := source.take()) is not None:
         if quotes and '"' in line:
-            yield reader.row(line)
+            yield _quoted_row(source, line, delimiter, opens, behind)
         elif body := line.rstrip("\r\n"):
-            fields = [field.lstrip(" ") for field in body.split(delimiter)]
-            yield CsvRow(source.number, source.number, fields)
+            yield CsvRow(source.number, source.number, body.split(delimiter))
 
 
 class _Lines:
@@ -69,53 +63,44 @@ class _Lines:
         self.number -= len(lines)
 
 
-class _QuotedRows:
-    """Reads rows with quotes in them."""
+def _quoted_row(source: _Lines, line: str, delimiter: str, opens: re.Pattern[str], behind: re.Pattern[str]) -> CsvRow:
+    """The row that begins with a line, which was taken and has a quote in it."""
+    first, fields, place = source.number, list[str](), 0
+    while True:
+        opened = opens.match(line, place)
+        if opened is None:
+            end = line.find(delimiter, place)
+            fields.append(line[place:end] if end >= 0 else line[place:].rstrip("\r\n"))
+            place = end + 1
+            if end < 0:
+                return CsvRow(first, source.number, fields)
+            continue
+        began = line[opened.end() - 1 :]
+        text, taken, line, close = _quoted_field(source, line, opened.end())
+        after = behind.match(line, close + 1) if close >= 0 else None
+        if after is None:
+            last = source.number
+            source.put_back(taken)
+            return CsvRow(first, last, [*fields, began.rstrip("\r\n")], source.number, close >= 0)
+        fields.append(text)
+        place = after.end()
+        if not after[1]:
+            return CsvRow(first, source.number, fields)
 
-    def __init__(self, source: _Lines, delimiter: str) -> None:
-        self._source, self._delimiter = source, delimiter
-        self._opens = re.compile('"' if delimiter == " " else ' *"')
-        blank = " \t".replace(delimiter, "")
-        self._behind = re.compile(rf"[{blank}]*(?:({re.escape(delimiter)})|[\r\n]*\Z)")
 
-    def row(self, line: str) -> CsvRow:
-        """The row that begins with a line, which was taken."""
-        first, fields, place = self._source.number, list[str](), 0
-        while True:
-            opened = self._opens.match(line, place)
-            if opened is None:
-                end = line.find(self._delimiter, place)
-                fields.append((line[place:end] if end >= 0 else line[place:].rstrip("\r\n")).lstrip(" "))
-                place = end + 1
-                if end < 0:
-                    return CsvRow(first, self._source.number, fields)
-                continue
-            began = line[opened.end() - 1 :]
-            text, taken, line, close = self._quoted(line, opened.end())
-            behind = self._behind.match(line, close + 1) if close >= 0 else None
-            if behind is None:
-                last = self._source.number
-                self._source.put_back(taken)
-                fields.append(began.rstrip("\r\n"))
-                return CsvRow(first, last, fields, self._source.number, close >= 0)
-            fields.append(text)
-            place = behind.end()
-            if not behind[1]:
-                return CsvRow(first, self._source.number, fields)
-
-    def _quoted(self, line: str, start: int) -> tuple[str, list[str], str, int]:
-        """(the field, the lines taken for it, the line of its closing quote and the place there; -1: never closed)."""
-        pieces, taken, size = list[str](), list[str](), 0
-        while (close := _closing_quote(line, start)) < 0:
-            pieces.append(line[start:])
-            size += len(line)
-            following = self._source.take() if size < MAX_RECORD_BYTES else None
-            if following is None:
-                return "", taken, line, -1
-            line, start = following, 0
-            taken.append(line)
-        pieces.append(line[start:close])
-        return "".join(pieces).replace('""', '"'), taken, line, close
+def _quoted_field(source: _Lines, line: str, start: int) -> tuple[str, list[str], str, int]:
+    """(the field, the lines taken for it, the line of its closing quote and the place there; -1: never closed)."""
+    parts, taken, size = list[str](), list[str](), 0
+    while (close := _closing_quote(line, start)) < 0:
+        parts.append(line[start:])
+        size += len(line)
+        following = source.take() if size < MAX_RECORD_BYTES else None
+        if following is None:
+            return "", taken, line, -1
+        line, start = following, 0
+        taken.append(line)
+    parts.append(line[start:close])
+    return "".join(parts).replace('""', '"'), taken, line, close
 
 
 def _closing_quote(line: str, start: int) -> int:

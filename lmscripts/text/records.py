@@ -18,18 +18,22 @@ from typing import IO, Any, Literal
 
 from lmscripts.errors import UserError
 from lmscripts.text.csv_rows import CsvRow, csv_rows
-from lmscripts.text.reading import MAX_RECORD_BYTES, format_of, open_binary, reading
+from lmscripts.text.reading import (
+    MAX_RECORD_BYTES,
+    SURROGATE,
+    UNDECODED,
+    check_file,
+    encodings_of,
+    format_of,
+    head_of,
+    kind_of,
+    mark_of,
+    opened,
+)
 
 _DELIMITERS = (",", "\t", ";", "|")
-_MARKS = (  # the longer ones first, as one begins with another
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_UNDECODED = re.compile("[\udc80-\udcff]")
-SURROGATE = re.compile("[\ud800-\udfff]")
+_LINE_END = re.compile("\r\n|\r|\n")
+_EXCEL_DELIMITER = re.compile(r'\s*"?sep=(.)"?\s*', re.IGNORECASE)
 RAW_CHARACTERS = 200
 
 
@@ -42,7 +46,7 @@ class TableOptions:
         id, group, split: names of further columns, empty for none; what `split` holds is train, validation or test.
         labels: all labels in their order; empty takes those of the table, sorted (as numbers where all are).
         separator: between the labels of a row in a table with several (`a|b`); empty for one label a row.
-        format: csv, tsv, jsonl or parquet; empty goes by the name of the file.
+        format: csv, tsv, jsonl or parquet (of a corpus also txt); empty goes by the file's name and content.
         delimiter: of csv and tsv; empty finds it in the header.
         encoding: empty takes UTF-8, or what a byte order mark says; given, rows that it cannot decode are bad rows.
         quotes: csv and tsv: whether a field may stand in double quotes; a quote that is astray makes a bad row then.
@@ -56,7 +60,7 @@ class TableOptions:
     split: str = ""
     labels: tuple[str, ...] = ()
     separator: str = ""
-    format: Literal["", "csv", "tsv", "jsonl", "parquet"] = ""
+    format: Literal["", "txt", "csv", "tsv", "jsonl", "parquet"] = ""
     delimiter: str = ""
     encoding: str = ""
     quotes: bool = True
@@ -68,6 +72,21 @@ class TableOptions:
         return {name: column for name, column in names.items() if column}
 
 
+def corpus_table(
+    column: str | None = None,
+    delimiter: str | None = None,
+    quotes: bool = True,
+    input_format: Any = None,
+    on_bad_row: Literal["skip", "fail"] = "skip",
+) -> TableOptions:
+    """How the tables of a corpus are read: texts without labels, and rows that are not UTF-8 are bad rows."""
+    form: dict[str, Any] = {"format": input_format or "", "delimiter": delimiter or "", "quotes": quotes}
+    return TableOptions(column or "text", label="", encoding="utf-8", on_bad_row=on_bad_row, **form)
+
+
+TEXTS = corpus_table()
+
+
 @dataclass(frozen=True)
 class BadRow:
     """One row that cannot be used: its first line, a reason of few kinds, the details, and its beginning."""
@@ -77,6 +96,10 @@ class BadRow:
     details: str
     raw: str
 
+    def error(self, path: str | Path) -> UserError:
+        """The row as the reason to stop."""
+        return UserError(f"{path}:{self.line}: {self.reason}: {self.details} (in {self.raw!r})")
+
 
 Fields = dict[str, Any]
 Record = tuple[int, "Fields | BadRow"]
@@ -85,18 +108,24 @@ Record = tuple[int, "Fields | BadRow"]
 def read_records(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
     """(first line, what is read -> what stands in its column) of every record, or why it is none.
 
+    Args:
+        path: the file.
+        options: how it is read; `on_bad_row` is for the caller.
+        repairs: counts what was put right: "nul_characters", "byte_order_marks", "lines_of_dashes".
+
     Raises:
-        UserError: no such file, format, column or encoding; a damaged file.
+        UserError: no such file, format, column or encoding; a damaged file, or one that is no table.
     """
-    kind = options.format or format_of(path)[0]
+    _check_options(options)
+    check_file(path, "table")
+    readers = {"jsonl": _json_records, "parquet": _parquet_records}
+    kind = kind_of(path, options.format)
     if kind == "txt":
         raise UserError(f"the name of {path} does not say its format: let it end in .csv, .tsv, .jsonl or .parquet")
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"the table {path} {what} (seen from {Path.cwd()})")
-    readers = {"csv": _csv_records, "tsv": _csv_records, "jsonl": _json_records, "parquet": _parquet_records}
-    with reading(path):
+    if kind in readers:
         yield from readers[kind](path, options, repairs)
+    else:
+        yield from _csv_records(path, kind, options, repairs)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -106,19 +135,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_case[near[0]]!r:.60}?" if near else ""
 
 
-def check_encoding(encoding: str) -> None:
+def check_codec(encoding: str) -> None:
     """Refuse what Python has no codec of text for.
 
     Raises:
         UserError: no such encoding, or a codec that turns bytes into bytes.
     """
     try:
-        # "hex", "zlib" and "rot13" are codecs too; that they are none of text is only said under this name.
-        is_text = getattr(codecs.lookup(encoding), "_is_text_encoding", True)
+        "".encode(encoding)  # "hex", "zlib" and "rot13" are codecs too, but not here
     except (LookupError, ValueError):
-        is_text = False
-    if not is_text:
-        raise UserError(f"there is no encoding of text {encoding!r:.60}; cp932, euc-jp or latin-1, for example")
+        raise UserError(
+            f"there is no encoding of text {encoding!r:.60}; cp932, euc-jp or latin-1, for example"
+        ) from None
+
+
+def _check_options(options: TableOptions) -> None:
+    columns = list(options.columns().values())
+    if not options.text or len(set(columns)) < len(columns):
+        raise UserError(f"text, label, id, group and split must be columns of their own, not {', '.join(columns)}")
+    if options.delimiter and (len(options.delimiter) != 1 or options.delimiter in '"\r\n'):
+        raise UserError(f"the delimiter must be one character, not {options.delimiter!r:.60}")
+    check_codec(options.encoding or "utf-8")
 
 
 def _find_columns(path: str, header: Sequence[str], options: TableOptions) -> dict[str, int]:
@@ -127,19 +164,23 @@ def _find_columns(path: str, header: Sequence[str], options: TableOptions) -> di
     Raises:
         UserError: a column is missing or there twice.
     """
-    if twice := [name for name, number in Counter(header).items() if number > 1 and name in options.columns().values()]:
-        raise UserError(f"{path} has the column {twice[0]!r} more than once; rename one of them")
-    for name, column in options.columns().items():
+    columns = options.columns()
+    for name, column in columns.items():
         if column not in header:
             raise _no_column(path, name, column, header)
-    return {name: header.index(column) for name, column in options.columns().items()}
+        if header.count(column) > 1:
+            raise UserError(f"{path} has the column {column!r} more than once; rename one of them")
+    return {name: header.index(column) for name, column in columns.items()}
 
 
 def _no_column(path: str, name: str, column: str, header: Iterable[str]) -> UserError:
     names = list(header)
     shown = ", ".join(f"{each!r:.40}" for each in names[:12]) + (" ..." if len(names) > 12 else "")
     near = nearest(column, names)
-    way_out = f"give --{name}" + ("_column" if name not in ("text", "label") else "")
+    option = {"text": "--text (--text_column for a corpus)", "label": "--label"}.get(name, f"--{name}_column")
+    way_out = f"give {option}"
+    if format_of(path)[0] == "txt":
+        way_out += ", or --input_format txt to read its lines as they stand"
     return UserError(f"{path} has no column {column!r}; it has {shown}{f'{near} Else ' if near else ': '}{way_out}")
 
 
@@ -147,74 +188,73 @@ def _no_column(path: str, name: str, column: str, header: Iterable[str]) -> User
 
 
 def _text_lines(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[str]:
-    """Lines with their ends (LF, CRLF or CR); what a given encoding cannot decode is U+DC80 to U+DCFF."""
-    with open_binary(path) as file:
-        head = file.read(4096)
-    marked = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "")
+    """Lines with their ends; bytes that a given encoding cannot decode are characters of `UNDECODED`.
+
+    Where the first line ends with CR, all do; else CR alone is text, as in a cell that was written on an old Mac.
+    """
+    head = head_of(path)
+    marked = mark_of(head)
     if not marked and not options.encoding and head.count(0) > len(head) // 5:
         raise UserError(f"{path} looks like UTF-16 or is no text: give --encoding utf-16-le, or make it a text file")
     encoding = codecs.lookup(options.encoding or marked or "utf-8").name
-    wide = encoding.startswith(("utf-16", "utf-32"))
+    errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
     number = 0
-    with open_binary(path) as file:
-        stream = io.TextIOWrapper(file, encoding, errors="strict" if wide else "surrogateescape", newline="")
-        try:
+    try:
+        end = _LINE_END.search(head.decode(encoding, "ignore"))
+        newline = "\r" if end is not None and end.group() == "\r" else "\n"
+        with opened(path) as file:
+            stream = io.TextIOWrapper(file, encoding, errors=errors, newline=newline)
             while line := stream.readline(MAX_RECORD_BYTES):
                 number += 1
                 if len(line) >= MAX_RECORD_BYTES:
                     raise UserError(f"{path}:{number}: the line is longer than 64 MiB; is it a table?")
-                if not options.encoding and (found := _UNDECODED.search(line)) is not None:
-                    place = len(line[: found.start()].encode("utf-8", "surrogateescape")) + 1
-                    byte = f"byte {place} of the line is 0x{ord(found.group()) - 0xDC00:02X}, which is not UTF-8"
-                    raise UserError(f"{path}:{number}: {byte}; {_encoding_hint(path)}")
+                if not options.encoding and (found := UNDECODED.search(line)) is not None:
+                    raise _not_decoded(path, number, line, found.start())
+                if line.startswith("\ufeff"):  # also where one file was put behind another
+                    repairs["byte_order_marks"] += 1
+                    line = line[1:]
                 if "\0" in line:
                     repairs["nul_characters"] += line.count("\0")
                     line = line.replace("\0", "")
-                yield line.removeprefix("\ufeff") if number == 1 else line
-        except UnicodeError as error:
-            raise UserError(f"{path}: behind line {number} it is not {encoding} ({error}); give --encoding") from error
+                yield line
+    except UnicodeError as error:
+        raise UserError(f"{path}: behind line {number} it is not {encoding} ({error}); give --encoding") from error
 
 
-def _encoding_hint(path: str) -> str:
-    """The way out, with the encodings that read the beginning of the file without a fault."""
-    with open_binary(path) as file:
-        head = file.read(1 << 20)
-    fits = []
-    for encoding in ("cp932", "euc-jp", "cp1252", "latin-1"):
-        try:
-            codecs.getincrementaldecoder(encoding)().decode(head)
-        except UnicodeDecodeError:
-            continue
-        fits.append(encoding)
-    return (
-        f"give --encoding with what the table is ({' or '.join(fits)} would read it), or --encoding utf-8 to leave "
-        "such rows out"
+def _not_decoded(path: str, number: int, line: str, position: int) -> UserError:
+    place = len(line[:position].encode("utf-8", "surrogateescape")) + 1
+    fits = " or ".join(encodings_of(head_of(path)))
+    return UserError(
+        f"{path}:{number}: byte {place} of the line is 0x{ord(line[position]) - 0xDC00:02X}, which is not UTF-8; give "
+        f"--encoding with what the table is ({fits} would read it), or --encoding utf-8 to leave such rows out"
     )
 
 
-def _csv_records(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
-    first, lines = "", _text_lines(path, options, repairs)
-    num_blank = 0
+def _csv_records(path: str, kind: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
+    lines = _text_lines(path, options, repairs)
+    before: list[str] = []  # lines without a row, so that lines are counted as in an editor
+    delimiter = options.delimiter
     for first in lines:
-        if first.strip():
+        if said := _EXCEL_DELIMITER.fullmatch(first):
+            delimiter = delimiter or said[1]
+        elif first.strip():
             break
-        num_blank += 1
-    if not first.strip():
+        before.append("\n")
+    else:
         raise UserError(f"{path} is empty; it must begin with a header that names the columns")
-    delimiter = options.delimiter or _find_delimiter(path, first, options)
-    rows = csv_rows(itertools.chain(["\n"] * num_blank, [first], lines), delimiter, options.quotes)
+    delimiter = delimiter or _find_delimiter(first, kind, options)
+    rows = csv_rows(itertools.chain(before, [first], lines), delimiter, options.quotes)
     top = next(rows)
     if top.stray_from:
         raise UserError(f"{path}:{top.first}: {_stray_quote(top)}; the header must name the columns")
     header = [name.strip() for name in top.fields]
     columns = _find_columns(path, header, options)
-    width = max((place for place, name in enumerate(header, 1) if name), default=0)
     may_be_dashes = True
     for row in rows:
         if may_be_dashes and not row.stray_from and _is_dashes(delimiter.join(row.fields)):
             repairs["lines_of_dashes"] += 1
         else:
-            yield row.first, _csv_fields(row, (width, len(header)), columns, delimiter)
+            yield row.first, _csv_fields(row, header, columns, delimiter)
         may_be_dashes = False
 
 
@@ -222,23 +262,27 @@ def _is_dashes(line: str) -> bool:
     return not line.strip("-=_+|:,; \t") and re.search("[-=]{3}", line) is not None
 
 
-def _csv_fields(row: CsvRow, widths: tuple[int, int], columns: dict[str, int], delimiter: str) -> Fields | BadRow:
-    """What is read from a row, or why it is none; it has from the one to the other number of fields."""
-    fields, (least, most) = row.fields, widths
+def _csv_fields(row: CsvRow, header: list[str], columns: dict[str, int], delimiter: str) -> Fields | BadRow:
+    """What is read from a row, or why it is none; columns without a name at the end may be missing."""
+    fields = row.fields
+    least, most = max((place for place, name in enumerate(header, 1) if name), default=0), len(header)
     raw = delimiter.join(fields)
-    shown = SURROGATE.sub("\ufffd", raw)[:RAW_CHARACTERS]
     upto = f", on the lines {row.first} to {row.last}" if row.last > row.first else ""
-    if _UNDECODED.search(raw):
-        return BadRow(row.first, "cannot be decoded", "it holds bytes that are not of the given encoding", shown)
+
+    def bad(reason: str, details: str) -> BadRow:
+        return BadRow(row.first, reason, details, SURROGATE.sub("\ufffd", raw)[:RAW_CHARACTERS])
+
+    if UNDECODED.search(raw):
+        return bad("cannot be decoded", "it holds bytes that are not of the given encoding")
     if row.stray_from:
-        return BadRow(row.first, "stray quote", _stray_quote(row), shown)
+        return bad("stray quote", _stray_quote(row))
     if len(fields) < least:
-        return BadRow(row.first, "too few fields", f"{len(fields)} where the header has {least}{upto}", shown)
+        return bad("too few fields", f"{len(fields)} where the header has {least}{upto}")
     if any(field.strip() for field in fields[most:]):
         way_out = f"a text with {delimiter!r} in it must stand in quotes"
-        return BadRow(
-            row.first, "too many fields", f"{len(fields)} where the header has {most}{upto}; {way_out}", shown
-        )
+        return bad("too many fields", f"{len(fields)} where the header has {most}{upto}; {way_out}")
+    if fields[0].strip() == header[0] and [field.strip() for field in fields[:most]] == header:
+        return bad("header repeated", "it names the columns again; were tables put one behind the other?")
     return {name: fields[place] for name, place in columns.items()}
 
 
@@ -250,9 +294,8 @@ def _stray_quote(row: CsvRow) -> str:
     )
 
 
-def _find_delimiter(path: str, line: str, options: TableOptions) -> str:
+def _find_delimiter(line: str, kind: str, options: TableOptions) -> str:
     """The delimiter with which the header has the wanted columns; otherwise the one that gives the most."""
-    kind = options.format or format_of(path)[0]
     candidates = sorted(_DELIMITERS, key=lambda mark: mark != "\t") if kind == "tsv" else list(_DELIMITERS)
     headers = {
         mark: [name.strip() for row in csv_rows(iter([line]), mark, options.quotes) for name in row.fields]
@@ -264,29 +307,26 @@ def _find_delimiter(path: str, line: str, options: TableOptions) -> str:
 
 def _json_records(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
     names: dict[str, None] = {}
-    missing = options.columns()
+    columns = missing = options.columns()
     for number, line in enumerate(_text_lines(path, options, repairs), 1):
         if not line.strip():
             continue
-        shown = SURROGATE.sub("\ufffd", line.strip())[:RAW_CHARACTERS]
-        if _UNDECODED.search(line):
-            yield (
-                number,
-                BadRow(number, "cannot be decoded", "it holds bytes that are not of the given encoding", shown),
-            )
-            continue
+        reason, details = "no JSON record", ""
+        record: Any = None
         try:
-            record = json.loads(line)
+            if UNDECODED.search(line):
+                reason, details = "cannot be decoded", "it holds bytes that are not of the given encoding"
+            elif not isinstance(record := json.loads(line), dict):
+                details = f"a {type(record).__name__} instead of an object"
         except (ValueError, RecursionError) as error:
-            yield number, BadRow(number, "no JSON record", str(error) or type(error).__name__, shown)
-            continue
-        if not isinstance(record, dict):
-            yield number, BadRow(number, "no JSON record", f"a {type(record).__name__} instead of an object", shown)
+            details = str(error) or type(error).__name__
+        if details:
+            yield number, BadRow(number, reason, details, SURROGATE.sub("\ufffd", line.strip())[:RAW_CHARACTERS])
             continue
         if missing:
             names.update(dict.fromkeys(record))
             missing = {name: column for name, column in missing.items() if column not in record}
-        yield number, {name: record.get(column) for name, column in options.columns().items()}
+        yield number, {name: record.get(column) for name, column in columns.items()}
     if missing and names:
         name, column = next(iter(missing.items()))
         raise _no_column(path, name, column, names)
@@ -299,7 +339,7 @@ def _parquet_records(path: str, options: TableOptions, repairs: Counter[str]) ->
     import pyarrow
     import pyarrow.parquet
 
-    with open_binary(path) as file, tempfile.TemporaryFile() as unpacked:
+    with opened(path) as file, tempfile.TemporaryFile() as unpacked:
         source: IO[bytes] = file
         if format_of(path)[1]:  # parquet is read from its end, which a compressed stream cannot do
             shutil.copyfileobj(file, unpacked, 1 << 22)

@@ -13,20 +13,28 @@ Place = Callable[[], str]
 
 # What a reader may have to do to a text, as a sentence for people; {n} is the count.
 SENTENCES = {
-    "byte_order_marks": "{n} byte order marks at the start of a file were removed",
+    "files_skipped": "{n} files of a folder were left out for their names; name those that are text on the line",
+    "json_lines_files": "{n} files hold JSON lines and were read so; --input_format txt reads them as they stand",
+    "byte_order_marks": "{n} byte order marks were removed",
     "invalid_utf8_lines": "{n} lines held bytes that are not UTF-8; each was replaced by U+FFFD",
+    "half_characters": "{n} half characters (of escapes in JSON) were replaced by U+FFFD",
     "nul_characters": "{n} NUL characters were removed",
     "control_characters": "{n} control characters were replaced by spaces",
+    "lines_of_dashes": "{n} lines of dashes under a header were left out",
     "long_lines_cut": "{n} cuts were made in lines longer than 1 MiB",
     "long_documents_cut": "{n} cuts were made in documents longer than 16 MiB; the rest went on as a new document",
     "bad_records_dropped": "{n} records could not be read and were left out",
     "records_without_text": "{n} records had no text and were left out",
 }
+_NUMBERS = ("files", "documents", "sentences", "characters", "bytes")
 
 
 @dataclass
 class TextReport:
-    """What was read, what was repaired and what was left out. Bytes are those of the kept sentences in UTF-8."""
+    """What was read, what was repaired and what was left out. Bytes are those of the kept sentences in UTF-8.
+
+    `reasons` has the bad records by reason, and in `examples` each reason has the first one with its details.
+    """
 
     num_files: int = 0
     num_documents: int = 0
@@ -34,68 +42,67 @@ class TextReport:
     num_characters: int = 0
     num_bytes: int = 0
     changes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def count(self, kind: str, number: int = 1, place: Place | None = None) -> None:
         """Add to one kind of repair or drop (a key of `SENTENCES`); `place` is asked for the first few only."""
         self.changes[kind] += number
+        self._show(kind, place)
+
+    def count_bad(self, reason: str, details: str, place: Place) -> None:
+        """Add a bad record."""
+        self.count("bad_records_dropped", 1, place)
+        if reason not in self.reasons:
+            self._show(reason, lambda: f"{place()}: {details}")
+        self.reasons[reason] += 1
+
+    def _show(self, kind: str, place: Place | None) -> None:
         places = self.examples.setdefault(kind, [])
         if place is not None and len(places) < MAX_EXAMPLES:
             places.append(place())
 
-    def add_document(self, lines: list[str]) -> None:
-        """Count one document that is handed on."""
+    def add_document(self, lines: list[str], num_bytes: int) -> None:
+        """Count one document that is handed on; `num_bytes` are those of its lines in UTF-8."""
         self.num_documents += 1
         self.num_sentences += len(lines)
-        for line in lines:
-            self.num_characters += len(line)
-            self.num_bytes += len(line.encode())
+        self.num_characters += sum(map(len, lines))
+        self.num_bytes += num_bytes
 
     def merge(self, other: TextReport) -> None:
         """Add the counts of a report over other spans of the same corpus."""
-        self.num_files += other.num_files
-        self.num_documents += other.num_documents
-        self.num_sentences += other.num_sentences
-        self.num_characters += other.num_characters
-        self.num_bytes += other.num_bytes
+        for name in _NUMBERS:
+            setattr(self, f"num_{name}", getattr(self, f"num_{name}") + getattr(other, f"num_{name}"))
         self.changes.update(other.changes)
+        self.reasons.update(other.reasons)
         for kind, places in other.examples.items():
-            self.examples[kind] = (self.examples.get(kind, []) + places)[:MAX_EXAMPLES]
+            most = 1 if kind in self.reasons else MAX_EXAMPLES
+            self.examples[kind] = (self.examples.get(kind, []) + places)[:most]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain values for JSON; `from_dict` is the inverse."""
-        return {
-            "files": self.num_files,
-            "documents": self.num_documents,
-            "sentences": self.num_sentences,
-            "characters": self.num_characters,
-            "bytes": self.num_bytes,
-            "changes": dict(sorted(self.changes.items())),
-            "examples": {kind: list(places) for kind, places in sorted(self.examples.items()) if places},
-        }
+        numbers = {name: getattr(self, f"num_{name}") for name in _NUMBERS}
+        reasons = {"reasons": dict(sorted(self.reasons.items()))} if self.reasons else {}
+        examples = {kind: list(places) for kind, places in sorted(self.examples.items()) if places}
+        return numbers | {"changes": dict(sorted(self.changes.items())), **reasons, "examples": examples}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TextReport:
         """A report from what `as_dict` gave."""
-        return cls(
-            num_files=values["files"],
-            num_documents=values["documents"],
-            num_sentences=values["sentences"],
-            num_characters=values["characters"],
-            num_bytes=values["bytes"],
-            changes=Counter(values["changes"]),
-            examples={kind: list(places) for kind, places in values["examples"].items()},
-        )
+        numbers = {f"num_{name}": values[name] for name in _NUMBERS}
+        counters: dict[str, Any] = {name: Counter(values.get(name, {})) for name in ("changes", "reasons")}
+        return cls(**numbers, **counters, examples=dict(values["examples"]))
 
     def sentences(self) -> list[str]:
-        """One line for what was read, and one for each kind of repair or drop that occurred."""
-        lines = [
-            f"read {self.num_files:,} files: {self.num_documents:,} documents, {self.num_sentences:,} sentences, "
-            f"{self.num_characters:,} characters, {self.num_bytes:,} bytes"
-        ]
+        """One line for what was read, one for each kind of repair or drop that occurred, and one for each reason."""
+        read = ", ".join(f"{getattr(self, f'num_{name}'):,} {name}" for name in _NUMBERS).replace("files,", "files:", 1)
+        lines = [f"read {read}"]
         for kind, sentence in SENTENCES.items():
             if number := self.changes.get(kind, 0):
                 places = self.examples.get(kind, [])
                 where = f" (first at {', '.join(places)})" if places else ""
                 lines.append(sentence.format(n=f"{number:,}") + where)
+            if kind == "bad_records_dropped":
+                of = self.reasons.most_common()
+                lines += [f"  {number:,} x {reason}, at {self.examples[reason][0]}" for reason, number in of]
         return lines

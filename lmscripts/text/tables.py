@@ -21,16 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lmscripts.errors import UserError
-from lmscripts.text.records import (
-    RAW_CHARACTERS,
-    SURROGATE,
-    BadRow,
-    Fields,
-    TableOptions,
-    check_encoding,
-    nearest,
-    read_records,
-)
+from lmscripts.text.reading import SURROGATE, without_faults
+from lmscripts.text.records import RAW_CHARACTERS, BadRow, Fields, TableOptions, nearest, read_records
 
 PARTS = ("train", "validation", "test")
 _PART_NAMES = {
@@ -59,24 +51,20 @@ class Row:
 
 
 def read_table(path: str | Path, options: TableOptions, repairs: Counter[str] | None = None) -> Iterator[Row | BadRow]:
-    """The rows of a table in their order.
-
-    Args:
-        path: the file.
-        options: how.
-        repairs: counts what was put right on the way: "nul_characters", "half_characters", "lines_of_dashes".
+    """The rows of a table in their order; see `read_records`.
 
     Raises:
         UserError: no such file, format, column or encoding; a damaged file; with `on_bad_row="fail"` the first bad
             row, with file, line and values.
     """
     repairs = Counter() if repairs is None else repairs
-    _check_options(options)
+    if len(set(options.labels)) < len(options.labels) or "" in map(str.strip, options.labels):
+        raise UserError(f"the labels must differ and none may be empty: {shown_labels(options.labels)}")
     known = frozenset(options.labels)
     for line, fields in read_records(str(path), options, repairs):
         row = fields if isinstance(fields, BadRow) else _row(line, fields, options, known, repairs)
         if isinstance(row, BadRow) and options.on_bad_row == "fail":
-            raise UserError(f"{path}:{row.line}: {row.reason}: {row.details} (in {row.raw!r})")
+            raise row.error(path)
         yield row
 
 
@@ -196,11 +184,8 @@ def _plain(value: Any, repairs: Counter[str]) -> str | None:
     if isinstance(value, (list, tuple, dict, bytes)):
         raise _WrongKindError(f"a {type(value).__name__}")
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if "\0" in text:
-        repairs["nul_characters"] += text.count("\0")
-        text = text.replace("\0", "")
-    text, number = SURROGATE.subn("\ufffd", text)  # JSON may escape half a character, which nothing can store
-    repairs["half_characters"] += number
+    text, faults = without_faults(text)
+    repairs.update(faults)
     return text.strip()
 
 
@@ -208,14 +193,3 @@ def _plain(value: Any, repairs: Counter[str]) -> str | None:
 def _near_label(label: str, known: tuple[str, ...]) -> str:
     """The known label nearest to one, as the end of a sentence; a search among many or long ones takes too long."""
     return nearest(label, known) if len(known) <= _MOST_TO_COMPARE and len(label) <= _SHOWN_CHARACTERS else ""
-
-
-def _check_options(options: TableOptions) -> None:
-    columns = list(options.columns().values())
-    if not options.text or len(set(columns)) < len(columns):
-        raise UserError(f"text, label, id, group and split must be columns of their own, not {', '.join(columns)}")
-    if len(set(options.labels)) < len(options.labels) or "" in map(str.strip, options.labels):
-        raise UserError(f"the labels must differ and none may be empty: {shown_labels(options.labels)}")
-    if options.delimiter and (len(options.delimiter) != 1 or options.delimiter in '"\r\n'):
-        raise UserError(f"the delimiter must be one character, not {options.delimiter!r:.{_SHOWN_CHARACTERS}}")
-    check_encoding(options.encoding or "utf-8")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmscripts.errors import UserError
+from lmscripts.text.reading import pieces
 
 Segmenter = Callable[[str], list[str]]
 
@@ -40,7 +41,6 @@ SUDACHI_DEFAULTS: dict[str, Any] = {
 
 # In the wakati string a word with white space looks like two, trailing white space is lost, and MeCab stops at NUL.
 _INEXACT = re.compile(r"[\s\x00]")
-_SENTENCE_PIECES = re.compile(r"[^。．！？!?]*[。．！？!?]*")
 _NUMERAL_RUN = re.compile(r"(?<![^ ])[0-9]*[〇一二三四五六七八九十百千万億兆][一-鿿々]{6,}(?![^ ])")
 
 
@@ -231,24 +231,11 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
         ) from error
 
     def segment(line: str) -> list[str]:
-        words = [word.surface() for piece in _pieces(normalize(line)) for word in tagger.tokenize(piece)]
+        text = normalize(line)
+        words = [word.surface() for piece in pieces(text, SUDACHI_MAX_BYTES) for word in tagger.tokenize(piece)]
         return [trimmed for word in words if (trimmed := word.strip())] if trim else words
 
     return segment
-
-
-def _pieces(text: str) -> list[str]:
-    """Cut a text into pieces that Sudachi takes, at sentence ends where there are any."""
-    if len(text) * 4 <= SUDACHI_MAX_BYTES or len(text.encode()) <= SUDACHI_MAX_BYTES:
-        return [text]
-    pieces, step = [""], SUDACHI_MAX_BYTES // 4
-    for sentence in _SENTENCE_PIECES.findall(text):
-        for start in range(0, len(sentence), step):
-            part = sentence[start : start + step]
-            if len((pieces[-1] + part).encode()) > SUDACHI_MAX_BYTES:
-                pieces.append("")
-            pieces[-1] += part
-    return pieces
 
 
 # ---- a known fault of ipadic ----

@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lmscripts.errors import UserError, naming
 from lmscripts.files import new_folder
 from lmscripts.text.words import WordTokenizer
+from lmscripts.tokenizer.identity import model_kind
 from lmscripts.tokenizer.training import (
     CAUSAL_SPECIAL_TOKENS,
     MAX_WORD_CHARACTERS,
@@ -232,7 +233,7 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-# ---- putting it in place ----
+# ---- what is in a folder ----
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -242,6 +243,28 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
+    """Compare options that describe the tokenizer with the tokenizer there is.
+
+    Args:
+        tokenizer: from transformers.
+        wanted: tokenizer_type and mecab_dic as the user gave them; None is not checked.
+
+    Raises:
+        UserError: they differ.
+    """
+    kind = (read_record(Path(tokenizer.name_or_path)) or {}).get("tokenizer_type")  # of a tokenizer of ours
+    kind = kind or model_kind(tokenizer)
+    found = {"tokenizer_type": "unigram" if kind == "sentencepiece" else kind}
+    found["mecab_dic"] = (tokenizer.init_kwargs.get("mecab_kwargs") or {}).get("mecab_dic")
+    for name, value in wanted.items():
+        if value is not None and value != found[name]:
+            raise UserError(f"--{name} is {value}, but the tokenizer says {found[name]}")
+
+
+# ---- putting it in place ----
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

@@ -10,25 +10,26 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmscripts.errors import UserError, naming
+from lmscripts.errors import naming
 from lmscripts.files import write_text
 from lmscripts.text.corpus import Span, read_documents
+from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
 from lmscripts.text.words import WordTokenizer, make_segmenter, numeral_run_finder
+from lmscripts.workers import KILLED, given_up, in_order
 
+_KILLED = f"{KILLED}; finished splits are kept in --intermediate_dir"
 _REPORT_EVERY_BYTES = 1 << 18
 
 
@@ -59,7 +60,7 @@ class SplitTask:
         source: fingerprint of the whole text.
         words: how lines are cut into words.
         segmented: write words joined by spaces; otherwise the (normalised) lines.
-        reading: the keyword arguments of `read_documents`.
+        table, reading: how tables are read, and the keyword arguments of `read_documents`.
     """
 
     index: int
@@ -68,7 +69,8 @@ class SplitTask:
     source: str
     words: WordTokenizer
     segmented: bool
-    reading: dict[str, Any] = field(default_factory=dict)
+    table: TableOptions = TEXTS
+    reading: dict[str, bool] = field(default_factory=dict)
 
     @property
     def text_file(self) -> Path:
@@ -82,6 +84,7 @@ class SplitTask:
             "spans": [[Path(span.path).name, span.start, span.end] for span in self.spans],
             "words": self.words.description(),
             "segmented": self.segmented,
+            "table": asdict(self.table) | {"labels": []},  # as JSON gives it back
             **self.reading,
         }
 
@@ -124,7 +127,7 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
     reported = 0
     try:
         with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for document in read_documents(task.spans, report, **task.reading):
+            for document in read_documents(task.spans, report, task.table, **task.reading):
                 file.writelines(map(to_line, document))
                 if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
                     progress(report.num_bytes - reported)
@@ -174,70 +177,31 @@ def write_splits(
     """
     results = [finished_split(task) for task in tasks]
     missing = [task for task, result in zip(tasks, results) if result is None]
-    if not missing:
-        return [result for result in results if result is not None]
     there = len(tasks) - len(missing)
-    if min(num_workers, len(missing)) == 1:
-        written: list[SplitResult] = []
-        done = 0
+    done = multiprocessing.get_context("spawn").Value("q", 0)  # bytes of text
+    num_workers, written = min(num_workers, len(missing)), list[SplitResult]()
 
-        def count(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            progress(done, there + len(written))
+    def show() -> None:
+        progress(done.value, there + len(written))
 
-        for task in missing:
-            written.append(write_split(task, count))
-    else:
-        written = _write_in_workers(missing, min(num_workers, len(missing)), lambda b, n: progress(b, there + n))
+    write = partial(_write, done=done, show=show if num_workers == 1 else None)
+    for result in in_order(write, missing, num_workers, tick=show, if_killed=_KILLED):
+        written.append(result)
+        show()
     fresh = iter(written)
     return [next(fresh) if result is None else result for result in results]
 
 
-def _write_in_workers(
-    tasks: Sequence[SplitTask], num_workers: int, progress: Callable[[int, int], None]
-) -> list[SplitResult]:
-    # A fresh interpreter in each worker: a fork would copy the threads' locks of whatever runs here.
-    context = multiprocessing.get_context("spawn")
-    done, stop = context.Value("q", 0), context.Value("b", 0)
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (done, stop)) as pool:
-        futures: list[Future[SplitResult]] = [pool.submit(_write_in_worker, task) for task in tasks]
-        try:
-            waiting = set(futures)
-            while waiting:
-                ended, waiting = wait(waiting, timeout=1, return_when=FIRST_EXCEPTION)
-                for future in ended:
-                    future.result()
-                progress(done.value, len(futures) - len(waiting))
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, most often because memory ran out: give fewer --num_workers; finished "
-                "splits are kept in --intermediate_dir"
-            ) from error
-        finally:
-            stop.value = 1
-            pool.shutdown(wait=True, cancel_futures=True)
-    return [future.result() for future in futures]
+def _write(task: SplitTask, done: Any, show: Callable[[], None] | None) -> SplitResult:
+    """Write a split, count what is done in memory that all workers share, and show it if that is this process's."""
 
-
-class _Stopped(Exception):
-    """The parent gave up; nobody reads this."""
-
-
-_shared: dict[str, Any] = {}
-
-
-def _start_worker(done: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides and says so once
-    _shared.update(done=done, stop=stop)
-
-
-def _write_in_worker(task: SplitTask) -> SplitResult:
     def count(num_bytes: int) -> None:
-        if _shared["stop"].value:
-            raise _Stopped
-        with _shared["done"].get_lock():
-            _shared["done"].value += num_bytes
+        if given_up():
+            raise InterruptedError  # nobody reads it
+        with done.get_lock():
+            done.value += num_bytes
+        if show is not None:
+            show()
 
     return write_split(task, count)
 

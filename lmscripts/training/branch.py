@@ -11,15 +11,16 @@ from lmscripts.errors import UserError
 from lmscripts.options.yaml_text import shown
 
 # Of a run's config.yaml, what belongs to that job and its machines and not to what comes after it.
-_ITS_OWN: tuple[str, ...] = ("model_dir", "do_continue", "dry_run", "decay_from", "start_from", "carry_over")
-_ITS_OWN += ("stop_at_step", "max_time", "node_rank", "expected_processes", "process_shares")
+_ITS_OWN = {
+    *("model_dir", "do_continue", "dry_run", "decay_from", "start_from", "carry_over", "stop_at_step", "max_time"),
+    *("node_rank", "expected_processes", "process_shares"),
+}
 # Where one of the first is given, the others are not taken either: they say the same in another way, or more of it.
 _TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("dataset_dir", "input_file"), ("validation_fraction", "validation_file", "num_workers")),
     (("precision", "fp16_type"), ()),
 )
-_PRETRAINED: tuple[str, ...] = ("pretrained_model_name_or_path", "pretrained_generator_model_name_or_path")
-_PRETRAINED += ("pretrained_discriminator_model_name_or_path",)
+_PRETRAINED = [f"pretrained_{half}model_name_or_path" for half in ("", "generator_", "discriminator_")]
 # Of the settings in a checkpoint, what is no option, or none of the family's: config.yaml has it as it was given.
 _LENGTHS = ("max_steps", "epochs")
 _NOT_TAKEN = ("format", "token store", "phase_steps", "mask_unit", "mask_probability")
@@ -43,7 +44,7 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
     Raises:
         UserError: the checkpoint is none or not one of a stable rate, or an option was given that has no effect.
     """
-    from lmscripts.training.folder import find_checkpoint, read_state  # heavy imports
+    from lmscripts.models.finding import find_checkpoint, read_state
 
     decay_from, steps = (given.get(name, (None, False))[0] for name in ("decay_from", "decay_steps"))
     if decay_from is None:
@@ -92,8 +93,7 @@ def _of_that_job(given: Mapping[str, tuple[Any, bool]], before: Mapping[str, Any
 
 def _own_checkpoint(given: Mapping[str, tuple[Any, bool]]) -> Path | None:
     """The newest checkpoint of a branch that is continued, be it damaged: its state has to be readable."""
-    from lmscripts.training.checkpoint import list_checkpoints
-    from lmscripts.training.folder import read_state
+    from lmscripts.models.finding import list_checkpoints, read_state
 
     run_dir, goes_on = (given.get(name, (None, False))[0] for name in ("model_dir", "do_continue"))
     for checkpoint in reversed(list_checkpoints(Path(run_dir)) if run_dir and goes_on else []):

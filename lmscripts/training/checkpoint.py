@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,23 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lmscripts.errors import UserError
-from lmscripts.files import file_sha256, new_folder, remove_leftovers
-
-_NAME = re.compile(r"checkpoint-(\d+)$")
-CHECKSUMS = "checksums.json"
-AVERAGE = "average.safetensors"
-
-
-def checkpoint_step(folder: Path) -> int | None:
-    """Step of a checkpoint folder by its name; None for any other folder."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match.group(1)) if match else None
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    folders = [path for path in run_dir.glob("checkpoint-*") if checkpoint_step(path) is not None and path.is_dir()]
-    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
+from lmscripts.files import new_folder, remove_leftovers
+from lmscripts.models.finding import OPTIMIZER, STATE, find_damage, list_checkpoints, write_checksums
 
 
 def save_checkpoint(
@@ -58,9 +42,9 @@ def save_checkpoint(
     try:
         with new_folder(folder) as aside:
             write_model(aside)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / "optimizer.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / OPTIMIZER)
             text = json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True)
-            (aside / "training_state.json").write_text(text + "\n", encoding="utf-8")
+            (aside / STATE).write_text(text + "\n", encoding="utf-8")
             write_checksums(aside)
     except (OSError, SafetensorError, RuntimeError) as error:
         free = shutil.disk_usage(run_dir).free
@@ -68,32 +52,6 @@ def save_checkpoint(
             f"could not save {folder} ({error}); {free:,} bytes are free there. Earlier checkpoints are untouched"
         ) from None
     return folder
-
-
-def write_checksums(folder: Path) -> None:
-    """Write size and sha256 of every file of a folder into checksums.json."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-    (folder / CHECKSUMS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when every file is as it was written."""
-    try:
-        facts = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        for name, fact in facts.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != fact["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {fact['bytes']}"
-            if file_sha256(path) != fact["sha256"]:
-                return f"{name} has another content than was written"
-    except FileNotFoundError:
-        return f"{CHECKSUMS} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{CHECKSUMS} is damaged"
-    return None
 
 
 def newest_whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -117,39 +75,6 @@ def newest_whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
         folder.rename(aside)
         sentences.append(f"{folder.name} is damaged ({damage}): renamed to {aside.name}, the one before is taken")
     return None, sentences
-
-
-def look_for_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """As `newest_whole_checkpoint`, but of a run that may be going on: nothing is renamed.
-
-    Returns:
-        The folder, None if there is none; a sentence for each damaged one passed over, and one where the checkpoint
-        has an average of its weights beside them.
-    """
-    sentences: list[str] = []
-    for folder in reversed(list_checkpoints(run_dir)):
-        if damage := find_damage(folder):
-            sentences.append(f"{folder.name} is damaged ({damage}) and passed over")
-        else:
-            return folder, [*sentences, *average_notice(folder)]
-    return None, sentences
-
-
-def average_notice(checkpoint: Path) -> list[str]:
-    """What to know of a checkpoint of a run that also keeps a moving average of the weights."""
-    if not (checkpoint / AVERAGE).is_file():
-        return []
-    return [f"{checkpoint} holds the weights as trained; their moving average, which was evaluated, is in final/"]
-
-
-def prune_checkpoints(run_dir: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Remove old checkpoints, never the newest `keep_last` (at least one) nor those at multiples of `keep_every`."""
-    for folder in list_checkpoints(run_dir)[: -max(1, keep_last)]:
-        step = checkpoint_step(folder) or 0
-        if not (keep_every and step % keep_every == 0):
-            doomed = folder.with_name(f".{folder.name}.removed")
-            folder.rename(doomed)  # so that a half removed checkpoint is never found by its name
-            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _whole(tensor: Tensor) -> Tensor:

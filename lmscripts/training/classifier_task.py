@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lmscripts.data.database import DATABASE_SUFFIXES, Database, Progress, database_of, open_or_build
 from lmscripts.data.folding import FoldSettings
+from lmscripts.data.labelled_build import DATABASE_SUFFIXES, Progress, database_of, open_or_build
 from lmscripts.data.labelled_rows import Floats, Part, balanced_weights, num_batches, read_part
+from lmscripts.data.labelled_store import Database
 from lmscripts.data.splits import SplitSettings, in_words
 from lmscripts.errors import UserError
 from lmscripts.models.classifier import Source, find_source, fold_settings
@@ -41,7 +42,7 @@ class Task:
         labels: names of the K labels.
         multi_label: whether a document may have several.
         sources: hashes of the tables.
-        origin: what all of this was made from, see `Stored.origin`.
+        origin: what all of this was made from, see `Database.origin`.
     """
 
     source: Source
@@ -59,8 +60,8 @@ class Task:
         lines = [*database.done, *database.reading_sentences(), f"{len(self.labels)} labels: {in_words(self.labels)}"]
         if self.split.method == "given":
             lines.append("the documents were given their parts by the table or its files")
-        lines += database.split_sentences(database.split_id)
-        if without := len(database.documents_without_rows(database.tok_id)):
+        lines += database.split_sentences()
+        if without := len(database.documents_without_rows()):
             lines.append(f"beware: {without:,} documents give no row; they are neither trained nor judged")
         return [*lines, *self.source.notices]
 
@@ -103,7 +104,7 @@ def open_task(options: Any, progress: Progress) -> Task:
         num_workers=options.num_workers,
         progress=progress,
     )
-    origin = database.origin(database.tok_id, database.split_id)  # first: what is read later is compared with it
+    origin = database.origin()  # first: what is read later is compared with it
     meta = database.meta()
     multi_label = bool(meta["multi_label"])
     check_metric(options.metric, multi_label)  # once more, as now an SQLite file has said what it holds
@@ -148,10 +149,7 @@ def read_parts(options: Any, task: Task) -> tuple[Part, Part, Part, Floats | Non
         return [
             read_part(
                 task.database,
-                task.database.tok_id,
-                task.database.split_id,
                 part,
-                num_labels=len(task.labels),
                 class_weights=class_weights,
                 count_documents_once=options.count_documents_once,
             )

@@ -5,83 +5,78 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError
-from lmscripts.files import new_folder, write_text
+from lmscripts.files import remove_leftovers, replaced_folder, write_text
+from lmscripts.models.checks import check_exports
+from lmscripts.models.finding import (
+    AVERAGE,
+    OF_TRAINING,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+)
+from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import average as averaging
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training.log import versions
 from lmscripts.training.processes import sum_over_processes
+from lmscripts.training.state import TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
+    from torch.optim import Optimizer
     from torch.optim.swa_utils import AveragedModel
 
-    from lmscripts.objectives import Objective
-
-
 _FORMAT = 2
+Beside = Callable[[Path], None]
 
 
-@dataclass
-class TrainingState:
-    """Where a run stands.
+def write_nothing(folder: Path) -> None:
+    """For models beside which nothing stands."""
 
-    Attributes:
-        step: optimizer steps done.
-        evaluated_step: step of the last finished evaluation; -1 for none.
-        skipped_steps: steps whose gradient was not finite, so that the weights were left alone.
-        nonfinite_streak: how many of them came last in a row.
-        real_tokens: text tokens seen.
-        window_sums: sums of the objective since the last log line, over all processes.
-        window_counts: their counts.
-        origin: model or run that the training began with; empty for none.
+
+def tokenizer_beside(
+    tokenizer: Any, models: Mapping[str, PreTrainedModel], autos: Mapping[str, str], sequence_length: int
+) -> Beside:
+    """What writes a tokenizer beside a model, after both were loaded once as anyone will load them.
+
+    Args:
+        tokenizer: from transformers; the files of its folder are held from here on, and it may be gone later.
+        models: by the subfolder that each is saved in.
+        autos: subfolder -> Auto class that is to load it.
+        sequence_length: written down as the tokenizer's longest input.
+
+    Raises:
+        UserError: see `lmscripts.models.checks.check_exports`.
     """
+    encoder = Encoder(Path(tokenizer.name_or_path), tokenizer)
+    with tempfile.TemporaryDirectory() as place:
+        copy_tokenizer(encoder.folder, Path(place))
+        files = {file.name: file.read_bytes() for file in Path(place).iterdir() if file.is_file()}
+    files |= check_exports(models, autos, encoder)
+    settings = json.loads(files.get("tokenizer_config.json", b"{}")) | {"model_max_length": sequence_length}
+    files["tokenizer_config.json"] = (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode()
 
-    step: int = 0
-    evaluated_step: int = -1
-    skipped_steps: int = 0
-    nonfinite_streak: int = 0
-    real_tokens: float = 0.0
-    window_sums: dict[str, float] = field(default_factory=dict)
-    window_counts: dict[str, float] = field(default_factory=dict)
-    origin: str = ""
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
 
-    def open_window(self, process: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Sums and counts to go on with; the sums belong to the first process, as they are over all of them."""
-        return {name: value * (process == 0) for name, value in self.window_sums.items()}, dict(self.window_counts)
-
-    def judge(self, gradient_norm: Tensor | float, has_scaler: bool) -> bool:
-        """Whether a step may be applied; the global norm is the same on all processes, so all decide alike.
-
-        A loss scaler (fp16) meets overflows while it looks for its scale, so it is given a longer streak.
-
-        Raises:
-            UserError: too many steps in a row had no finite gradient.
-        """
-        if bool(torch.isfinite(torch.as_tensor(gradient_norm))):
-            self.nonfinite_streak = 0
-            return True
-        self.skipped_steps += 1
-        self.nonfinite_streak += 1
-        limit = 25 if has_scaler else 5
-        if self.nonfinite_streak >= limit:
-            raise UserError(
-                f"the gradient was not finite in {limit} steps in a row, up to step {self.step + 1}: lower the "
-                "learning rate or look at the text; the last checkpoint is from before"
-            )
-        return False
+    return write
 
 
 class RunFolder:
@@ -92,27 +87,25 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, tokenizer_dir: Path, sequence_length: int, fixed: dict[str, Any], schedule: dict[str, Any]
+        self, path: Path, fixed: Mapping[str, Any], rate: Callable[[int], float], beside: Beside = write_nothing
     ) -> None:
         """Nothing is touched yet.
 
         Args:
             path: the folder.
-            tokenizer_dir: copied into every checkpoint.
-            sequence_length: written down as the tokenizer's longest input.
             fixed: what must not change when the run is continued, name to value.
-            schedule: arguments of `lmscripts.training.optim.lr_at`, written down for those who branch off.
+            rate: learning rate of a step, counted from 0. It is written down for those who branch off: a schedule of
+                `lmscripts.training.optim` with its numbers, another function by its name.
+            beside: writes what stands beside each model, such as its tokenizer.
         """
         self.path = path
-        self._tokenizer_dir = tokenizer_dir
-        self._sequence_length = sequence_length
         # As it will be read back. The format grows when the same numbers would give other rows or another state.
-        self._fixed: dict[str, Any] = json.loads(json.dumps(fixed | {"format": _FORMAT}))
-        self._schedule = schedule
+        self._fixed: dict[str, Any] = json.loads(json.dumps({**fixed, "format": _FORMAT}))
+        self._rate, self._beside = rate, beside
         self._lock: TextIO | None = None
 
     def claim(
-        self, do_continue: bool, start_from: str | None, branch: bool = False
+        self, do_continue: bool, start_from: str | None = None, branch: bool = False
     ) -> tuple[Path | None, bool, list[str]]:
         """Take the folder for this run; called by the main process.
 
@@ -130,7 +123,7 @@ class RunFolder:
         """
         sentences: list[str] = []
         earlier = None
-        if start_from is not None and not (do_continue and checkpoints.list_checkpoints(self.path)):
+        if start_from is not None and not (do_continue and list_checkpoints(self.path)):
             earlier, sentences = find_checkpoint(Path(start_from))
             if branch:
                 self._check_fixed(earlier)
@@ -143,7 +136,7 @@ class RunFolder:
                 f"another process is training in {self.path}; wait for it or choose another folder"
             ) from None
         used = any((self.path / name).exists() for name in ("config.yaml", "log.jsonl", "final"))
-        if (used or checkpoints.list_checkpoints(self.path)) and not do_continue:
+        if (used or list_checkpoints(self.path)) and not do_continue:
             raise UserError(f"{self.path} holds a run already: add --do_continue to go on, or choose another folder")
         for leftover in [*self.path.glob(".checkpoint-*"), *self.path.glob(".final.new*"), *self.path.glob("..final*")]:
             shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
@@ -163,7 +156,8 @@ class RunFolder:
 
     def _check_fixed(self, checkpoint: Path) -> None:
         saved = read_state(checkpoint)["fixed"]
-        changed = [name for name in self._fixed if saved.get(name) != self._fixed[name]]
+        # What a checkpoint of an older version does not say was as it is where nobody asks for anything.
+        changed = [name for name, value in self._fixed.items() if saved.get(name) != value and (name in saved or value)]
         if changed:
             pairs = "; ".join(f"{name}: {saved.get(name)} then, {self._fixed[name]} now" for name in changed)
             raise UserError(
@@ -173,40 +167,42 @@ class RunFolder:
     def save(
         self,
         accelerator: Accelerator,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedModel | None,
+        trained: nn.Module,
+        models: Mapping[str, PreTrainedModel],
+        optimizer: Optimizer,
         state: TrainingState,
+        average: AveragedModel | None = None,
     ) -> None:
         """Save a checkpoint; every process calls it and learns whether it worked.
 
         Args:
             accelerator: the running processes.
-            objective: the module whose parameters the optimizer steps; its models are saved.
+            trained: the module whose parameters the optimizer steps.
+            models: of it, by the subfolder that each is saved in.
             optimizer: the optimizer.
-            average: moving average of the weights, if there is one.
             state: where the run stands.
+            average: moving average of the weights, if there is one.
 
         Raises:
             UserError: it could not be written; earlier checkpoints are as they were.
         """
         problem: UserError | None = None
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in objective.parameters())
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in trained.parameters())
         if accelerator.is_main_process or sharded:
-            models = {n: (m, checkpoints.model_state(m) if sharded else None) for n, m in objective.models.items()}
-            tensors, groups = checkpoints.optimizer_state(optimizer, objective)
+            weights = {part: (m, checkpoints.model_state(m) if sharded else None) for part, m in models.items()}
+            tensors, groups = checkpoints.optimizer_state(optimizer, trained)
         if accelerator.is_main_process and not (self.path / f"checkpoint-{state.step}").exists():
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            facts = {"fixed": self._fixed, "progress": asdict(state), "groups": groups, "scaler": scaler}
-            facts |= {"schedule": self._schedule}
+            facts = {"fixed": self._fixed, "progress": state.as_json(), "groups": groups, "scaler": scaler}
+            facts |= {"schedule": _in_numbers(self._rate), "learning_rate": self._rate(max(0, state.step - 1))}
             facts |= {"processes": accelerator.num_processes, "versions": versions(), "saved_at": time.time()}
 
             def write(aside: Path) -> None:
-                for subfolder, (model, weights) in models.items():
-                    self._write_tokenizer(aside / subfolder)
-                    _write_weights(aside / subfolder, model, weights)
+                for part, (model, tensors) in weights.items():
+                    self._beside(aside / part)
+                    write_weights(aside / part, model, tensors)
                 if average is not None:
-                    save_file(averaging.state(average), aside / checkpoints.AVERAGE)
+                    save_file(averaging.state(average), aside / AVERAGE)
 
             try:
                 checkpoints.save_checkpoint(self.path, state.step, write, tensors, facts)
@@ -215,13 +211,14 @@ class RunFolder:
         if sum_over_processes(accelerator, [float(problem is not None)])[0]:
             raise problem or UserError("the main process could not save a checkpoint")
 
-    def _write_tokenizer(self, folder: Path) -> None:
-        """The tokenizer as AutoTokenizer loads it, with the length that the model reads."""
-        copy_tokenizer(self._tokenizer_dir, folder)
-        settings = folder / "tokenizer_config.json"
-        facts = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        facts["model_max_length"] = self._sequence_length
-        settings.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    def prune(self, keep_last: int, keep_every: int = 0) -> None:
+        """Remove old checkpoints, not the newest `keep_last` (at least one) nor those at multiples of `keep_every`."""
+        for folder in list_checkpoints(self.path)[: -max(1, keep_last)]:
+            step = checkpoint_step(folder) or 0
+            if not (keep_every and step % keep_every == 0):
+                doomed = folder.with_name(f".{folder.name}.removed")
+                folder.rename(doomed)  # so that a half removed checkpoint is never found by its name
+                shutil.rmtree(doomed, ignore_errors=True)
 
     def export(
         self, step: int, averages: Mapping[str, PreTrainedModel] | None, describe: Callable[[Path], str]
@@ -233,55 +230,49 @@ class RunFolder:
             averages: models to write instead of those of the checkpoint, by subfolder.
             describe: gives the text of the card, once model and tokenizer are in the folder it is given.
         """
-        final, new, old = (self.path / name for name in ("final", ".final.new", ".final.old"))
-        shutil.rmtree(new, ignore_errors=True)
-        with new_folder(new) as aside:
-            training_only = ("optimizer.safetensors", "training_state.json", "checksums.json", checkpoints.AVERAGE)
-            ignored = shutil.ignore_patterns(*training_only)
+        final, ignored = self.path / "final", shutil.ignore_patterns(*OF_TRAINING)
+        with replaced_folder(final) as aside:
             shutil.copytree(self.path / f"checkpoint-{step}", aside, ignore=ignored, dirs_exist_ok=True)
-            for subfolder, model in (averages or {}).items():
-                _write_weights(aside / subfolder, model, None)
+            for part, model in (averages or {}).items():
+                write_weights(aside / part, model)
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
-        if final.exists():  # from an earlier, shorter schedule
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
         return final
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """training_state.json of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
-    return state
+def _in_numbers(rate: Callable[[int], float]) -> dict[str, Any]:
+    if is_dataclass(rate) and not isinstance(rate, type):
+        return asdict(rate)
+    return {"schedule": getattr(rate, "__name__", type(rate).__name__)}
 
 
-def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that a path names: itself, or the newest whole one of a run's folder; nothing is changed.
-
-    Returns:
-        The checkpoint, and sentences for the user.
-
-    Raises:
-        UserError: it is neither, or it is damaged.
-    """
-    if (path / "training_state.json").is_file():
-        if damage := checkpoints.find_damage(path):
-            raise UserError(f"the checkpoint {path} is damaged: {damage}")
-        return path, [f"starting from {path}", *checkpoints.average_notice(path)]
-    checkpoint, sentences = checkpoints.look_for_whole(path)
-    if checkpoint is not None:
-        return checkpoint, [f"starting from {checkpoint}", *sentences]
-    if sentences:
-        raise UserError(f"every checkpoint in {path} is damaged: {'; '.join(sentences)}")
-    hint = ": give a model's folder as --pretrained_model_name_or_path" if (path / "config.json").is_file() else ""
-    raise UserError(f"{path} is no checkpoint and holds none{hint}")
-
-
-def _write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None) -> None:
+def write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None = None) -> None:
     """A model as the Auto classes load it; `weights` if they had to be gathered."""
     if weights is None:
         model.save_pretrained(folder)
     else:
         tied = set(model.all_tied_weights_keys)
         model.save_pretrained(folder, state_dict={k: v for k, v in weights.items() if k not in tied})
+
+
+# ---- the best weights so far ---------------------------------------------------------------------------------------
+
+
+def keep_best(run_dir: Path, name: str, model: PreTrainedModel) -> None:
+    """Write weights aside as best-NAME; earlier ones stay until no checkpoint names them, see `prune_best`."""
+    folder = run_dir / f"best-{name}"
+    remove_leftovers(folder)
+    with replaced_folder(folder) as aside:  # of an epoch that was repeated after a stop
+        model.save_pretrained(aside)
+
+
+def prune_best(run_dir: Path, named: Callable[[dict[str, Any]], Any]) -> None:
+    """Remove best weights that no checkpoint names any more.
+
+    Args:
+        run_dir: the run's folder.
+        named: gives the name of the best weights from what a checkpoint says of its progress.
+    """
+    kept = {str(named(read_state(folder)["progress"])) for folder in list_checkpoints(run_dir)}
+    for folder in run_dir.glob("best-*"):
+        if folder.name.removeprefix("best-") not in kept:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -95,33 +95,6 @@ class Reporter:
             self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {words}", flush=True)
 
 
-def forward_backward_flops(config: Any, sequence_length: int, slots: int) -> float:
-    """Floating-point operations of a training step per position of an encoder.
-
-    6 per weight that a position meets, and 12 H T per layer for the attention scores (arXiv:2001.08361, section 2.1,
-    with the attention term written out). Where logits are wanted at some positions only, the others meet neither the
-    head nor, of the last layer, more than keys and values.
-
-    Args:
-        config: sizes of the model, as transformers names them.
-        sequence_length: positions per row.
-        slots: positions of a row that get logits over the vocabulary; 0 for a head that looks at every position.
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    embedding = getattr(config, "embedding_size", width)
-    layer, keys_and_values = 4 * width**2 + 2 * width * inner, 2 * width**2
-    share = slots / sequence_length
-    layers = float(config.num_hidden_layers)
-    body, scores = layers * layer, 12 * width * sequence_length * layers
-    head = float(width**2)
-    if slots:
-        body -= (1 - share) * (layer - keys_and_values)
-        scores -= (1 - share) * 12 * width * sequence_length
-        head = share * (width * embedding + embedding * config.vocab_size)
-    project = embedding * width if embedding != width else 0
-    return float(6 * (body + project + head) + scores)
-
-
 def peak_flops(device_name: str) -> float | None:
     """Peak dense bf16 operations per second of a known GPU; None where utilisation cannot be stated."""
     return next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in device_name), None)
@@ -247,11 +220,11 @@ class Meter:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
 
-    def add_step(self, counts: Mapping[str, float], operations: float) -> None:
-        """Add a step's counts over all processes, and the floating-point operations of its positions."""
+    def add_step(self, counts: Mapping[str, float], operations: float = 0.0) -> None:
+        """Add a step's counts over all processes, whatever is counted, and its floating-point operations if known."""
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0.0) + value
-        self._tokens += counts["tokens"]
+        self._tokens += counts.get("tokens", 0.0)
         self._operations += operations
 
     def open_window(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
@@ -271,9 +244,11 @@ class Meter:
         """
         sums, counts = self.open_window(accelerator)
         seconds = max(1e-9, time.monotonic() - self._began)
-        record = metrics(sums, counts) | {"tokens_per_second": self._tokens / seconds}
+        record = metrics(sums, counts)
+        if "tokens" in counts:
+            record["tokens_per_second"] = self._tokens / seconds
         record |= gpu_statistics(self._device)
-        if self._peak is not None:
+        if self._peak is not None and self._operations:
             record["mfu"] = self._operations / seconds / (self._peak * accelerator.num_processes)
         self._reset()
         return record

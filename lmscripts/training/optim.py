@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,28 +12,19 @@ from torch import nn
 
 from lmscripts.errors import UserError
 
-Schedule = Literal["linear", "cosine", "constant", "wsd"]
+ScheduleName = Literal["linear", "cosine", "constant", "wsd"]
 OptimizerName = Literal["adamw", "adam", "radam", "sgd", "lamb", "muon"]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
 
-def lr_at(
-    step: int,
-    *,
-    schedule: Schedule,
-    peak: float,
-    warmup_steps: int,
-    max_steps: int,
-    decay_steps: int | None = None,
-    final_ratio: float = 0.0,
-) -> float:
-    """Learning rate of optimizer step `step`, counted from 0.
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of an optimizer step, as a function of its number, counted from 0: `rate(step)`.
 
     It rises linearly over `warmup_steps` (the first step already moves), then follows the schedule and would reach
     final_ratio x peak at `max_steps`, the step after the last.
 
-    Args:
-        step: in [0, max_steps).
+    Attributes:
         schedule: "linear" and "cosine" decay from the end of the warmup; "constant" does not decay; "wsd"
             (warmup-stable-decay, arXiv:2404.06395, section 4) stays and decays linearly over the last `decay_steps`.
         peak: the highest learning rate.
@@ -40,27 +32,41 @@ def lr_at(
         max_steps: length of the schedule.
         decay_steps: for "wsd".
         final_ratio: where the decay ends, as a share of the peak.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return peak
-    begin = max_steps - (decay_steps or 0) if schedule == "wsd" else warmup_steps
-    done = max(0.0, (step - begin) / max(1, max_steps - begin))
-    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
-    return peak * (final_ratio + (1 - final_ratio) * left)
-
-
-def check_schedule(
-    *, schedule: Schedule, warmup_steps: int, max_steps: int, decay_steps: int | None, **_: object
-) -> None:
-    """Refuse a warmup-stable-decay schedule whose decay begins within the warmup.
 
     Raises:
         UserError: the steps of warmup and decay are more than there are.
     """
-    if schedule == "wsd" and warmup_steps + (decay_steps or 0) > max_steps:
-        raise UserError(f"warmup {warmup_steps} and decay {decay_steps} are more than the {max_steps} steps of the run")
+
+    schedule: ScheduleName
+    peak: float
+    warmup_steps: int
+    max_steps: int
+    decay_steps: int | None = None
+    final_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.schedule == "wsd" and self.warmup_steps + (self.decay_steps or 0) > self.max_steps:
+            raise UserError(
+                f"warmup {self.warmup_steps} and decay {self.decay_steps} are more than the {self.max_steps} steps of "
+                "the run"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The rate of a step in [0, max_steps)."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.peak
+        begin = self.max_steps - (self.decay_steps or 0) if self.schedule == "wsd" else self.warmup_steps
+        done = max(0.0, (step - begin) / max(1, self.max_steps - begin))
+        left = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
+        return self.peak * (self.final_ratio + (1 - self.final_ratio) * left)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def parameter_groups(

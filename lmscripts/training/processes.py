@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from lmscripts.counters import split_shares
+from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import UserError
 
 if TYPE_CHECKING:
@@ -168,6 +168,11 @@ def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
     return [float(value) for value in summed.tolist()]
 
 
+def seed_dropout(seed: int, step: int, process: int) -> None:
+    """Begin a step's random numbers anew, so that a run that is continued draws what it would have drawn."""
+    torch.manual_seed(stream_key(seed, step, process) >> 1)
+
+
 def nodes_of_processes(accelerator: Accelerator, node_rank: int | None = None) -> list[int]:
     """The node of each process, in the order of the ranks.
 
@@ -212,11 +217,6 @@ def process_shares(
     by_node = dict(zip(names, split_shares(batch_size, [node_batch_sizes[name] for name in names]), strict=True))
     inside = {name: iter(split_shares(by_node[name], [1] * list(nodes).count(name))) for name in names}
     return [next(inside[node]) for node in nodes]
-
-
-def micro_batches(rows: int, micro_batch_size: int) -> list[int]:
-    """Cut a process' rows into the fewest micro-batches of at most `micro_batch_size`, as even as possible."""
-    return split_shares(rows, [1] * -(-rows // micro_batch_size)) if rows else []
 
 
 def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]]) -> None:

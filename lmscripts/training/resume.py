@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError
+from lmscripts.models.finding import AVERAGE, OPTIMIZER, list_checkpoints, read_state
 from lmscripts.models.fitting import position_table, repeat_positions
 from lmscripts.models.pretrained import adopt_tokenizer, quiet_loading
 from lmscripts.training import average as averaging
 from lmscripts.training import checkpoint as checkpoints
-from lmscripts.training.folder import TrainingState, read_state
+from lmscripts.training.state import TrainingState
 
 # What config.json of a checkpoint may say otherwise than the model that is to get its weights.
 _DROPOUTS = ("dropout", "dropout_prob", "pdrop")  # --hidden_dropout and --attention_dropout may change at any step
@@ -42,9 +43,9 @@ _SET_BY_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
+    from torch.optim import Optimizer
     from torch.optim.swa_utils import AveragedModel
-
-    from lmscripts.objectives import Objective
 
 
 def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Path | None:
@@ -55,7 +56,7 @@ def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Pat
         do_continue: the newest of its checkpoints, whole or not, if there is one.
         branch_from: else the checkpoint that a decay branch leaves.
     """
-    own = checkpoints.list_checkpoints(run_dir) if do_continue else []
+    own = list_checkpoints(run_dir) if do_continue else []
     return own[-1] if own else Path(branch_from) if branch_from else None
 
 
@@ -171,31 +172,37 @@ def _read_weights(model: PreTrainedModel, file: Path) -> dict[str, Tensor]:
 
 def restore(
     accelerator: Accelerator,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    optimizer_name: str,
-    average: AveragedModel | None,
+    trained: nn.Module,
+    optimizer: Optimizer,
+    state: TrainingState,
     source: Path | None,
-    carry_over: str | None,
+    *,
+    average: AveragedModel | None = None,
+    carry_over: str | None = None,
+    optimizer_name: str = "",
 ) -> TrainingState:
     """Put optimizer, loss scaler, average and progress back; the weights are loaded before the model is prepared.
 
     Args:
         accelerator: the running processes.
-        objective: the module whose parameters the optimizer steps.
+        trained: the module whose parameters the optimizer steps.
         optimizer: the optimizer.
-        optimizer_name: as the options name it.
+        state: of a beginning; its `own` part says what the loop keeps besides.
+        source: checkpoint; None for a run that begins: nothing is touched.
         average: moving average of the weights, if there is one.
-        source: checkpoint; None for a run that begins: nothing is touched and the state is that of a beginning.
         carry_over: of the checkpoint of another run, what is taken: "weights"; "moments": the optimizer's state as
             well, counting steps anew; "everything": also the step, so that the schedule goes on. None for a
             checkpoint of this run.
+        optimizer_name: as the options name it, to be compared with that of another run.
+
+    Returns:
+        The state that the run goes on with.
 
     Raises:
         UserError: the checkpoint does not fit.
     """
     if source is None or carry_over == "weights":
-        return TrainingState()
+        return state
     facts = read_state(source)
     if carry_over is not None and facts["fixed"].get("optimizer") != optimizer_name:
         raise UserError(
@@ -203,15 +210,15 @@ def restore(
             f"{optimizer_name}: give --optimizer, or --carry_over weights"
         )
     checkpoints.load_optimizer_state(
-        optimizer, objective, source / "optimizer.safetensors", facts["groups"], another_run=carry_over is not None
+        optimizer, trained, source / OPTIMIZER, facts["groups"], another_run=carry_over is not None
     )
     if accelerator.scaler is not None and facts["scaler"] is not None:
         accelerator.scaler.load_state_dict(facts["scaler"])
     if carry_over == "moments":
-        return TrainingState()
-    if average is not None and (source / checkpoints.AVERAGE).is_file():
-        averaging.load(average, load_file(source / checkpoints.AVERAGE))
-    state = TrainingState(**facts["progress"])
+        return state
+    if average is not None and (source / AVERAGE).is_file():
+        averaging.load(average, load_file(source / AVERAGE))
+    state = TrainingState.from_json(facts["progress"], state.own)
     if carry_over is not None:
         state.evaluated_step, state.window_sums, state.window_counts = -1, {}, {}
     return state

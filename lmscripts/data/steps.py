@@ -1,0 +1,413 @@
+"""Which process computes which rows of which step, for every training loop, and having them ready when they are asked.
+
+What goes into optimizer step s is a function of the rows, the seed, the batch size and s; processes, micro-batches and
+a stop only decide who computes it, and when. A loop brings an order (positions of a run -> rows), and a function that
+makes batches of rows; see `step_batches`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, islice
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmscripts.counters import permute, rows_at, split_shares, stream_key
+from lmscripts.data.masking import expand_ranges
+from lmscripts.data.packing import Layout, PackedRows, Rows, segment_ends
+from lmscripts.data.stream import StreamRows
+
+Ints = NDArray[np.int64]
+Batch = dict[str, Tensor]
+Counts = dict[str, float]
+Made = list[tuple[Batch, Counts]]
+# (rows, the epoch of each, rows of each batch) -> the batches with the counts of their targets.
+MakeBatches = Callable[[Ints, Ints, list[int]], Made]
+RowSource = PackedRows | StreamRows
+Item = TypeVar("Item")
+
+_TOKENS_AT_ONCE = 1 << 17  # tokens laid out and masked together
+_EVAL_SEED = 0x5EED  # held-out masks are the same for every run, whatever its seed
+_WINDOW_BATCHES = 50  # in which rows are put in the order of their length
+_ROWS, _BATCHES = 0xF01D, 0xBA7C  # which of the two permutations of an epoch
+
+
+# ---- orders ------------------------------------------------------------------------------------------------------
+
+
+class Order(Protocol):
+    """Rows of a run by their position in it."""
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """The positions [first, last) of an optimizer step."""
+
+    def rows(self, positions: Ints) -> tuple[Ints, Ints]:
+        """(N,) rows at (N,) positions, and (N,) the epoch of each."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every epoch a permutation of all rows of its own; only the last step of a run may be short.
+
+    Attributes:
+        num_rows: rows of an epoch.
+        batch_size: rows of a step.
+        total_rows: rows of the run.
+        seed: of the order.
+    """
+
+    num_rows: int
+    batch_size: int
+    total_rows: int
+    seed: int
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """See `Order`."""
+        first = min(step * self.batch_size, self.total_rows)
+        return first, min(first + self.batch_size, self.total_rows)
+
+    def rows(self, positions: Ints) -> tuple[Ints, Ints]:
+        """See `Order`."""
+        return rows_at(positions, self.num_rows, self.seed)
+
+
+class ByLength:
+    """Rows of about the same length share a step, so that hardly any padding is computed; every epoch has all rows.
+
+    All rows are permuted, put in the order of their length within windows of 50 batches, cut into batches, and the
+    batches permuted. The last batch of an epoch's rows may be a short one.
+    """
+
+    def __init__(self, lengths: Ints, batch_size: int, seed: int) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            lengths: (R,) tokens of each row.
+            batch_size: rows of a step.
+            seed: of the order.
+        """
+        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
+        self.per_epoch = -(-len(lengths) // batch_size)
+        self._epoch, self._batches = -1, list[Ints]()
+
+    def batches(self, epoch: int) -> list[Ints]:
+        """Rows of every step of an epoch, each row once."""
+        if epoch != self._epoch:
+            number, window = len(self._lengths), _WINDOW_BATCHES * self._batch_size
+            order = permute(np.arange(number), number, stream_key(self._seed, epoch, _ROWS))
+            sorted_parts = [part[np.argsort(self._lengths[part], kind="stable")] for part in cut(order, window)]
+            batches = [batch for part in sorted_parts for batch in cut(part, self._batch_size)]
+            shuffled = permute(np.arange(len(batches)), len(batches), stream_key(self._seed, epoch, _BATCHES))
+            self._epoch, self._batches = epoch, [batches[place] for place in shuffled]
+        return self._batches
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """See `Order`."""
+        epoch, place = divmod(step, self.per_epoch)
+        sizes = [len(batch) for batch in self.batches(epoch)]
+        first = epoch * len(self._lengths) + sum(sizes[:place])
+        return first, first + sizes[place]
+
+    def rows(self, positions: Ints) -> tuple[Ints, Ints]:
+        """See `Order`; of one epoch at a time."""
+        epochs, places = np.divmod(positions, len(self._lengths))
+        return np.concatenate(self.batches(int(epochs[0])))[places], epochs
+
+
+def cut(rows: Ints, size: int) -> list[Ints]:
+    """Rows in pieces of a size, the last one shorter."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(rows: int, micro_batch_size: int) -> list[int]:
+    """Cut a process' rows into the fewest micro-batches of at most `micro_batch_size`, as even as possible."""
+    return split_shares(rows, [1] * -(-rows // micro_batch_size)) if rows else []
+
+
+def step_batches(
+    order: Order,
+    make: MakeBatches,
+    *,
+    shares: Sequence[int],
+    process: int,
+    micro_batch_size: int,
+    first: int,
+    stop: int,
+    at_once: int = 1,
+) -> Iterator[tuple[list[Batch], Counts]]:
+    """Micro-batches of one process for the steps [first, stop), with the counts of their targets.
+
+    A step's rows are divided in proportion to the shares. A process without rows in a step computes one row that weighs
+    nothing, so that all take part in what the processes exchange.
+
+    Args:
+        order: which rows a step has.
+        make: lays rows out as batches; "weights" and "row_weights" in them are what their positions and rows count.
+        shares: relative rows of each process.
+        process: which of them this is.
+        micro_batch_size: most rows of one forward pass.
+        first: counted from the beginning of the run.
+        stop: the first step that is not made.
+        at_once: micro-batches that are made together, which is several times faster for short ones.
+    """
+    pieces = _pieces(order, shares, process, micro_batch_size, range(first, stop))
+    for _, group in groupby(_made(order, make, pieces, at_once), key=lambda piece: piece[0]):
+        made = [(batch, counts) for _, batch, counts in group]
+        counts = {name: sum(c[name] for _, c in made) for name in made[0][1]}
+        yield [batch for batch, _ in made], counts
+
+
+def _pieces(
+    order: Order, shares: Sequence[int], process: int, micro_batch_size: int, steps: range
+) -> Iterator[tuple[int, int, int]]:
+    """Micro-batches as (step, position of the first row, rows); no rows for an idle process."""
+    for step in steps:
+        begin, end = order.bounds(step)
+        parts = split_shares(end - begin, list(shares))
+        place = begin + sum(parts[:process])
+        for size in micro_batches(parts[process], micro_batch_size) or [0]:
+            yield step, place if size else begin, size
+            place += size
+
+
+def _made(
+    order: Order, make: MakeBatches, pieces: Iterator[tuple[int, int, int]], at_once: int
+) -> Iterator[tuple[int, Batch, Counts]]:
+    """The batches of the pieces."""
+    while chunk := list(islice(pieces, at_once)):
+        sizes = [max(1, size) for _, _, size in chunk]
+        rows, epochs = order.rows(expand_ranges(np.array([place for _, place, _ in chunk]), np.array(sizes)))
+        for (step, _, size), (batch, counts) in zip(chunk, make(rows, epochs, sizes), strict=True):
+            if size == 0:
+                for name in batch.keys() & {"weights", "row_weights"}:
+                    batch[name].zero_()
+            yield step, batch, (counts if size else dict.fromkeys(counts, 0.0))
+
+
+# ---- packed rows: phases of a run ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Packed rows of one stretch of steps, whose steps count from 0.
+
+    Attributes:
+        train: rows of the training part. held_out: those of the validation part, if it has any.
+        make: (source, rows, epochs, seed, rows of each batch) -> batches with their counts, see the objectives.
+        slots: prediction slots of a row.
+        words: what is predicted, for people.
+        seed: decides order and masks.
+        batch_size: rows of an optimizer step over all processes.
+        total_rows: rows of the stretch; its last step may be smaller than the others.
+        shares: rows of each process in a full step.
+        micro_batch_size: most rows of one forward pass.
+        most_eval_rows: held-out rows to evaluate on, at most.
+        pin_memory: put batches where a GPU can fetch them without blocking.
+    """
+
+    train: RowSource
+    held_out: RowSource | None
+    make: Callable[[RowSource, Ints, Ints, int, list[int]], Made]
+    slots: int
+    words: str
+    seed: int
+    batch_size: int
+    total_rows: int
+    shares: list[int]
+    micro_batch_size: int
+    most_eval_rows: int
+    pin_memory: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """How documents lie in rows."""
+        return self.train.layout
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stretch."""
+        return -(-self.total_rows // self.batch_size)
+
+    @property
+    def positions(self) -> int:
+        """Positions of a full optimizer step over all processes."""
+        return self.batch_size * self.layout.sequence_length
+
+    @property
+    def num_eval_rows(self) -> int:
+        """Held-out rows to evaluate on; 0 without a validation part."""
+        return 0 if self.held_out is None else min(self.most_eval_rows, self.held_out.num_rows)
+
+    def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
+        """Micro-batches of one process for the steps [first, stop) of the stretch, see `step_batches`."""
+
+        def make(rows: Ints, epochs: Ints, sizes: list[int]) -> Made:
+            made = self.make(self.train, rows, epochs, self.seed, sizes)
+            return [(pin(batch), counts) for batch, counts in made] if self.pin_memory else made
+
+        return step_batches(
+            Shuffled(self.train.num_rows, self.batch_size, self.total_rows, self.seed),
+            make,
+            shares=self.shares,
+            process=process,
+            micro_batch_size=self.micro_batch_size,
+            first=first,
+            stop=stop,
+            at_once=max(1, _TOKENS_AT_ONCE // (self.layout.sequence_length * self.micro_batch_size)),
+        )
+
+    def eval_batch(self, rows: Ints) -> tuple[Batch, Counts]:
+        """Held-out rows by number, with masks that never change."""
+        if self.held_out is None:
+            raise ValueError("this phase has no held-out rows")
+        batch, counts = fixed_batch(self.held_out, self.make, rows)
+        return (pin(batch) if self.pin_memory else batch), counts
+
+
+def fixed_batch(
+    source: RowSource, make: Callable[[RowSource, Ints, Ints, int, list[int]], Made], rows: Ints
+) -> tuple[Batch, Counts]:
+    """Rows by number as one batch, with the masks that all evaluations have."""
+    return make(source, rows, np.zeros_like(rows), _EVAL_SEED, [rows.size])[0]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The rows of a run as a function of the step, phase after phase.
+
+    BERT was trained on rows of 128 tokens for nine tenths of its steps and on rows of 512 for the rest
+    (arXiv:1810.04805, appendix A.2). Every phase packs the same text anew, or has a store of its own.
+
+    Attributes:
+        phases: the rows of each phase, whose steps count from 0.
+    """
+
+    phases: Sequence[Phase]
+
+    @property
+    def ends(self) -> list[int]:
+        """The step after the last of each phase."""
+        return list(accumulate(phase.num_steps for phase in self.phases))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole schedule."""
+        return self.ends[-1]
+
+    @property
+    def longest(self) -> Phase:
+        """The phase with the longest rows, for which the model is built."""
+        return max(self.phases, key=lambda phase: phase.layout.sequence_length)
+
+    def of_step(self, step: int) -> Phase:
+        """The phase of a step; the last one for a step after the end."""
+        return next((p for p, end in zip(self.phases, self.ends, strict=True) if step < end), self.phases[-1])
+
+    def is_due(self, step: int, every: int | str) -> bool:
+        """Whether what is done every so many steps, or at the end of every "epoch", is done after so many steps."""
+        if step == 0 or not isinstance(every, str):
+            return step == 0 or step % int(every) == 0
+        phase, begin = self.of_step(step - 1), max((end for end in self.ends[:-1] if end < step), default=0)
+        rows = [min(number * phase.batch_size, phase.total_rows) for number in (step - 1 - begin, step - begin)]
+        before, after = (number // phase.train.num_rows for number in rows)
+        return after > before
+
+    def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
+        """As `Phase.step_batches`, for the steps [first, stop) of the run."""
+        for (begin, end), phase in zip(itertools.pairwise([0, *self.ends]), self.phases, strict=True):
+            if first < end and begin < stop:
+                yield from phase.step_batches(max(first, begin) - begin, min(stop, end) - begin, process)
+
+
+def cut_rows(
+    rows: Rows, sizes: list[int], arrays: dict[str, NDArray[Any]], several: NDArray[np.bool_], most_segments: int | None
+) -> list[Batch]:
+    """Laid out rows as batches, with what keeps their documents apart.
+
+    Args:
+        rows: N rows of T tokens.
+        sizes: rows of each batch, B; they sum to N.
+        arrays: (N, ...) what else is in a batch, by name.
+        several: (N,) whether a row holds more than one segment; a batch of none that does needs no mask.
+        most_segments: of a row, where batches need "segment_ends" (for varlen attention); None where not.
+
+    Returns:
+        For each batch: position_ids (B, T) int32, segments (B, T) int32 unless none is needed, segment_ends int32
+        where they are asked for, and the arrays.
+    """
+    batches, begin = list[Batch](), 0
+    for size in sizes:
+        part = slice(begin, begin + size)
+        begin += size
+        found = {name: array[part] for name, array in (arrays | {"position_ids": rows.positions}).items()}
+        if several[part].any():
+            found["segments"] = rows.segments[part]
+        batch = {name: torch.from_numpy(array) for name, array in found.items()}
+        if most_segments is not None:
+            batch["segment_ends"] = segment_ends(torch.from_numpy(rows.segments[part]), size * most_segments + 1)
+        batches.append(batch)
+    return batches
+
+
+# ---- in the background -------------------------------------------------------------------------------------------
+
+
+class Prefetcher(Iterator[Item]):
+    """Runs an iterator in a thread, a few items ahead; its errors are raised where the items are taken."""
+
+    def __init__(self, items: Iterator[Item], depth: int = 2) -> None:
+        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Iterator[Item]) -> None:
+        try:
+            for item in items:
+                if not self._put((item, None)):
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:
+            self._put((None, error))
+
+    def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> Item:
+        item, error = self._queue.get()
+        if error is not None:
+            raise error
+        assert item is not None
+        return item
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+
+def pin(batch: Batch) -> Batch:
+    """Copy a batch to page-locked memory, from where a GPU can fetch it without blocking."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Start copying a batch to the device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

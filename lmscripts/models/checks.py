@@ -1,0 +1,257 @@
+"""What a run would fail of at its end, or be silently wrong with, found out in its first second.
+
+Two checks for every family and every start: a packed row gives each document the logits that it has alone, and the
+folder that will be exported loads with the Auto classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lmscripts.data.packing import Layout, Packing, segment_ends
+from lmscripts.errors import UserError
+from lmscripts.models.attention import AttentionPath, attention_paths, use_attention
+from lmscripts.models.pretrained import quiet_loading
+from lmscripts.tokenizer.encoder import Encoder
+from lmscripts.tokenizer.folder import copy_tokenizer
+from lmscripts.tokenizer.identity import segmentation_difference
+
+# ---- isolation ---------------------------------------------------------------------------------------------------
+
+
+def check_isolation(family: Any, model: Any, path: AttentionPath, layout: Layout) -> None:
+    """Prove that a model keeps the documents of a row apart and gives its own logits here.
+
+    Position ids and a mask are not understood by all models alike (some have no position ids, some overlay a window,
+    some scale their logits), so two documents in one row are compared with each of them alone, and a row that is one
+    document with the same given to the model itself. That is done again with an output matrix many times as large: a
+    cap on the logits does not show before they are large. Then one document is changed, and the next must not move.
+
+    Args:
+        family: see `lmscripts.models.families`.
+        model: any model of the family; it is the same afterwards, to the bit.
+        path: how attention is computed.
+        layout: of the rows. Documents that share a "contiguous" row are not to be kept apart, which is not looked at.
+
+    Raises:
+        UserError: the logits differ, or the model cannot be called this way; it says what the model can.
+    """
+    packing = layout.packing
+    problem = _problem(family, model, path, layout, packing)
+    if problem is None:
+        return
+    paths = attention_paths(type(model)) if type(model)._can_set_attn_implementation() else (path,)
+    ways: list[tuple[AttentionPath, Packing]] = [(other, packing) for other in paths if other != path]
+    ways += [] if packing == "contiguous" else [(path, "contiguous")]
+    right = [way for way in ways if _problem(family, model, way[0], layout, way[1]) is None]
+    if not right and packing == "isolated":
+        others: list[tuple[AttentionPath, Packing]] = [(other, "contiguous") for other in paths]
+        right = [way for way in others if _problem(family, model, way[0], layout, way[1]) is None]
+    said = [
+        " ".join([f"--attention {other}"] * (other != path) + [f"--packing {rows}"] * (rows != packing))
+        for other, rows in right
+    ]
+    way_out = f"it can be trained with {' or '.join(said)}" if said else "it cannot be trained here"
+    raise UserError(f"a {type(model).__name__} {problem}; {way_out}")
+
+
+@torch.no_grad()
+def _problem(family: Any, model: Any, path: AttentionPath, layout: Layout, packing: Packing) -> str | None:
+    """Why rows of this packing are not right with a model; None where they are."""
+    was_training, implementation = model.training, model.config._attn_implementation
+    reference = next(way for way in ("sdpa", "eager") if way in attention_paths(type(model)))
+    lengths = _documents(model.config, layout)
+    ids, head = _random_ids(model, sum(lengths)), model.get_output_embeddings()
+    model.eval()
+    try:
+        with quiet_loading():  # of classes that are built with one way of attention and keep it
+            factor = 1.0
+            for _ in range(2 if head is not None else 1):
+                with _enlarged(head, factor):
+                    model.set_attn_implementation(use_attention(path))
+                    ours = [_logits(family, model, path, ids, [sum(lengths)])]
+                    ours += [_logits(family, model, path, ids, lengths)] if packing == "isolated" else []
+                    model.set_attn_implementation(reference)  # as anybody would call it
+                    whole = _as_anybody(model, ids)
+                    parts = [_as_anybody(model, document) for document in torch.split(ids, lengths, 1)]
+                for logits, alone in zip(ours, (whole, torch.cat(parts)), strict=False):
+                    if not (difference := _relative_difference(logits, alone)) < 1e-3:
+                        if factor > 1:  # as small as they are at first, its logits show nothing of it
+                            return "caps or scales its logits, which the loss here does not"
+                        return f"gives other logits in packed rows than alone, by {difference:.1e} of the highest"
+                factor = max(1.0, 1e4 / float(whole.abs().max()))
+            if packing == "isolated" and (leak := _leak(family, model, path, ids, lengths)) > 1e-5:
+                return f"lets a document see the one before it in a row, which changes its logits by {leak:.1e}"
+    except Exception as error:  # an architecture of any kind
+        return f"does not understand packed rows ({' '.join(str(error).split())[:200]})"
+    finally:
+        with quiet_loading():
+            model.set_attn_implementation(implementation)
+        model.train(was_training)
+    return None
+
+
+def _documents(config: Any, layout: Layout) -> list[int]:
+    """Tokens of the documents that are compared: one of them is longer than a window of attention, if rows can be."""
+    window = getattr(config, "sliding_window", None)
+    long = 9 if not isinstance(window, int) or isinstance(window, bool) else max(9, window + 5)
+    room = max(1, layout.sequence_length - 14)
+    return [min(long, room), 14]
+
+
+def _leak(family: Any, model: Any, path: AttentionPath, ids: Tensor, lengths: list[int]) -> float:
+    """How far the second document's logits move with the first, which is less than any comparison with it alone shows.
+
+    Both are computed in the same way, so there is no rounding to allow for but that of experts of varying load.
+    """
+    model.set_attn_implementation(use_attention(path))
+    first, changed = lengths[0], ids.clone()
+    changed[:, :first] = ids[:, :first].flip(1).roll(1, 1)
+    seen = [_logits(family, model, path, row, lengths)[first:] for row in (ids, changed)]
+    return _relative_difference(*seen)
+
+
+def _logits(family: Any, model: Any, path: AttentionPath, ids: Tensor, lengths: list[int]) -> Tensor:
+    """(T, ...) logits as an objective computes them, of a row (1, T) of documents of these lengths."""
+    segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    batch = {"input_ids": ids, "segment_ends": segment_ends(segments, 4)}
+    batch |= {"segments": segments} if len(lengths) > 1 else {}
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    hidden = family.encode(model, ids, positions, family.attention(model, path, batch, model.dtype))
+    logits: Tensor = family.predict(model, hidden)[0]
+    return logits
+
+
+def _as_anybody(model: Any, ids: Tensor) -> Tensor:
+    """(T, ...) the first logits that the model gives for (1, T) ids and nothing else."""
+    cache = {"use_cache": False} if model.can_generate() else {}
+    logits: Tensor = model(input_ids=ids, return_dict=True, **cache)[0][0]
+    return logits
+
+
+@contextmanager
+def _enlarged(head: Any, factor: float) -> Iterator[None]:
+    """Multiply the output matrix for a while, but not the embeddings that it may be tied to."""
+    if head is None or factor == 1:
+        yield
+        return
+    weight = head.weight
+    head.weight = nn.Parameter(weight * factor, requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight = weight
+
+
+@torch.no_grad()
+def drops_something(family: Any, model: Any, path: AttentionPath) -> bool:
+    """Whether a model in training mode gives other logits each time; some say a dropout and have none."""
+    ids = _random_ids(model, 23)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, second = (_logits(family, model, path, ids, [ids.shape[1]]) for _ in range(2))
+    return not torch.equal(first, second)
+
+
+def _random_ids(model: Any, number: int) -> Tensor:
+    vocabulary, padding = len(model.get_input_embeddings().weight), model.config.pad_token_id
+    ids = torch.randint(0, vocabulary, (1, number), generator=torch.Generator().manual_seed(0))
+    return torch.where(ids == padding, (ids + 1) % vocabulary, ids) if padding is not None else ids
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# ---- what will be exported -----------------------------------------------------------------------------------------
+
+# For some types of models AutoTokenizer takes the class of their own tokenizer, whatever tokenizer_config.json says,
+# unless that names code of the folder; which nobody has to trust, as the class of transformers of that name is taken.
+_DECLARATION = "tokenization_declared.py"
+_DECLARED = """# Names the class in tokenizer_config.json for AutoTokenizer; it is that of transformers.
+from transformers import {0}
+
+__all__ = ["{0}"]
+"""
+
+
+def check_exports(models: Mapping[str, Any], autos: Mapping[str, str], encoder: Encoder) -> dict[str, bytes]:
+    """Load what will be exported once, without weights: each configuration with its Auto class, and the tokenizer.
+
+    Args:
+        models: by the subfolder that they are saved in.
+        autos: subfolder -> Auto class of transformers that is to load it.
+        encoder: the tokenizer that is saved beside them.
+
+    Returns:
+        Files, by name, to write over those of the tokenizer beside each model: empty unless AutoTokenizer would make
+        another tokenizer of it there.
+
+    Raises:
+        UserError: an Auto class makes another model of a configuration, or another tokenizer comes back.
+    """
+    files: dict[str, bytes] = {}
+    for part, model in models.items():
+        with tempfile.TemporaryDirectory() as folder, quiet_loading():
+            place = Path(folder)
+            copy_tokenizer(encoder.folder, place)
+            model.config.save_pretrained(folder)
+            _check_auto_class(model, autos.get(part), folder)
+            difference = _other_tokenizer(encoder, folder)
+            settings = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8")) if difference else {}
+            if name := settings.get("tokenizer_class"):
+                files = _declared(model, settings, name)
+                for file, content in files.items():
+                    (place / file).write_bytes(content)
+                difference = _other_tokenizer(encoder, folder)
+            if difference:
+                raise UserError(
+                    f"beside a {model.config.model_type} AutoTokenizer makes another tokenizer of {encoder.folder}: "
+                    f"{difference}; take a tokenizer of another type"
+                )
+    return files
+
+
+def _declared(model: Any, settings: dict[str, Any], name: str) -> dict[str, bytes]:
+    """Files with which AutoTokenizer takes the class that tokenizer_config.json names, and the inputs of the model."""
+    settings["auto_map"] = {"AutoTokenizer": [f"{Path(_DECLARATION).stem}.{name}", None]}
+    inputs = inspect.signature(model.forward).parameters
+    if named := settings.get("model_input_names"):
+        settings["model_input_names"] = [each for each in named if each in inputs]
+    text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+    return {"tokenizer_config.json": text.encode(), _DECLARATION: _DECLARED.format(name).encode()}
+
+
+def _check_auto_class(model: Any, auto: str | None, folder: str) -> None:
+    if auto is None:
+        return
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            found = type(getattr(transformers, auto).from_config(config))
+    except Exception as error:  # whatever a configuration makes transformers raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{auto} cannot load a {type(model).__name__} of this configuration ({reason})") from error
+    if not issubclass(type(model), found) and not issubclass(found, type(model)):
+        raise UserError(f"{auto} makes a {found.__name__} of what is saved as a {type(model).__name__}")
+
+
+def _other_tokenizer(ours: Encoder, folder: str) -> str | None:
+    """How the tokenizer that AutoTokenizer makes in a folder differs; None where it does not."""
+    try:
+        beside = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+        if ours.tokenizer.get_vocab() != beside.get_vocab():
+            return f"a vocabulary of {len(beside)} other entries"
+        return segmentation_difference(ours.tokenizer, beside)
+    except Exception as error:  # of the class that it takes instead
+        return " ".join(str(error).split())[:200]

@@ -1,0 +1,42 @@
+"""BERT (arXiv:1810.04805)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import BertConfig
+
+from lmscripts.data.packing import Layout
+from lmscripts.models.encoder import adopt, attention, encode, fit, flops, join, layers, narrow
+from lmscripts.options.presets import FamilyKeys, Preset
+
+__all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "layers", "narrow"]
+
+heads = {"masked": {"": "BertForMaskedLM"}, "sentence_pairs": {"": "BertForPreTraining"}}
+preset_keys = FamilyKeys()
+pretrained_heads = heads
+default_objective = "masked"
+defaults: dict[str, float] = {}
+
+
+def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> BertConfig:
+    """Configuration of a new model; the dropouts are set by `lmscripts.models.building`."""
+    return BertConfig(
+        **preset.layer_sizes(),
+        max_position_embeddings=layout.sequence_length,
+        vocab_size=vocab_size,
+        pad_token_id=layout.pad_id,
+    )
+
+
+def predict(model: Any, hidden: Tensor) -> Tensor:
+    """(N, V) logits of (N, H) hidden states."""
+    return model.cls.predictions(hidden)  # type: ignore[no-any-return]
+
+
+def pair_scores(models: Mapping[str, Any], hidden: Tensor) -> Tensor:
+    """(N, 2) scores of N pairs by the (N, H) hidden states at their [CLS]; the second says "not what came next"."""
+    model = models[""]
+    return model.cls.seq_relationship(model.bert.pooler(hidden[:, None]))  # type: ignore[no-any-return]

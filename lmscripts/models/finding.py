@@ -1,0 +1,184 @@
+"""Which folder is meant: a model, a checkpoint or a run, found whole; of a name on the Hub its cached files.
+
+Nothing is renamed or removed here: a run may be going on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from lmscripts.errors import UserError
+from lmscripts.files import file_sha256
+
+CHECKSUMS = "checksums.json"
+AVERAGE = "average.safetensors"
+STATE = "training_state.json"
+OPTIMIZER = "optimizer.safetensors"
+OF_TRAINING = (OPTIMIZER, STATE, CHECKSUMS, AVERAGE)  # files of a checkpoint that a finished model does without
+# In the order in which transformers looks for them; of a model in parts the index names the parts.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, which nobody is asked about if it is a path
+_NO_HUB_NAME = (".ckpt", ".pt", ".bin", ".safetensors")
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Step of a checkpoint folder by its name; None for any other folder."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    folders = [path for path in run_dir.glob("checkpoint-*") if checkpoint_step(path) is not None and path.is_dir()]
+    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """training_state.json of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+# ---- whole or damaged --------------------------------------------------------------------------------------------
+
+
+def write_checksums(folder: Path) -> None:
+    """Write size and sha256 of every file of a folder into checksums.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+    (folder / CHECKSUMS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file is as it was written."""
+    try:
+        facts = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, fact in facts.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != fact["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {fact['bytes']}"
+            if file_sha256(path) != fact["sha256"]:
+                return f"{name} has another content than was written"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{CHECKSUMS} is damaged"
+    return None if facts else f"{CHECKSUMS} names no file"
+
+
+def look_for_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written.
+
+    Returns:
+        The folder, None if there is none; a sentence for each damaged one passed over, and one where the checkpoint
+        has an average of its weights beside them.
+    """
+    sentences: list[str] = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        if damage := find_damage(folder):
+            sentences.append(f"{folder.name} is damaged ({damage}) and passed over")
+        else:
+            return folder, [*sentences, *_average_notice(folder)]
+    return None, sentences
+
+
+def _average_notice(checkpoint: Path) -> list[str]:
+    """What to know of a checkpoint of a run that also keeps a moving average of the weights."""
+    if not (checkpoint / AVERAGE).is_file():
+        return []
+    return [f"{checkpoint} holds the weights as trained; their moving average, which was evaluated, is in final/"]
+
+
+# ---- what is meant -----------------------------------------------------------------------------------------------
+
+
+def find_saved(folder: Path, prefer: Literal["final", "checkpoint"] = "final") -> tuple[Path, list[str]]:
+    """The model that a folder stands for: itself, or of a run its final/ or its newest whole checkpoint.
+
+    Args:
+        folder: of a model, a checkpoint or a run.
+        prefer: which of the two is taken of a run that has both.
+
+    Returns:
+        The folder, whole where it has checksums, and sentences for the user.
+
+    Raises:
+        UserError: there is no such folder, or what is meant is damaged.
+    """
+    if not folder.is_dir():
+        kind = "is a file, not a folder" if folder.exists() else f"does not exist (seen from {Path.cwd()})"
+        raise UserError(f"the model folder {folder} {kind}: give the folder of the model, a checkpoint or a run")
+    checkpoints, final = list_checkpoints(folder), folder / "final"
+    if (folder / "config.json").is_file() or not (checkpoints or (final / "config.json").is_file()):
+        of_training = any((folder / name).exists() for name in OF_TRAINING) or checkpoint_step(folder) is not None
+        if of_training and (damage := find_damage(folder)):
+            raise UserError(f"the checkpoint {folder} is damaged: {damage}; take another")
+        return folder, _average_notice(folder)
+    if (final / "config.json").is_file() and (prefer == "final" or not checkpoints):
+        return final, [f"{folder} is the folder of a run: final is taken"]
+    newest, notices = look_for_whole(folder)
+    if newest is None:
+        raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(notices)}")
+    return newest, [*notices, f"{folder} is the folder of a run: {newest.name} is taken"]
+
+
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that a path names, with the state of its training: itself, or the newest whole one of a run.
+
+    Raises:
+        UserError: it is neither, or it is damaged.
+    """
+    found, sentences = find_saved(path, prefer="checkpoint") if path.is_dir() else (path, [])
+    if not (found / STATE).is_file():
+        hint = ": give a model's folder as --pretrained_model_name_or_path" if (path / "config.json").is_file() else ""
+        raise UserError(f"{path} is no checkpoint and holds none{hint}")
+    return found, [f"starting from {found}", *sentences]
+
+
+def find_model(name: str) -> tuple[Path, list[str]]:
+    """As `find_saved`, also for a name on the Hub (from its cache when offline), whose cached folder is given.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    place = Path(name).expanduser()
+    if place.exists() or not _HUB_NAME.fullmatch(name) or name.endswith(_NO_HUB_NAME):
+        return find_saved(place)
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(str(cached_file(name, "config.json"))).parent, []
+    except Exception as error:  # the Hub client raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} is neither a folder (seen from {Path.cwd()}) nor a model of the Hub: {reason}"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers takes the weights of a folder from; empty where there are none.
+
+    Raises:
+        UserError: they are several, and their index is damaged.
+    """
+    for name in WEIGHTS:
+        if (file := folder / name).is_file():
+            return [folder / part for part in _parts(file)] if name.endswith(".json") else [file]
+    return []
+
+
+def _parts(index: Path) -> list[str]:
+    """Names of the files that the index of weights in several files speaks of."""
+    try:
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: it is no index of weights ({type(error).__name__}: {error})") from None
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise UserError(f"{index} is damaged: its weight_map names no files of weights")
+    return sorted(parts)

@@ -1,0 +1,179 @@
+"""Replaced token detection (ELECTRA, arXiv:2003.10555): was this token put there by the generator?
+
+The generator predicts the masked tokens; one sample of each prediction takes the token's place (no gradient flows
+through it, section 2); the discriminator says of every token whether it was replaced, and the label is 1 only where the
+sample differs from the original. Where the published code adds Gumbel noise to every logit and takes the highest, here
+the sample is the first id whose cumulative probability exceeds one uniform number of the slot: the same distribution,
+but the number is a hash of (seed, epoch, row, position), so the shape of the cluster does not change what is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lmscripts.objectives import Export, masked
+from lmscripts.objectives.masked import batches, resolved, rows, slots, words
+from lmscripts.options.checks import check_numbers
+from lmscripts.options.parsing import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmscripts.data.masking import MaskingPlan
+    from lmscripts.data.packing import Layout
+    from lmscripts.data.steps import Phase
+    from lmscripts.objectives.module import Batch, Objective, Sums
+
+__all__ = ["batches", "resolved", "rows", "slots", "words"]
+
+TITLE = "ELECTRA's pair"
+SCORES = "masks"
+PARTS = {"generator": "generator", "": "discriminator"}
+EXPORTS = (
+    Export(
+        "discriminator",
+        "",
+        "AutoModelForPreTraining",
+        "",
+        """from transformers import AutoModelForPreTraining
+
+# A logit for each token, above 0 where it thinks that the token was replaced. This is the half to fine-tune.
+discriminator = AutoModelForPreTraining.from_pretrained("PATH")""",
+    ),
+    Export(
+        "generator",
+        "generator",
+        "AutoModelForMaskedLM",
+        "fill-mask",
+        'from transformers import pipeline\n\ngenerator = pipeline("fill-mask", model="PATH")',
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings(masked.Settings):
+    """Options of the objective; the weights are those of section 3.3."""
+
+    generator_weight: float | None = option(None, help="of the generator's loss (1)")
+    discriminator_weight: float | None = option(None, help="of the discriminator's loss (50)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(vars(self), not_negative=("generator_weight", "discriminator_weight"))
+
+
+def plan(tokenizer: Any, layout: Layout, settings: Any) -> MaskingPlan:
+    """The generator sees [MASK] or the token itself, never a random one; every slot has a number to sample with."""
+    return masked.plan(tokenizer, layout, settings, mask_share=0.85, random_share=0.0, draws=True)
+
+
+def weights(settings: Settings) -> dict[str, float]:
+    """Terms "mlm" (generator) and "rtd" (replaced token detection)."""
+    given = {"mlm": (settings.generator_weight, 1.0), "rtd": (settings.discriminator_weight, 50.0)}
+    return {term: usual if value is None else value for term, (value, usual) in given.items()}
+
+
+def prepare(trained: Objective) -> None:
+    """Let the generator's last layer skip what no prediction needs."""
+    trained.family.narrow(trained.generator)
+
+
+def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
+    """Sums over the masked slots (generator) and over all positions that are not empty (discriminator).
+
+    Args:
+        trained: the models.
+        batch: from `batches`, with "draws".
+
+    Returns:
+        () fp32 each. "mlm": sum of cross-entropies; "mlm_correct": right predictions; "rtd": sum of binary
+        cross-entropies; "rtd_correct": right decisions; "rtd_replaced": positions with label 1; "rtd_flagged":
+        positions that were called replaced; "rtd_hits": both at once.
+    """
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+    generator, discriminator = map(trained.get_submodule, ("generator", "discriminator"))
+    attention = trained.attention_inputs(generator, batch)  # type: ignore[arg-type]
+    logits = trained.logits_at_slots(generator, batch, attention)  # type: ignore[arg-type]
+    losses = cross_entropy(logits, batch["labels"], reduction="none")
+    used = batch["weights"] > 0
+    with torch.no_grad():
+        seen, replaced = replace_tokens(batch, sample(logits, batch["draws"]))
+    hidden = trained.family.encode(discriminator, seen, batch["position_ids"], attention)
+    scores = trained.family.predict(discriminator, hidden).float()
+    real = batch["segments"] >= 0 if "segments" in batch else torch.ones_like(replaced)
+    real = real & batch["row_weights"][:, None]
+    decisions = binary_cross_entropy_with_logits(scores, replaced.float(), reduction="none")
+    flagged = (scores > 0) & real
+    return {
+        "mlm": (losses * batch["weights"]).sum(),
+        "mlm_correct": ((logits.argmax(-1) == batch["labels"]) & used).sum().float(),
+        "rtd": (decisions * real).sum(),
+        "rtd_correct": (((scores > 0) == replaced) & real).sum().float(),
+        "rtd_replaced": replaced.sum().float(),
+        "rtd_flagged": flagged.sum().float(),
+        "rtd_hits": (flagged & replaced).sum().float(),
+    }
+
+
+def sample(logits: Tensor, draws: Tensor) -> Tensor:
+    """One id for each row of logits, by inverting the cumulative distribution.
+
+    Args:
+        logits: (N, V) fp32.
+        draws: (N,) uniform in [0, 1).
+
+    Returns:
+        (N,) int64: the first id whose cumulative probability exceeds the draw.
+    """
+    import torch
+
+    cumulative = logits.softmax(-1).cumsum_(-1)  # in place: with a large vocabulary this is the peak of memory
+    wanted = draws[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+
+
+def replace_tokens(batch: Batch, sampled: Tensor) -> tuple[Tensor, Tensor]:
+    """What the discriminator sees: the original text with the samples at the masked positions.
+
+    Args:
+        batch: with the masked "input_ids", "slots", "labels" and "weights"; unused slots point at the row's first
+            position, which is never masked.
+        sampled: (B * K,) ids.
+
+    Returns:
+        (B, T) ids, and (B, T) bool: True where a token differs from the original.
+    """
+    import torch
+
+    ids, slots, used = batch["input_ids"], batch["slots"], batch["weights"] > 0
+    flat = ids.reshape(-1)
+    seen = flat.scatter(0, slots, torch.where(used, sampled.to(flat.dtype), flat[slots]))
+    changed = (sampled != batch["labels"]) & used
+    # Unused slots all write False at a position that no used slot has.
+    replaced = torch.zeros_like(flat, dtype=torch.bool).scatter(0, slots, changed)
+    return seen.view_as(ids), replaced.view_as(ids)
+
+
+def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
+    """Weighted loss; loss and accuracy of both halves; precision and recall of the discriminator's finds."""
+    from lmscripts.objectives.module import ratio
+
+    mlm, rtd = ratio(sums["mlm"], counts["mlm"]), ratio(sums["rtd"], counts["rtd"])
+    return {
+        "loss": trained.weights["mlm"] * mlm + trained.weights["rtd"] * rtd,
+        "generator_loss": mlm,
+        "generator_accuracy": ratio(sums["mlm_correct"], counts["mlm"]),
+        "discriminator_loss": rtd,
+        "discriminator_accuracy": ratio(sums["rtd_correct"], counts["rtd"]),
+        "discriminator_precision": ratio(sums["rtd_hits"], sums["rtd_flagged"]),
+        "discriminator_recall": ratio(sums["rtd_hits"], sums["rtd_replaced"]),
+    }
+
+
+def examples(models: Mapping[str, Any], tokenizer: Any, phase: Phase) -> list[str]:
+    """What the generator puts into masked places."""
+    return masked.fill_mask_examples(models["generator"], tokenizer, phase)

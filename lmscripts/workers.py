@@ -1,0 +1,103 @@
+"""The one pool of worker processes: results in order, few items held at a time, and no worker outlives its parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from lmscripts.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+KILLED = "a worker process was killed, probably for memory: give fewer --num_workers"
+
+
+def in_order(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_workers: int,
+    *,
+    tick: Callable[[], None] = lambda: None,
+    if_killed: str = KILLED,
+) -> Iterator[Result]:
+    """Yield `function` of each item, in the order of the items, computed by several processes.
+
+    Args:
+        function: given to each worker once, so that it may keep what is costly to make; must be possible to pickle.
+        items: taken as they are needed, about twice as many as there are workers at a time.
+        num_workers: processes; with one or fewer all is done in this one.
+        tick: called in this process about every second, and at each result, while workers work.
+        if_killed: the sentence of the error where a worker was killed.
+
+    Raises:
+        UserError: a worker was killed. What `function` raises is raised here, also that of a later item.
+    """
+    if num_workers <= 1:
+        yield from map(function, items)
+        return
+    # Not forked: a child would keep the threads' locks of whatever runs here, and files locked that this process locks.
+    spawn = multiprocessing.get_context("spawn")
+    asked, asking = spawn.Pipe(duplex=False)
+    with ProcessPoolExecutor(num_workers, spawn, _start, (function, asked)) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(_call, item))
+                if len(waiting) > 2 * num_workers:
+                    yield _first(waiting, tick)
+            while waiting:
+                yield _first(waiting, tick)
+        except BrokenProcessPool:
+            raise UserError(if_killed) from None
+        finally:
+            asking.close()
+            pool.shutdown(cancel_futures=True)
+            asked.close()
+
+
+def _first(waiting: deque[Future[Result]], tick: Callable[[], None]) -> Result:
+    """The result of the first one, unless another has failed by then."""
+    while True:
+        wait([waiting[0]], timeout=1)
+        tick()
+        for future in waiting:
+            if future.done() and (error := future.exception()):
+                raise error
+        if waiting[0].done():
+            return waiting.popleft().result()
+
+
+# ---- in a worker -------------------------------------------------------------------------------------------------
+
+_worker: dict[str, Any] = {}
+
+
+def _start(function: Callable[[Any], Any], asked: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and says so once
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker.update(function=function, asked=asked)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    return _worker["function"](item)
+
+
+def given_up() -> bool:
+    """Whether the parent wants no result any more: what works long on one item asks now and then, and raises."""
+    return bool(_worker) and bool(_worker["asked"].poll())
