@@ -284,7 +284,7 @@ def fill_mask_examples(
         begin = [] if layout.begin_id is None else [layout.begin_id]
         inputs = torch.tensor([[*begin, *text, layout.end_id]], device=device)
         with torch.no_grad():
-            logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0, len(begin) + place]
+            logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs))[0][0, len(begin) + place]
         best = tokenizer.convert_ids_to_tokens(logits.topk(3).indices.tolist())
         right = tokenizer.convert_ids_to_tokens(answer)
         found.append(f"{tokenizer.decode(text)} → {', '.join(best)} (the text has {right})")

@@ -83,7 +83,8 @@ def pretraining_card(
         options_yaml: the options that repeat it.
         model_dir: folder with model and tokenizer.
     """
-    exports, models, rows, use = objective.EXPORTS, {}, {}, []
+    exports = [each for each in objective.EXPORTS if (model_dir / each.subfolder / "config.json").is_file()]
+    models, rows, use = {}, {}, []
     for export in exports:
         place = model_dir / export.subfolder
         model = getattr(transformers, export.auto).from_pretrained(place, local_files_only=True)
