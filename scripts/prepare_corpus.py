@@ -70,9 +70,10 @@ def build(options: Options) -> None:
     given["--output_dir"] = options.output_dir
     if missing := [name for name, value in given.items() if not value]:
         raise UserError(f"{missing[0]} is missing (or give --inspect STORE)")
-    from lmscripts.data.preparation import Source, find_tokenizer, prepare_store
+    from lmscripts.data.preparation import Source, prepare_store
     from lmscripts.text.records import corpus_table
     from lmscripts.text.report import TextReport
+    from lmscripts.tokenizer.encoder import find_tokenizer
 
     source = Source(
         input_files=options.input_file,
@@ -143,10 +144,9 @@ def print_parts(store: TokenStore) -> None:
 
 def inspect(folder: Path) -> None:
     """Print counts and some text of a store and check every hash."""
-    from transformers import AutoTokenizer
-
     from lmscripts.data.token_store import open_store, verify_store
-    from lmscripts.tokenizer.lossless import readable_pieces
+    from lmscripts.tokenizer.encoder import load_tokenizer
+    from lmscripts.tokenizer.report import readable_pieces
 
     store = open_store(folder)
     manifest = store.manifest
@@ -154,7 +154,7 @@ def inspect(folder: Path) -> None:
     print(f"tokenizer    {manifest['tokenizer']['fingerprint'][:16]}, {manifest['tokenizer']['description']}")
     print(f"source       {manifest['source']['fingerprint'][:16]}, {len(manifest['source']['files'])} files")
     print_parts(store)
-    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
+    tokenizer = load_tokenizer(store.tokenizer_dir)
     part = store.part("train")
     print("\nthe first tokens of a few documents, | before each word:")
     for document in sorted({0, part.num_documents // 2, part.num_documents - 1}):

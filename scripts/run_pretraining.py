@@ -254,7 +254,8 @@ def ask_phases(options: Options, settings: Any) -> list[PhaseSettings]:
 
 def open_stores(options: Options) -> dict[str, TokenStore]:
     """Token stores by the name that was given, or the one that is made of text."""
-    from lmscripts.data.preparation import Source, find_tokenizer
+    from lmscripts.data.preparation import Source
+    from lmscripts.tokenizer.encoder import find_tokenizer
     from lmscripts.training import plan
 
     if bool(options.dataset_dir) == bool(options.input_file):
@@ -287,10 +288,10 @@ def run(options: Options, further: Further) -> None:
     import torch
     from transformers import AutoTokenizer, logging
 
-    from lmscripts.data.preparation import check_tokenizer
     from lmscripts.data.steps import Prefetcher, to_device
     from lmscripts.evaluation.sums import evaluate
     from lmscripts.models import building, families
+    from lmscripts.tokenizer.folder import check_tokenizer
     from lmscripts.training import average, card, folder, log, optim, plan, processes, resume
 
     # ---- processes and data

@@ -13,6 +13,9 @@ With --extend_tokenizer_dir new words take the place of the unused tokens of a t
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import shlex
 import time
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.options.checks import check_numbers
 from lmscripts.options.language_pretraining import TOKENIZER
 from lmscripts.options.parsing import option, parse_options_with_origin
 
@@ -35,6 +39,10 @@ if TYPE_CHECKING:
 EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
 IMPORTING = ("from_sentencepiece", "input_file", "document_format", "text_column", "model_max_length", *EXTENDING[2:])
 IMPORTING += ("delimiter", "quotes", "input_format")
+# What does not decide the tokenizer that is trained.
+ELSEWHERE = ("input_file", "model_dir", "overwrite", "intermediate_dir", "num_files", "num_workers")
+ELSEWHERE += ("extend_tokenizer_dir", "new_words_file", "from_sentencepiece")
+CAUSAL_DEFAULTS = {"tokenizer_type": "unigram", "word_tokenizer": "none", "normalization": "none"}
 CHECKED_LINES = 2_000
 MEASURED_LINES = 20_000
 
@@ -95,6 +103,86 @@ class Options:
     from_sentencepiece: str = option("", help="model of sentencepiece to take over instead of training", group="import")
 
 
+# ---- what the options mean together ----
+
+
+def refuse(origins: dict[str, str], why: str, *names: str) -> None:
+    """Refuse options that were given although they would change nothing."""
+    for name in names:
+        if origins[name] != "default":
+            raise UserError(f"--{name} has no effect {why}; leave it out")
+
+
+def refuse_useless(options: Options, origins: dict[str, str], paths: Sequence[Path]) -> None:
+    """Refuse what the other options, or the formats of the text, leave without effect."""
+    from lmscripts.text.corpus import is_plain
+
+    for analyser in ("mecab", "sudachi"):
+        if options.word_tokenizer != analyser:
+            names = [name for name in origins if name.startswith(f"{analyser}_")]
+            refuse(origins, f"with --word_tokenizer {options.word_tokenizer}", *names)
+    # The defaults themselves are let through: older command lines give them with every type.
+    for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
+        if options.tokenizer_type == kind and getattr(options, name) != getattr(Options, name):
+            refuse(origins, f"with --tokenizer_type {kind}", name)
+    plain = [is_plain(str(path), options.input_format or "") for path in paths]
+    if all(plain):
+        refuse(origins, "where all input is plain text", "text_column", "delimiter", "quotes", "on_bad_line")
+    if not any(plain):
+        refuse(origins, "where no input is plain text", "document_format")
+
+
+def vocabulary_of(options: Options) -> VocabularySettings:
+    """What the vocabulary is to be."""
+    from lmscripts.tokenizer.training import VocabularySettings
+
+    not_negative = ("num_unused_tokens", "pad_vocab_to_multiple_of", "num_files", "num_workers")
+    positive = ("min_frequency", "limit_alphabet", "model_max_length")
+    check_numbers(vars(options), positive=positive, not_negative=not_negative)
+    settings = VocabularySettings(
+        size=options.vocab_size,
+        min_frequency=options.min_frequency,
+        limit_alphabet=options.limit_alphabet,
+        num_unused=options.num_unused_tokens,
+        multiple=options.pad_vocab_to_multiple_of,
+        causal=options.objective == "causal",
+    )
+    settings.room()
+    return settings
+
+
+def words_of(options: Options) -> WordTokenizer:
+    """How lines are cut into words; tried once here, so that a missing dictionary is known at once."""
+    from lmscripts.text.words import WordTokenizer, make_segmenter
+    from lmscripts.tokenizer.folder import check_combination
+
+    words = WordTokenizer(
+        kind=options.word_tokenizer,
+        dictionary=options.mecab_dic,
+        option=options.mecab_option,
+        sudachi_split_mode=options.sudachi_split_mode,
+        sudachi_dictionary=options.sudachi_dict,
+        normalization=options.normalization,
+    )
+    check_combination(options.tokenizer_type, words, causal=options.objective == "causal")
+    make_segmenter(words)
+    return words
+
+
+def request_of(options: Options, source: str, words: WordTokenizer) -> str:
+    """Hash of all that decides the tokenizer: text, options, dictionary and libraries, not folders or processes."""
+    from lmscripts.tokenizer.folder import library_versions
+
+    chosen = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    if options.objective == "masked":
+        del chosen["objective"]  # so that tokenizers of earlier versions are known again
+    for name in ("delimiter", "quotes", "input_format"):  # likewise
+        if chosen[name] == getattr(Options, name):
+            del chosen[name]
+    facts = [source, chosen, words.description(), library_versions(words)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 # ---- the steps ----
 
 
@@ -150,15 +238,11 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path],
 
 def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
     """Train the vocabulary and say where it differs from what was asked for."""
-    from lmscripts.tokenizer.lossless import train_causal
     from lmscripts.tokenizer.training import train_vocabulary
 
     started = time.monotonic()
     files = [task.text_file for task in tasks]
-    if options.objective == "causal":
-        trained = train_causal(options.tokenizer_type, files, settings)
-    else:
-        trained = train_vocabulary(options.tokenizer_type, files, settings, segmented=tasks[0].segmented)
+    trained = train_vocabulary(options.tokenizer_type, files, settings, segmented=tasks[0].segmented)
     print(f"trained {len(trained.pieces):,} entries ({options.tokenizer_type}) in {time.monotonic() - started:.1f} s")
     print("".join(f"{sentence}\n" for sentence in trained.remarks(settings)), end="", flush=True)
     return trained
@@ -168,8 +252,13 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, 
     """Compare the fast path with AutoTokenizer on a sample, and print and write the tokenizer report."""
     from lmscripts.tokenizer.encoder import load_encoder
     from lmscripts.tokenizer.folder import REPORT_FILE, write_json
-    from lmscripts.tokenizer.lossless import DIFFICULT_LINES, check_lossless
-    from lmscripts.tokenizer.report import check_encoder, report_table, tokenizer_report
+    from lmscripts.tokenizer.report import (
+        DIFFICULT_LINES,
+        check_encoder,
+        check_lossless,
+        report_table,
+        tokenizer_report,
+    )
 
     encoder = load_encoder(folder)
     step = max(1, len(lines) // CHECKED_LINES)
@@ -201,7 +290,6 @@ def main() -> None:
 
 def extend(options: Options, origins: dict[str, str]) -> None:
     """Write a copy of a tokenizer in which new words stand where unused tokens stood."""
-    from lmscripts.tokenizer.choices import refuse
     from lmscripts.tokenizer.extension import plan_extension, write_extension
     from lmscripts.tokenizer.folder import read_record, replaced_folder
 
@@ -221,7 +309,6 @@ def extend(options: Options, origins: dict[str, str]) -> None:
 def take_over(options: Options, origins: dict[str, str]) -> None:
     """Write the folder of a model of sentencepiece that was made elsewhere."""
     from lmscripts.text.corpus import find_files, spread_sample
-    from lmscripts.tokenizer.choices import refuse
     from lmscripts.tokenizer.folder import replaced_folder
     from lmscripts.tokenizer.sentencepiece_import import import_sentencepiece
 
@@ -241,34 +328,21 @@ def run(options: Options, origins: dict[str, str]) -> None:
     """Train a tokenizer: everything after the options were read."""
     from lmscripts.text.corpus import find_files, plan_spans, source_fingerprint, spread_sample
     from lmscripts.text.report import TextReport
-    from lmscripts.tokenizer.choices import (
-        refuse_useless,
-        request_of,
-        vocabulary_settings,
-        with_defaults_of_objective,
-        word_settings,
-    )
-    from lmscripts.tokenizer.folder import (
-        check_target,
-        needs_words,
-        read_record,
-        replaced_folder,
-        splits_folder,
-        write_tokenizer,
-    )
-    from lmscripts.tokenizer.lossless import write_causal_tokenizer
-    from lmscripts.tokenizer.training_text import SplitTask
+    from lmscripts.tokenizer.folder import check_target, needs_words, read_record, replaced_folder, write_tokenizer
+    from lmscripts.tokenizer.training_text import SplitTask, splits_folder
 
     causal = options.objective == "causal"
-    options = with_defaults_of_objective(options, origins)
+    if causal:
+        changes = {name: value for name, value in CAUSAL_DEFAULTS.items() if origins[name] == "default"}
+        options = dataclasses.replace(options, **changes)
     if not options.input_file:
         raise UserError("missing --input_file (on the line or in the file of --config)")
     target = Path(options.model_dir)
-    settings = vocabulary_settings(options)
+    settings = vocabulary_of(options)
     report, table = TextReport(), table_of(options)
     paths = find_files(options.input_file, report)
     refuse_useless(options, origins, paths)
-    words = word_settings(options)
+    words = words_of(options)
     source = source_fingerprint(paths)
     request = request_of(options, source, words)
     if (read_record(target) or {}).get("request") == request:
@@ -280,20 +354,18 @@ def run(options: Options, origins: dict[str, str]) -> None:
     workers = options.num_workers or cpus or 1
     per_line = options.document_format == "line"
     spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line, input_format=table.format)
-    segmented = needs_words(options.tokenizer_type, words)
+    form = {"document_per_line": per_line, "keep_spaces": causal}
+    split = (source, words, needs_words(options.tokenizer_type, words), table, form)
     with splits_folder(target, options.intermediate_dir) as folder:
-        reading = (table, per_line, causal)
-        tasks = [SplitTask(i, tuple(part), folder, source, words, segmented, *reading) for i, part in enumerate(spans)]
+        tasks = [SplitTask(i, tuple(part), folder, *split) for i, part in enumerate(spans)]
         segment(tasks, workers, paths, report)
         trained = train(options, tasks, settings)
-    form = {"document_per_line": per_line, "keep_spaces": causal}
     lines = spread_sample(paths, MEASURED_LINES, table, **form)
     record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": settings.facts()}
     del record["text"]["examples"]  # names of files
-    length = options.model_max_length
+    made = {"causal": causal, "model_max_length": options.model_max_length, "record": record}
     with replaced_folder(target, options.overwrite) as aside:
-        write = write_causal_tokenizer if causal else write_tokenizer
-        write(aside, trained, options.tokenizer_type, words, model_max_length=length, record=record)
+        write_tokenizer(aside, trained, options.tokenizer_type, words, **made)
         check_and_measure(aside, lines, words, causal)
     inputs = shlex.join(["--input_file", *options.input_file, "--tokenizer_dir", str(target)])
     print(f"the tokenizer is in {target}; next:\n  python scripts/prepare_corpus.py {inputs} --output_dir store")

@@ -18,21 +18,18 @@ from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.text.words import WordTokenizer
 from lmscripts.tokenizer.encoder import load_encoder
-from lmscripts.tokenizer.lossless import (
-    CAUSAL_SPECIAL_TOKENS,
+from lmscripts.tokenizer.folder import fast_tokenizer, write_tokenizer
+from lmscripts.tokenizer.report import (
     DIFFICULT_LINES,
-    PRINTABLE_ASCII,
+    check_encoder,
     check_lossless,
-    fast_causal_tokenizer,
     keeps_line_feeds,
     readable_pieces,
-    train_causal,
-    write_causal_tokenizer,
 )
-from lmscripts.tokenizer.report import check_encoder
-from lmscripts.tokenizer.training import Trained, VocabularySettings
+from lmscripts.tokenizer.training import PRINTABLE_ASCII, Trained, VocabularySettings, train_vocabulary
 
 KINDS = ("unigram", "bpe")
+AS_IT_IS = WordTokenizer(kind="none", normalization="none")
 ARTICLES = SAMPLE / "articles.txt"
 
 
@@ -280,13 +277,16 @@ TEXTS = {
 
 
 def vocabulary_settings(size):
-    return VocabularySettings(size=size, special_tokens=CAUSAL_SPECIAL_TOKENS, multiple=0)
+    return VocabularySettings(size=size, causal=True, multiple=0)
+
+
+def train_causal(kind, files, settings):
+    return train_vocabulary(kind, files, settings, segmented=False)
 
 
 def encoder_of(folder, trained, kind):
-    words = WordTokenizer(kind="none", normalization="none")
     folder.mkdir()
-    write_causal_tokenizer(folder, trained, kind, words, model_max_length=512, record={})
+    write_tokenizer(folder, trained, kind, AS_IT_IS, causal=True, model_max_length=512, record={})
     return load_encoder(folder)
 
 
@@ -321,7 +321,7 @@ def test_characters_that_sentencepiece_left_out_have_entries(tmp_path, name, siz
     assert max(scores[character] for character in absent) <= min(several)
     assert min(scores.values()) > -100
     with_and_without = [
-        fast_causal_tokenizer(Trained(list(known), scores=list(known.values())), "unigram")
+        fast_tokenizer(Trained(list(known), scores=list(known.values())), "unigram", AS_IT_IS, causal=True)
         for known in (dict(zip(small.pieces, small.scores)), dict(zip(small.pieces[:270], small.scores[:270])) | used)
     ]
     for line in TEXTS[name].split("\n")[:100]:

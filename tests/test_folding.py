@@ -15,8 +15,8 @@ from lmscripts.data.folding import Folder, FoldSettings, special_tokens_around
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.alignment import Aligner, _only_places
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.tokenizer.lossless import CAUSAL_SPECIAL_TOKENS, train_causal, write_causal_tokenizer
-from lmscripts.tokenizer.training import VocabularySettings
+from lmscripts.tokenizer.folder import write_tokenizer
+from lmscripts.tokenizer.training import VocabularySettings, train_vocabulary
 
 
 def fold(encoder, texts, settings):
@@ -37,10 +37,10 @@ def make_causal(folder, kind):
     words = words_of("none", normalization="none")
     text = folder.with_suffix(".txt")
     text.write_text("".join(line + "\n" for line in sample_lines() + sample_lines("english.txt")), encoding="utf-8")
-    settings = VocabularySettings(size=2500, special_tokens=CAUSAL_SPECIAL_TOKENS)
-    trained = train_causal(kind, [text], settings)
+    settings = VocabularySettings(size=2500, causal=True)
+    trained = train_vocabulary(kind, [text], settings, segmented=False)
     folder.mkdir()
-    write_causal_tokenizer(folder, trained, kind, words, model_max_length=512, record={})
+    write_tokenizer(folder, trained, kind, words, causal=True, model_max_length=512, record={})
 
 
 def make_foreign(folder, kind):

@@ -6,7 +6,7 @@ import pytest
 from transformers.models.bert_japanese.tokenization_bert_japanese import MecabTokenizer, SudachiTokenizer
 
 from lmscripts.errors import UserError
-from lmscripts.text.words import WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
+from lmscripts.text.words import WordTokenizer, make_segmenter, numeral_run_finder
 
 SAMPLE = Path(__file__).parent.parent / "sample_data" / "articles.txt"
 HOSTILE = [
@@ -36,8 +36,8 @@ def test_mecab_words_are_those_of_transformers(dictionary, normalization):
 def test_mecab_dictionary_by_folder_and_options():
     ipadic = pytest.importorskip("ipadic")
     settings = WordTokenizer(dictionary=ipadic.DICDIR)
-    assert settings.mecab_kwargs()["mecab_dic"] is None
-    exact = MecabTokenizer(**settings.mecab_kwargs())
+    assert settings.analyser_kwargs()["mecab_dic"] is None
+    exact = MecabTokenizer(**settings.analyser_kwargs())
     by_name = MecabTokenizer(mecab_dic="ipadic")
     segment = make_segmenter(settings)
     assert all(segment(line) == exact.tokenize(line) == by_name.tokenize(line) for line in lines())
@@ -49,7 +49,7 @@ def test_mecab_dictionary_by_folder_and_options():
 def test_sudachi_words_are_those_of_transformers(mode):
     pytest.importorskip("sudachidict_small")
     settings = WordTokenizer("sudachi", sudachi_split_mode=mode, sudachi_dictionary="small")
-    segment, exact = make_segmenter(settings), SudachiTokenizer(**settings.sudachi_kwargs())
+    segment, exact = make_segmenter(settings), SudachiTokenizer(**settings.analyser_kwargs())
     for line in lines():
         if len(line.encode()) <= 49149:
             assert segment(line) == exact.tokenize(line), repr(line[:80])
@@ -104,9 +104,9 @@ def test_missing_dictionary_says_how_to_install_it(monkeypatch, tmp_path):
 
 def test_numeral_runs_of_ipadic():
     segment = make_segmenter(WordTokenizer())
-    words = segment("第3四半期連結会計期間末日満期手形")
-    assert numeral_runs(words) == ["四半期連結会計期間末日満期手形"]
-    assert numeral_runs(segment("第3四半期報告書は百貨店の一般管理費について述べる。")) == []
-    is_unknown = make_is_unknown(WordTokenizer())
-    assert is_unknown("四半期連結会計期間末日満期手形")
-    assert not is_unknown("万博記念公園")
+    numeral_runs = numeral_run_finder(WordTokenizer())
+    assert numeral_runs(" ".join(segment("第3四半期連結会計期間末日満期手形"))) == ["四半期連結会計期間末日満期手形"]
+    assert numeral_runs(" ".join(segment("第3四半期報告書は百貨店の一般管理費について述べる。"))) == []
+    assert segment("九州芸術工科大学") == ["九州芸術工科大学"]  # an entry of the dictionary
+    assert numeral_runs("九州芸術工科大学 と 四半期連結会計期間末日満期手形") == ["四半期連結会計期間末日満期手形"]
+    assert numeral_run_finder(WordTokenizer(kind="none"))("四半期連結会計期間末日満期手形") == []

@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 from lmscripts.errors import UserError
 from lmscripts.tokenizer import sentencepiece_import
 from lmscripts.tokenizer.encoder import load_encoder
-from lmscripts.tokenizer.lossless import DIFFICULT_LINES, keeps_line_feeds
-from lmscripts.tokenizer.report import check_encoder
+from lmscripts.tokenizer.report import DIFFICULT_LINES, check_encoder, keeps_line_feeds
 from lmscripts.tokenizer.sentencepiece_import import import_sentencepiece
 
 NAMES = ("articles.txt", "finnish.txt", "english.txt")

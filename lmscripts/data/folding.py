@@ -26,14 +26,10 @@ from numpy.typing import NDArray
 
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.alignment import SPACE, Aligner, Flags, Ints, code_points, fallback_bytes, starts_by_offsets
-from lmscripts.tokenizer.encoder import Encoder
+from lmscripts.tokenizer.encoder import UNSPACED, Encoder
 
-# Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
 _UNSPACED = np.zeros(0x110000, np.bool_)
-for _first, _last in (
-    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3001, 0x30FF), (0x3400, 0x9FFF)),
-    *((0xF900, 0xFAFF), (0xFF01, 0xFF9F), (0x20000, 0x3FFFF)),
-):
+for _first, _last in UNSPACED:
     _UNSPACED[_first : _last + 1] = True
 
 _PROBES = ("a", "x y", "東京")

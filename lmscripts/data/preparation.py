@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,51 +27,7 @@ from lmscripts.text.reading import format_of
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.tokenizer.folder import read_record
-from lmscripts.tokenizer.lossless import keeps_line_feeds
-
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-def find_tokenizer(name: str) -> Path:
-    """The folder of a tokenizer: the one that is named, or the files of a name on the Hub (its cache when offline).
-
-    Raises:
-        UserError: there is no such folder, and no tokenizer of that name.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir() or not HUB_NAME.fullmatch(name):
-        return folder  # who opens it says what is wrong with it
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_TOKENIZER_FILES)))
-    except Exception as error:  # the Hub client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
-
-
-def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
-    """Compare options that describe the tokenizer with the tokenizer there is.
-
-    Args:
-        tokenizer: from transformers.
-        wanted: tokenizer_type and mecab_dic as the user gave them; None is not checked.
-
-    Raises:
-        UserError: they differ.
-    """
-    settings = tokenizer.init_kwargs
-    kind = (read_record(Path(tokenizer.name_or_path)) or {}).get("tokenizer_type")  # of a tokenizer of ours
-    kind = kind or settings.get("subword_tokenizer_type")
-    if kind is None and tokenizer.is_fast:
-        kind = type(tokenizer.backend_tokenizer.model).__name__.lower()
-    found = {"tokenizer_type": "unigram" if kind == "sentencepiece" else kind}
-    found["mecab_dic"] = (settings.get("mecab_kwargs") or {}).get("mecab_dic")
-    for name, value in wanted.items():
-        if value is not None and value != found[name]:
-            raise UserError(f"--{name} is {value}, but the tokenizer says {found[name]}")
+from lmscripts.tokenizer.report import keeps_line_feeds
 
 
 @dataclass(frozen=True)
@@ -199,8 +154,6 @@ def prepare_store(
     Raises:
         UserError: another store or anything else is at `folder`, or the source is unusable.
     """
-    if not source.tokenizer_dir.is_dir():
-        raise UserError(f"{source.tokenizer_dir} is not a tokenizer folder; make one with train_tokenizer.py")
     described = describe_source(source)
     if folder.exists():
         store = open_store(folder, described.tokenizer["fingerprint"])

@@ -23,8 +23,8 @@ from lmscripts.errors import UserError
 from lmscripts.models.attention import AttentionPath, attention_paths, use_attention
 from lmscripts.models.pretrained import quiet_loading
 from lmscripts.tokenizer.encoder import Encoder
-from lmscripts.tokenizer.extension import segmentation_difference
 from lmscripts.tokenizer.folder import copy_tokenizer
+from lmscripts.tokenizer.identity import segmentation_difference
 
 # ---- isolation ---------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import Encoder
-from lmscripts.tokenizer.extension import segmentation_difference
 from lmscripts.tokenizer.folder import copy_tokenizer
+from lmscripts.tokenizer.identity import segmentation_difference
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json",

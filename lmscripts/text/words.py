@@ -7,6 +7,7 @@ Python object for each word; the lines for which that string does not show the w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import itertools
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,10 +32,16 @@ MECAB_DICTIONARIES = {
     "unidic": "pip install unidic && python -m unidic download",
 }
 SUDACHI_MAX_BYTES = 49149
+# What transformers takes where the settings of an analyser are silent.
+MECAB_DEFAULTS: dict[str, Any] = {"mecab_dic": "unidic_lite", "mecab_option": None, "normalize_text": True}
+SUDACHI_DEFAULTS: dict[str, Any] = {
+    **{"sudachi_split_mode": "A", "sudachi_dict_type": "core", "normalize_text": True, "trim_whitespace": False},
+    **{"sudachi_projection": None, "sudachi_config_path": None, "sudachi_resource_dir": None},
+}
 
 # In the wakati string a word with white space looks like two, trailing white space is lost, and MeCab stops at NUL.
 _INEXACT = re.compile(r"[\s\x00]")
-_NUMERAL_RUN = re.compile(r"[0-9]*[〇一二三四五六七八九十百千万億兆][一-鿿々]{6,}")
+_NUMERAL_RUN = re.compile(r"(?<![^ ])[0-9]*[〇一二三四五六七八九十百千万億兆][一-鿿々]{6,}(?![^ ])")
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,12 @@ class WordTokenizer:
     sudachi_dictionary: Literal["small", "core", "full"] = "core"
     normalization: Literal["nfkc", "none"] = "nfkc"
 
-    def mecab_kwargs(self) -> dict[str, Any]:
-        """The `mecab_kwargs` of `BertJapaneseTokenizer` that mean the same."""
+    def analyser_kwargs(self) -> dict[str, Any]:
+        """The `mecab_kwargs` or `sudachi_kwargs` of `BertJapaneseTokenizer` that mean the same."""
         normalize = {} if self.normalization == "nfkc" else {"normalize_text": False}
+        if self.kind == "sudachi":
+            chosen = {"sudachi_split_mode": self.sudachi_split_mode, "sudachi_dict_type": self.sudachi_dictionary}
+            return {**chosen, "trim_whitespace": True, **normalize}  # white space is no word
         option = {"mecab_option": self.option} if self.option else {}
         if self.dictionary in MECAB_DICTIONARIES:
             return {"mecab_dic": self.dictionary, **option, **normalize}
@@ -69,23 +79,13 @@ class WordTokenizer:
         place = f'-d "{folder}" -r "{settings_file if settings_file.exists() else "/dev/null"}"'
         return {"mecab_dic": None, "mecab_option": f"{place} {self.option}".strip(), **normalize}
 
-    def sudachi_kwargs(self) -> dict[str, Any]:
-        """The `sudachi_kwargs` of `BertJapaneseTokenizer` that mean the same."""
-        normalize = {} if self.normalization == "nfkc" else {"normalize_text": False}
-        return {
-            "sudachi_split_mode": self.sudachi_split_mode,
-            "sudachi_dict_type": self.sudachi_dictionary,
-            "trim_whitespace": True,  # white space is no word
-            **normalize,
-        }
-
     def description(self) -> dict[str, Any]:
         """Settings that matter for this kind, with the version of the dictionary, as plain values."""
         settings = asdict(self)
         used = {"mecab": ("dictionary", "option"), "sudachi": ("sudachi_split_mode", "sudachi_dictionary")}
         chosen = {name: settings[name] for name in ("kind", "normalization", *used.get(self.kind, ()))}
         if self.kind == "mecab":
-            chosen["dictionary_version"] = mecab_dictionary_version(self.mecab_kwargs())
+            chosen["dictionary_version"] = mecab_facts(self.analyser_kwargs())["dictionary_version"]
         if self.kind == "sudachi":
             chosen["dictionary_version"] = _version(f"sudachidict_{self.sudachi_dictionary}")
         return chosen
@@ -103,9 +103,9 @@ def make_segmenter(settings: WordTokenizer) -> Segmenter:
             raise UserError(f"the MeCab dictionary must be {known} or a folder, not {settings.dictionary!r}")
         if settings.option and not settings.option.startswith("-"):
             raise UserError(f'{settings.option!r} is no option of MeCab; give a settings file as "-r FILE"')
-        return mecab_segmenter(settings.mecab_kwargs())
+        return mecab_segmenter(settings.analyser_kwargs())
     if settings.kind == "sudachi":
-        return sudachi_segmenter(settings.sudachi_kwargs())
+        return sudachi_segmenter(settings.analyser_kwargs())
     normalize = _normalizer(settings.normalization == "nfkc")
     if settings.kind == "none":
         return lambda line: normalize(line).split()
@@ -116,7 +116,7 @@ def make_segmenter(settings: WordTokenizer) -> Segmenter:
 
 
 def _normalizer(nfkc: bool) -> Callable[[str], str]:
-    return (lambda line: unicodedata.normalize("NFKC", line)) if nfkc else (lambda line: line)
+    return functools.partial(unicodedata.normalize, "NFKC") if nfkc else str
 
 
 # ---- MeCab ----
@@ -128,35 +128,36 @@ def mecab_segmenter(mecab_kwargs: dict[str, Any]) -> Segmenter:
     Raises:
         UserError: fugashi or the dictionary is missing.
     """
-    tagger = _mecab_tagger(mecab_kwargs)
-    normalize = _normalizer(bool(mecab_kwargs.get("normalize_text", True)))
+    settings = MECAB_DEFAULTS | mecab_kwargs
+    tagger, normalize = _mecab_tagger(settings), _normalizer(settings["normalize_text"])
     parse, inexact = tagger.parse, _INEXACT.search
-
-    def words_of_nodes(line: str) -> list[str]:
-        return [word.surface for word in tagger(normalize(line))]
-
-    def words_of_string(line: str) -> list[str]:
-        text = normalize(line)
-        if inexact(text):
-            return [word.surface for word in tagger(text)]
-        words: list[str] = parse(text).split(" ")
-        return words if words != [""] else []
-
-    options = shlex.split(mecab_kwargs.get("mecab_option") or "")
-    switches = {word[:2] for word in options if word.startswith("-")}
+    switches = {word[:2] for word in shlex.split(settings["mecab_option"] or "") if word.startswith("-")}
     # Anything but dictionaries (output formats, n-best, ...) may change the string, never the nodes.
-    return words_of_string if switches <= {"-d", "-r", "-u"} else words_of_nodes
+    string_is_exact = switches <= {"-d", "-r", "-u"}
+
+    def segment(line: str) -> list[str]:
+        text = normalize(line)
+        if string_is_exact and not inexact(text):
+            words: list[str] = parse(text).split()
+            return words
+        return [word.surface for word in tagger(text)]
+
+    return segment
 
 
-def _mecab_tagger(mecab_kwargs: dict[str, Any]) -> Any:
+def _mecab_tagger(settings: dict[str, Any]) -> Any:
     try:
         import fugashi
     except ImportError as error:
         raise UserError("MeCab needs the package fugashi: pip install fugashi") from error
-    name = mecab_kwargs.get("mecab_dic", "unidic_lite")  # the default of transformers
-    option = mecab_kwargs.get("mecab_option") or ""
+    name, option = settings["mecab_dic"], settings["mecab_option"] or ""
     if name is not None:
-        folder = _dictionary_folder(name)
+        try:
+            folder = Path(importlib.import_module(name).DICDIR)
+        except ImportError as error:
+            raise UserError(f"the MeCab dictionary {name} is not installed: {MECAB_DICTIONARIES[name]}") from error
+        if not folder.is_dir():
+            raise UserError(f"the MeCab dictionary {name} has not been downloaded: {MECAB_DICTIONARIES[name]}")
         option = f'-d "{folder}" -r "{folder / "mecabrc"}" {option}'
     try:
         return fugashi.GenericTagger(f"{option} -Owakati")
@@ -167,33 +168,28 @@ def _mecab_tagger(mecab_kwargs: dict[str, Any]) -> Any:
         ) from error
 
 
-def _dictionary_folder(name: str) -> Path:
-    if name not in MECAB_DICTIONARIES:
-        known = ", ".join(MECAB_DICTIONARIES)
-        raise UserError(f"the MeCab dictionary {name!r} is not one of {known}")
-    try:
-        folder = Path(importlib.import_module(name).DICDIR)
-    except ImportError as error:
-        raise UserError(f"the MeCab dictionary {name} is not installed: {MECAB_DICTIONARIES[name]}") from error
-    if not folder.is_dir():
-        raise UserError(f"the MeCab dictionary {name} has not been downloaded: {MECAB_DICTIONARIES[name]}")
-    return folder
+def mecab_facts(mecab_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are in effect and the dictionary's version; of a dictionary in a folder not its place.
+
+    The version is that of the dictionary's package; for a folder, a hash that changes with its content.
+    """
+    facts = MECAB_DEFAULTS | mecab_kwargs
+    option = facts["mecab_option"] or ""
+    if facts["mecab_dic"] is not None:
+        version = _version(facts["mecab_dic"])
+    else:
+        folders = [word for switch, word in itertools.pairwise(shlex.split(option)) if switch == "-d"]
+        version = _dictionary_hash(Path(folders[-1], "sys.dic")) if folders else "unknown"
+        option = re.sub(r"""-[dr]\s*("[^"]*"|'[^']*'|\S+)\s*""", "", option)
+    return facts | {"mecab_option": option, "dictionary_version": version}
 
 
-def mecab_dictionary_version(mecab_kwargs: dict[str, Any]) -> str:
-    """Version of the dictionary's package; for a folder, a hash that changes with its content."""
-    name = mecab_kwargs.get("mecab_dic", "unidic_lite")
-    if name is not None:
-        return _version(name)
-    words = shlex.split(mecab_kwargs.get("mecab_option") or "")
-    folders = [word for switch, word in itertools.pairwise(words) if switch == "-d"]
-    system = Path(folders[-1], "sys.dic") if folders else None
-    if system is None or not system.is_file():
+def _dictionary_hash(system: Path) -> str:
+    if not system.is_file():
         return "unknown"
-    digest = hashlib.sha256(str(system.stat().st_size).encode())
     with system.open("rb") as file:
-        digest.update(file.read(1 << 20))
-    return f"sys.dic {digest.hexdigest()[:16]}"
+        content = str(system.stat().st_size).encode() + file.read(1 << 20)
+    return f"sys.dic {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _version(package: str) -> str:
@@ -214,25 +210,25 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
     Raises:
         UserError: SudachiPy or the dictionary is missing.
     """
-    mode, dictionary = sudachi_kwargs.get("sudachi_split_mode", "A"), sudachi_kwargs.get("sudachi_dict_type", "core")
+    settings = SUDACHI_DEFAULTS | sudachi_kwargs
+    dictionary, trim = settings["sudachi_dict_type"], settings["trim_whitespace"]
+    normalize = _normalizer(settings["normalize_text"])
     try:
         from sudachipy import dictionary as sudachi_dictionary
         from sudachipy import tokenizer as sudachi_tokenizer
 
-        split_mode = getattr(sudachi_tokenizer.Tokenizer.SplitMode, mode)
         loaded = sudachi_dictionary.Dictionary(
-            config_path=sudachi_kwargs.get("sudachi_config_path"),
-            resource_dir=sudachi_kwargs.get("sudachi_resource_dir"),
+            config_path=settings["sudachi_config_path"],
+            resource_dir=settings["sudachi_resource_dir"],
             dict=dictionary,
         )
         make = getattr(loaded, "tokenizer", loaded.create)  # `create` is the older name
-        tagger = make(split_mode, projection=sudachi_kwargs.get("sudachi_projection"))
+        split_mode = getattr(sudachi_tokenizer.Tokenizer.SplitMode, settings["sudachi_split_mode"])
+        tagger = make(split_mode, projection=settings["sudachi_projection"])
     except ImportError as error:
         raise UserError(
             f"Sudachi needs SudachiPy and the dictionary {dictionary}: pip install SudachiPy sudachidict_{dictionary}"
         ) from error
-    normalize = _normalizer(bool(sudachi_kwargs.get("normalize_text", True)))
-    trim = bool(sudachi_kwargs.get("trim_whitespace", False))
 
     def segment(line: str) -> list[str]:
         text = normalize(line)
@@ -245,21 +241,18 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
 # ---- a known fault of ipadic ----
 
 
-def numeral_runs(words: Iterable[str]) -> list[str]:
-    """Words that look like a known fault of ipadic: a kanji numeral with a run of seven or more kanji in one word.
+def numeral_run_finder(settings: WordTokenizer) -> Callable[[str], list[str]]:
+    """A function that finds, among words joined by spaces, those of a known fault of ipadic.
 
     ipadic takes 四 in 第3四半期連結会計期間末日満期手形 for the start of an unknown number and gives the whole run
-    as one word, depending on what follows. Real words of that shape exist: `make_is_unknown` tells them apart.
+    as one word, depending on what follows. Real words of that shape exist: these are entries of the dictionary.
     """
-    return [word for word in words if _NUMERAL_RUN.fullmatch(word)]
+    if settings.kind != "mecab" or settings.dictionary != "ipadic":
+        return lambda words: []
+    tagger = _mecab_tagger(MECAB_DEFAULTS | settings.analyser_kwargs())
 
-
-def make_is_unknown(settings: WordTokenizer) -> Callable[[str], bool]:
-    """A function that says whether MeCab's dictionary lacks a word (the word is no entry of its own)."""
-    tagger = _mecab_tagger(settings.mecab_kwargs())
-
-    def is_unknown(word: str) -> bool:
+    def is_entry(word: str) -> bool:
         nodes = list(tagger(word))
-        return len(nodes) != 1 or bool(nodes[0].is_unk)
+        return len(nodes) == 1 and not nodes[0].is_unk
 
-    return is_unknown
+    return lambda words: [word for word in _NUMERAL_RUN.findall(words) if not is_entry(word)]

@@ -9,14 +9,14 @@ ours, tokens that swallow their neighbours' spaces) the places are near ones, an
 from __future__ import annotations
 
 import itertools
-import re
 import unicodedata
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscripts.text.words import MECAB_DICTIONARIES, Segmenter, mecab_segmenter, sudachi_segmenter
+from lmscripts.tokenizer.encoder import added_tokens, own_segmenter
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -70,9 +70,12 @@ class Aligner:
     def __init__(self, tokenizer: Any) -> None:
         self.pieces = {number: _bare(piece) for piece, number in tokenizer.get_vocab().items()}
         self.unknown: int | None = tokenizer.unk_token_id
-        self.segment, self.normalize = _analyser(tokenizer)
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.added = re.compile(f"({'|'.join(map(re.escape, added))})") if added else re.compile("(?!)()")
+        self.segment = own_segmenter(tokenizer)
+        self.normalize = False
+        if self.segment is not None:
+            arguments = getattr(tokenizer, f"{tokenizer.word_tokenizer_type}_kwargs") or {}
+            self.normalize = arguments.get("normalize_text", True)
+        self.added = added_tokens(tokenizer)
 
     def __call__(self, text: str, ids: NDArray[np.int32], words: Flags) -> tuple[Ints, bool]:
         """(start of each token in the text, whether it is exact)."""
@@ -165,33 +168,13 @@ def _only_places(text: str, runs: list[str]) -> list[int] | None:
     return places if end < last and places == [*reversed([*rightmost, 0])] else None
 
 
-class _Forms(dict[str, str]):
-    """Character -> its NFKC form; filled on demand."""
-
-    def __missing__(self, character: str) -> str:
-        form = self[character] = unicodedata.normalize("NFKC", character)
-        return form
-
-
-_FORMS = _Forms()
+@cache
+def _form(character: str) -> str:
+    return unicodedata.normalize("NFKC", character)
 
 
 def _bare(piece: str) -> str:
     return piece[2:] if piece.startswith("##") and len(piece) > 2 else piece.replace("▁", "")
-
-
-def _analyser(tokenizer: Any) -> tuple[Segmenter | None, bool]:
-    """(words of a line as the encoder sees them, or None; whether NFKC comes first) of a slow tokenizer."""
-    if type(tokenizer).__name__ != "BertJapaneseTokenizer" or not tokenizer.do_word_tokenize:
-        return None, False
-    if tokenizer.word_tokenizer_type == "mecab":
-        arguments = tokenizer.mecab_kwargs or {}
-        known = arguments.get("mecab_dic") in (*MECAB_DICTIONARIES, None)
-        return mecab_segmenter(arguments) if known else None, arguments.get("normalize_text", True)
-    if tokenizer.word_tokenizer_type == "sudachi":
-        arguments = tokenizer.sudachi_kwargs or {}
-        return sudachi_segmenter(arguments), arguments.get("normalize_text", True)
-    return None, False
 
 
 def _origins(text: str, normal: str) -> Ints | None:
@@ -202,7 +185,7 @@ def _origins(text: str, normal: str) -> Ints | None:
     if text == normal:
         return np.arange(len(text) + 1)
     groups: list[str] = list(text)
-    forms = list(map(_FORMS.__getitem__, text))
+    forms = list(map(_form, text))
     if "".join(forms) != normal:
         groups = []
         for character in text:

@@ -15,7 +15,7 @@ Word starts, which whole-word masking needs, are
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -28,23 +28,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordPiece
 
 from lmscripts.errors import UserError
-from lmscripts.text.words import (
-    MECAB_DICTIONARIES,
-    Segmenter,
-    mecab_dictionary_version,
-    mecab_segmenter,
-    sudachi_segmenter,
-)
+from lmscripts.text.words import MECAB_DEFAULTS, Segmenter, mecab_segmenter, sudachi_segmenter
+from lmscripts.tokenizer.identity import fingerprint, is_bert_japanese
 
 MAX_CACHED_WORDS = 1_000_000
 # Entries that no text gives, kept free for later words.
 UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
-# Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
-)
+# Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
+UNSPACED = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3001, 0x30FF), (0x3400, 0x9FFF)]
+UNSPACED += [(0xF900, 0xFAFF), (0xFF01, 0xFF9F), (0x20000, 0x3FFFF)]
+_UNSPACED = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED) + "]")
 _UNSPACED_BYTES = frozenset(f"<0x{byte:02X}>" for byte in (*range(0xE3, 0xEA), 0xF0))
 _LINE_CONTROLS = frozenset("\t\n\r") | {"<0x09>", "<0x0A>", "<0x0D>"}
 
@@ -78,7 +74,6 @@ class Encoder:
         pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id: ids, None where the tokenizer has no such token.
         special_ids: sorted ids of all special tokens.
         reserved_ids: sorted ids of `[unusedN]` entries, which no text gives.
-        num_reserved: their number.
         fingerprint: hex sha256 of vocabulary and settings, whatever the folder's place.
         description: one line for people.
     """
@@ -98,10 +93,10 @@ class Encoder:
         self.special_ids: tuple[int, ...] = tuple(sorted(set(tokenizer.all_special_ids)))
         reserved = {number for piece, number in vocabulary.items() if UNUSED.fullmatch(piece)}
         self.reserved_ids = tuple(sorted(reserved - set(self.special_ids)))
-        self.num_reserved = len(self.reserved_ids)
-        self.fingerprint = _fingerprint(tokenizer, vocabulary)
+        self.fingerprint = fingerprint(tokenizer)
         self.description = f"{_kind(tokenizer)}, {self.vocab_size:,} entries, fingerprint {self.fingerprint[:16]}"
-        self._encode = _choose_way(tokenizer, vocabulary)
+        way = _JapaneseWay if is_bert_japanese(tokenizer) else _fast_way if tokenizer.is_fast else _slow_way
+        self._encode: Callable[[Sequence[str]], Encoded] = way(tokenizer)
 
     def encode(self, lines: Sequence[str]) -> Encoded:
         """Ids and word starts of every line; no [CLS], [SEP] or the like is added."""
@@ -111,26 +106,68 @@ class Encoder:
         return load_encoder, (str(self.folder),)
 
 
-def load_encoder(tokenizer_dir: str | Path) -> Encoder:
-    """Load a tokenizer folder: ours, or any that `AutoTokenizer` loads from a local folder.
+def _kind(tokenizer: Any) -> str:
+    kind = type(tokenizer).__name__
+    if is_bert_japanese(tokenizer):
+        words = tokenizer.word_tokenizer_type if tokenizer.do_word_tokenize else "no words"
+        if words == "mecab":
+            words = f"mecab {(MECAB_DEFAULTS | (tokenizer.mecab_kwargs or {}))['mecab_dic'] or 'other dictionary'}"
+        return f"{kind} ({words}, {tokenizer.subword_tokenizer_type})"
+    return f"{kind} ({type(tokenizer.backend_tokenizer.model).__name__})" if tokenizer.is_fast else kind
+
+
+# ---- finding and loading ----
+
+# Any of them makes a folder, which may be a model's, one with a tokenizer; and all that is fetched for one.
+_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"]
+_FILES += ["spiece.model", "sentencepiece.bpe.model", "tokenizer.model"]
+_FETCHED = ("*.json", "*.txt", "*.model", "*.tiktoken")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def find_tokenizer(name: str) -> Path:
+    """The folder of a tokenizer: the one that is named, or the files of an OWNER/NAME on the Hub.
+
+    Raises:
+        UserError: there is no such folder, and no tokenizer of that name.
+    """
+    folder = Path(name).expanduser()
+    # Who opens a folder that is not there says what is wrong with it.
+    return folder if folder.is_dir() or not _HUB_NAME.fullmatch(name) else fetch_tokenizer(name)
+
+
+def fetch_tokenizer(name: str) -> Path:
+    """The files of a name on the Hub, in its cache, which is all that is searched when offline.
+
+    Raises:
+        UserError: there is no such name.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
+    except Exception as error:  # the Hub client raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer in a folder, which may be that of a model."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of transformers in a local folder, as anyone loads it.
 
     Raises:
         UserError: no such folder, or transformers cannot load it.
     """
-    folder = Path(tokenizer_dir)
-    if not folder.is_dir():
-        raise UserError(f"the tokenizer folder {folder} does not exist (seen from {Path.cwd()})")
-    return Encoder(folder, _auto_tokenizer(folder))
-
-
-def reload_tokenizer(encoder: Encoder) -> Any:
-    """The encoder's folder loaded afresh by transformers, as anyone else would load it."""
-    return _auto_tokenizer(encoder.folder)
-
-
-def _auto_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise UserError(
+            f"the tokenizer folder {folder} does not exist (seen from {Path.cwd()}); make one with train_tokenizer.py"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a foreign folder makes transformers raise
@@ -138,79 +175,34 @@ def _auto_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder} holds no tokenizer that AutoTokenizer can load ({reason})") from error
 
 
-def _kind(tokenizer: Any) -> str:
-    kind = type(tokenizer).__name__
-    if _is_bert_japanese(tokenizer):
-        words = tokenizer.word_tokenizer_type if tokenizer.do_word_tokenize else "no words"
-        if words == "mecab":
-            words = f"mecab {(tokenizer.mecab_kwargs or {}).get('mecab_dic', 'unidic_lite') or 'other dictionary'}"
-        return f"{kind} ({words}, {tokenizer.subword_tokenizer_type})"
-    return f"{kind} ({_model_type(tokenizer)})" if tokenizer.is_fast else kind
-
-
-def _is_bert_japanese(tokenizer: Any) -> bool:
-    return type(tokenizer).__name__ == "BertJapaneseTokenizer"
-
-
-def _model_type(tokenizer: Any) -> str:
-    return str(type(tokenizer.backend_tokenizer.model).__name__)
-
-
-# ---- fingerprint ----
-
-
-def _fingerprint(tokenizer: Any, vocabulary: dict[str, int]) -> str:
-    """Hash of what decides the ids; paths, versions of transformers and padding do not."""
-    facts: dict[str, Any] = {
-        "class": type(tokenizer).__name__,
-        "vocabulary": sorted(vocabulary.items(), key=lambda item: (item[1], item[0])),
-        "special": [tokenizer.pad_token_id, *tokenizer.all_special_ids],
-    }
-    if getattr(tokenizer, "split_special_tokens", False):
-        facts["special tokens are text"] = True
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        facts["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
-    else:
-        added = tokenizer.added_tokens_decoder
-        facts["added"] = [[number, repr(token)] for number, token in sorted(added.items())]
-    if _is_bert_japanese(tokenizer):
-        names = ("do_lower_case", "do_word_tokenize", "do_subword_tokenize", "word_tokenizer_type", "never_split")
-        facts["words"] = [getattr(tokenizer, name) for name in (*names, "subword_tokenizer_type", "sudachi_kwargs")]
-        facts["words"] += [tokenizer.jumanpp_kwargs, *_mecab_facts(tokenizer)]
-        if tokenizer.subword_tokenizer_type == "sentencepiece":
-            model = tokenizer.subword_tokenizer.sp_model.serialized_model_proto()
-            facts["sentencepiece"] = hashlib.sha256(model).hexdigest()
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
-
-
-def _mecab_facts(tokenizer: Any) -> list[Any]:
-    """The dictionary by name or content, and the options without the folder of the dictionary."""
-    if tokenizer.word_tokenizer_type != "mecab":
-        return []
-    arguments = tokenizer.mecab_kwargs or {}
-    name = arguments.get("mecab_dic", "unidic_lite")
-    option = arguments.get("mecab_option") or ""
-    if name is None:
-        option = re.sub(r"""-[dr]\s*("[^"]*"|'[^']*'|\S+)\s*""", "", option)
-    return [name, option, arguments.get("normalize_text", True), mecab_dictionary_version(arguments)]
+def load_encoder(tokenizer_dir: str | Path) -> Encoder:
+    """Load a tokenizer folder: ours, or any other; see `load_tokenizer`."""
+    return Encoder(Path(tokenizer_dir), load_tokenizer(Path(tokenizer_dir)))
 
 
 # ---- ways to encode ----
 
-Way = Callable[[Sequence[str]], Encoded]
+
+def own_segmenter(tokenizer: Any) -> Segmenter | None:
+    """The words of a tokenizer before it lower-cases them; None where it has none, or an analyser that is not ours."""
+    if is_bert_japanese(tokenizer) and tokenizer.do_word_tokenize:
+        if tokenizer.word_tokenizer_type == "mecab":
+            return mecab_segmenter(tokenizer.mecab_kwargs or {})
+        if tokenizer.word_tokenizer_type == "sudachi":
+            return sudachi_segmenter(tokenizer.sudachi_kwargs or {})
+    return None
 
 
-def _choose_way(tokenizer: Any, vocabulary: dict[str, int]) -> Way:
-    if _is_bert_japanese(tokenizer):
-        return _JapaneseWay(tokenizer)
-    if tokenizer.is_fast:
-        return _fast_way(tokenizer, vocabulary)
-    return _slow_way(tokenizer, vocabulary)
+def added_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What finds special and added tokens, as its only group, in a text; the longest first."""
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})")
 
 
-def _empty(lines: Sequence[str]) -> Encoded:
-    return Encoded(np.zeros(0, np.uint32), np.zeros(0, np.bool_), np.zeros(len(lines), np.int64))
+def _first_places(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where parts of these lengths begin, one behind the other; without the empty ones."""
+    places: NDArray[np.int64] = (np.cumsum(lengths) - lengths)[lengths > 0]
+    return places
 
 
 class _JapaneseWay:
@@ -218,40 +210,33 @@ class _JapaneseWay:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.segment = _segmenter_of(tokenizer)
+        self.segment = own_segmenter(tokenizer) or _their_segmenter(tokenizer)
         self.cache = _WordCache(tokenizer)
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.added = re.compile("|".join(map(re.escape, added))) if added else None
+        self.added = added_tokens(tokenizer)
 
     def __call__(self, lines: Sequence[str]) -> Encoded:
-        look_up, segment = self.cache.__getitem__, self.segment
-        find_added = self.added.search if self.added else lambda line: None
+        look_up, segment, find_added = self.cache.__getitem__, self.segment, self.added.search
         words: list[bytes] = []  # the ids of every word of all lines
         words_before = array("q", [0])
         for line in lines:
             words.extend(self._with_added(line) if find_added(line) else map(look_up, segment(line)))
             words_before.append(len(words))
-        if not words:
-            return _empty(lines)
         ids = np.frombuffer(b"".join(words), np.uint32)
         word_lengths = np.fromiter(map(len, words), np.int64, len(words)) // 4
-        word_ends = np.cumsum(word_lengths)
         starts = np.zeros(len(ids), np.bool_)
-        starts[(word_ends - word_lengths)[word_lengths > 0]] = True
-        tokens_before = np.concatenate([[0], word_ends])[np.frombuffer(words_before, np.int64)]
+        starts[_first_places(word_lengths)] = True
+        tokens_before = np.append(0, np.cumsum(word_lengths))[np.frombuffer(words_before, np.int64)]
         return Encoded(ids, starts, np.diff(tokens_before))
 
     def _with_added(self, line: str) -> list[bytes]:
         """Words of a line in which a special or added token stands; the tokenizer itself has the last word."""
-        assert self.added is not None
         added = self.tokenizer.get_added_vocab()
         words: list[bytes] = []
-        end = 0
-        for match in self.added.finditer(line):
-            words += map(self.cache.__getitem__, self.segment(line[end : match.start()]) if match.start() > end else [])
-            words.append(_as_bytes([added[match.group()]]))
-            end = match.end()
-        words += map(self.cache.__getitem__, self.segment(line[end:]) if end < len(line) else [])
+        for number, part in enumerate(self.added.split(line)):
+            if number % 2:
+                words.append(_as_bytes([added[part]]))
+            elif part:
+                words += map(self.cache.__getitem__, self.segment(part))
         exact = _as_bytes(self.tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"])
         # Tokens that take neighbouring spaces or want to stand alone: every token counts as a word then.
         return words if b"".join(words) == exact else [exact[place : place + 4] for place in range(0, len(exact), 4)]
@@ -261,17 +246,9 @@ def _as_bytes(ids: Sequence[int]) -> bytes:
     return np.array(ids, np.uint32).tobytes()
 
 
-def _segmenter_of(tokenizer: Any) -> Segmenter:
-    """Words before lower-casing; the analysers that we do not run ourselves are those of the tokenizer."""
+def _their_segmenter(tokenizer: Any) -> Segmenter:
     if not tokenizer.do_word_tokenize:
         return lambda line: [line]
-    if tokenizer.word_tokenizer_type == "mecab":
-        arguments = tokenizer.mecab_kwargs or {}
-        known = (*MECAB_DICTIONARIES, None)
-        if set(arguments) <= {"mecab_dic", "mecab_option", "normalize_text"} and arguments.get("mecab_dic") in known:
-            return mecab_segmenter(arguments)
-    if tokenizer.word_tokenizer_type == "sudachi":
-        return sudachi_segmenter(tokenizer.sudachi_kwargs or {})
     never_split = tokenizer.all_special_tokens
     words: Callable[..., list[str]] = tokenizer.word_tokenizer.tokenize
     return lambda line: words(line, never_split=never_split)
@@ -301,43 +278,31 @@ def _subwords_of(tokenizer: Any) -> Callable[[str], list[int]]:
     unknown = tokenizer.unk_token_id
     if tokenizer.do_subword_tokenize and tokenizer.subword_tokenizer_type == "wordpiece":
         limit = tokenizer.subword_tokenizer.max_input_chars_per_word
-        return lambda word: [number for part in word.split() for number in _wordpiece(part, vocabulary, unknown, limit)]
+        model = WordPiece(vocabulary, unk_token=tokenizer.unk_token, max_input_chars_per_word=limit)
+        return lambda word: [token.id for part in word.split() for token in model.tokenize(part)]
     if tokenizer.do_subword_tokenize and tokenizer.subword_tokenizer_type == "character":
         return lambda word: [vocabulary.get(character, unknown) for character in unicodedata.normalize("NFKC", word)]
     subwords = tokenizer.subword_tokenizer.tokenize if tokenizer.do_subword_tokenize else lambda word: [word]
     return lambda word: list(tokenizer.convert_tokens_to_ids(subwords(word)))
 
 
-def _wordpiece(word: str, vocabulary: dict[str, int], unknown: int, limit: int) -> list[int]:
-    """Greedy longest match first, as in BERT; a word that cannot be covered is one unknown token."""
-    length = len(word)
-    if length > limit:
-        return [unknown]
-    ids = []
-    start, prefix = 0, ""
-    while start < length:
-        for end in range(length, start, -1):
-            number = vocabulary.get(prefix + word[start:end])
-            if number is not None:
-                break
-        else:
-            return [unknown]
-        ids.append(number)
-        start, prefix = end, "##"
-    return ids
+def _flags(vocabulary: dict[str, int], is_flagged: Callable[[str], bool]) -> NDArray[np.bool_]:
+    """For every id whether its piece is flagged."""
+    flags = np.zeros(max(vocabulary.values(), default=0) + 1, np.bool_)
+    flags[[number for piece, number in vocabulary.items() if is_flagged(piece)]] = True
+    return flags
 
 
-def _fast_way(tokenizer: Any, vocabulary: dict[str, int]) -> Way:
-    backend = tokenizer.backend_tokenizer
+def _fast_way(tokenizer: Any) -> Callable[[Sequence[str]], Encoded]:
+    backend, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
     backend.no_truncation()
     backend.no_padding()
-    is_wordpiece = _model_type(tokenizer) == "WordPiece"
-    begins_word, is_control = (np.zeros(max(vocabulary.values(), default=0) + 1, np.bool_) for _ in range(2))
-    if not is_wordpiece:
-        begins_unspaced = _begins_unspaced(backend)
-        for piece, number in vocabulary.items():
-            is_control[number] = piece in _LINE_CONTROLS
-            begins_word[number] = piece.startswith(("▁", " ")) or is_control[number] or begins_unspaced(piece)
+    begins_unspaced = _begins_unspaced(backend)
+    if isinstance(backend.model, WordPiece):  # the pre-tokens alone are its words
+        is_control = begins_word = _flags(vocabulary, lambda piece: False)
+    else:
+        is_control = _flags(vocabulary, _LINE_CONTROLS.__contains__)
+        begins_word = is_control | _flags(vocabulary, lambda piece: piece[:1] in ("▁", " ") or begins_unspaced(piece))
     # Where nothing cuts a line before the model does, nobody has to ask each token for its word.
     added = tokenizer.added_tokens_decoder.values()
     cuts_added = any(not (token.special and tokenizer.split_special_tokens) for token in added)
@@ -348,8 +313,6 @@ def _fast_way(tokenizer: Any, vocabulary: dict[str, int]) -> Way:
         encodings = encode_batch(list(lines), add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         total = int(lengths.sum())
-        if not total:
-            return _empty(lines)
         ids = np.fromiter((number for encoding in encodings for number in encoding.ids), np.uint32, total)
         starts = begins_word[ids]
         if has_words:
@@ -357,7 +320,7 @@ def _fast_way(tokenizer: Any, vocabulary: dict[str, int]) -> Way:
             words = np.fromiter((-1 if number is None else number for number in pre_tokens), np.int64, total)
             starts[1:] |= (words[1:] != words[:-1]) | (words[1:] < 0)
         starts[1:] |= is_control[ids[:-1]]
-        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        starts[_first_places(lengths)] = True
         return Encoded(ids, starts, lengths)
 
     return encode
@@ -374,24 +337,21 @@ def _begins_unspaced(backend: Any) -> Callable[[str], bool]:
     return lambda piece: piece[:1] in tuple("ãäåæçèé") or bool(_UNSPACED.match(decode([piece])))
 
 
-def _slow_way(tokenizer: Any, vocabulary: dict[str, int]) -> Way:
-    continued = any(piece.startswith("##") for piece in vocabulary)
-    spaced = any(piece.startswith("▁") for piece in vocabulary)
-    begins_word = np.ones(max(vocabulary.values(), default=0) + 1, np.bool_)
-    for piece, number in vocabulary.items():
-        if continued:
-            begins_word[number] = not piece.startswith("##")
-        elif spaced:
-            begins_word[number] = piece.startswith("▁") or bool(_UNSPACED.match(piece))
+def _slow_way(tokenizer: Any) -> Callable[[Sequence[str]], Encoded]:
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if any(piece.startswith("##") for piece in vocabulary):
+        begins_word = _flags(vocabulary, lambda piece: not piece.startswith("##"))
+    elif any(piece.startswith("▁") for piece in vocabulary):
+        begins_word = _flags(vocabulary, lambda piece: piece.startswith("▁") or bool(_UNSPACED.match(piece)))
+    else:
+        begins_word = _flags(vocabulary, lambda piece: True)
 
     def encode(lines: Sequence[str]) -> Encoded:
         rows = [tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"] for line in lines]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        if not lengths.sum():
-            return _empty(lines)
-        ids = np.fromiter((number for row in rows for number in row), np.uint32, int(lengths.sum()))
+        ids = np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(lengths.sum()))
         starts = begins_word[ids]
-        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        starts[_first_places(lengths)] = True
         return Encoded(ids, starts, lengths)
 
     return encode

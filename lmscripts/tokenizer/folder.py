@@ -2,6 +2,11 @@
 
 Text that MeCab or Sudachi cuts goes to `BertJapaneseTokenizer` (vocab.txt or spiece.model); everything else to a
 fast tokenizer (tokenizer.json). `lmscripts_tokenizer.json` records how the vocabulary was made.
+
+Of a causal model's tokenizer nothing is normalised, so that it is lossless. `tokenizer(text)` puts <s> in front and
+nothing behind, so that a prompt begins as a document does. Text in which "<s>" or "</s>" stands literally is text, as
+is any other: `split_special_tokens` is on, the characters are encoded one by one, and no text can end a document by
+itself. Whoever wants the token gives its id.
 """
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +26,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lmscripts.errors import UserError, naming
 from lmscripts.files import new_folder
 from lmscripts.text.words import WordTokenizer
-from lmscripts.tokenizer.training import MAX_WORD_CHARACTERS, SPECIAL_TOKENS, TokenizerType, Trained
+from lmscripts.tokenizer.identity import model_kind
+from lmscripts.tokenizer.training import (
+    CAUSAL_SPECIAL_TOKENS,
+    MAX_WORD_CHARACTERS,
+    SPECIAL_TOKENS,
+    TokenizerType,
+    Trained,
+)
 
 RECORD_FILE = "lmscripts_tokenizer.json"
 REPORT_FILE = "tokenizer_report.json"
@@ -43,40 +54,36 @@ FOLDER_FILES = {
 }
 
 
-def check_combination(tokenizer_type: TokenizerType, words: WordTokenizer) -> None:
-    """Refuse what no tokenizer class of transformers does.
+def check_combination(tokenizer_type: TokenizerType, words: WordTokenizer, *, causal: bool = False) -> None:
+    """Refuse what no tokenizer class of transformers does, and for a causal model what loses text.
 
     Raises:
         UserError: with what to take instead.
     """
-    if not _is_japanese(words):
-        return
-    if tokenizer_type == "bpe":
+    if causal:
+        spaces = "white space" + (" and words with unknown characters" if tokenizer_type == "wordpiece" else "")
+        widths = "half and full width, U+3000, ligatures"
+        for option, kept, lost, instead in (
+            (f"tokenizer_type {tokenizer_type}", tokenizer_type in ("bpe", "unigram"), spaces, "bpe or unigram"),
+            (f"word_tokenizer {words.kind}", words.kind == "none", "the white space between words", "none"),
+            (f"normalization {words.normalization}", words.normalization == "none", widths, "none"),
+        ):
+            if not kept:
+                raise UserError(f"--{option} loses text ({lost}) that a causal model has to write: take {instead}")
+    if _is_japanese(words) and tokenizer_type == "bpe":
         raise UserError(
             f"transformers has no tokenizer that runs {words.kind} before byte-level BPE: take --tokenizer_type "
             "wordpiece or unigram, or --word_tokenizer none"
         )
-    if tokenizer_type == "character" and words.normalization == "none":
+    if _is_japanese(words) and tokenizer_type == "character" and words.normalization == "none":
         raise UserError(
             "the character tokenizer of transformers always normalises to NFKC: take --normalization nfkc, or "
             "--word_tokenizer none"
         )
 
 
-@contextmanager
-def splits_folder(model_dir: Path, intermediate_dir: str) -> Iterator[Path]:
-    """The folder for the segmented text: `intermediate_dir`, or one beside the tokenizer that is removed again."""
-    if intermediate_dir:
-        folder = Path(intermediate_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    model_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{model_dir.name}.words-", dir=model_dir.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _is_japanese(words: WordTokenizer) -> bool:
+    return words.kind in ("mecab", "sudachi")
 
 
 def needs_words(tokenizer_type: TokenizerType, words: WordTokenizer) -> bool:
@@ -90,6 +97,7 @@ def write_tokenizer(
     tokenizer_type: TokenizerType,
     words: WordTokenizer,
     *,
+    causal: bool = False,
     model_max_length: int,
     record: dict[str, Any],
 ) -> None:
@@ -100,45 +108,103 @@ def write_tokenizer(
         trained: the vocabulary.
         tokenizer_type: wordpiece, unigram, bpe or character.
         words: how text is cut into words before.
+        causal: for a causal model: lossless.
         model_max_length: tokens beyond which transformers warns.
         record: further facts for `lmscripts_tokenizer.json`.
     """
-    config: dict[str, Any] = {
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        "model_max_length": model_max_length,
-        "clean_up_tokenization_spaces": False,
-        **dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS)),
-    }
-    if _is_japanese(words):
-        config |= _japanese_config(tokenizer_type, words)
-        if tokenizer_type == "unigram":
-            assert trained.sentencepiece is not None
-            (folder / "spiece.model").write_bytes(trained.sentencepiece)
-        else:
-            text = "".join(f"{piece}\n" for piece in trained.pieces)
-            (folder / "vocab.txt").write_text(text, encoding="utf-8", newline="\n")
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    common = {"model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
+    config: dict[str, Any]
+    if causal:
+        tokens = zip(("pad_token", "unk_token", "bos_token", "eos_token"), CAUSAL_SPECIAL_TOKENS)
+        config = {**fast, "model_input_names": ["input_ids", "attention_mask"], **common}
+        config |= {"split_special_tokens": True, **dict(tokens)}
     else:
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        fast = fast_tokenizer(trained, tokenizer_type, words)
-        (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8", newline="\n")
+        tokens = zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS)
+        config = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **common, **dict(tokens)}
+        config |= _japanese_config(tokenizer_type, words) if _is_japanese(words) else fast
+    if "word_tokenizer_type" not in config:
+        made = fast_tokenizer(trained, tokenizer_type, words, causal=causal)
+        (folder / "tokenizer.json").write_text(made.to_str(pretty=True), encoding="utf-8", newline="\n")
+    elif tokenizer_type == "unigram":
+        assert trained.sentencepiece is not None
+        (folder / "spiece.model").write_bytes(trained.sentencepiece)
+    else:
+        text = "".join(f"{piece}\n" for piece in trained.pieces)
+        (folder / "vocab.txt").write_text(text, encoding="utf-8", newline="\n")
     write_json(folder / "tokenizer_config.json", config)
-    write_record(folder, trained, tokenizer_type, words, record)
-
-
-def write_record(
-    folder: Path, trained: Trained, tokenizer_type: TokenizerType, words: WordTokenizer, record: dict[str, Any]
-) -> None:
-    """Write `lmscripts_tokenizer.json`: how a vocabulary was made, with the further facts of `record`."""
     facts = {
         "tokenizer_type": tokenizer_type,
         "words": words.description(),
         "vocab_size": len(trained.pieces),
         "characters_kept": trained.num_characters,
         "characters_in_text": trained.num_text_characters,
+        **({"objective": "causal"} if causal else {}),
         **record,
         "versions": library_versions(words),
     }
     write_json(folder / RECORD_FILE, facts)
+
+
+def _japanese_config(tokenizer_type: TokenizerType, words: WordTokenizer) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "BertJapaneseTokenizer",
+        "do_lower_case": False,
+        "do_word_tokenize": True,
+        "do_subword_tokenize": True,
+        "word_tokenizer_type": words.kind,
+        "subword_tokenizer_type": "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type,
+        # Without explicit arguments transformers takes another dictionary than ipadic.
+        f"{words.kind}_kwargs": words.analyser_kwargs(),
+    }
+
+
+def fast_tokenizer(
+    trained: Trained, tokenizer_type: TokenizerType, words: WordTokenizer, *, causal: bool = False
+) -> Tokenizer:
+    """A tokenizer of the `tokenizers` library: normalisation, words, vocabulary, [CLS] A [SEP] (B [SEP]) or <s> A."""
+    ids = {piece: number for number, piece in enumerate(trained.pieces)}
+    separate = words.kind == "whitespace"
+    cut: Any = pre_tokenizers.BertPreTokenizer() if separate else pre_tokenizers.WhitespaceSplit()
+    decoder: Any
+    steps: list[Any] = [normalizers.NFKC()] if words.normalization == "nfkc" else []
+    if tokenizer_type == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
+        decoder = decoders.WordPiece(prefix="##", cleanup=separate)
+    elif tokenizer_type == "character":
+        # BPE without merges is the model that looks up every character and keeps track of the words.
+        tokenizer = Tokenizer(models.BPE(ids, [], unk_token="[UNK]", fuse_unk=False))
+        decoder = decoders.Fuse()
+    elif tokenizer_type == "bpe":
+        assert trained.merges is not None
+        tokenizer = Tokenizer(models.BPE(ids, trained.merges))
+        cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        decoder = decoders.ByteLevel()
+    else:
+        assert trained.scores is not None
+        scores = list(zip(trained.pieces, trained.scores))
+        tokenizer = Tokenizer(models.Unigram(scores, unk_id=1, byte_fallback=causal))
+        if causal:
+            cut = None  # a line is one lattice, in time linear in its length
+            decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        else:
+            # As BertJapaneseTokenizer does: the mark of a beginning stands before every word.
+            metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+            cut = pre_tokenizers.Sequence([cut, metaspace]) if separate else metaspace
+            decoder = decoders.Metaspace(prepend_scheme="always")
+            # What the training text went through: two back-quotes or apostrophes are a quotation mark.
+            steps.append(normalizers.Replace(Regex("``|''"), '"'))
+    special = CAUSAL_SPECIAL_TOKENS if causal else SPECIAL_TOKENS
+    around = ("<s> $A", "<s> $A $B") if causal else ("[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")
+    if not causal:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    if cut is not None:
+        tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    used = [(token, ids[token]) for token in special if token in ("<s>", "[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=around[0], pair=around[1], special_tokens=used)
+    return tokenizer
 
 
 def library_versions(words: WordTokenizer) -> dict[str, str]:
@@ -167,66 +233,7 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def _is_japanese(words: WordTokenizer) -> bool:
-    return words.kind in ("mecab", "sudachi")
-
-
-def _japanese_config(tokenizer_type: TokenizerType, words: WordTokenizer) -> dict[str, Any]:
-    subwords = "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type
-    # Without explicit arguments transformers takes another dictionary than ipadic.
-    arguments = words.mecab_kwargs() if words.kind == "mecab" else words.sudachi_kwargs()
-    return {
-        "tokenizer_class": "BertJapaneseTokenizer",
-        "do_lower_case": False,
-        "do_word_tokenize": True,
-        "do_subword_tokenize": True,
-        "word_tokenizer_type": words.kind,
-        "subword_tokenizer_type": subwords,
-        f"{words.kind}_kwargs": arguments,
-    }
-
-
-def fast_tokenizer(trained: Trained, tokenizer_type: TokenizerType, words: WordTokenizer) -> Tokenizer:
-    """A tokenizer of the `tokenizers` library: normalisation, words, vocabulary, [CLS] A [SEP] (B [SEP])."""
-    ids = {piece: number for number, piece in enumerate(trained.pieces)}
-    separate = words.kind == "whitespace"
-    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-    if tokenizer_type == "wordpiece":
-        tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if separate else pre_tokenizers.WhitespaceSplit()
-        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=separate)
-    elif tokenizer_type == "unigram":
-        assert trained.scores is not None
-        tokenizer = Tokenizer(models.Unigram(list(zip(trained.pieces, trained.scores)), unk_id=1, byte_fallback=False))
-        # As BertJapaneseTokenizer does: the mark of a beginning stands before every word.
-        each_word = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), metaspace])
-        tokenizer.pre_tokenizer = each_word if separate else metaspace
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    elif tokenizer_type == "bpe":
-        assert trained.merges is not None
-        tokenizer = Tokenizer(models.BPE(ids, trained.merges))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.decoder = decoders.ByteLevel()
-    else:
-        # BPE without merges is the model that looks up every character and keeps track of the words.
-        tokenizer = Tokenizer(models.BPE(ids, [], unk_token="[UNK]", fuse_unk=False))
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if separate else pre_tokenizers.WhitespaceSplit()
-        tokenizer.decoder = decoders.Fuse()
-    steps: list[Any] = [normalizers.NFKC()] if words.normalization == "nfkc" else []
-    if tokenizer_type == "unigram":
-        # What the training text went through: two back-quotes or apostrophes are a quotation mark.
-        steps.append(normalizers.Replace(Regex("``|''"), '"'))
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
-    )
-    return tokenizer
-
-
-# ---- putting it in place ----
+# ---- what is in a folder ----
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -236,6 +243,28 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
+    """Compare options that describe the tokenizer with the tokenizer there is.
+
+    Args:
+        tokenizer: from transformers.
+        wanted: tokenizer_type and mecab_dic as the user gave them; None is not checked.
+
+    Raises:
+        UserError: they differ.
+    """
+    kind = (read_record(Path(tokenizer.name_or_path)) or {}).get("tokenizer_type")  # of a tokenizer of ours
+    kind = kind or model_kind(tokenizer)
+    found = {"tokenizer_type": "unigram" if kind == "sentencepiece" else kind}
+    found["mecab_dic"] = (tokenizer.init_kwargs.get("mecab_kwargs") or {}).get("mecab_dic")
+    for name, value in wanted.items():
+        if value is not None and value != found[name]:
+            raise UserError(f"--{name} is {value}, but the tokenizer says {found[name]}")
+
+
+# ---- putting it in place ----
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

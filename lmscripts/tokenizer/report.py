@@ -1,16 +1,51 @@
-"""Whether a tokenizer folder gives the same ids everywhere, and how well it fits a text."""
+"""Whether a tokenizer folder gives the same ids everywhere and every text back, and how well it fits a text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from tokenizers import decoders, pre_tokenizers
 
 from lmscripts.errors import UserError
-from lmscripts.tokenizer.encoder import Encoder, reload_tokenizer
+from lmscripts.tokenizer.encoder import Encoder, load_tokenizer
+from lmscripts.tokenizer.training import BYTE_PIECES
+
+# Lines on which tokenizers of other makes lose text or differ from one another.
+DIFFICULT_LINES = (
+    "吾輩は猫である。名前はまだ無い。",
+    "The quick brown fox doesn't jump; 3.14 > 2.71?",
+    "",
+    " ",
+    "  two before, two  between, two behind  ",
+    "\ttab\tand\nline feed\r\nand return\r",
+    "ﾃﾞｰﾀﾍﾞｰｽのﾊﾟﾋﾟﾌﾟ、ｶﾞｷﾞｸﾞと半角ｶﾅ",
+    "ＡＢＣａｂｃ１２３！＠～〜＃全角",
+    "全角\u3000空白\u3000\u3000と\u00a0改行しない空白\u2009細い空白\u200b幅なし",
+    "は\u3099は\u309aか\u3099 e\u0301 a\u0323\u0302 X\u0301 結合文字",
+    "T\u0301\u0323 セ\u032e\u3099 a\u0316\u0301 o\u0301\u031b が\u0323 각\u11a8 \u1100\u1161 \u00e9\u0323 marks",
+    "①②㍿㌔㊤ｱﾞ ﬁ ½ ℃ … ― ‐ − – —",
+    "葛\U000e0100城 𠮷野家 𩸽 \U00020bb7\U0002a6d6 稀な漢字",
+    "👍🏽 👩‍👩‍👧‍👦 🇯🇵 ❤️ 🏳️‍🌈",
+    "▁ literal ▁▁mark▁ of ▁a space▁",
+    "<s> </s> <unk> <pad> [MASK] <0x0A> <0xE3><0x81> ##piece [unused0]",
+    "\ue000\uf8ff\U000f1234 private use, \u0301 alone, \ufeff inside, \ufffd replaced",
+    "한국어 조합형 \u1112\u1161\u11ab ไทย العربية हिन्दी Ελληνικάς İstanbul Straße ǅ",
+    "wwwwwwwwww ーーーーーーーー 。。。。。。 ああああああああ aaaaaaaaaaaaaaaaa",
+    "“quotes” ‘single’ `` '' „low“ «guillemets» 「かぎ」『二重』",
+    "a" * 300 + "漢" * 100,
+)
 
 _BATCH_LINES = 1000
+_LONE_BYTE = re.compile("[\udc80-\udcff]")
+
+
+def _batches(lines: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(lines), _BATCH_LINES):
+        yield list(lines[start : start + _BATCH_LINES])
 
 
 def check_encoder(encoder: Encoder, lines: Sequence[str]) -> None:
@@ -19,16 +54,99 @@ def check_encoder(encoder: Encoder, lines: Sequence[str]) -> None:
     Raises:
         UserError: it does not; names the first such line.
     """
-    tokenizer = reload_tokenizer(encoder)
-    for start in range(0, len(lines), _BATCH_LINES):
-        part = list(lines[start : start + _BATCH_LINES])
-        expected = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-        for line, ours, theirs in zip(part, encoder.encode(part).rows(), expected):
-            if ours.tolist() != list(theirs):
+    encode = partial(load_tokenizer(encoder.folder), add_special_tokens=False, verbose=False)
+    blame = f"the tokenizer in {encoder.folder} must not be used with this program: the fast path and AutoTokenizer"
+    check_ids(encoder, lines, lambda part: encode(part)["input_ids"], blame)
+
+
+def check_ids(
+    encoder: Encoder, lines: Sequence[str], ids_of: Callable[[list[str]], list[list[int]]], blame: str
+) -> None:
+    """Check that `encoder` gives every line the ids that `ids_of` gives a batch of lines.
+
+    Raises:
+        UserError: `blame`, the first line that differs and from where on it does.
+    """
+    for part in _batches(lines):
+        for line, row, theirs in zip(part, encoder.encode(part).rows(), ids_of(part)):
+            if (ours := row.tolist()) != theirs:
+                start = next((n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), len(ours))
+                shown = f"{ours[start : start + 8]} and {theirs[start : start + 8]}"
+                raise UserError(f"{blame} differ on the line {line[:80]!r} from token {start} on, {shown}")
+
+
+# ---- lossless ----
+
+
+def check_lossless(encoder: Encoder, lines: Sequence[str]) -> None:
+    """Check that decoding gives back every line, with special tokens left out as `generate` would.
+
+    Besides `lines`, it tries text that reads like a special token, a reserved entry or a byte.
+
+    Raises:
+        UserError: names the first line that it does not give back, or that gives a special token or a reserved entry.
+    """
+    tokenizer = encoder.tokenizer
+    never = {*encoder.special_ids, *encoder.reserved_ids}
+    for part in _batches([*lines, *_lines_of_look_alikes(encoder)]):
+        for line, ids in zip(part, tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]):
+            if (decoded := tokenizer.decode(ids, skip_special_tokens=True)) != line:
                 raise UserError(
-                    f"the fast path and AutoTokenizer differ on the line {line[:80]!r}: {ours[:12].tolist()} and "
-                    f"{list(theirs)[:12]}; the tokenizer in {encoder.folder} must not be used with this program"
+                    f"the tokenizer in {encoder.folder} is not lossless: {line[:80]!r} comes back as {decoded[:80]!r}"
                 )
+            if found := sorted(never.intersection(ids)):
+                raise UserError(
+                    f"the tokenizer in {encoder.folder} takes text for {tokenizer.convert_ids_to_tokens(found[0])} "
+                    f"(id {found[0]}), in the line {line[:80]!r}"
+                )
+
+
+def _lines_of_look_alikes(encoder: Encoder) -> list[str]:
+    """All texts that read like a byte or an entry that no text gives: alone, beside letters, and beside spaces."""
+    entries = encoder.tokenizer.convert_ids_to_tokens([*encoder.special_ids, *encoder.reserved_ids])
+    texts = dict.fromkeys([*entries, *BYTE_PIECES, *map(str.lower, BYTE_PIECES), "<0x+A>"])
+    return [
+        line for text in texts for line in (text, f"{text}{text} a{text}b {text} 1", f"東京{text}は {text}　{text}。")
+    ]
+
+
+def keeps_line_feeds(encoder: Encoder) -> bool:
+    """Whether lines that are encoded one by one with their line feed come back with it."""
+    lines = ["a", "b c", "d"]
+    ids = encoder.encode([line + "\n" for line in lines]).ids.tolist()
+    decoded: str = encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [line.strip(" ") for line in decoded.split("\n")] == [*lines, ""]
+
+
+def readable_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The pieces of these ids for people: characters instead of stand-ins for bytes, and no line feed among them.
+
+    A byte that is no character by itself is `<0xE3>`.
+    """
+    pieces: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
+    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        pieces = ["\n" if piece == "<0x0A>" else piece for piece in pieces]
+    else:
+        stand_ins = _bytes_of_stand_ins()
+        special = set(tokenizer.all_special_tokens)
+        as_bytes = [bytes(stand_ins.get(character, 0x3F) for character in piece) for piece in pieces]
+        texts = [data.decode(errors="surrogateescape") for data in as_bytes]
+        texts = [_LONE_BYTE.sub(lambda found: f"<0x{ord(found.group()) - 0xDC00:02X}>", text) for text in texts]
+        pieces = [piece if piece in special else text for piece, text in zip(pieces, texts, strict=True)]
+    return [piece.replace("\n", "\\n") for piece in pieces]
+
+
+def _bytes_of_stand_ins() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies, backwards.
+
+    Printable Latin-1 characters stand for themselves, U+0100 onwards for the other bytes in their order.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    themselves = [ord(character) for character in alphabet if character <= "\xff"]
+    return dict(zip(alphabet, [*themselves, *sorted(set(range(256)) - set(themselves))], strict=True))
+
+
+# ---- how well it fits ----
 
 
 def tokenizer_report(encoder: Encoder, lines: Sequence[str]) -> dict[str, Any]:
@@ -41,15 +159,15 @@ def tokenizer_report(encoder: Encoder, lines: Sequence[str]) -> dict[str, Any]:
     """
     used = np.zeros(encoder.vocab_size, np.bool_)
     words = tokens = unknown = 0
-    for start in range(0, len(lines), _BATCH_LINES):
-        encoded = encoder.encode(lines[start : start + _BATCH_LINES])
+    for part in _batches(lines):
+        encoded = encoder.encode(part)
         used[encoded.ids] = True
         words += int(encoded.word_starts.sum())
         tokens += len(encoded.ids)
         unknown += int((encoded.ids == encoder.unk_id).sum()) if encoder.unk_id is not None else 0
     used[list(encoder.special_ids)] = False
     characters = sum(map(len, lines))
-    ordinary = encoder.vocab_size - len(encoder.special_ids) - encoder.num_reserved
+    ordinary = encoder.vocab_size - len(encoder.special_ids) - len(encoder.reserved_ids)
     return {
         "lines": len(lines),
         "characters": characters,

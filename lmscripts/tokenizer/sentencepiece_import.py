@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import load_encoder
 from lmscripts.tokenizer.folder import RECORD_FILE, write_json
-from lmscripts.tokenizer.lossless import DIFFICULT_LINES
+from lmscripts.tokenizer.report import DIFFICULT_LINES, check_ids
 
 SPACE_MARK = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of pieces in a model
@@ -84,7 +84,8 @@ def import_sentencepiece(
     control_mask = special.get("mask_token") if special.get("mask_token") in control else None
     # sentencepiece itself does not read a mask of the kind control out of a text.
     checked = [line for line in (*DIFFICULT_LINES, *lines) if not control_mask or control_mask not in line]
-    _check(folder, model_file, processor, checked)
+    blame = f"{model_file} cannot be taken over: `tokenizers` and sentencepiece"
+    check_ids(load_encoder(folder), checked, processor.encode, blame)
     added = tokenizer.encode("").tokens
     return [
         f"{model_file.name}: {kind}, {len(proto.pieces):,} entries; "
@@ -111,18 +112,6 @@ def _read(model_file: Path) -> tuple[Any, Any]:
         kind = {3: "word", 4: "char"}.get(proto.trainer_spec.model_type, "unknown")
         raise UserError(f"{model_file} is a model of the kind {kind}; unigram and bpe can be taken over")
     return proto, processor
-
-
-def _check(folder: Path, model_file: Path, processor: Any, lines: Sequence[str]) -> None:
-    encoder = load_encoder(folder)
-    for line in lines:
-        ours, theirs = encoder.encode([line]).ids.tolist(), processor.encode(line)
-        if ours != theirs:
-            place = next((n for n, pair in enumerate(itertools.zip_longest(ours, theirs)) if pair[0] != pair[1]), 0)
-            raise UserError(
-                f"{model_file} cannot be taken over: `tokenizers` and sentencepiece differ on the line {line[:80]!r} "
-                f"from token {place} on, {ours[place : place + 8]} and {theirs[place : place + 8]}"
-            )
 
 
 # ---- the tokenizer ----
@@ -156,23 +145,18 @@ def fast_tokenizer(proto: Any, special: dict[str, str]) -> Tokenizer:
     control = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN)]
     tokens = dict.fromkeys([*control, *special.values()])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    around = _template(special)
-    if around is not None:
-        used = [piece for piece in special.values() if piece in re.split("[ :]", around[0])]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=around[0], pair=around[1], special_tokens=[(piece, tokenizer.token_to_id(piece)) for piece in used]
-        )
-    return tokenizer
-
-
-def _template(special: dict[str, str]) -> tuple[str, str] | None:
-    """What stands around one text and around two."""
     if {"cls_token", "sep_token", "mask_token"} <= special.keys():
-        beginning, end = special["cls_token"], special["sep_token"]
-        return f"{beginning}:0 $A:0 {end}:0", f"{beginning}:0 $A:0 {end}:0 $B:1 {end}:1"
-    if "bos_token" in special:
-        return f"{special['bos_token']} $A", f"{special['bos_token']} $A $B"
-    return None
+        one, other = used = [special["cls_token"], special["sep_token"]]
+        single, pair = f"{one}:0 $A:0 {other}:0", f"{one}:0 $A:0 {other}:0 $B:1 {other}:1"
+    elif "bos_token" in special:
+        used = [special["bos_token"]]
+        single, pair = f"{used[0]} $A", f"{used[0]} $A $B"
+    else:
+        return tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(piece, tokenizer.token_to_id(piece)) for piece in used]
+    )
+    return tokenizer
 
 
 def _any_of(texts: Sequence[str]) -> str:
@@ -216,17 +200,15 @@ def _beginning_of_reserved(proto: Any) -> str:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL]
-    lowest = min(normal, default=0.0)
-    scores = []
-    for piece in proto.pieces:
-        if piece.type == _NORMAL:
-            scores.append(piece.score)
-        elif piece.type == _USER_DEFINED:  # it stands by itself and is taken whole
-            scores.append(0.0)
-        else:  # no text gives it; a lower score would change what an unknown character costs
-            scores.append(lowest)
-    vocabulary = [(piece.piece, score) for piece, score in zip(proto.pieces, scores, strict=True)]
+    lowest = min((piece.score for piece in proto.pieces if piece.type == _NORMAL), default=0.0)
+
+    def score(piece: Any) -> float:
+        if piece.type == _USER_DEFINED:  # it stands by itself and is taken whole
+            return 0.0
+        # No text gives the others; a lower score would change what an unknown character costs.
+        return float(piece.score) if piece.type == _NORMAL else lowest
+
+    vocabulary = [(piece.piece, score(piece)) for piece in proto.pieces]
     unknown = next(number for number, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
     return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=proto.trainer_spec.byte_fallback)
 
@@ -235,12 +217,8 @@ def _bpe(proto: Any, has_own: bool) -> models.BPE:
     """Two neighbours are joined where the model has the piece that they make, the piece of the best score first."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
-    merges = []
-    for piece, score in scores.items():
-        for place in range(1, len(piece)):
-            pair = (piece[:place], piece[place:])
-            if pair[0] in scores and pair[1] in scores:
-                merges.append((-score, ids[pair[0]], ids[pair[1]], pair))
+    pairs = ((score, piece[:place], piece[place:]) for piece, score in scores.items() for place in range(1, len(piece)))
+    merges = [(-score, ids[one], ids[two], (one, two)) for score, one, two in pairs if one in scores and two in scores]
     unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
     return models.BPE(
         ids,
@@ -325,13 +303,11 @@ def _table_steps(table: bytes) -> list[Any]:
     longest = max(map(len, rules), default=1)
     expected = [_applied(rules, longest, text) for text in tried]
     others = [character for character in _all_characters() if character not in rules]
-    candidates = []
     after = [*_deletions(rules), normalizers.Precompiled(table)]
     whole = [normalizers.Replace(_ends_of_rules(rules), _END_OF_RULE), normalizers.NFKC()]
     joined = normalizers.Replace(_END_OF_RULE, "")
-    for steps in (after, [*whole, *after, joined], [*whole, normalizers.Lowercase(), *after, joined]):
-        if (guarded := _around(steps, others, _STAND_INS)) is not None:
-            candidates.append(guarded)
+    ways = (after, [*whole, *after, joined], [*whole, normalizers.Lowercase(), *after, joined])
+    candidates = [guarded for steps in ways if (guarded := _around(steps, others, _STAND_INS)) is not None]
 
     def num_wrong(steps: list[Any]) -> int:
         apply = normalizers.Sequence(steps).normalize_str
@@ -390,9 +366,5 @@ def _around(steps: list[Any], kept: Sequence[str], stand_ins: range) -> list[Any
 
 def _deletions(rules: dict[str, str]) -> list[Any]:
     """Single characters that become nothing or a space: `Precompiled` would take what is combined with them along."""
-    steps = []
-    for target in ("", " "):
-        sources = [source for source, result in rules.items() if len(source) == 1 and result == target]
-        if sources:
-            steps.append(normalizers.Replace(Regex(_one_of(sources)), target))
-    return steps
+    sources = {target: [one for one in rules if len(one) == 1 and rules[one] == target] for target in ("", " ")}
+    return [normalizers.Replace(Regex(_one_of(ones)), target) for target, ones in sources.items() if ones]

@@ -5,6 +5,12 @@ of threads inside the training libraries is fixed here beforehand. Memory grows 
 not with the text; text that is not cut into words is sampled instead.
 
 The vocabulary always starts with the special tokens, PAD being id 0, and [unused0] ... [unusedN-1].
+
+Vocabularies for causal models are lossless: decoding gives every text back, character for character, so that bits per
+byte are those of the text and a model can learn line ends, tabs, runs of spaces, half and full width. There the
+unigram vocabulary is trained by sentencepiece, as the trainer of `tokenizers` loses the byte fallback, and then taken
+apart: the mark U+2581 becomes the space that it stood for, so that no character of a text has a second meaning, and
+characters that have to be there get the entries that sentencepiece did not give them.
 """
 
 from __future__ import annotations
@@ -12,21 +18,24 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lmscripts.errors import UserError
+from lmscripts.tokenizer.encoder import UNUSED
 
 TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CAUSAL_SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
 MAX_WORD_CHARACTERS = 100  # WordPiece gives [UNK] for longer words
 
 MAX_COUNTED_WORDS = 8_000_000
@@ -34,6 +43,19 @@ MAX_SAMPLE_BYTES = 1 << 26
 MAX_SAMPLE_LINE = 4096
 # The result of sentencepiece depends on the number of threads, so it is not taken from the machine.
 _SENTENCEPIECE_THREADS = 4
+
+PRINTABLE_ASCII = "".join(map(chr, range(0x21, 0x7F)))
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+# Text that reads like a byte or a special token, "<0x0A>", must never be taken for it. All its characters are in the
+# vocabulary with a logarithm of probability of -20 or so; this is far below a sum of a few of them.
+_NEVER = -10_000.0
+# Characters that sentencepiece keeps for itself in its training text: its mark of a space, that of an unknown character
+# (it leaves out lines that hold one), and what separates columns.
+_SENTENCEPIECE_MARKS = "\u2581\u2585\t\x00"
+# What `decoders.ByteFallback` reads as a byte: hexadecimal digits of both cases, also behind a sign.
+_READ_AS_BYTE = re.compile("<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
+# Characters of a text below which sentencepiece may find nothing at all.
+_LITTLE_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +68,7 @@ class VocabularySettings:
         limit_alphabet: number of different characters that are kept, the most frequent ones.
         num_unused: number of [unusedN] entries behind the special tokens.
         multiple: the size is filled up to a multiple of this with further [unusedN]; 0 leaves it.
-        special_tokens: the first entries; pad, unknown, beginning and end of a text come first, in this order.
+        causal: lossless, with `CAUSAL_SPECIAL_TOKENS`.
     """
 
     size: int = 32768
@@ -54,12 +76,17 @@ class VocabularySettings:
     limit_alphabet: int = 6129
     num_unused: int = 10
     multiple: int = 64
-    special_tokens: tuple[str, ...] = SPECIAL_TOKENS
+    causal: bool = False
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The first entries: pad, unknown, beginning and end of a text, in this order, and others."""
+        return CAUSAL_SPECIAL_TOKENS if self.causal else SPECIAL_TOKENS
 
     def facts(self) -> dict[str, Any]:
         """The settings as plain values, for the record of a tokenizer; the usual special tokens are not mentioned."""
-        usual = self.special_tokens == SPECIAL_TOKENS
-        return {name: value for name, value in asdict(self).items() if not (usual and name == "special_tokens")}
+        facts = asdict(self)
+        return facts | {"special_tokens": self.special_tokens} if facts.pop("causal") else facts
 
     def reserved(self) -> list[str]:
         """The special and unused entries at the beginning."""
@@ -74,12 +101,8 @@ class VocabularySettings:
         """Entries that are left for text.
 
         Raises:
-            UserError: there is no room, or another number makes no sense.
+            UserError: there is no room.
         """
-        least = {"min_frequency": 1, "limit_alphabet": 1, "num_unused": 0, "multiple": 0}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
         room = self.size - len(self.special_tokens) - self.num_unused
         if room < 1:
             raise UserError(
@@ -98,7 +121,7 @@ class Trained:
         merges: for bpe, the pairs in the order in which they are joined.
         scores: for unigram, one logarithm of a probability per entry (0 for reserved ones).
         sentencepiece: for unigram, the model in sentencepiece's own format.
-        num_characters: different characters that are kept, and how many the text has.
+        num_characters: different characters that are kept.
         num_text_characters: different characters in the text.
     """
 
@@ -137,6 +160,19 @@ def read_lines(files: Sequence[Path]) -> Iterator[str]:
                 yield line.rstrip("\n")
 
 
+def sampled_lines(files: Sequence[Path]) -> Iterable[str]:
+    """Non-empty lines, cut at MAX_SAMPLE_LINE characters; of a large text, a fixed sample of about MAX_SAMPLE_BYTES.
+
+    A line is chosen by its own hash, so the sample does not depend on the files or their number.
+    """
+    total = sum(path.stat().st_size for path in files)
+    share = min(1.0, MAX_SAMPLE_BYTES / max(total, 1))
+    for line in read_lines(files):
+        if line and zlib.crc32(line.encode()) < share * 2**32:
+            for start in range(0, len(line), MAX_SAMPLE_LINE):
+                yield line[start : start + MAX_SAMPLE_LINE]
+
+
 def count_words(files: Sequence[Path]) -> Counter[str]:
     """How often each word occurs, words being separated by white space.
 
@@ -148,30 +184,21 @@ def count_words(files: Sequence[Path]) -> Counter[str]:
         counts.update(line.split())
         if len(counts) > MAX_COUNTED_WORDS:
             counts = Counter({word: count for word, count in counts.items() if count > 1})
-    require_text(counts)
     return counts
 
 
-def count_characters(words: Counter[str]) -> tuple[Counter[str], set[str]]:
-    """How often each character occurs, and those that occur behind the first place of a word."""
+def count_characters(words: Counter[str]) -> Counter[str]:
+    """How often each character occurs."""
     counts: Counter[str] = Counter()
-    inside: set[str] = set()
     for word, count in words.items():
         for character in word:
             counts[character] += count
-        inside.update(word[1:])
-    return counts, inside
+    return counts
 
 
 def most_frequent(counts: Counter[str], number: int) -> list[str]:
     """The `number` most frequent entries; equal counts in the order of their code points."""
     return [entry for entry, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]]
-
-
-def require_text(counts: Counter[str]) -> None:
-    """Refuse an empty count."""
-    if not counts:
-        raise UserError("the input holds no text: every file is empty or blank")
 
 
 # ---- the four kinds ----
@@ -180,29 +207,36 @@ def require_text(counts: Counter[str]) -> None:
 def train_vocabulary(
     tokenizer_type: TokenizerType, files: Sequence[Path], settings: VocabularySettings, *, segmented: bool
 ) -> Trained:
-    """Train one of the four kinds; `segmented` says that the lines are words joined by spaces.
+    """Train one of the four kinds, for a causal model bpe or unigram.
+
+    Args:
+        tokenizer_type: wordpiece, unigram, bpe or character.
+        files: text, UTF-8, one sentence a line.
+        settings: what it is to be.
+        segmented: the lines are words joined by spaces, and no piece crosses a word.
 
     Raises:
         UserError: no text, or no such vocabulary can be made from it.
     """
-    if tokenizer_type == "unigram":
-        return train_unigram(files, settings, segmented=segmented)
-    trainers_by_type = {"wordpiece": train_wordpiece, "character": train_character, "bpe": train_bpe}
-    return trainers_by_type[tokenizer_type](files, settings)
+    if not any(line.strip() for line in read_lines(files)):
+        raise UserError("the input holds no text: every file is empty or blank")
+    if tokenizer_type == "unigram" and not settings.causal:
+        return _train_unigram(files, settings, segmented)
+    of_words = {"wordpiece": _train_wordpiece, "character": _train_character}
+    of_lines = {"bpe": _train_bpe, "unigram": _train_lossless_unigram}
+    trained = (of_words | of_lines)[tokenizer_type](files, settings)
+    return replace(trained, pieces=[*trained.pieces, *settings.fill_up(len(trained.pieces))])
 
 
-def train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Trained:
+def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Trained:
     """WordPiece: joins of pairs by frequency, `##` before whatever continues a word.
 
     The trainer of `tokenizers` numbers the `##` characters in the order of a hash table and so gives another
     vocabulary in each run; here they are numbered beforehand.
-
-    Raises:
-        UserError: no text, or no room in the vocabulary.
     """
     room = settings.room()
     words = count_words(files)
-    characters, inside = count_characters(words)
+    characters, inside = count_characters(words), {letter for word in words for letter in word[1:]}
     alphabet = most_frequent(characters, settings.limit_alphabet)
     # Each character takes an entry, and another one where it continues a word.
     entries = itertools.accumulate(1 + (character in inside) for character in alphabet)
@@ -212,47 +246,22 @@ def train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Trai
 
     model = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=settings.size,
-        min_frequency=settings.min_frequency,
-        special_tokens=fixed,
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
+    trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_limits(settings, fixed, alphabet))
     model.train([str(path) for path in files if path.stat().st_size], trainer)
-    trained = _in_order(model.get_vocab())
-    return Trained(
-        [*trained, *settings.fill_up(len(trained))],
-        num_characters=len(alphabet),
-        num_text_characters=len(characters),
-    )
+    return Trained(_in_order(model), num_characters=len(alphabet), num_text_characters=len(characters))
 
 
-def train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
-    """One entry for each of the most frequent characters.
-
-    Raises:
-        UserError: no text, or no room in the vocabulary.
-    """
-    characters, _ = count_characters(count_words(files))
+def _train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
+    """One entry for each of the most frequent characters."""
+    characters = count_characters(count_words(files))
     frequent = Counter({key: count for key, count in characters.items() if count >= settings.min_frequency})
     alphabet = most_frequent(frequent, min(settings.limit_alphabet, settings.room()))
     pieces = [*settings.reserved(), *alphabet]
-    return Trained(
-        [*pieces, *settings.fill_up(len(pieces))],
-        num_characters=len(alphabet),
-        num_text_characters=len(characters),
-    )
+    return Trained(pieces, num_characters=len(alphabet), num_text_characters=len(characters))
 
 
-def train_bpe(files: Sequence[Path], settings: VocabularySettings) -> Trained:
-    """Byte-level BPE as in GPT-2: no text is unknown, and decoding gives it back.
-
-    Raises:
-        UserError: no text, or a vocabulary without room for the 256 bytes.
-    """
+def _train_bpe(files: Sequence[Path], settings: VocabularySettings) -> Trained:
+    """Byte-level BPE as in GPT-2: no text is unknown, and decoding gives it back."""
     if settings.room() < 256:
         raise UserError(
             f"byte-level BPE needs {settings.size - settings.room() + 256} entries for the 256 bytes and the special "
@@ -261,62 +270,39 @@ def train_bpe(files: Sequence[Path], settings: VocabularySettings) -> Trained:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.size,
-        min_frequency=settings.min_frequency,
-        special_tokens=[*settings.reserved(), *alphabet],
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(**_limits(settings, [*settings.reserved(), *alphabet], alphabet))
     model.train_from_iterator(sampled_lines(files), trainer)
-    pieces = _in_order(model.get_vocab())
     merges = [tuple(merge) for merge in json.loads(model.to_str())["model"]["merges"]]
-    return Trained([*pieces, *settings.fill_up(len(pieces))], merges=merges)
+    return Trained(_in_order(model), merges=merges)
 
 
-def train_unigram(files: Sequence[Path], settings: VocabularySettings, *, segmented: bool) -> Trained:
-    """Unigram language model of sentencepiece, trained on word counts, or on a sample of lines of unsegmented text.
+def _limits(settings: VocabularySettings, fixed: list[str], alphabet: list[str]) -> dict[str, Any]:
+    """What the trainers of `tokenizers` are told: the first entries, and no character beside those of the alphabet."""
+    sizes = {"vocab_size": settings.size, "min_frequency": settings.min_frequency, "special_tokens": fixed}
+    return {**sizes, "initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": False}
 
-    Args:
-        files: text, UTF-8, one sentence a line.
-        settings: size and alphabet; `min_frequency` has no meaning here.
-        segmented: the lines are words joined by spaces and no piece crosses a word. Otherwise white space is all that
-            separates.
 
-    Raises:
-        UserError: no text, or sentencepiece cannot make such a vocabulary from it.
-    """
+def _in_order(model: Tokenizer) -> list[str]:
+    vocabulary = model.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmented: bool) -> Trained:
+    """Unigram language model of sentencepiece, trained on word counts, or on a sample of lines of unsegmented text."""
     units = count_words(files) if segmented else Counter(sampled_lines(files))
-    units = _as_sentencepiece_sees(units)
-    require_text(units)
-    characters, _ = count_characters(units)
-    # The mark of a word's beginning takes an entry too.
-    alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
-    return run_sentencepiece(units, settings, characters, alphabet)
-
-
-def _as_sentencepiece_sees(units: Counter[str]) -> Counter[str]:
-    """The units after what transformers does to a word before sentencepiece."""
+    # What transformers does to a word before sentencepiece sees it.
     seen: Counter[str] = Counter()
     for unit, count in units.items():
-        text = " ".join(unit.split()).replace("``", '"').replace("''", '"')
-        if text:
-            seen[text] += count
-    return seen
+        seen[" ".join(unit.split()).replace("``", '"').replace("''", '"')] += count
+    del seen[""]
+    characters = count_characters(seen)
+    # The mark of a word's beginning takes an entry too.
+    alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
+    return _run_sentencepiece(seen, settings, characters, alphabet)
 
 
-def _fill_up(proto: Any, settings: VocabularySettings) -> None:
-    for entry in settings.fill_up(len(proto.pieces)):
-        proto.pieces.add(piece=entry, score=0.0, type=proto.SentencePiece.CONTROL)
-    # Names of temporary files would make the file differ from run to run.
-    proto.trainer_spec.ClearField("input")
-    proto.trainer_spec.ClearField("model_prefix")
-    proto.trainer_spec.vocab_size = len(proto.pieces)
-
-
-def run_sentencepiece(
-    units: Counter[str], settings: VocabularySettings, characters: Counter[str], alphabet: list[str], **options: Any
+def _run_sentencepiece(
+    units: Counter[str], settings: VocabularySettings, characters: Counter[str], alphabet: list[str], **more: Any
 ) -> Trained:
     """A unigram vocabulary of sentencepiece.
 
@@ -325,10 +311,7 @@ def run_sentencepiece(
         settings: its size and reserved entries.
         characters: how often each character occurs in the units.
         alphabet: the most frequent ones, which are kept.
-        options: further options of sentencepiece's trainer.
-
-    Raises:
-        UserError: sentencepiece cannot make such a vocabulary.
+        more: further options of sentencepiece's trainer.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -356,14 +339,19 @@ def run_sentencepiece(
                 **special,
                 control_symbols=settings.reserved()[4:],
                 minloglevel=2,
-                **options,
+                **more,
             )
         except RuntimeError as error:
             raise UserError(
                 f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text ({error})"
             ) from error
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model.getvalue())  # noqa: B009 (made at run time)
-    _fill_up(proto, settings)
+    for entry in settings.fill_up(len(proto.pieces)):
+        proto.pieces.add(piece=entry, score=0.0, type=proto.SentencePiece.CONTROL)
+    # Names of temporary files would make the file differ from run to run.
+    proto.trainer_spec.ClearField("input")
+    proto.trainer_spec.ClearField("model_prefix")
+    proto.trainer_spec.vocab_size = len(proto.pieces)
     return Trained(
         [entry.piece for entry in proto.pieces],
         scores=[entry.score for entry in proto.pieces],
@@ -373,25 +361,89 @@ def run_sentencepiece(
     )
 
 
-def sampled_lines(files: Sequence[Path]) -> Iterable[str]:
-    """Non-empty lines, cut at MAX_SAMPLE_LINE characters; of a large text, a fixed sample of about MAX_SAMPLE_BYTES.
+# ---- a lossless unigram vocabulary ----
 
-    A line is chosen by its own hash, so the sample does not depend on the files or their number.
 
-    Raises:
-        UserError: there is no text.
+def _train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings) -> Trained:
+    """A unigram vocabulary (arXiv:1804.10959) in which spaces are spaces and rare characters are their bytes.
+
+    The space and printable ASCII are always kept, whether the text has them or not: text that reads like a special
+    token or a byte is made of them. `min_frequency` has no meaning here. Of a text too small for sentencepiece only
+    the characters are kept.
     """
-    total = sum(path.stat().st_size for path in files)
-    share = min(1.0, MAX_SAMPLE_BYTES / max(total, 1))
-    found = False
-    for line in read_lines(files):
-        if line and zlib.crc32(line.encode()) < share * 2**32:
-            found = True
-            for start in range(0, len(line), MAX_SAMPLE_LINE):
-                yield line[start : start + MAX_SAMPLE_LINE]
-    if not found:
-        require_text(Counter())
+    fixed = settings.size - settings.room() + len(BYTE_PIECES) + 1 + len(PRINTABLE_ASCII)
+    if settings.size <= fixed:
+        raise UserError(
+            f"a lossless unigram vocabulary needs more than {fixed} entries for the special tokens, the 256 bytes and "
+            f"printable ASCII; --vocab_size is {settings.size}"
+        )
+    units = _parts(Counter(sampled_lines(files)), _SENTENCEPIECE_MARKS)
+    characters = count_characters(units)
+    frequent = most_frequent(characters, min(settings.limit_alphabet, settings.size - fixed))
+    kept = {" ", *PRINTABLE_ASCII, *frequent}
+    # sentencepiece refuses a text of which the alphabet covers less than 98 %, so it gets that which is covered.
+    scores = _with_characters(_train_pieces(_parts(units, characters.keys() - kept), settings), kept, settings)
+    reserved = [*settings.reserved(), *BYTE_PIECES]
+    filling = settings.fill_up(len(reserved) + len(scores))
+    return Trained(
+        [*reserved, *scores, *filling],
+        scores=[*[_NEVER] * len(reserved), *scores.values(), *[_NEVER] * len(filling)],
+        num_characters=len(characters.keys() & kept),
+        num_text_characters=len(characters),
+    )
 
 
-def _in_order(vocabulary: dict[str, int]) -> list[str]:
-    return sorted(vocabulary, key=vocabulary.__getitem__)
+def _parts(units: Counter[str], separators: Iterable[str]) -> Counter[str]:
+    """What stands between the separators, and how often."""
+    if not (alternatives := "".join(map(re.escape, sorted(separators)))):
+        return units
+    separator = re.compile(f"[{alternatives}]+")
+    parts: Counter[str] = Counter()
+    for unit, count in units.items():
+        for part in separator.split(unit):
+            if part:
+                parts[part] += count
+    return parts
+
+
+def _train_pieces(units: Counter[str], settings: VocabularySettings) -> dict[str, float]:
+    """The ordinary pieces that sentencepiece finds, the best ones first, with the logarithms of their probabilities."""
+    characters = count_characters(units)
+    if not characters:
+        return {}
+    try:
+        trained = _run_sentencepiece(
+            units,
+            settings,
+            characters,
+            list(characters),
+            byte_fallback=True,
+            required_chars=PRINTABLE_ASCII + "\u2581",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+        )
+    except UserError:
+        if characters.total() < _LITTLE_TEXT:
+            return {}
+        raise
+    assert trained.scores is not None
+    return {
+        piece.replace("\u2581", " "): score
+        for piece, score in zip(trained.pieces, trained.scores, strict=True)
+        if piece not in settings.special_tokens and not (UNUSED.fullmatch(piece) or _READ_AS_BYTE.fullmatch(piece))
+    }
+
+
+def _with_characters(scores: dict[str, float], kept: set[str], settings: VocabularySettings) -> dict[str, float]:
+    """The pieces with every character of `kept` among them, in as many entries as there are.
+
+    For some texts sentencepiece leaves out required characters that do not occur. They come last and score below every
+    other piece, and the worst pieces of several characters make room for them, as in a smaller vocabulary.
+    """
+    missing = sorted(kept - scores.keys())
+    too_many = max(0, len(scores) + len(missing) - (settings.room() - len(BYTE_PIECES)))
+    several = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
+    left_out = {piece for _, piece in several[:too_many]}
+    lowest = min(scores.values(), default=0.0) - 1.0
+    return {piece: score for piece, score in scores.items() if piece not in left_out} | dict.fromkeys(missing, lowest)

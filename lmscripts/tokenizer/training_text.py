@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
+import shutil
+import tempfile
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,27 @@ from lmscripts.files import write_text
 from lmscripts.text.corpus import Span, read_documents
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
-from lmscripts.text.words import Segmenter, WordTokenizer, make_is_unknown, make_segmenter, numeral_runs
+from lmscripts.text.words import WordTokenizer, make_segmenter, numeral_run_finder
 from lmscripts.workers import KILLED, given_up, in_order
 
 _KILLED = f"{KILLED}; finished splits are kept in --intermediate_dir"
 _REPORT_EVERY_BYTES = 1 << 18
-# Cheap look at a whole line before its words are looked at one by one.
-_MAYBE_NUMERAL_RUN = re.compile(r"[〇一二三四五六七八九十百千万億兆][一-鿿々]{6}")
+
+
+@contextmanager
+def splits_folder(model_dir: Path, intermediate_dir: str) -> Iterator[Path]:
+    """The folder for the segmented text: `intermediate_dir`, or one beside the tokenizer that is removed again."""
+    if intermediate_dir:
+        folder = Path(intermediate_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    model_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{model_dir.name}.words-", dir=model_dir.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,7 @@ class SplitTask:
         source: fingerprint of the whole text.
         words: how lines are cut into words.
         segmented: write words joined by spaces; otherwise the (normalised) lines.
-        table: see `read_documents`.
-        document_per_line: see `read_documents`.
-        keep_spaces: see `read_documents`.
+        table, reading: how tables are read, and the keyword arguments of `read_documents`.
     """
 
     index: int
@@ -56,8 +70,7 @@ class SplitTask:
     words: WordTokenizer
     segmented: bool
     table: TableOptions = TEXTS
-    document_per_line: bool = False
-    keep_spaces: bool = False
+    reading: dict[str, bool] = field(default_factory=dict)
 
     @property
     def text_file(self) -> Path:
@@ -71,9 +84,8 @@ class SplitTask:
             "spans": [[Path(span.path).name, span.start, span.end] for span in self.spans],
             "words": self.words.description(),
             "segmented": self.segmented,
-            "document_per_line": self.document_per_line,
             "table": asdict(self.table) | {"labels": []},  # as JSON gives it back
-            "keep_spaces": self.keep_spaces,
+            **self.reading,
         }
 
 
@@ -112,11 +124,10 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
     report, runs = TextReport(), Counter[str]()
     to_line = _line_writer(task, runs)
     aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
-    form = {"document_per_line": task.document_per_line, "keep_spaces": task.keep_spaces}
     reported = 0
     try:
         with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for document in read_documents(task.spans, report, task.table, **form):
+            for document in read_documents(task.spans, report, task.table, **task.reading):
                 file.writelines(map(to_line, document))
                 if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
                     progress(report.num_bytes - reported)
@@ -124,9 +135,6 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
             file.flush()
             os.fsync(file.fileno())
         progress(report.num_bytes - reported)
-        if runs:
-            is_unknown = make_is_unknown(task.words)
-            runs = Counter({word: count for word, count in runs.items() if is_unknown(word)})
         # The record of an earlier text must not vouch for this one, should the process end between the two.
         task.text_file.with_suffix(".json").unlink(missing_ok=True)
         size = aside.stat().st_size
@@ -144,17 +152,14 @@ def _line_writer(task: SplitTask, runs: Counter[str]) -> Callable[[str], str]:
         if task.words.normalization == "none":
             return lambda line: f"{line}\n"
         return lambda line: f"{unicodedata.normalize('NFKC', line).strip()}\n"
-    segment: Segmenter = make_segmenter(task.words)
-    if task.words.kind != "mecab" or task.words.dictionary != "ipadic":
-        return lambda line: f"{' '.join(segment(line))}\n"
+    segment, numeral_runs = make_segmenter(task.words), numeral_run_finder(task.words)
 
-    def with_look(line: str) -> str:
-        words = segment(line)
-        if _MAYBE_NUMERAL_RUN.search(line):
-            runs.update(numeral_runs(words))
-        return f"{' '.join(words)}\n"
+    def to_line(line: str) -> str:
+        words = " ".join(segment(line))
+        runs.update(numeral_runs(words))
+        return f"{words}\n"
 
-    return with_look
+    return to_line
 
 
 def write_splits(

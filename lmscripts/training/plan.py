@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from lmscripts.counters import stream_key
 from lmscripts.data.packing import Packing
-from lmscripts.data.preparation import Source, find_tokenizer, prepare_beside
+from lmscripts.data.preparation import Source, prepare_beside
 from lmscripts.data.steps import Phase, Phases, RowSource
 from lmscripts.data.token_store import TokenStore, open_store
 from lmscripts.errors import UserError
-from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.encoder import find_tokenizer, load_encoder
 from lmscripts.training.processes import nodes_of_processes, process_shares
 
 if TYPE_CHECKING:
