@@ -22,7 +22,7 @@ from lmscripts.data.folding import special_tokens_around
 from lmscripts.data.stored import FoldRows, Stored
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import Encoder
-from lmscripts.training.processes import micro_batches
+from lmscripts.data.steps import micro_batches
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
