@@ -10,9 +10,9 @@ sequence length are read from it. With --model_type they are compared with a pre
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ from lmscripts.options.parsing import option, parse_options
 if TYPE_CHECKING:
     from lmscripts.models.saved import SavedModel
     from lmscripts.objectives import Export
-    from lmscripts.options.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -64,42 +63,39 @@ def main() -> None:
 
 
 def extract(options: Options) -> None:
-    """Check everything, then write."""
-    preset = open_preset(options)
+    """Check everything, then write each half into a folder of its name; all of them are whole, or none is there."""
     from transformers import logging
 
     from lmscripts.models.finding import find_saved
-    from lmscripts.models.loading import read_config
 
     logging.disable_progress_bar()
-    output_dir, exports = Path(options.output_dir), [each for each in EXPORTS if each.name in options.halves()]
+    output_dir = Path(options.output_dir)
+    places = {output_dir / export.name: export for export in EXPORTS if export.name in options.halves()}
     folder, notices = find_saved(Path(options.input_dir), prefer="checkpoint")
-    check_output(output_dir, [each.name for each in exports], folder)
-    pair = open_pair(folder)
-    notices += [*pair.notices, *(compare(pair, folder, preset, options.parameter_file) if preset else [])]
-    print(*notices, sep="\n", end="\n" if notices else "")
-    write(pair, folder, exports, output_dir)
-    print(f"from {folder}, {steps_done(pair, folder)}, weights unchanged:")
-    for export in exports:
-        model, dtype = pair.models[export.subfolder], read_config(folder / export.subfolder).dtype
-        sizes = f"{model.config.num_hidden_layers} layers of width {model.config.hidden_size}"
-        print(
-            f"{export.name:<14} {output_dir / export.name}: {model.num_parameters():,} parameters in {dtype}, {sizes}"
-        )
-    for place, auto in ((output_dir / export.name, export.auto) for export in exports):
-        print(f'load it with {auto}.from_pretrained("{place}") and AutoTokenizer.from_pretrained("{place}")')
-    print(f"both read up to {pair.longest} tokens")
-
-
-def check_output(output_dir: Path, names: Sequence[str], source: Path) -> None:
-    """Refuse an output folder where something would be lost or the checkpoint would change."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"{output_dir} is a file; give a folder as --output_dir")
-    for place in (output_dir / name for name in names):
-        if place.exists() or place.is_symlink():
+    for place in places:
+        if os.path.lexists(place):
             raise UserError(f"{place} exists already; nothing was changed. Choose another --output_dir")
-    if source.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
-        raise UserError(f"--output_dir {output_dir} lies in the checkpoint {source}; choose a folder outside of it")
+        if folder.resolve() in place.resolve().parents:
+            raise UserError(f"--output_dir {output_dir} lies in the checkpoint {folder}; choose a folder outside of it")
+    pair = open_pair(folder)
+    notices += [*pair.notices, *compare(pair, folder, options)]
+    with naming(output_dir), ExitStack() as stack:
+        if not output_dir.exists():
+            output_dir.mkdir(parents=True)
+            stack.callback(lambda: any(output_dir.iterdir()) or output_dir.rmdir())
+        for place, export in places.items():
+            remove_leftovers(place)
+            aside = stack.enter_context(new_folder(place))
+            write_half(pair, folder, export, aside)
+            sync_folder(aside)  # a full disk shows here, before the first of two folders gets its name
+    print(
+        *notices,
+        f"from {folder}, {steps_done(pair, folder)}, weights unchanged, up to {pair.longest} tokens:",
+        sep="\n",
+    )
+    for place, export in places.items():
+        number = pair.models[export.subfolder].num_parameters()
+        print(f'{place}: {number:,} parameters; {export.auto}.from_pretrained("{place}") loads it')
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
@@ -126,10 +122,7 @@ def open_pair(folder: Path) -> SavedModel:
     first, second = (read_embeddings(folder / part, model) for part, model in pair.models.items())
     for name in sorted({*first, *second}):
         if name not in first or name not in second or not first[name].equal(second[name]):
-            raise UserError(
-                f"{folder}: {name} differs between the halves, which share their embeddings; they are not of one step "
-                "of one run"
-            )
+            raise UserError(f"{folder}: {name} differs between the halves; they are not of one step of one run")
     return pair
 
 
@@ -140,42 +133,32 @@ def read_embeddings(folder: Path, model: Any) -> dict[str, Any]:
     from lmscripts.models.finding import weight_files
     from lmscripts.models.loading import read_config
 
-    embeddings, loaded, dtype = {}, model.state_dict(), read_config(folder).dtype
+    tensors, loaded, dtype = {}, model.state_dict(), read_config(folder).dtype
     for file in weight_files(folder):
         if file.suffix != ".safetensors":
             raise UserError(f"{file} is no safetensors file, and only such are read")
-        for name, tensor in load_file(file).items():
-            if wrong := int((~tensor.isfinite()).sum()):
-                raise UserError(
-                    f"{file}: {wrong:,} of {tensor.numel():,} weights of {name} are not finite (NaN, infinity)"
-                )
-            if dtype not in (None, tensor.dtype) or name not in loaded or not loaded[name].equal(tensor.float()):
-                raise UserError(
-                    f"{folder}: transformers would not load {name} ({tensor.dtype}) as it stands in {file.name}; look "
-                    "at dtype and tie_word_embeddings in config.json"
-                )
-            if name.startswith(f"{model.base_model_prefix}.embeddings."):
-                embeddings[name] = tensor
-    return embeddings
+        tensors |= load_file(file)
+    for name, tensor in tensors.items():
+        if wrong := int((~tensor.isfinite()).sum()):
+            raise UserError(f"{folder}: {wrong:,} of {tensor.numel():,} weights of {name} are not finite")
+        if dtype not in (None, tensor.dtype) or name not in loaded or not loaded[name].equal(tensor.float()):
+            raise UserError(
+                f"{folder}: transformers would not load {name} ({tensor.dtype}) as it was saved; look at dtype and "
+                "tie_word_embeddings in config.json"
+            )
+    return {name: tensor for name, tensor in tensors.items() if f"{model.base_model_prefix}.embeddings." in name}
 
 
-def open_preset(options: Options) -> Preset | None:
-    """The preset to compare with, if one is named."""
+def compare(pair: SavedModel, folder: Path, options: Options) -> list[str]:
+    """Refuse a checkpoint that has not the sizes of the named preset; sentences about what is no error."""
     if options.model_type is None:
-        return None
-    from lmscripts.models.families import preset_keys
+        return []
+    from lmscripts.data.packing import Layout
+    from lmscripts.models.families import family, preset_keys
     from lmscripts.options.presets import default_parameter_file, load_preset
 
-    return load_preset(options.parameter_file or default_parameter_file(), options.model_type, preset_keys())
-
-
-def compare(pair: SavedModel, folder: Path, preset: Preset, parameter_file: str | None) -> list[str]:
-    """Refuse a checkpoint whose sizes are not those of a preset; sentences about what is no error."""
-    from lmscripts.data.packing import Layout
-    from lmscripts.models.families import family
-    from lmscripts.options.presets import default_parameter_file
-
-    where = f"the preset {preset.name} of {parameter_file or default_parameter_file()}"
+    file = options.parameter_file or default_parameter_file()
+    preset, where = load_preset(file, options.model_type, preset_keys()), f"the preset {options.model_type} of {file}"
     if family(preset.family) is not pair.family:
         raise UserError(f"{where} is of the family {preset.family}, not {pair.model_type}")
     if preset.layers is None:
@@ -198,24 +181,7 @@ def compare(pair: SavedModel, folder: Path, preset: Preset, parameter_file: str 
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def write(pair: SavedModel, folder: Path, exports: Sequence[Export], output_dir: Path) -> None:
-    """Write halves, each into a folder of its name; all of them are whole, or none is there."""
-    is_new = not output_dir.exists()
-    try:
-        with naming(output_dir), ExitStack() as stack:
-            for export in exports:
-                remove_leftovers(output_dir / export.name)
-                aside = stack.enter_context(new_folder(output_dir / export.name))
-                copy_half(pair, folder, export, aside)
-                sync_folder(aside)  # a full disk shows here, before the first of two folders gets its name
-    except BaseException:
-        if is_new:
-            with suppress(OSError):
-                output_dir.rmdir()
-        raise
-
-
-def copy_half(pair: SavedModel, folder: Path, export: Export, target: Path) -> None:
+def write_half(pair: SavedModel, folder: Path, export: Export, target: Path) -> None:
     """Config, weights and tokenizer of a half, whose tokenizer truncates where its positions end, and a card."""
     from lmscripts.models.finding import weight_files
     from lmscripts.tokenizer.folder import copy_tokenizer, write_json
@@ -225,31 +191,25 @@ def copy_half(pair: SavedModel, folder: Path, export: Export, target: Path) -> N
     (target / "config.yaml").unlink(missing_ok=True)  # it holds paths of the machine that trained the tokenizer
     for file in (source / "config.json", *source.glob("*.index.json"), *weight_files(source)):
         shutil.copyfile(file, target / file.name)
-        if file_sha256(target / file.name) != pair.weights.get(
-            str(Path(export.subfolder, file.name)), file_sha256(file)
-        ):
-            raise UserError(f"{file} changed while it was copied; is its run still writing there?")
+    sums = {str(Path(export.subfolder, file.name)): file_sha256(file) for file in weight_files(target)}
+    if not sums.items() <= pair.weights.items():
+        raise UserError(f"{source} changed while it was copied; is its run still writing there?")
     settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
     positions = pair.models[export.subfolder].config.max_position_embeddings
     if (settings.get("model_max_length") or positions + 1) > positions:
         write_json(target / "tokenizer_config.json", settings | {"model_max_length": positions})
-    (target / "README.md").write_text(card(pair, folder, export), encoding="utf-8")
+    (target / "README.md").write_text(card(pair, folder, export, sums), encoding="utf-8")
 
 
-def card(pair: SavedModel, folder: Path, export: Export) -> str:
+def card(pair: SavedModel, folder: Path, export: Export, sums: dict[str, str]) -> str:
     """Text of the model card of one half."""
-    from lmscripts.training.log import versions
-
     model, source = pair.models[export.subfolder], "/".join(folder.resolve().parts[-2:])
     rows = {"extracted from": f"`{source}`, {steps_done(pair, folder)}", "parameters": f"{model.num_parameters():,}"}
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "embedding_size")
     rows |= {name.removeprefix("num_").replace("_", " "): getattr(model.config, name) for name in names}
     rows |= {"longest input": f"{pair.longest} tokens", "tokenizer": pair.encoder.description}
-    for file, sha256 in pair.weights.items():
-        if str(Path(file).parent) == str(Path(export.subfolder)):
-            rows[f"sha256 of {Path(file).name}"] = f"`{sha256}`, here and in the checkpoint"
+    rows |= {f"sha256 of {Path(name).name}": f"`{sha256}`, here and in the checkpoint" for name, sha256 in sums.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    used = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"""---
 library_name: transformers
 {f"pipeline_tag: {export.task}" if export.task else "tags: [lmscripts]"}
@@ -259,7 +219,7 @@ library_name: transformers
 
 The {export.name} of an ELECTRA run ([arXiv:2003.10555](https://arxiv.org/abs/2003.10555)), in which a generator fills
 masks and a discriminator learns to find what it filled in; both have the same embeddings. Config and weights were
-copied from the checkpoint and loaded with {used}.
+copied from the checkpoint.
 
 | what | value |
 |---|---|
