@@ -274,9 +274,7 @@ def test_what_brings_the_whole_head_is_taken_whatever_its_name(tmp_path):
 def test_a_discriminator_is_no_generator(tmp_path):
     folder = write_model(tmp_path / "model", "discriminator")
     write_model(folder / "generator", "discriminator", tokenizer=False)
-    with pytest.raises(
-        UserError, match=r"ElectraForPreTraining\) lacks the head of ElectraForMaskedLM"
-    ):
+    with pytest.raises(UserError, match=r"ElectraForPreTraining\) lacks the head of ElectraForMaskedLM"):
         open_model(str(folder))
 
 
@@ -368,6 +366,18 @@ def test_tokenizers(tmp_path):
     write_tokenizer(folder)
     with pytest.raises(UserError, match=r"--tokenizer_dir .* has no effect"):
         open_model(str(folder), tokenizer_dir=str(tmp_path / "right"))
+
+
+def test_a_tokenizer_that_lost_its_vocabulary(tmp_path):
+    """transformers makes one of special tokens alone, or takes what is left: a model would be scored on unknown words."""
+    folder = write_model(tmp_path / "model")
+    (folder / "lmscripts_tokenizer.json").write_text(json.dumps({"vocab_size": VOCABULARY + 9}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"damaged: of the 73 entries by lmscripts_tokenizer\.json only 64 are left"):
+        open_model(str(folder))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', encoding="utf-8")
+    with pytest.raises(UserError, match="has no tokenizer beside the model"):
+        open_model(str(folder))
 
 
 def test_what_is_no_model(tmp_path):

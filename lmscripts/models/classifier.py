@@ -22,7 +22,7 @@ from lmscripts.errors import UserError, shortened
 from lmscripts.evaluation.aggregate import AGGREGATES
 from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state
 from lmscripts.models.fitting import longest_input
-from lmscripts.models.loading import check_vocabulary, check_whole, load_model, read_config, tokenizer_of
+from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
 from lmscripts.models.pretrained import set_dropout
 from lmscripts.tokenizer.encoder import Encoder
 
@@ -233,8 +233,9 @@ def _fresh(source: Source, config: Any) -> PreTrainedModel:
 
 def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
     """The model with the saved weights, and the names of what they lack."""
-    model, info = load_model(source.load_from, AutoModelForSequenceClassification, config)
-    return model, check_whole(source.name, model, info, lambda name: not in_body(model, name))
+    auto, may_be_new = AutoModelForSequenceClassification, lambda model, name: not in_body(model, name)
+    model, info = load_model(source.load_from, auto, config, may_be_new=may_be_new)
+    return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
 def in_body(model: PreTrainedModel, name: str) -> bool:

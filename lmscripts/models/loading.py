@@ -7,7 +7,7 @@ tokenizer where there is none; each is a warning at most. Here each is refused w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,77 +81,66 @@ def _folder(name: str | Path) -> Path:
 
 
 def load_model(
-    name: str | Path, architecture: Any, config: Any = None, **settings: Any
+    name: str | Path,
+    architecture: Any,
+    config: Any = None,
+    *,
+    may_be_new: Callable[[Any, str], bool] | None = None,
+    **settings: Any,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A model with its saved weights, in float32 unless the settings say otherwise; `check_whole` has to follow.
+    """A model with its saved weights, in float32, which fill it and hold no more of its body than it has.
 
     Args:
         name: a model's folder, or a name on the Hub.
         architecture: a class of transformers, or an Auto class.
         config: its configuration, where it is not the one beside the weights.
+        may_be_new: says of the model and a parameter whether the weights may lack it or have it in another shape, as a
+            head for other labels. What they hold besides is then not looked at.
         settings: further arguments of `from_pretrained`.
 
     Returns:
         The model in evaluation mode, and what transformers tells of its weights.
 
     Raises:
-        UserError: the weights are not there, not whole, or damaged.
+        UserError: the weights are not there, not whole, damaged, or those of another model.
     """
     place = Path(name).expanduser()
     local = place.is_dir()
-    if local:
-        _check_weights(place)
-    arguments = {"dtype": torch.float32, "config": config, **settings}
+    files = weight_files(place)
+    if local and not files:
+        raise UserError(
+            f"{place} holds no weights (neither {WEIGHTS[0]} nor {WEIGHTS[2]}): a model made from its config.json "
+            "alone would be random"
+        )
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{place} lacks {missing[0]}, one of the {len(files)} files of its weights")
     with quiet_loading():
         try:
             model, info = architecture.from_pretrained(
                 str(place if local else name),
+                config=config,
+                dtype=torch.float32,
                 local_files_only=local,
-                ignore_mismatched_sizes=True,  # refused by `check_whole`, with the sizes
+                ignore_mismatched_sizes=True,  # refused below, with the sizes
                 output_loading_info=True,
-                **arguments,
+                **settings,
             )
         except Exception as error:  # whatever damaged or foreign weights make the libraries raise
             raise UserError(
                 f"{name} holds no usable weights, or none that its config.json suits ({shortened(error)})"
             ) from error
+    _check_filled(name, model, info, may_be_new)
+    if may_be_new is None:
+        _check_used(name, model, info["unexpected_keys"])
     return model, info
 
 
-def _check_weights(folder: Path) -> None:
-    """Raises a UserError unless all files of the weights are there."""
-    files = weight_files(folder)
-    if not files:
-        raise UserError(
-            f"{folder} holds no weights (neither {WEIGHTS[0]} nor {WEIGHTS[2]}): a model made from its config.json "
-            "alone would be random"
-        )
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{folder} lacks {missing[0]}, one of the {len(files)} files of its weights")
-
-
-def check_whole(
-    name: str | Path, model: Any, info: Mapping[str, Any], may_be_new: Callable[[str], bool] | None = None
-) -> set[str]:
-    """Refuse weights that do not fill a model, or that hold more of its body than it has.
-
-    Args:
-        name: of the model, for the sentence.
-        model: from `load_model`.
-        info: likewise.
-        may_be_new: says of a parameter whether the weights may lack it or have it in another shape, as a head for
-            other labels. What they hold besides is then not looked at.
-
-    Returns:
-        Names of the parameters that are new.
-
-    Raises:
-        UserError: see above.
-    """
-    kind, base = type(model).__name__, f"{model.base_model_prefix}."
+def _check_filled(
+    name: str | Path, model: Any, info: Mapping[str, Any], may_be_new: Callable[[Any, str], bool] | None
+) -> None:
+    """Raises a UserError where a part of a model would be random."""
     shapes = {key: sizes for key, *sizes in info["mismatched_keys"]}
-    new = {*info["missing_keys"], *shapes}
-    lacking = sorted(key for key in new if may_be_new is None or not may_be_new(key))
+    lacking = sorted(key for key in {*info["missing_keys"], *shapes} if not (may_be_new and may_be_new(model, key)))
     if misfits := [key for key in lacking if key in shapes]:
         saved, built = map(tuple, shapes[misfits[0]])
         raise UserError(
@@ -159,19 +148,22 @@ def check_whole(
         )
     if lacking:
         saved_as = ", ".join(model.config.architectures or ["a model without this head"])
-        part = "a part" if any(key.startswith(base) for key in lacking) else "the head"
+        part = "a part" if any(key.startswith(f"{model.base_model_prefix}.") for key in lacking) else "the head"
         raise UserError(
-            f"{name} (saved as {saved_as}) lacks {part} of {kind}, {some_of(lacking)}: they would be random; take a "
-            "model that was saved with them"
+            f"{name} (saved as {saved_as}) lacks {part} of {type(model).__name__}, {some_of(lacking)}: they would be "
+            "random; take a model that was saved with them"
         )
+
+
+def _check_used(name: str | Path, model: Any, unused: Iterable[str]) -> None:
+    """Raises a UserError where weights hold more of the body of a model than it has; other heads do not matter."""
     own = ("encoder.", "embeddings.", *(f"{part}." for part, _ in model.base_model.named_children()))
-    unused = [key.removeprefix(base) for key in info["unexpected_keys"] if not key.endswith(_OLD_BUFFERS)]
-    unused = sorted(key for key in unused if key.startswith(own))
-    if unused and may_be_new is None:
+    inside = (key.removeprefix(f"{model.base_model_prefix}.") for key in unused if not key.endswith(_OLD_BUFFERS))
+    if found := sorted(key for key in inside if key.startswith(own)):
         raise UserError(
-            f"{name} holds tensors for which {kind} has no place, {some_of(unused)}: it would differ from it"
+            f"{name} holds tensors for which {type(model).__name__} has no place, {some_of(found)}: it would differ "
+            "from it"
         )
-    return new
 
 
 def some_of(names: list[str]) -> str:

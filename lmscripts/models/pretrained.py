@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError
-from lmscripts.models.loading import check_vocabulary, check_whole, load_model, read_config, some_of, tokenizer_beside
+from lmscripts.models.loading import check_vocabulary, load_model, read_config, some_of, tokenizer_beside
 from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.extension import segmentation_difference
 
@@ -36,24 +36,21 @@ def load_pretrained(
     hidden_dropout: float,
     attention_dropout: float,
 ) -> PreTrainedModel:
-    """A model from a local folder or the Hub, whole, in float32 and in training mode like a freshly built one.
+    """A model whole and in training mode like a freshly built one, see `lmscripts.models.loading.load_model`.
 
     Args:
         name_or_path: a folder that `save_pretrained` wrote, or a name on the Hub (from its cache when offline).
-        architecture: BertForMaskedLM, RobertaForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining, or
-            AutoModelForCausalLM for a decoder of any type.
+        architecture: a class of transformers, or AutoModelForCausalLM for a decoder of any type.
         attn_implementation: from `lmscripts.models.attention.use_attention`.
         hidden_dropout: of the hidden states, whatever the saved configuration says.
         attention_dropout: of the attention weights, likewise.
 
     Raises:
-        UserError: there is no such model, it is of another type, its weights lack a part of the model (a head that
-            nobody trained would be random), or they hold layers that the model has not.
+        UserError: there is no such model, it is of another type, or its weights are not all of it.
     """
     config = read_config(name_or_path, architecture)
     set_dropout(config, hidden_dropout, attention_dropout)
-    model, info = load_model(name_or_path, architecture, config, attn_implementation=attn_implementation)
-    check_whole(name_or_path, model, info)
+    model, _ = load_model(name_or_path, architecture, config, attn_implementation=attn_implementation)
     model.train()  # transformers hands it out with its dropout switched off
     return model
 

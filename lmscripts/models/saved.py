@@ -1,10 +1,8 @@
 """Saved models to evaluate: checked and loaded so that nobody scores what was never trained without knowing it.
 
-transformers fills up with random numbers what a folder lacks, and an older system scored a random model because it
-passed over the checkpoint it was given. Here weights must be there, whole, and fill the architecture; and weights that
-are still as initialisation makes them are named. A configuration says little: transformers builds a causal model from
-the weights of a masked one, of a classifier or of a bare body. A model that sees what it is to predict has a wonderful
-perplexity.
+Of weights that are whole (see `lmscripts.models.loading`) those still as initialisation makes them are named. And a
+configuration says little: transformers builds a causal model from the weights of a masked one, of a classifier or of a
+bare body, and a model that sees what it is to predict has a wonderful perplexity.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ from lmscripts.models import decoder
 from lmscripts.models.families import family, names
 from lmscripts.models.finding import STATE, checkpoint_step, find_model, read_state, weight_files
 from lmscripts.models.fitting import OFFSET_POSITIONS, longest_input
-from lmscripts.models.loading import check_vocabulary, read_config, tokenizer_of
-from lmscripts.models.pretrained import load_pretrained
+from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
 from lmscripts.models.untrained import signs_of_no_training
 from lmscripts.tokenizer.encoder import Encoder
 
@@ -230,13 +227,8 @@ def _other_half(place: Path, part: str, generator_dir: str | None) -> Path:
 
 
 def _load(folder: str, head: str) -> PreTrainedModel:
-    architecture: Any = getattr(transformers, head)
-    attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
-    settings: Any = {"attn_implementation": attention, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    loaded: Any = AutoModelForCausalLM if _CAUSAL_NAME.search(head) else architecture
-    model = load_pretrained(folder, loaded, **settings)
-    model.train(False)
-    return model
+    architecture: Any = AutoModelForCausalLM if _CAUSAL_NAME.search(head) else getattr(transformers, head)
+    return load_model(folder, architecture, read_config(folder, architecture))[0]
 
 
 def _check_vocabulary(models: dict[str, PreTrainedModel], encoder: Encoder, place: Path) -> None:

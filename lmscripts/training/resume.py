@@ -162,7 +162,7 @@ def _read_weights(model: PreTrainedModel, file: Path) -> dict[str, Tensor]:
         loaded, info = load_model(file.parent, type(model))
     except UserError:  # of weights that cannot be put together
         return saved  # what does not fit is named by whoever compares them
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+    if info["unexpected_keys"]:
         return saved
     return {name: tensor for name, tensor in loaded.state_dict().items() if name not in model.all_tied_weights_keys}
 
