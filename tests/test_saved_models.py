@@ -369,7 +369,7 @@ def test_tokenizers(tmp_path):
 
 
 def test_a_tokenizer_that_lost_its_vocabulary(tmp_path):
-    """transformers makes one of special tokens alone, or takes what is left: a model would be scored on unknown words."""
+    """transformers makes one of special tokens alone, or takes what is left: the score would be of unknown words."""
     folder = write_model(tmp_path / "model")
     (folder / "lmscripts_tokenizer.json").write_text(json.dumps({"vocab_size": VOCABULARY + 9}), encoding="utf-8")
     with pytest.raises(UserError, match=r"damaged: of the 73 entries by lmscripts_tokenizer\.json only 64 are left"):
