@@ -40,6 +40,11 @@ def describe_os_error(error: OSError) -> str:
     return f"{' -> '.join(names)}: {reason}" if names else reason
 
 
+def shortened(error: BaseException, most: int = 200) -> str:
+    """What another library's exception says, on one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Give an `OSError` that names no file (a full disk says so while writing) the name of what was being written."""

@@ -9,18 +9,22 @@ sequence length are read from it. With --model_type they are compared with a pre
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lmscripts.errors import UserError, user_errors
+from lmscripts.errors import UserError, naming, user_errors
+from lmscripts.files import file_sha256, new_folder, remove_leftovers, sync_folder
+from lmscripts.objectives.replaced import EXPORTS
 from lmscripts.options.parsing import option, parse_options
 
 if TYPE_CHECKING:
-    from lmscripts.models.extraction import Half, Pair
-    from lmscripts.options.presets import Preset
-
-PRESETS = Path(__file__).resolve().parent.parent / "parameter.json"
+    from lmscripts.models.saved import SavedModel
+    from lmscripts.objectives import Export
 
 
 @dataclass(frozen=True)
@@ -59,134 +63,185 @@ def main() -> None:
 
 
 def extract(options: Options) -> None:
-    """Check everything, then write."""
-    preset = open_preset(options)
+    """Check everything, then write each half into a folder of its name; all of them are whole, or none is there."""
     from transformers import logging
 
-    from lmscripts.models import extraction
+    from lmscripts.models.finding import find_saved
 
     logging.disable_progress_bar()
-    output_dir, names = Path(options.output_dir), options.halves()
-    checkpoint, notices = extraction.find_checkpoint(Path(options.input_dir))
-    extraction.check_output(output_dir, names, checkpoint)
-    for notice in notices:
-        print(notice)
-    pair = extraction.open_pair(checkpoint)
-    if preset is not None:
-        for notice in extraction.check_preset(pair, preset, Path(options.parameter_file or PRESETS)):
-            print(notice)
-    folders = extraction.write_halves(pair, names, output_dir, card)
+    output_dir = Path(options.output_dir)
+    places = {output_dir / export.name: export for export in EXPORTS if export.name in options.halves()}
+    folder, notices = find_saved(Path(options.input_dir), prefer="checkpoint")
+    for place in places:
+        if os.path.lexists(place):
+            raise UserError(f"{place} exists already; nothing was changed. Choose another --output_dir")
+        if folder.resolve() in place.resolve().parents:
+            raise UserError(f"--output_dir {output_dir} lies in the checkpoint {folder}; choose a folder outside of it")
+    pair = open_pair(folder)
+    notices += [*pair.notices, *compare(pair, folder, options)]
+    with naming(output_dir), ExitStack() as stack:
+        if not output_dir.exists():
+            output_dir.mkdir(parents=True)
+            stack.callback(lambda: any(output_dir.iterdir()) or output_dir.rmdir())
+        for place, export in places.items():
+            remove_leftovers(place)
+            aside = stack.enter_context(new_folder(place))
+            write_half(pair, folder, export, aside)
+            sync_folder(aside)  # a full disk shows here, before the first of two folders gets its name
+    print(
+        *notices,
+        f"from {folder}, {steps_done(pair, folder)}, weights unchanged, up to {pair.longest} tokens:",
+        sep="\n",
+    )
+    for place, export in places.items():
+        number = pair.models[export.subfolder].num_parameters()
+        print(f'{place}: {number:,} parameters; {export.auto}.from_pretrained("{place}") loads it')
 
-    print(f"from {checkpoint}, {steps_done(pair)}, weights unchanged:")
-    for name, folder in zip(names, folders, strict=True):
-        half = pair.halves[name]
-        sizes = f"{half.config.num_hidden_layers} layers of width {half.config.hidden_size}"
-        sizes += f", up to {half.config.max_position_embeddings} tokens"
-        print(f"{name:<14} {folder}: {half.num_parameters:,} parameters in {half.dtype}, {sizes}")
-    for name, folder in zip(names, folders, strict=True):
-        loader = extraction.LOADERS[name].__name__
-        print(f'load it with {loader}.from_pretrained("{folder}") and AutoTokenizer.from_pretrained("{folder}")')
+
+# ---- checks ------------------------------------------------------------------------------------------------------
 
 
-def open_preset(options: Options) -> Preset | None:
-    """The preset to compare with, if one is named."""
+def open_pair(folder: Path) -> SavedModel:
+    """Both halves of a checkpoint, as `lmscripts.models.saved.open_model` checks them, with the same embeddings."""
+    from lmscripts import objectives
+    from lmscripts.models.loading import read_config
+    from lmscripts.models.saved import open_model, what_it_predicts
+
+    config = read_config(folder)
+    if what_it_predicts(folder, config, objectives.names())[1] != "replaced":
+        saved_as = ", ".join(config.architectures or ["no architecture"])
+        raise UserError(
+            f"{folder} is no ELECTRA checkpoint with a discriminator: its config.json names {saved_as} and the "
+            f"model_type {config.model_type}"
+        )
+    if missing := [each.name for each in EXPORTS if not (folder / each.subfolder / "config.json").is_file()]:
+        raise UserError(f"{folder} has no {missing[0]}/config.json: it is one half alone, there is nothing to separate")
+    if not (folder / "tokenizer_config.json").is_file():  # AutoTokenizer would take another class
+        raise UserError(f"{folder} holds no tokenizer: tokenizer_config.json is missing")
+    pair = open_model(str(folder), ("replaced",))
+    first, second = (read_embeddings(folder / part, model) for part, model in pair.models.items())
+    for name in sorted({*first, *second}):
+        if name not in first or name not in second or not first[name].equal(second[name]):
+            raise UserError(f"{folder}: {name} differs between the halves; they are not of one step of one run")
+    return pair
+
+
+def read_embeddings(folder: Path, model: Any) -> dict[str, Any]:
+    """The embeddings in the weights of a half, all of which must be finite and what transformers loads of them."""
+    from safetensors.torch import load_file
+
+    from lmscripts.models.finding import weight_files
+    from lmscripts.models.loading import read_config
+
+    tensors, loaded, dtype = {}, model.state_dict(), read_config(folder).dtype
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            raise UserError(f"{file} is no safetensors file, and only such are read")
+        tensors |= load_file(file)
+    for name, tensor in tensors.items():
+        if wrong := int((~tensor.isfinite()).sum()):
+            raise UserError(f"{folder}: {wrong:,} of {tensor.numel():,} weights of {name} are not finite")
+        if dtype not in (None, tensor.dtype) or name not in loaded or not loaded[name].equal(tensor.float()):
+            raise UserError(
+                f"{folder}: transformers would not load {name} ({tensor.dtype}) as it was saved; look at dtype and "
+                "tie_word_embeddings in config.json"
+            )
+    return {name: tensor for name, tensor in tensors.items() if f"{model.base_model_prefix}.embeddings." in name}
+
+
+def compare(pair: SavedModel, folder: Path, options: Options) -> list[str]:
+    """Refuse a checkpoint that has not the sizes of the named preset; sentences about what is no error."""
     if options.model_type is None:
-        return None
-    from lmscripts.options.presets import FAMILIES, default_parameter_file, family_of, load_preset
+        return []
+    from lmscripts.data.packing import Layout
+    from lmscripts.models.families import family, preset_keys
+    from lmscripts.options.presets import default_parameter_file, load_preset
 
-    if (family := family_of(options.model_type)) != "electra":
-        raise UserError(f"--model_type {options.model_type} is a preset of the family {family}, not electra")
-    file, known = options.parameter_file or default_parameter_file(), {"electra": FAMILIES["electra"]}
-    return load_preset(file, options.model_type, families=known)
-
-
-# ---- model cards -------------------------------------------------------------------------------------------------
-
-GENERATOR = """The generator of an ELECTRA run ([arXiv:2003.10555](https://arxiv.org/abs/2003.10555)): a masked language
-model that proposes words for masked places. In training its proposals were what the discriminator learned from. It is
-for filling masks and for looking at what the run learned; to fine-tune, take the discriminator of the same checkpoint.
-
-## Use
-
-```python
-from transformers import pipeline
-
-fill = pipeline("fill-mask", model="PATH/TO/THIS/FOLDER")
-for answer in fill(f"日本の{fill.tokenizer.mask_token}は東京です。"):
-    print(answer["token_str"], answer["score"])
-```"""
-DISCRIMINATOR = """The discriminator of an ELECTRA run ([arXiv:2003.10555](https://arxiv.org/abs/2003.10555)): it says
-of every token of a text whether something else stood there before. It is the half to fine-tune, for instance with
-`AutoModelForSequenceClassification.from_pretrained("PATH/TO/THIS/FOLDER")`; it fills no masks.
-
-## Use
-
-```python
-import torch
-from transformers import AutoModelForPreTraining, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
-model = AutoModelForPreTraining.from_pretrained("PATH/TO/THIS/FOLDER")
-inputs = tokenizer("日本の首都は東京です。", truncation=True, return_tensors="pt")
-with torch.no_grad():
-    replaced = model(**inputs).logits[0].sigmoid()  # of each token, how likely it is not the original
-print(list(zip(tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist()), replaced.tolist())))
-```"""
+    file = options.parameter_file or default_parameter_file()
+    preset, where = load_preset(file, options.model_type, preset_keys()), f"the preset {options.model_type} of {file}"
+    if family(preset.family) is not pair.family:
+        raise UserError(f"{where} is of the family {preset.family}, not {pair.model_type}")
+    if preset.layers is None:
+        return [f"{where} continues a pretrained model: it has no sizes to compare with"]
+    length, differences = pair.models[""].config.max_position_embeddings, []
+    layout = Layout(length, "isolated", begin_id=None, end_id=0, pad_id=0)
+    for export in EXPORTS:
+        found = pair.models[export.subfolder].config
+        wanted = pair.family.config(preset, found.vocab_size, layout, export.subfolder)
+        for name in (*preset.layer_sizes(), "embedding_size"):
+            if (ours := getattr(wanted, name)) != (theirs := getattr(found, name)):
+                differences.append(f"{name} of the {export.name} is {ours} by the preset and {theirs} here")
+    if differences:
+        raise UserError(f"{folder} is not of {where}: {'; '.join(differences)}")
+    if preset.sequence_length not in (None, length):
+        return [f"{where} has sequence-length {preset.sequence_length}, the checkpoint {length}; the latter holds"]
+    return []
 
 
-def card(pair: Pair, half: Half) -> str:
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_half(pair: SavedModel, folder: Path, export: Export, target: Path) -> None:
+    """Config, weights and tokenizer of a half, whose tokenizer truncates where its positions end, and a card."""
+    from lmscripts.models.finding import weight_files
+    from lmscripts.tokenizer.folder import copy_tokenizer, write_json
+
+    source = folder / export.subfolder
+    copy_tokenizer(folder, target)
+    (target / "config.yaml").unlink(missing_ok=True)  # it holds paths of the machine that trained the tokenizer
+    for file in (source / "config.json", *source.glob("*.index.json"), *weight_files(source)):
+        shutil.copyfile(file, target / file.name)
+    sums = {str(Path(export.subfolder, file.name)): file_sha256(file) for file in weight_files(target)}
+    if not sums.items() <= pair.weights.items():
+        raise UserError(f"{source} changed while it was copied; is its run still writing there?")
+    settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+    positions = pair.models[export.subfolder].config.max_position_embeddings
+    if (settings.get("model_max_length") or positions + 1) > positions:
+        write_json(target / "tokenizer_config.json", settings | {"model_max_length": positions})
+    (target / "README.md").write_text(card(pair, folder, export, sums), encoding="utf-8")
+
+
+def card(pair: SavedModel, folder: Path, export: Export, sums: dict[str, str]) -> str:
     """Text of the model card of one half."""
-    from lmscripts.training.log import versions
-
-    config, is_generator = half.config, half.name == "generator"
-    source = "/".join(pair.folder.resolve().parts[-2:])
-    rows = {
-        "extracted from": f"`{source}`, {steps_done(pair)}",
-        "parameters": f"{half.num_parameters:,}, {half.dtype}",
-        "layers": config.num_hidden_layers,
-        "hidden size": config.hidden_size,
-        "attention heads": config.num_attention_heads,
-        "feed-forward size": config.intermediate_size,
-        "embedding size": config.embedding_size,
-        "vocabulary": f"{config.vocab_size:,}",
-        "longest input": f"{config.max_position_embeddings} tokens",
-        "tokenizer": pair.encoder.description,
-        "sha256 of the weights": f"`{half.sha256}`, here and in the checkpoint",
-    }
+    model, source = pair.models[export.subfolder], "/".join(folder.resolve().parts[-2:])
+    rows = {"extracted from": f"`{source}`, {steps_done(pair, folder)}", "parameters": f"{model.num_parameters():,}"}
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "embedding_size")
+    rows |= {name.removeprefix("num_").replace("_", " "): getattr(model.config, name) for name in names}
+    rows |= {"longest input": f"{pair.longest} tokens", "tokenizer": pair.encoder.description}
+    rows |= {f"sha256 of {Path(name).name}": f"`{sha256}`, here and in the checkpoint" for name, sha256 in sums.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    used = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"""---
 library_name: transformers
-pipeline_tag: {"fill-mask" if is_generator else "feature-extraction"}
+{f"pipeline_tag: {export.task}" if export.task else "tags: [lmscripts]"}
 ---
 
-# {source}: {half.name}
+# {source}: {export.name}
 
-{GENERATOR if is_generator else DISCRIMINATOR}
-
-## Facts
+The {export.name} of an ELECTRA run ([arXiv:2003.10555](https://arxiv.org/abs/2003.10555)), in which a generator fills
+masks and a discriminator learns to find what it filled in; both have the same embeddings. Config and weights were
+copied from the checkpoint.
 
 | what | value |
 |---|---|
 {table}
 
-Both halves of the checkpoint hold the same embeddings, which they shared in training.
+## Use
+
+```python
+{export.use.replace("PATH", "PATH/TO/THIS/FOLDER")}
+```
 
 ## Limits
 
 The biases and gaps of the text are those of the model. Nothing was measured when it was extracted; the numbers of the
 training are in the folder of its run.
-
-## How it was made
-
-Config and weights were copied from the checkpoint and loaded with {used}.
 """
 
 
-def steps_done(pair: Pair) -> str:
+def steps_done(pair: SavedModel, folder: Path) -> str:
     """Where the run stood, in words."""
     if pair.step is None:
-        return "the end of its run" if pair.folder.resolve().name == "final" else "step not recorded"
+        return "the end of its run" if folder.resolve().name == "final" else "step not recorded"
     return f"step {pair.step:,}"
 
 

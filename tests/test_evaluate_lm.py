@@ -280,7 +280,7 @@ def test_a_signal_leaves_nothing_behind(gpt2, text, tmp_path):
         "1",
     ]
     command = [sys.executable, str(ROOT / "scripts" / "evaluate_lm.py"), *map(str, arguments)]
-    environment = {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(temporary.glob("*/token_store-*/manifest.json")):

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
@@ -28,8 +30,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForCausalLM,
@@ -42,13 +42,17 @@ from transformers import (
 )
 
 from lmscripts.errors import UserError
-from lmscripts.models.saved import find_model, open_model
-from lmscripts.training.checkpoint import write_checksums
+from lmscripts.models import saved as saved_models
+from lmscripts.models.finding import find_model, write_checksums
 
 VOCABULARY = 64
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"vocab_size": VOCABULARY, "pad_token_id": 0, "max_position_embeddings": 32}
 GPT2_SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32, "vocab_size": VOCABULARY}
+
+
+def open_model(name, *others, **more):
+    return saved_models.open_model(name, ("causal", "masked", "replaced"), *others, **more)
 
 
 def fresh(family, **more):
@@ -61,7 +65,7 @@ def fresh(family, **more):
         "roberta": (RobertaConfig, RobertaForMaskedLM),
         "discriminator": (ElectraConfig, ElectraForPreTraining),
         "generator": (ElectraConfig, ElectraForMaskedLM),
-        "modernbert": (ModernBertConfig, ModernBertForMaskedLM),
+        "albert": (AlbertConfig, AlbertForMaskedLM),
     }
     configure, architecture = classes[family]
     return architecture(configure(**SIZES | more))
@@ -156,7 +160,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 )
 def test_each_family_is_known_by_its_configuration(tmp_path, family, kind, longest):
     saved = open_model(str(write_model(tmp_path / "model", family)))
-    assert (saved.kind, saved.longest, saved.untrained) == (kind, longest, [])
+    assert (saved.objective, saved.longest, saved.untrained) == (kind, longest, [])
     assert list(saved.weights) == ["model.safetensors"]
     assert not saved.models[""].training
 
@@ -177,7 +181,7 @@ def test_electra_needs_both_halves(tmp_path):
     with pytest.raises(UserError, match=r"without its generator.*give --generator_dir"):
         open_model(str(folder))
     generator = write_model(tmp_path / "elsewhere", "generator", tokenizer=False)
-    assert open_model(str(folder), str(generator)).kind == "electra"
+    assert open_model(str(folder), str(generator)).objective == "replaced"
     assert open_model(str(folder), str(generator)).notices == [f"the generator is {generator}"]
     shutil.copytree(generator, folder / "generator")
     saved = open_model(str(folder))
@@ -226,7 +230,7 @@ def test_weights_that_lack_a_tensor(tmp_path, family, lost):
 def test_weights_of_an_encoder_without_a_head(tmp_path):
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"saved as BertModel, .* has to name BertForMaskedLM or BertForPreTraining"):
+    with pytest.raises(UserError, match=r"saved as BertModel\) lacks the head of BertForMaskedLM"):
         open_model(str(tmp_path))
     rewrite(tmp_path, architectures=None)
     with pytest.raises(UserError, match="lacks the head of BertForMaskedLM"):
@@ -250,9 +254,8 @@ def test_what_was_saved_as_something_else_is_refused_by_name(tmp_path, architect
     folder = write_model(tmp_path / "model", model=model)
     if model.config.model_type == "electra":
         write_model(folder / "generator", "generator", tokenizer=False)
-    with pytest.raises(
-        UserError, match=f"saved as {architecture.__name__}, and that is not what is scored of the type"
-    ):
+    said = r"(, and that is not what is scored of the type|\) lacks the head of)"
+    with pytest.raises(UserError, match=f"saved as {architecture.__name__}{said}"):
         open_model(str(folder))
 
 
@@ -265,13 +268,13 @@ def test_what_brings_the_whole_head_is_taken_whatever_its_name(tmp_path):
     folder = write_model(tmp_path / "old", "llama")
     for architectures in (["LLaMAForCausalLM"], None):
         rewrite(folder, architectures=architectures)
-        assert open_model(str(folder)).kind == "causal"
+        assert open_model(str(folder)).objective == "causal"
 
 
 def test_a_discriminator_is_no_generator(tmp_path):
     folder = write_model(tmp_path / "model", "discriminator")
     write_model(folder / "generator", "discriminator", tokenizer=False)
-    with pytest.raises(UserError, match="generator was saved as ElectraForPreTraining"):
+    with pytest.raises(UserError, match=r"ElectraForPreTraining\) lacks the head of ElectraForMaskedLM"):
         open_model(str(folder))
 
 
@@ -288,7 +291,7 @@ def test_a_decoder_is_scored_as_one_and_only_if_it_is_one(tmp_path, configure, a
     decoder = perturbed(architecture(configure(**SIZES, is_decoder=True)))
     folder = write_model(tmp_path / "decoder", model=decoder)
     saved = open_model(str(folder))
-    assert (saved.kind, saved.longest) == ("causal", longest)
+    assert (saved.objective, saved.longest) == ("causal", longest)
     ids = torch.randint(5, VOCABULARY, (1, longest), generator=torch.Generator().manual_seed(0))
     assert saved.models[""](input_ids=ids, use_cache=False).logits.isfinite().all()
     rewrite(folder, is_decoder=False)
@@ -365,6 +368,18 @@ def test_tokenizers(tmp_path):
         open_model(str(folder), tokenizer_dir=str(tmp_path / "right"))
 
 
+def test_a_tokenizer_that_lost_its_vocabulary(tmp_path):
+    """transformers makes one of special tokens alone, or takes what is left: the score would be of unknown words."""
+    folder = write_model(tmp_path / "model")
+    (folder / "lmscripts_tokenizer.json").write_text(json.dumps({"vocab_size": VOCABULARY + 9}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"damaged: of the 73 entries by lmscripts_tokenizer\.json only 64 are left"):
+        open_model(str(folder))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', encoding="utf-8")
+    with pytest.raises(UserError, match="has no tokenizer beside the model"):
+        open_model(str(folder))
+
+
 def test_what_is_no_model(tmp_path):
     with pytest.raises(UserError, match=r"holds no model: it has no config\.json"):
         open_model(str(tmp_path))
@@ -376,8 +391,8 @@ def test_what_is_no_model(tmp_path):
     with pytest.raises(UserError, match=r"nowhere is neither a folder .* nor a model of the Hub"):
         open_model("nowhere")
     sizes = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
-    folder = write_model(tmp_path / "modern", model=fresh("modernbert", **sizes))
-    with pytest.raises(UserError, match="of the type modernbert; evaluated are bert, roberta, electra and causal"):
+    folder = write_model(tmp_path / "albert", model=fresh("albert", **sizes))
+    with pytest.raises(UserError, match="of the type albert; evaluated are bert, electra, modernbert, roberta and causal"):
         open_model(str(folder))
 
 

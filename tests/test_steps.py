@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from lmscripts.data.packing import Layout
-from lmscripts.data.preparation import check_tokenizer
 from lmscripts.data.steps import ByLength, Phase, Phases, Shuffled, step_batches
 from lmscripts.data.stream import StreamRows
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
 from lmscripts.objectives.causal import continuations, document_beginnings
+from lmscripts.tokenizer.folder import check_tokenizer
 from lmscripts.training.resume import check_architecture, load_weights
 
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from lmscripts.counters import permute, split_shares, stream_key
 from lmscripts.data.folding import special_tokens_around
 from lmscripts.data.labelled_store import Database, FoldRows
+from lmscripts.data.steps import micro_batches
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import Encoder
-from lmscripts.training.processes import micro_batches
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmscripts.data.packing import Layout
 from lmscripts.errors import UserError
@@ -21,6 +21,7 @@ from lmscripts.models.attention import AttentionPath
 from lmscripts.models.checks import check_isolation, drops_something
 from lmscripts.models.families import architectures, family
 from lmscripts.models.finding import CHECKSUMS, find_damage
+from lmscripts.models.loading import read_config
 from lmscripts.options.presets import Preset, disagreements
 
 Models = dict[str, PreTrainedModel]
@@ -119,7 +120,7 @@ def choose_attention(
     head = architectures(preset.family, objective, pretrained=bool(names))[""]
     if head is AutoModelForCausalLM:
         name = names[""] if like is None else str(like)
-        head = decoder.causal_class(name, pretrained.load_config(name, head))
+        head = decoder.causal_class(name, read_config(name, head))
     paths = attention.attention_paths(head)
     return attention.choose_attention(wanted, device, precision, attention_dropout, paths)
 
@@ -169,12 +170,7 @@ def longest_pretrained(preset: Preset) -> int | None:
     Raises:
         UserError: it cannot be loaded.
     """
-    name = pretrained_names(preset)[""]
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
-    except (OSError, ValueError) as error:
-        raise UserError(f"the pretrained model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return fitting.longest_input(config)
+    return fitting.longest_input(read_config(pretrained_names(preset)[""]))
 
 
 def pretrained_names(preset: Preset) -> dict[str, str]:
@@ -195,12 +191,8 @@ def num_parameters(models: Mapping[str, PreTrainedModel]) -> int:
 
 def _shaped(head: Any, folder: Path, settings: dict[str, Any]) -> PreTrainedModel:
     """A model as in a checkpoint, whose weights are to be loaded later."""
-    try:
-        config = getattr(head, "config_class", AutoConfig).from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be continued: {str(error).splitlines()[0]}") from None
     make: Any = head.from_config if head is AutoModelForCausalLM else head
-    model: PreTrainedModel = make(_with_settings(config, settings))
+    model: PreTrainedModel = make(_with_settings(read_config(folder, head), settings))
     return model
 
 

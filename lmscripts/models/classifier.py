@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lmscripts.data.folding import FoldSettings
 from lmscripts.data.labelled_rows import check_padding
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
 from lmscripts.evaluation.aggregate import AGGREGATES
-from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state, weight_files
-from lmscripts.models.fitting import OFFSET_POSITIONS
-from lmscripts.models.pretrained import quiet_loading, set_dropout
-from lmscripts.tokenizer.encoder import Encoder, load_encoder
+from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state
+from lmscripts.models.fitting import longest_input
+from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
+from lmscripts.models.pretrained import set_dropout
+from lmscripts.tokenizer.encoder import Encoder
 
 KEY = "lmscripts_classifier"
 _FORMAT = 1
@@ -50,11 +51,6 @@ class Source:
     encoder: Encoder
     longest: int | None
     notices: list[str]
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is a folder."""
-        return Path(self.load_from).is_dir()
 
 
 @dataclass(frozen=True)
@@ -94,25 +90,12 @@ def find_source(name: str, tokenizer_dir: str | None = None) -> Source:
     """
     check_no_training(name)
     place, notices = find_model(name)
-    local = Path(name).expanduser().is_dir()
-    if not (place / "config.json").is_file():
-        raise UserError(f"{place} holds no model: it has no config.json, and no checkpoint of a run")
-    try:
-        config: Any = AutoConfig.from_pretrained(str(place), local_files_only=True)
-    except Exception as error:  # whatever a foreign or damaged file makes transformers raise
-        raise UserError(f"{place / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not local and tokenizer_dir is None:
-        AutoTokenizer.from_pretrained(name)  # type: ignore[no-untyped-call]  # brings its files to the cache
-    if tokenizer_dir is not None and (place / "tokenizer_config.json").is_file():
-        raise UserError(f"--tokenizer_dir {tokenizer_dir} has no effect: {place} has the tokenizer of the model")
-    encoder = load_encoder(tokenizer_dir or place)
-    highest, size = max(encoder.tokenizer.get_vocab().values()), getattr(config, "vocab_size", None)
-    if size is not None and highest >= size:
-        raise UserError(
-            f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {place} has {size} "
-            "entries: it is the tokenizer of another model"
-        )
-    return Source(name, str(place) if local else name, config, encoder, _longest(config, encoder), notices)
+    load_from = str(place) if Path(name).expanduser().is_dir() else name
+    config = read_config(place)
+    encoder = tokenizer_of(load_from, place, tokenizer_dir)
+    if (size := getattr(config, "vocab_size", None)) is not None:
+        check_vocabulary(encoder, size, place)
+    return Source(name, load_from, config, encoder, _longest(config, encoder), notices)
 
 
 def check_no_training(name: str) -> None:
@@ -143,12 +126,9 @@ def _trains_classifier(checkpoint: Path) -> bool:
 
 def _longest(config: Any, encoder: Encoder) -> int | None:
     """Tokens of the longest input by the position embeddings and by what the tokenizer says."""
-    found = []
-    if (positions := getattr(config, "max_position_embeddings", None)) and positions > 0:  # XLNet says -1 for none
-        found.append(int(positions) - (config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0))
-    if 0 < (said := int(encoder.tokenizer.model_max_length)) < 10**9:
-        found.append(said)
-    return min(found, default=None)
+    said = int(encoder.tokenizer.model_max_length)
+    found = (longest_input(config), said if 0 < said < 10**9 else None)
+    return min((length for length in found if length is not None), default=None)
 
 
 def fold_settings(source: Source, max_length: int | None, **others: Any) -> FoldSettings:
@@ -245,41 +225,17 @@ def _fresh(source: Source, config: Any) -> PreTrainedModel:
     except ValueError as error:
         raise UserError(f"transformers has no classifier of the type {config.model_type} ({source.name})") from error
     except Exception as error:  # whatever a configuration that lacks something makes the model raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no classifier can be made as config.json of {source.name} says ({reason})") from error
+        raise UserError(
+            f"no classifier can be made as config.json of {source.name} says ({shortened(error)})"
+        ) from error
     return model
 
 
 def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
     """The model with the saved weights, and the names of what they lack."""
-    if source.is_local and not weight_files(Path(source.load_from)):
-        raise UserError(
-            f"{source.load_from} holds no weights: give a model that was trained, or --from_scratch to take its "
-            "architecture alone"
-        )
-    auto: Any = AutoModelForSequenceClassification
-    with quiet_loading():
-        try:
-            model, info = auto.from_pretrained(
-                source.load_from,
-                config=config,
-                dtype=torch.float32,
-                local_files_only=source.is_local,
-                ignore_mismatched_sizes=True,  # a head for other labels; anything else is refused below
-                output_loading_info=True,
-            )
-        except Exception as error:  # whatever damaged or foreign weights make the libraries raise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{source.load_from} holds no usable weights ({reason})") from error
-    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-    missing = {*info["missing_keys"], *mismatched}
-    if lacking := sorted(name for name in missing if in_body(model, name) and not _serves_head(model, name)):
-        raise UserError(
-            f"the weights of {source.name} lack {lacking[0]}"
-            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}, or have it in another shape: that part "
-            "of the model would be random"
-        )
-    return model, missing
+    auto, may_be_new = AutoModelForSequenceClassification, lambda model, name: not in_body(model, name)
+    model, info = load_model(source.load_from, auto, config, may_be_new=may_be_new)
+    return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
 def in_body(model: PreTrainedModel, name: str) -> bool:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
 from lmscripts.files import file_sha256
 
 CHECKSUMS = "checksums.json"
@@ -150,12 +150,14 @@ def find_model(name: str) -> tuple[Path, list[str]]:
     place = Path(name).expanduser()
     if place.exists() or not _HUB_NAME.fullmatch(name) or name.endswith(_NO_HUB_NAME):
         return find_saved(place)
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from transformers.utils.hub import cached_file
 
     try:
         return Path(str(cached_file(name, "config.json"))).parent, []
     except Exception as error:  # the Hub client raises many kinds
-        reason = " ".join(str(error).split())[:200]
+        offline = "HF_HUB_OFFLINE is set, so only its cache was searched"
+        reason = offline if HF_HUB_OFFLINE else shortened(error)
         raise UserError(
             f"{name} is neither a folder (seen from {Path.cwd()}) nor a model of the Hub: {reason}"
         ) from None

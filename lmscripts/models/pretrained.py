@@ -1,37 +1,20 @@
-"""Further pretraining: a saved model, checked, made to fit the rows and the tokenizer of a run.
-
-transformers initialises at random what the weights lack, ignores what the model has no place for, and takes a
-tokenizer without looking at the model; each is a warning at most. Here each is refused with a sentence.
-"""
+"""Further pretraining: a saved model made to fit the dropout and the tokenizer of a run."""
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError
+from lmscripts.models.loading import check_vocabulary, load_model, read_config, some_of, tokenizer_beside
 from lmscripts.tokenizer.encoder import Encoder
-from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.tokenizer.identity import segmentation_difference
 
-TOKENIZER_FILES: tuple[str, ...] = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-)
-TOKENIZER_FILES += ("sentencepiece.bpe.model", "tokenizer.model")
 _SPECIAL = ("pad", "unk", "cls", "sep", "mask")
 # What the configurations of transformers call them, decoders included.
 _HIDDEN_DROPOUTS: tuple[str, ...] = ("hidden_dropout_prob", "hidden_dropout", "dropout", "dropout_p", "mlp_dropout")
@@ -53,42 +36,23 @@ def load_pretrained(
     hidden_dropout: float,
     attention_dropout: float,
 ) -> PreTrainedModel:
-    """A model from a local folder or the Hub, whole, in float32 and in training mode like a freshly built one.
+    """A model whole and in training mode like a freshly built one, see `lmscripts.models.loading.load_model`.
 
     Args:
         name_or_path: a folder that `save_pretrained` wrote, or a name on the Hub (from its cache when offline).
-        architecture: BertForMaskedLM, RobertaForMaskedLM, ElectraForMaskedLM, ElectraForPreTraining, or
-            AutoModelForCausalLM for a decoder of any type.
+        architecture: a class of transformers, or AutoModelForCausalLM for a decoder of any type.
         attn_implementation: from `lmscripts.models.attention.use_attention`.
         hidden_dropout: of the hidden states, whatever the saved configuration says.
         attention_dropout: of the attention weights, likewise.
 
     Raises:
-        UserError: there is no such model, it is of another type, its weights lack a part of the model (a head that
-            nobody trained would be random), or they hold layers that the model has not.
+        UserError: there is no such model, it is of another type, or its weights are not all of it.
     """
-    place = Path(name_or_path).expanduser()
-    local = place.is_dir()
-    source = str(place) if local else name_or_path
-    loader: Any = architecture
-    config = load_config(name_or_path, architecture)
+    config = read_config(name_or_path, architecture)
     set_dropout(config, hidden_dropout, attention_dropout)
-    with quiet_loading():
-        try:
-            model, info = loader.from_pretrained(
-                source,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation=attn_implementation,
-                local_files_only=local,
-                ignore_mismatched_sizes=True,  # refused below, with the sizes
-                output_loading_info=True,
-            )
-        except Exception as error:  # whatever damaged or foreign weights make the libraries raise
-            raise UserError(_not_loaded(source, local, "weights", error)) from error
-    _check_loaded(source, model, info, config)
-    trainable: PreTrainedModel = model.train()  # transformers hands it out with its dropout switched off
-    return trainable
+    model, _ = load_model(name_or_path, architecture, config, attn_implementation=attn_implementation)
+    model.train()  # transformers hands it out with its dropout switched off
+    return model
 
 
 def set_dropout(config: Any, hidden: float, attention: float) -> list[str]:
@@ -129,91 +93,6 @@ def _set_number(config: Any, name: str, value: float) -> bool:
     return True
 
 
-def load_config(name_or_path: str, architecture: Any) -> PretrainedConfig:
-    """The configuration of a saved model, which must be of the architecture's type.
-
-    Raises:
-        UserError: there is none, or it is of another type.
-    """
-    place = Path(name_or_path).expanduser()
-    local = place.is_dir()
-    source = str(place) if local else name_or_path
-    config_class: Any = getattr(architecture, "config_class", None)
-    if config_class is None:  # of AutoModelForCausalLM
-        try:
-            of_any_type: PretrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
-            return of_any_type
-        except Exception as error:
-            raise UserError(_not_loaded(source, local, "config.json", error)) from error
-    try:
-        settings, _ = PretrainedConfig.get_config_dict(source, local_files_only=local)
-    except Exception as error:
-        raise UserError(_not_loaded(source, local, "config.json", error)) from error
-    if not settings:
-        raise UserError(_not_loaded(source, local, "config.json", None))
-    saved_type, wanted = settings.get("model_type"), config_class.model_type
-    if saved_type not in (wanted, None):  # where an old file is silent, the names of the tensors decide
-        raise UserError(
-            f"{source} is a model of the type {saved_type}, but {architecture.__name__} needs the type {wanted}"
-        )
-    config: PretrainedConfig = config_class.from_dict(settings)
-    return config
-
-
-def _not_loaded(source: str, local: bool, part: str, error: Exception | None) -> str:
-    reason = f" ({' '.join(str(error).split())[:200]})" if error else ""
-    if local:
-        inside = [str(Path(source, name)) for name in ("final",) if Path(source, name, "config.json").is_file()]
-        hint = f"; did you mean {inside[0]}?" if inside else f"; it has to hold what save_pretrained writes{reason}"
-        return f"the folder {source} holds no usable {part}{hint}"
-    offline = (
-        "HF_HUB_OFFLINE is set, so only its cache was searched" if constants.HF_HUB_OFFLINE else reason.strip(" ()")
-    )
-    return f"{source} is neither a folder (seen from {Path.cwd()}) nor a model that the Hub gives: {offline}"
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No report of transformers about what it leaves out: what matters is refused here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def _check_loaded(source: str, model: Any, info: Mapping[str, Any], config: PretrainedConfig) -> None:
-    """Refuse weights that do not fill the model, or that hold more of its encoder than it has."""
-    name, base = type(model).__name__, f"{model.base_model_prefix}."
-    if mismatched := sorted(info["mismatched_keys"]):
-        tensor, saved, built = mismatched[0]
-        raise UserError(
-            f"the weights of {source} do not fit its config.json: {tensor} has the shape {tuple(saved)}, not "
-            f"{tuple(built)}"
-        )
-    if missing := sorted(info["missing_keys"]):
-        saved_as = ", ".join(getattr(config, "architectures", None) or ["a model without this head"])
-        part = "the head" if not any(key.startswith(base) for key in missing) else "a part"
-        raise UserError(
-            f"{source} (saved as {saved_as}) lacks {part} of {name}, {_some(missing)}: they would be random; take a "
-            "model that was saved with them"
-        )
-    inside = [key.removeprefix(base) for key in info["unexpected_keys"] if not key.endswith("position_ids")]
-    own = ("encoder.", "embeddings.", *(f"{part}." for part, _ in model.base_model.named_children()))
-    inside = [
-        key for key in inside if not key.endswith((".attn.bias", ".attn.masked_bias"))
-    ]  # masks of old GPT-2 files
-    if unused := sorted(key for key in inside if key.startswith(own)):
-        raise UserError(
-            f"{source} holds tensors for which {name} has no place, {_some(unused)}: it would differ from it"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 # ---- tokenizer ----
 
 
@@ -241,13 +120,9 @@ def adopt_tokenizer(
     ours = Encoder(Path(tokenizer.name_or_path), tokenizer)
     tokens: dict[int, str] = {number: token for token, number in tokenizer.get_vocab().items()}
     for model in models:
-        if (needed := max(tokens) + 1) > (room := len(_word_table(model))):
-            raise UserError(
-                f"the tokenizer {ours.folder} has {needed} entries, but the model {name_or_path} has room for {room}"
-            )
-    theirs = _tokenizer_beside(name_or_path)
+        check_vocabulary(ours, len(_word_table(model)), name_or_path)
+    theirs = tokenizer_beside(name_or_path)
     if theirs is None:
-        _check_loads_again(models[0], ours, name_or_path)
         sentences = [
             f"{name_or_path} has no tokenizer beside it: only the size of the vocabulary could be checked "
             f"({max(tokens) + 1:,} entries, room for {len(_word_table(models[0])):,})"
@@ -261,47 +136,6 @@ def adopt_tokenizer(
     words = _new_words(theirs, tokens, ours, name_or_path)
     sentences = _adopt_padding(models, name_or_path, ours.pad_id, confirmed=theirs.pad_id == ours.pad_id)
     return sentences + _start_words(models, theirs, words)
-
-
-def _tokenizer_beside(name_or_path: str) -> Encoder | None:
-    """The tokenizer saved with a model; None when there is none."""
-    place = Path(name_or_path).expanduser()
-    local = place.is_dir()
-    if local and not any((place / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    try:
-        with quiet_loading():
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(place) if local else name_or_path, local_files_only=local
-            )
-        encoder = Encoder(place, tokenizer)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the tokenizer beside the model {name_or_path} cannot be loaded ({reason})") from error
-    # Without any vocabulary transformers makes a tokenizer of special tokens alone.
-    return encoder if set(tokenizer.get_vocab().values()) - set(encoder.special_ids) else None
-
-
-def _check_loads_again(model: PreTrainedModel, ours: Encoder, name_or_path: str) -> None:
-    """Refuse a tokenizer that would be another one beside this model.
-
-    For some types of models AutoTokenizer takes the class of their own tokenizer, whatever tokenizer_config.json says.
-    """
-    with tempfile.TemporaryDirectory() as folder, quiet_loading():
-        copy_tokenizer(Path(ours.folder), Path(folder))
-        model.config.save_pretrained(folder)
-        try:
-            beside: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            difference = segmentation_difference(ours.tokenizer, beside)
-        except Exception as error:  # of the class that it takes instead
-            difference = " ".join(str(error).split())[:200]
-        if difference:
-            raise UserError(
-                f"beside a {model.config.model_type} such as {name_or_path} AutoTokenizer makes another tokenizer of "
-                f"{ours.folder}: {difference}"
-            )
 
 
 def _check_special(theirs: Encoder, ours: Encoder, name_or_path: str) -> None:
@@ -375,7 +209,7 @@ def _start_words(models: Sequence[PreTrainedModel], theirs: Encoder, words: Mapp
     ]
     if unknown := [word for word, pieces in zip(words.values(), known, strict=True) if not pieces]:
         sentences.append(
-            f"the model's tokenizer knows no piece of {_some(unknown)}: there it is the mean of all words'"
+            f"the model's tokenizer knows no piece of {some_of(unknown)}: there it is the mean of all words'"
         )
     return sentences
 

@@ -1,10 +1,8 @@
 """Saved models to evaluate: checked and loaded so that nobody scores what was never trained without knowing it.
 
-transformers fills up with random numbers what a folder lacks, and an older system scored a random model because it
-passed over the checkpoint it was given. Here weights must be there, whole, and fill the architecture; and weights that
-are still as initialisation makes them are named. A configuration says little: transformers builds a causal model from
-the weights of a masked one, of a classifier or of a bare body. A model that sees what it is to predict has a wonderful
-perplexity.
+Of weights that are whole (see `lmscripts.models.loading`) those still as initialisation makes them are named. And a
+configuration says little: transformers builds a causal model from the weights of a masked one, of a classifier or of a
+bare body, and a model that sees what it is to predict has a wonderful perplexity.
 """
 
 from __future__ import annotations
@@ -17,18 +15,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
 from lmscripts.files import file_sha256
 from lmscripts.models import decoder
 from lmscripts.models.families import family, names
-from lmscripts.models.finding import STATE, WEIGHTS, checkpoint_step, find_model, read_state, weight_files
+from lmscripts.models.finding import STATE, checkpoint_step, find_model, read_state, weight_files
 from lmscripts.models.fitting import OFFSET_POSITIONS, longest_input
-from lmscripts.models.pretrained import TOKENIZER_FILES, load_pretrained
+from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
 from lmscripts.models.untrained import signs_of_no_training
-from lmscripts.tokenizer.encoder import Encoder, load_encoder
+from lmscripts.tokenizer.encoder import Encoder
 
 # As causal models are called: GPT2DoubleHeadsModel has the head as well, and files of 2023 say LLaMAForCausalLM.
 _CAUSAL_NAME = re.compile(r"(ForCausalLM|LMHeadModel|WithLMHead|DoubleHeadsModel)$")
@@ -92,12 +90,9 @@ def open_model(
         notices = [*notices, *([f"the {part} is {folders[part]}"] if generator_dir else [])]
     if generator_dir is not None and len(heads) == 1:
         raise UserError(f"--generator_dir {generator_dir} has no effect: {place} is no discriminator of ELECTRA")
-    if not hub:
-        for folder in folders.values():
-            _check_has_weights(Path(folder))
     models = {part: _load(folders[part], heads[part]) for part in heads}
     lengths = [length for model in models.values() if (length := longest_input(model.config)) is not None]
-    encoder = _tokenizer(name, place, tokenizer_dir, hub)
+    encoder = tokenizer_of(folders[""], place, tokenizer_dir)
     _check_vocabulary(models, encoder, place)
     notices += _check_special_ids(models, encoder, objective, place, chosen=tokenizer_dir is not None)
     if objective == "causal":
@@ -127,20 +122,6 @@ def open_model(
 
 
 # ---- what it is ----------------------------------------------------------------------------------------------------
-
-
-def read_config(place: Path) -> Any:
-    """The configuration in a model's folder.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    if not (place / "config.json").is_file():
-        raise UserError(f"{place} holds no model: it has no config.json, and no checkpoint of a run")
-    try:
-        return AutoConfig.from_pretrained(str(place), local_files_only=True)
-    except Exception as error:  # whatever a foreign or damaged file makes transformers raise
-        raise UserError(f"{place / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 def what_it_predicts(place: Path, config: Any, objectives: Collection[str]) -> tuple[Any, str]:
@@ -213,8 +194,9 @@ def check_looks_back(model: PreTrainedModel, ids: Iterable[int], longest: int | 
                 torch.manual_seed(0)  # a few draw random numbers even in evaluation mode (Reformer's hashes)
                 logits.append(model(input_ids=ordinary[rows].to(model.device), use_cache=False).logits.float())
     except Exception as error:  # an architecture of any kind
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{place}: a {type(model).__name__} cannot be run on tokens alone ({reason})") from error
+        raise UserError(
+            f"{place}: a {type(model).__name__} cannot be run on tokens alone ({shortened(error)})"
+        ) from error
     before, after = logits
     moved = max(float((before - after)[row, :at].abs().max()) for row, at in enumerate(places))
     moved /= float(before.abs().max()) or 1.0
@@ -245,46 +227,14 @@ def _other_half(place: Path, part: str, generator_dir: str | None) -> Path:
 
 
 def _load(folder: str, head: str) -> PreTrainedModel:
-    architecture: Any = getattr(transformers, head)
-    attention = "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
-    settings: Any = {"attn_implementation": attention, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    loaded: Any = AutoModelForCausalLM if _CAUSAL_NAME.search(head) else architecture
-    model = load_pretrained(folder, loaded, **settings)
-    model.train(False)
-    return model
-
-
-def _check_has_weights(folder: Path) -> None:
-    found = weight_files(folder)
-    if not found:
-        raise UserError(
-            f"{folder} holds no weights (neither {WEIGHTS[0]} nor {WEIGHTS[2]}): a model made from its config.json "
-            "alone would be random"
-        )
-    if missing := [file.name for file in found if not file.is_file()]:
-        raise UserError(f"{folder} lacks {missing[0]}, one of the {len(found)} files of its weights")
-
-
-def _tokenizer(name: str, place: Path, tokenizer_dir: str | None, hub: bool) -> Encoder:
-    if hub and tokenizer_dir is None:
-        AutoTokenizer.from_pretrained(name)  # type: ignore[no-untyped-call]  # brings its files to the cache
-    has_own = any((place / file).is_file() for file in TOKENIZER_FILES)
-    if has_own and tokenizer_dir is not None:
-        raise UserError(f"--tokenizer_dir {tokenizer_dir} has no effect: {place} has the tokenizer of the model")
-    if not has_own and tokenizer_dir is None:
-        raise UserError(f"{place} has no tokenizer beside the model: give --tokenizer_dir")
-    return load_encoder(tokenizer_dir or place)
+    architecture: Any = AutoModelForCausalLM if _CAUSAL_NAME.search(head) else getattr(transformers, head)
+    return load_model(folder, architecture, read_config(folder, architecture))[0]
 
 
 def _check_vocabulary(models: dict[str, PreTrainedModel], encoder: Encoder, place: Path) -> None:
     rooms = {part: _room(model) for part, model in models.items()}
-    highest = max(encoder.tokenizer.get_vocab().values())
     for part, room in rooms.items():
-        if highest >= room:
-            raise UserError(
-                f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {place / part} "
-                f"has {room} entries: it is the tokenizer of another model"
-            )
+        check_vocabulary(encoder, room, place / part)
     if len(set(rooms.values())) > 1:
         raise UserError(
             f"the generator has {rooms['generator']} entries in its vocabulary, the discriminator {rooms['']}: they "

@@ -1,7 +1,8 @@
 """Was it trained? What initialisation sets to one value, and the first optimizer step moves, tells exactly.
 
-Gains of normalisations begin as ones and biases as zeros in every architecture of transformers. Matrices begin with
-random numbers and prove nothing, so a model without gains and biases, or with frozen ones, is never named.
+Gains of normalisations begin as ones and biases as zeros. Matrices begin with random numbers and prove nothing, so a
+model without gains and biases, or with random ones, is never named. One whose gains and biases were all frozen while
+its matrices were trained looks as a fresh one does, and is named unless its steps are on record.
 """
 
 from __future__ import annotations

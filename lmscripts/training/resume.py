@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from lmscripts.errors import UserError
 from lmscripts.models.finding import AVERAGE, OPTIMIZER, list_checkpoints, read_state
 from lmscripts.models.fitting import position_table, repeat_positions
-from lmscripts.models.pretrained import adopt_tokenizer, quiet_loading
+from lmscripts.models.loading import load_model
+from lmscripts.models.pretrained import adopt_tokenizer
 from lmscripts.training import average as averaging
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training.state import TrainingState
@@ -157,15 +158,11 @@ def _read_weights(model: PreTrainedModel, file: Path) -> dict[str, Tensor]:
     saved = load_file(file)
     if saved.keys() <= model.state_dict().keys():
         return saved
-    architecture: Any = type(model)
-    with quiet_loading():
-        try:
-            loaded, info = architecture.from_pretrained(
-                file.parent, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-        except Exception:  # of weights that cannot be put together
-            return saved  # what does not fit is named by whoever compares them
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+    try:
+        loaded, info = load_model(file.parent, type(model))
+    except UserError:  # of weights that cannot be put together
+        return saved  # what does not fit is named by whoever compares them
+    if info["unexpected_keys"]:
         return saved
     return {name: tensor for name, tensor in loaded.state_dict().items() if name not in model.all_tied_weights_keys}
 
