@@ -61,9 +61,8 @@ def build(
         UserError: a pretrained model cannot be loaded, does not fit the tokenizer or the rows, or would not keep
             documents apart; what is exported would not load; too many layers to freeze.
     """
-    implementation = attention.use_attention(path)
-    settings = {"attn_implementation": implementation, "hidden_dropout": hidden_dropout}
-    settings["attention_dropout"] = attention_dropout  # type: ignore[assignment]
+    settings: dict[str, Any] = {"hidden_dropout": hidden_dropout, "attention_dropout": attention_dropout}
+    settings["attn_implementation"] = attention.use_attention(path)
     names, module = pretrained_names(preset), family(preset.family)
     heads = architectures(preset.family, objective, pretrained=bool(names))
     torch.manual_seed(seed)
@@ -84,9 +83,8 @@ def build(
             notices.append(f"{frozen:,} parameters of {part or 'the model'} are frozen: {parts}")
         notices += module.adopt(model, layout, like and like / part)
         check_isolation(module, model, path, layout)
-        said = f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}"
         if names and like is None and hidden_dropout and not drops_something(module, model, path):
-            notices.append(said)
+            notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}")
     check_exports(models, autos, Encoder(Path(tokenizer.name_or_path), tokenizer))
     return models, list(dict.fromkeys(notices))
 
