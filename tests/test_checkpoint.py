@@ -198,3 +198,15 @@ def test_state_of_a_parameter_that_is_frozen_now_is_left_out(tmp_path):
     other = torch.optim.AdamW(model[1].parameters())
     checkpoints.load_optimizer_state(other, model, tmp_path / "state.safetensors", groups, another_run=True)
     assert set(other.state) == set(model[1].parameters())
+
+
+def test_settings_that_may_not_change_are_named_also_where_they_were_left_out(tmp_path):
+    fixed = {"objective": "masked", "seed": 1, "batch_size": [8], "ema_decay": None, "format": 2}
+    checkpoints.save_checkpoint(tmp_path, 5, write_model, {"a/exp_avg": torch.rand(3)}, {"fixed": fixed})
+    changed = {"objective": "", "seed": 0, "batch_size": (8,), "ema_decay": 0.9, "of_a_newer_version": None}
+    sentence = r"\(objective: masked then, not given now; seed: 1 then, 0 now; ema_decay: not given then, 0.9 now\)"
+    with pytest.raises(UserError, match=sentence):
+        RunFolder(tmp_path, changed, float).claim(do_continue=True)
+    same = {"objective": "masked", "seed": 1, "batch_size": (8,), "of_a_newer_version": ""}
+    found, continued, _ = RunFolder(tmp_path, same, float).claim(do_continue=True)
+    assert (found, continued) == (tmp_path / "checkpoint-5", True)

@@ -90,7 +90,8 @@ def test_readme_names_only_what_exists():
     ):
         assert (ROOT / path).exists(), path
     known = {"--config_file", "--num_processes", "--machine_rank", "--logdir", "--main_process_ip", "--upgrade"}
-    parsing = ROOT / "lmscripts" / "options" / "parsing.py"
-    options = "".join(file.read_text(encoding="utf-8") for file in [*SCRIPTS, parsing])
+    library = ROOT / "lmscripts"
+    with_options = [*SCRIPTS, library / "options" / "parsing.py", *(library / "objectives").glob("*.py")]
+    options = "".join(file.read_text(encoding="utf-8") for file in with_options)
     for flag in set(re.findall(r"--[a-z][\w]+", text)) - known:
         assert re.search(rf"\b{flag[2:].removeprefix('no_')}\b", options), flag

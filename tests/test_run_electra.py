@@ -9,6 +9,7 @@ import torch
 from conftest import TINY_PRESET, launch, run_script
 from runs import kill_at_random_moments, largest_difference, log_of, losses, same_bits, weights
 from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
 
 ELECTRA = {**TINY_PRESET, "embedding-size": 16, "generator-size": "1/2", "mask-percent": 15}
 
@@ -56,6 +57,26 @@ def test_result_does_not_depend_on_accumulation(common, workspace, one_process):
     run_dir = workspace / "electra_accumulated"
     run_script("run_pretraining.py", *common, *UNEVEN, "--micro_batch_size", "3", "--model_dir", run_dir)
     assert_same_run(one_process, run_dir)
+
+
+def test_electra_as_a_masked_language_model(common, tmp_path):
+    """One model with the head that its generator has elsewhere, of the sizes that the line says."""
+    run_dir = tmp_path / "run"
+    sizes = ["--n_layer", "3", "--n_head", "4", "--n_embd", "48", "--max_steps", "4"]
+    arguments = [*common, *sizes, "--objective", "masked", "--model_dir", run_dir]
+    run_script("run_pretraining.py", *arguments, "--stop_at_step", "2")
+    other = [*arguments, "--do_continue"]
+    other[other.index("masked")] = "replaced"
+    done = run_script("run_pretraining.py", *other, check=False)
+    assert done.returncode == 2
+    assert "objective: masked then, not given now" in done.stderr
+    run_script("run_pretraining.py", *arguments, "--do_continue")
+    model, info = AutoModelForMaskedLM.from_pretrained(run_dir / "final", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not (run_dir / "final" / "generator").exists()
+    config = model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (3, 4, 48)
+    assert {"loss", "eval_loss", "eval_accuracy"} <= {name for _, name in losses(run_dir)}
 
 
 LAUNCHED = ["--max_steps", "60", "--save_steps", "5", "--logging_steps", "10", "--batch_size", "6"]

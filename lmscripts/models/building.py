@@ -59,9 +59,8 @@ def build(
         UserError: a pretrained model cannot be loaded, does not fit the tokenizer or the rows, or would not keep
             documents apart; too many layers to freeze.
     """
-    implementation = attention.use_attention(path)
-    settings = {"attn_implementation": implementation, "hidden_dropout": hidden_dropout}
-    settings["attention_dropout"] = attention_dropout  # type: ignore[assignment]
+    settings: dict[str, Any] = {"hidden_dropout": hidden_dropout, "attention_dropout": attention_dropout}
+    settings["attn_implementation"] = attention.use_attention(path)
     names, module = pretrained_names(preset), family(preset.family)
     heads = architectures(preset.family, objective, pretrained=bool(names))
     torch.manual_seed(seed)
@@ -74,7 +73,7 @@ def build(
         configs = {part: module.config(preset, len(tokenizer), layout, part) for part in heads}
         models = {part: head(_with_settings(configs[part], settings)) for part, head in heads.items()}
     module.join(models)
-    bodies = set[int]()
+    bodies = {id(model.base_model): part for part, model in reversed(models.items())}  # heads may share one
     for part, model in models.items():
         fitting.fuse_activations(model)
         if preset.frozen_layers >= 0:
@@ -82,13 +81,11 @@ def build(
             parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
             notices.append(f"{frozen:,} parameters of {part or 'the model'} are frozen: {parts}")
         notices += module.adopt(model, layout, like and like / part)
-        if id(model.base_model) in bodies:
-            continue  # another head on a body that was looked at
-        bodies.add(id(model.base_model))
+        if part not in bodies.values():
+            continue
         check_isolation(module, model, path, layout)
-        said = f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}"
         if names and like is None and hidden_dropout and not drops_something(module, model, path):
-            notices.append(said)
+            notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}")
     return models, list(dict.fromkeys(notices))
 
 

@@ -159,7 +159,9 @@ class RunFolder:
         # What a checkpoint of an older version does not say was as it is where nobody asks for anything.
         changed = [name for name, value in self._fixed.items() if saved.get(name) != value and (name in saved or value)]
         if changed:
-            pairs = "; ".join(f"{name}: {saved.get(name)} then, {self._fixed[name]} now" for name in changed)
+            pairs = "; ".join(
+                f"{name}: {_said(saved.get(name))} then, {_said(self._fixed[name])} now" for name in changed
+            )
             raise UserError(
                 f"{checkpoint} cannot be continued with other settings ({pairs}); give the same or start anew"
             )
@@ -237,6 +239,10 @@ class RunFolder:
                 write_weights(aside / part, model)
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
         return final
+
+
+def _said(value: Any) -> str:
+    return "not given" if value in (None, "", []) else str(value)
 
 
 def _in_numbers(rate: Callable[[int], float]) -> dict[str, Any]:
