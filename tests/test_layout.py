@@ -8,8 +8,12 @@ import sys
 import pytest
 from conftest import ROOT
 
+from lmscripts.models import families
+
 LIBRARY = sorted((ROOT / "lmscripts").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+# Each imports from those after it only, and from the files that stand beside the rooms.
+ROOMS = ("evaluation", "training", "objectives", "models", "data", "tokenizer", "text", "options", "beside")
 
 
 def imports(file):
@@ -18,6 +22,10 @@ def imports(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
+
+
+def room(parts):
+    return parts[0] if parts and parts[0] in ROOMS else "beside"
 
 
 def functions(file):
@@ -34,6 +42,51 @@ def test_library_does_not_know_scripts_and_neither_prints_nor_parses(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     calls = [n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     assert "print" not in calls
+
+
+@pytest.mark.parametrize("file", LIBRARY, ids=lambda file: str(file.relative_to(ROOT / "lmscripts")))
+def test_rooms_import_only_from_those_below(file):
+    """Also inside functions and where only types are checked: what looks up is a knot."""
+    here = room(file.relative_to(ROOT / "lmscripts").parts)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            package, *parts = name.split(".")
+            if package == "lmscripts" and parts:
+                assert ROOMS.index(room(parts)) >= ROOMS.index(here), f"{file}:{node.lineno} imports {name}"
+
+
+def test_every_room_says_what_it_holds():
+    rooms = {file.name for file in (ROOT / "lmscripts").iterdir() if (file / "__init__.py").exists()}
+    assert rooms == set(ROOMS) - {"beside"}
+    for name in rooms:
+        docstring = ast.get_docstring(
+            ast.parse((ROOT / "lmscripts" / name / "__init__.py").read_text(encoding="utf-8"))
+        )
+        assert len(docstring.splitlines()) >= 3, name
+        assert f"  {name}/ " in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", LIBRARY + SCRIPTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_models_know_families_by_name(file):
+    """What differs between families is written in their files; nobody else asks which one it is."""
+    if room(file.relative_to(ROOT / "lmscripts").parts if file in LIBRARY else ()) == "models":
+        return
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for side in [node.left, *node.comparators] if isinstance(node, ast.Compare) else []:
+            compared = {each.value for each in ast.walk(side) if isinstance(each, ast.Constant)}
+            assert not compared & set(families.names()), f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize("file", LIBRARY, ids=lambda file: str(file.relative_to(ROOT / "lmscripts")))
+def test_library_gets_values_never_the_options_of_a_script(file):
+    for function in functions(file):
+        taken = function.args
+        names = {each.arg for each in [*taken.posonlyargs, *taken.args, *taken.kwonlyargs]}
+        assert "options" not in names, f"{file}:{function.lineno} {function.name}"
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)
@@ -90,8 +143,8 @@ def test_readme_names_only_what_exists():
     ):
         assert (ROOT / path).exists(), path
     known = {"--config_file", "--num_processes", "--machine_rank", "--logdir", "--main_process_ip", "--upgrade"}
-    library = ROOT / "lmscripts"
-    with_options = [*SCRIPTS, library / "options" / "parsing.py", *(library / "objectives").glob("*.py")]
-    options = "".join(file.read_text(encoding="utf-8") for file in with_options)
+    parsing = ROOT / "lmscripts" / "options" / "parsing.py"
+    files = [*SCRIPTS, parsing, *(ROOT / "lmscripts" / "objectives").glob("*.py")]
+    options = "".join(file.read_text(encoding="utf-8") for file in files)
     for flag in set(re.findall(r"--[a-z][\w]+", text)) - known:
         assert re.search(rf"\b{flag[2:].removeprefix('no_')}\b", options), flag

@@ -174,7 +174,7 @@ def prepare_store(
         tokenizer_dir=source.tokenizer_dir,
         tokenizer_facts=described.tokenizer,
         source_facts=described.text,
-        options=described.options,
+        settings=described.options,
         validation_batches=None if held_out is None else _documents(held_out, source, keep_spaces, report),
         num_workers=num_workers,
         text_report=report.as_dict,

@@ -104,9 +104,9 @@ def _map(path: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
     return np.asarray(np.memmap(path, dtype, mode="r"))  # as a plain array, which numpy indexes faster
 
 
-def store_fingerprint(source: str, tokenizer: str, options: dict[str, Any]) -> str:
+def store_fingerprint(source: str, tokenizer: str, settings: dict[str, Any]) -> str:
     """Fingerprint of a store from those of its source text and tokenizer and the options that change its content."""
-    text = json.dumps([FORMAT_VERSION, source, tokenizer, options], sort_keys=True)
+    text = json.dumps([FORMAT_VERSION, source, tokenizer, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -304,7 +304,7 @@ def build_store(
     tokenizer_dir: Path,
     tokenizer_facts: dict[str, Any],
     source_facts: dict[str, Any],
-    options: dict[str, Any],
+    settings: dict[str, Any],
     validation_batches: Iterable[Documents] | None = None,
     num_workers: int = 1,
     text_report: Callable[[], dict[str, Any]] = dict,
@@ -318,7 +318,7 @@ def build_store(
         tokenizer_dir: tokenizer folder, copied into the store.
         tokenizer_facts: must hold "fingerprint" and "vocab_size".
         source_facts: must hold "fingerprint".
-        options: options that change the content; "validation_fraction" of the documents is held out by a hash;
+        settings: what changes the content; "validation_fraction" of the documents is held out by a hash;
             "line_ends": "keep" encodes all lines of a document but the last with their line feed.
         validation_batches: documents of a validation part of their own.
         num_workers: processes that encode; the result does not depend on it.
@@ -331,12 +331,12 @@ def build_store(
     dtype = "uint16" if tokenizer_facts["vocab_size"] <= 1 << 16 else "uint32"
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
-        encode = _Encode(str(tokenizer_dir), dtype, options["validation_fraction"], options.get("line_ends"))
+        encode = _Encode(str(tokenizer_dir), dtype, settings["validation_fraction"], settings.get("line_ends"))
         for batch in in_order(encode, batches, num_workers):
             _append(batch, train, validation)
             progress(int(batch.document_sizes[:, 2].sum()))
         if validation_batches is not None:
-            encode = _Encode(str(tokenizer_dir), dtype, 1.0, options.get("line_ends"))
+            encode = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
             for batch in in_order(encode, validation_batches, num_workers):
                 _append(batch, train, validation)
         parts = {"train": train.close(), "validation": validation.close()}
@@ -346,11 +346,11 @@ def build_store(
         manifest = {
             "format": "lmscripts token store",
             "format_version": FORMAT_VERSION,
-            "fingerprint": store_fingerprint(source_facts["fingerprint"], tokenizer_facts["fingerprint"], options),
+            "fingerprint": store_fingerprint(source_facts["fingerprint"], tokenizer_facts["fingerprint"], settings),
             "dtype": dtype,
             "source": source_facts,
             "tokenizer": tokenizer_facts,
-            "options": options,
+            "options": settings,
             "parts": parts,
             "text": text_report(),
         }

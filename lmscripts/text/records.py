@@ -105,27 +105,27 @@ Fields = dict[str, Any]
 Record = tuple[int, "Fields | BadRow"]
 
 
-def read_records(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
+def read_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
     """(first line, what is read -> what stands in its column) of every record, or why it is none.
 
     Args:
         path: the file.
-        options: how it is read; `on_bad_row` is for the caller.
+        table: how it is read; `on_bad_row` is for the caller.
         repairs: counts what was put right: "nul_characters", "byte_order_marks", "lines_of_dashes".
 
     Raises:
         UserError: no such file, format, column or encoding; a damaged file, or one that is no table.
     """
-    _check_options(options)
+    _check_reading(table)
     check_file(path, "table")
     readers = {"jsonl": _json_records, "parquet": _parquet_records}
-    kind = kind_of(path, options.format)
+    kind = kind_of(path, table.format)
     if kind == "txt":
         raise UserError(f"the name of {path} does not say its format: let it end in .csv, .tsv, .jsonl or .parquet")
     if kind in readers:
-        yield from readers[kind](path, options, repairs)
+        yield from readers[kind](path, table, repairs)
     else:
-        yield from _csv_records(path, kind, options, repairs)
+        yield from _csv_records(path, kind, table, repairs)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -149,22 +149,22 @@ def check_codec(encoding: str) -> None:
         ) from None
 
 
-def _check_options(options: TableOptions) -> None:
-    columns = list(options.columns().values())
-    if not options.text or len(set(columns)) < len(columns):
+def _check_reading(table: TableOptions) -> None:
+    columns = list(table.columns().values())
+    if not table.text or len(set(columns)) < len(columns):
         raise UserError(f"text, label, id, group and split must be columns of their own, not {', '.join(columns)}")
-    if options.delimiter and (len(options.delimiter) != 1 or options.delimiter in '"\r\n'):
-        raise UserError(f"the delimiter must be one character, not {options.delimiter!r:.60}")
-    check_codec(options.encoding or "utf-8")
+    if table.delimiter and (len(table.delimiter) != 1 or table.delimiter in '"\r\n'):
+        raise UserError(f"the delimiter must be one character, not {table.delimiter!r:.60}")
+    check_codec(table.encoding or "utf-8")
 
 
-def _find_columns(path: str, header: Sequence[str], options: TableOptions) -> dict[str, int]:
+def _find_columns(path: str, header: Sequence[str], table: TableOptions) -> dict[str, int]:
     """What is read -> its place in the header.
 
     Raises:
         UserError: a column is missing or there twice.
     """
-    columns = options.columns()
+    columns = table.columns()
     for name, column in columns.items():
         if column not in header:
             raise _no_column(path, name, column, header)
@@ -187,16 +187,16 @@ def _no_column(path: str, name: str, column: str, header: Iterable[str]) -> User
 # ---- csv and jsonl ----
 
 
-def _text_lines(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[str]:
+def _text_lines(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[str]:
     """Lines with their ends; bytes that a given encoding cannot decode are characters of `UNDECODED`.
 
     Where the first line ends with CR, all do; else CR alone is text, as in a cell that was written on an old Mac.
     """
     head = head_of(path)
     marked = mark_of(head)
-    if not marked and not options.encoding and head.count(0) > len(head) // 5:
+    if not marked and not table.encoding and head.count(0) > len(head) // 5:
         raise UserError(f"{path} looks like UTF-16 or is no text: give --encoding utf-16-le, or make it a text file")
-    encoding = codecs.lookup(options.encoding or marked or "utf-8").name
+    encoding = codecs.lookup(table.encoding or marked or "utf-8").name
     errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
     number = 0
     try:
@@ -208,7 +208,7 @@ def _text_lines(path: str, options: TableOptions, repairs: Counter[str]) -> Iter
                 number += 1
                 if len(line) >= MAX_RECORD_BYTES:
                     raise UserError(f"{path}:{number}: the line is longer than 64 MiB; is it a table?")
-                if not options.encoding and (found := UNDECODED.search(line)) is not None:
+                if not table.encoding and (found := UNDECODED.search(line)) is not None:
                     raise _not_decoded(path, number, line, found.start())
                 if line.startswith("\ufeff"):  # also where one file was put behind another
                     repairs["byte_order_marks"] += 1
@@ -230,10 +230,10 @@ def _not_decoded(path: str, number: int, line: str, position: int) -> UserError:
     )
 
 
-def _csv_records(path: str, kind: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
-    lines = _text_lines(path, options, repairs)
+def _csv_records(path: str, kind: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
+    lines = _text_lines(path, table, repairs)
     before: list[str] = []  # lines without a row, so that lines are counted as in an editor
-    delimiter = options.delimiter
+    delimiter = table.delimiter
     for first in lines:
         if said := _EXCEL_DELIMITER.fullmatch(first):
             delimiter = delimiter or said[1]
@@ -242,13 +242,13 @@ def _csv_records(path: str, kind: str, options: TableOptions, repairs: Counter[s
         before.append("\n")
     else:
         raise UserError(f"{path} is empty; it must begin with a header that names the columns")
-    delimiter = delimiter or _find_delimiter(first, kind, options)
-    rows = csv_rows(itertools.chain(before, [first], lines), delimiter, options.quotes)
+    delimiter = delimiter or _find_delimiter(first, kind, table)
+    rows = csv_rows(itertools.chain(before, [first], lines), delimiter, table.quotes)
     top = next(rows)
     if top.stray_from:
         raise UserError(f"{path}:{top.first}: {_stray_quote(top)}; the header must name the columns")
     header = [name.strip() for name in top.fields]
-    columns = _find_columns(path, header, options)
+    columns = _find_columns(path, header, table)
     may_be_dashes = True
     for row in rows:
         if may_be_dashes and not row.stray_from and _is_dashes(delimiter.join(row.fields)):
@@ -294,21 +294,21 @@ def _stray_quote(row: CsvRow) -> str:
     )
 
 
-def _find_delimiter(line: str, kind: str, options: TableOptions) -> str:
+def _find_delimiter(line: str, kind: str, table: TableOptions) -> str:
     """The delimiter with which the header has the wanted columns; otherwise the one that gives the most."""
     candidates = sorted(_DELIMITERS, key=lambda mark: mark != "\t") if kind == "tsv" else list(_DELIMITERS)
     headers = {
-        mark: [name.strip() for row in csv_rows(iter([line]), mark, options.quotes) for name in row.fields]
+        mark: [name.strip() for row in csv_rows(iter([line]), mark, table.quotes) for name in row.fields]
         for mark in candidates
     }
-    wanted = set(options.columns().values())
+    wanted = set(table.columns().values())
     return max(candidates, key=lambda mark: (len(wanted & set(headers[mark])), len(headers[mark])))
 
 
-def _json_records(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
+def _json_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
     names: dict[str, None] = {}
-    columns = missing = options.columns()
-    for number, line in enumerate(_text_lines(path, options, repairs), 1):
+    columns = missing = table.columns()
+    for number, line in enumerate(_text_lines(path, table, repairs), 1):
         if not line.strip():
             continue
         reason, details = "no JSON record", ""
@@ -335,7 +335,7 @@ def _json_records(path: str, options: TableOptions, repairs: Counter[str]) -> It
 # ---- parquet ----
 
 
-def _parquet_records(path: str, options: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
+def _parquet_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -346,11 +346,11 @@ def _parquet_records(path: str, options: TableOptions, repairs: Counter[str]) ->
             unpacked.seek(0)
             source = unpacked
         try:
-            table = pyarrow.parquet.ParquetFile(source)
-            _find_columns(path, table.schema_arrow.names, options)
-            columns = options.columns()
+            parquet = pyarrow.parquet.ParquetFile(source)
+            _find_columns(path, parquet.schema_arrow.names, table)
+            columns = table.columns()
             number = 0
-            for batch in table.iter_batches(batch_size=1000, columns=list(columns.values())):
+            for batch in parquet.iter_batches(batch_size=1000, columns=list(columns.values())):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, {name: record[column] for name, column in columns.items()}

@@ -50,7 +50,7 @@ class Row:
     part: str | None = None
 
 
-def read_table(path: str | Path, options: TableOptions, repairs: Counter[str] | None = None) -> Iterator[Row | BadRow]:
+def read_table(path: str | Path, table: TableOptions, repairs: Counter[str] | None = None) -> Iterator[Row | BadRow]:
     """The rows of a table in their order; see `read_records`.
 
     Raises:
@@ -58,20 +58,20 @@ def read_table(path: str | Path, options: TableOptions, repairs: Counter[str] | 
             row, with file, line and values.
     """
     repairs = Counter() if repairs is None else repairs
-    if len(set(options.labels)) < len(options.labels) or "" in map(str.strip, options.labels):
-        raise UserError(f"the labels must differ and none may be empty: {shown_labels(options.labels)}")
-    known = frozenset(options.labels)
-    for line, fields in read_records(str(path), options, repairs):
-        row = fields if isinstance(fields, BadRow) else _row(line, fields, options, known, repairs)
-        if isinstance(row, BadRow) and options.on_bad_row == "fail":
+    if len(set(table.labels)) < len(table.labels) or "" in map(str.strip, table.labels):
+        raise UserError(f"the labels must differ and none may be empty: {shown_labels(table.labels)}")
+    known = frozenset(table.labels)
+    for line, fields in read_records(str(path), table, repairs):
+        row = fields if isinstance(fields, BadRow) else _row(line, fields, table, known, repairs)
+        if isinstance(row, BadRow) and table.on_bad_row == "fail":
             raise row.error(path)
         yield row
 
 
-def order_labels(counts: Counter[str], options: TableOptions) -> list[str]:
+def order_labels(counts: Counter[str], table: TableOptions) -> list[str]:
     """The labels in the order of their ids: as given, else sorted, as numbers where all are whole numbers."""
-    if options.labels:
-        return list(options.labels)
+    if table.labels:
+        return list(table.labels)
     if all(re.fullmatch(r"-?\d{1,15}", label) for label in counts):
         return sorted(counts, key=lambda label: (int(label), label))
     return sorted(counts)
@@ -124,21 +124,21 @@ class _WrongKindError(Exception):
 
 
 def _row(
-    line: int, fields: Fields, options: TableOptions, known: frozenset[str], repairs: Counter[str]
+    line: int, fields: Fields, table: TableOptions, known: frozenset[str], repairs: Counter[str]
 ) -> Row | BadRow:
     """A row from its fields, or what is wrong with it."""
     values: dict[str, str] = {}
     labels: tuple[str, ...] | None = ()
 
     def bad(reason: str, details: str) -> BadRow:
-        shown = " | ".join(f"{name}={fields.get(name)!s:.80}" for name in options.columns())
+        shown = " | ".join(f"{name}={fields.get(name)!s:.80}" for name in table.columns())
         return BadRow(line, reason, details, SURROGATE.sub("\ufffd", shown)[:RAW_CHARACTERS])
 
-    for name, column in options.columns().items():
+    for name, column in table.columns().items():
         value = fields.get(name)
         try:
             if name == "label":
-                labels = _labels(value, options.separator, repairs)
+                labels = _labels(value, table.separator, repairs)
                 continue
             values[name] = _plain(value, repairs) or ""
             if name == "text" and values[name] and not isinstance(value, str):
@@ -146,16 +146,16 @@ def _row(
         except _WrongKindError as error:
             return bad(f"{name} of the wrong kind", f"{column!r} is {error}")
     if not values["text"]:
-        return bad("empty text", f"nothing in {options.text!r}")
+        return bad("empty text", f"nothing in {table.text!r}")
     if labels is None:
-        return bad("empty label", f"nothing in {options.label!r}")
+        return bad("empty label", f"nothing in {table.label!r}")
     if unknown := [label for label in labels if known and label not in known]:
-        near = _near_label(unknown[0], options.labels)
-        return bad("unknown label", f"{shown_labels(unknown[:1])} is not one of {shown_labels(options.labels)}{near}")
-    part = _PART_NAMES.get(values["split"].lower()) if options.split else None
-    if options.split and part is None:
+        near = _near_label(unknown[0], table.labels)
+        return bad("unknown label", f"{shown_labels(unknown[:1])} is not one of {shown_labels(table.labels)}{near}")
+    part = _PART_NAMES.get(values["split"].lower()) if table.split else None
+    if table.split and part is None:
         shown = f"{values['split']!r:.{_SHOWN_CHARACTERS}}"
-        return bad("unknown part", f"{shown} in {options.split!r} is none of {', '.join(PARTS)}")
+        return bad("unknown part", f"{shown} in {table.split!r} is none of {', '.join(PARTS)}")
     return Row(line, values["text"], labels, values.get("id") or None, values.get("group") or None, part)
 
 
