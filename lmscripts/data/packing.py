@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -242,53 +242,65 @@ def build_row_index(part: Part, layout: Layout, folder: Path) -> RowIndex:
 
 def _open_index(folder: Path) -> RowIndex:
     facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    expected: dict[str, tuple[Any, int]] = {
-        "first_segment": (np.int64, facts["rows"] + 1),
-        "segment_start": (np.int64, facts["segments"]),
-    }
-    expected["segment_length"] = (np.int32, facts["segments"])
-    arrays: list[NDArray[Any]] = []
+    expected: dict[str, tuple[str, int]] = {"first_segment": ("int64", facts["rows"] + 1)}
+    expected |= {"segment_start": ("int64", facts["segments"]), "segment_length": ("int32", facts["segments"])}
+    return RowIndex(**open_arrays(folder, expected), real_tokens=facts["real_tokens"])
+
+
+def open_arrays(folder: Path, expected: Mapping[str, tuple[str, int]]) -> dict[str, NDArray[Any]]:
+    """Arrays of a folder, mapped into memory, by name; `expected` says of each its dtype and size.
+
+    Raises:
+        UserError: a file has another size; it names the folder to remove, which is then made anew.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
     for name, (dtype, size) in expected.items():
         path = folder / f"{name}.bin"
         if path.stat().st_size != size * np.dtype(dtype).itemsize:
             raise UserError(f"{path} has {path.stat().st_size} bytes, expected {size} numbers; remove {folder}")
-        arrays.append(np.asarray(np.memmap(path, dtype, mode="r")) if size else np.zeros(0, dtype))
-    return RowIndex(arrays[0], arrays[1], arrays[2], real_tokens=facts["real_tokens"])
+        arrays[name] = np.asarray(np.memmap(path, dtype, mode="r")) if size else np.zeros(0, dtype)
+    return arrays
 
 
-def row_index(part: Part, store_fingerprint: str, layout: Layout, cache_dir: Path) -> RowIndex:
-    """The index of a part and layout, built on first use and then reused from `cache_dir`.
+def built_once(cache_dir: Path, name: str, what: Sequence[Any], build: Callable[[Path], Any]) -> Path:
+    """The folder NAME-HASH inside of `cache_dir`, built on first use and then reused; `what` it is goes into the hash.
 
     Several processes may ask at once. Of those that a launcher started on one machine, the first builds and the others
     wait for the folder to appear; else each builds aside and the first to rename wins.
     """
-    what = [INDEX_VERSION, store_fingerprint, part.folder.name, layout.sequence_length, layout.packing]
-    what += [layout.lead_of_segment, layout.lead_of_row]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    folder = cache_dir / f"{part.folder.name}-{layout.packing}-{layout.sequence_length}-{key}"
+    folder = cache_dir / f"{name}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
     while not folder.is_dir() and int(os.environ.get("LOCAL_RANK", "0")) > 0:
         time.sleep(0.1)  # if the builder fails, the launcher ends this process as well
     if not folder.is_dir():
         try:
-            return build_row_index(part, layout, folder)
+            build(folder)
         except (UserError, OSError):
             if not folder.is_dir():
                 raise
-    return _open_index(folder)
+    return folder
+
+
+def rows_dir(store: TokenStore) -> Path:
+    """Where rows of a store are kept: inside of it or, where it may not be written, among the temporary files."""
+    if os.access(store.folder, os.W_OK):
+        return store.folder / "rows"
+    return Path(tempfile.gettempdir()) / f"lmscripts_rows_{store.fingerprint[:16]}"
+
+
+def row_index(part: Part, store_fingerprint: str, layout: Layout, cache_dir: Path) -> RowIndex:
+    """The index of a part and layout, see `built_once`."""
+    what = [INDEX_VERSION, store_fingerprint, part.folder.name, layout.sequence_length, layout.packing]
+    what += [layout.lead_of_segment, layout.lead_of_row]
+    name = f"{part.folder.name}-{layout.packing}-{layout.sequence_length}"
+    return _open_index(built_once(cache_dir, name, what, lambda folder: build_row_index(part, layout, folder)))
 
 
 def open_rows(store: TokenStore, part_name: str, layout: Layout) -> PackedRows | None:
-    """Rows of one part of a store by their index, which is built on first use; None when the part is empty.
-
-    The index is kept in `rows/` inside the store or, where the store may not be written, among the temporary files.
-    """
+    """Rows of one part of a store by their index, which is built on first use; None when the part is empty."""
     part = store.part(part_name)
     if part.tokens.size == 0:
         return None
-    cache_dir = store.folder / "rows"
-    if not os.access(store.folder, os.W_OK):
-        cache_dir = Path(tempfile.gettempdir()) / f"lmscripts_rows_{store.fingerprint[:16]}"
-    return PackedRows(part, row_index(part, store.fingerprint, layout, cache_dir), layout)
+    return PackedRows(part, row_index(part, store.fingerprint, layout, rows_dir(store)), layout)
 
 
 def read_rows(part: Part, index: RowIndex, rows: NDArray[np.int64], layout: Layout) -> Rows:

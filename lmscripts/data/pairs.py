@@ -12,11 +12,7 @@ over the text as asked for, and kept as files beside the store; masks are drawn 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +23,7 @@ from numpy.typing import NDArray
 
 from lmscripts.counters import stream_key
 from lmscripts.data.masking import expand_ranges
-from lmscripts.data.packing import Layout, Rows
+from lmscripts.data.packing import Layout, Rows, built_once, open_arrays, rows_dir
 from lmscripts.data.token_store import Part, TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import new_folder
@@ -81,7 +77,8 @@ class PairRows:
         start: (P, 2) first token of A and B.
         length: (P, 2) their tokens.
         label: (P,) 0 where B is what came next, or in order; 1 where not; -1 unknown.
-        facts: counts of the whole: "pairs", "negatives", "unlabelled", "real_tokens", "cut_tokens", "most_pairs".
+        facts: counts of the whole: "rows", "pairs", "negatives", "unlabelled", "real_tokens", "cut_tokens"; and
+            "most_pairs" of a row.
     """
 
     part: Part
@@ -171,32 +168,21 @@ class PairRows:
 def open_pairs(store: TokenStore, part_name: str, layout: Layout, settings: PairSettings) -> PairRows | None:
     """Rows of pairs of one part of a store, drawn on first use and then reused; None when the part is empty.
 
-    Kept where `lmscripts.data.packing.open_rows` keeps its index; of the processes of one machine the first draws.
-
     Raises:
         UserError: rows too short for pairs, or a single document, which has no other to take a negative from.
     """
     part = store.part(part_name)
     if part.tokens.size == 0:
         return None
-    cache_dir = store.folder / "rows"
-    if not os.access(store.folder, os.W_OK):
-        cache_dir = Path(tempfile.gettempdir()) / f"lmscripts_rows_{store.fingerprint[:16]}"
     what = [_VERSION, store.fingerprint, part_name, layout.sequence_length, asdict(settings)]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    folder = cache_dir / f"{part_name}-pairs-{layout.sequence_length}-{key}"
-    while not folder.is_dir() and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        time.sleep(0.1)  # if the builder fails, the launcher ends this process as well
-    if not folder.is_dir():
-        try:
-            _build(part, layout, settings, folder)
-        except (UserError, OSError):
-            if not folder.is_dir():
-                raise
+    name = f"{part_name}-pairs-{layout.sequence_length}"
+    folder = built_once(rows_dir(store), name, what, lambda folder: _build(part, layout, settings, folder))
     facts = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
-    arrays = {n: np.asarray(np.memmap(folder / f"{n}.bin", dtype, mode="r")) for n, dtype in _FILES.items()}
-    pairs = {name: arrays[name].reshape(-1, 2) for name in ("start", "length")}
-    return PairRows(part, layout, arrays["first_pair"], **pairs, label=arrays["label"], facts=facts)
+    sizes = {"first_pair": facts["rows"] + 1, "label": facts["pairs"]}
+    sizes |= dict.fromkeys(("start", "length"), 2 * facts["pairs"])
+    arrays = open_arrays(folder, {name: (dtype, sizes[name]) for name, dtype in _FILES.items()})
+    start, length = (arrays[name].reshape(-1, 2) for name in ("start", "length"))
+    return PairRows(part, layout, arrays["first_pair"], start, length, arrays["label"], facts)
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------------
@@ -335,13 +321,14 @@ def _build(part: Part, layout: Layout, settings: PairSettings, folder: Path) -> 
     most_tokens = layout.sequence_length - _SPECIAL
     if most_tokens < 5:
         raise UserError(f"sequence length {layout.sequence_length} is too short for rows of pairs")
-    facts = dict.fromkeys(("pairs", "negatives", "unlabelled", "real_tokens", "cut_tokens", "most_pairs"), 0)
+    facts = dict.fromkeys(("rows", "pairs", "negatives", "unlabelled", "real_tokens", "cut_tokens", "most_pairs"), 0)
     with new_folder(folder) as aside:
         files = {name: (aside / f"{name}.bin").open("wb") for name in _FILES}
         files["first_pair"].write(np.zeros(1, np.int64).tobytes())
 
         def write(window: list[Pair]) -> None:
             for row in _rows_of(window, layout.sequence_length):
+                facts["rows"] += 1
                 facts["pairs"] += len(row)
                 facts["most_pairs"] = max(facts["most_pairs"], len(row))
                 files["first_pair"].write(np.array([facts["pairs"]], np.int64).tobytes())
