@@ -17,15 +17,15 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from lmscripts.data.folding import FoldSettings
-from lmscripts.data.labelled_rows import check_padding
 from lmscripts.errors import UserError
-from lmscripts.evaluation.aggregate import AGGREGATES
+from lmscripts.models.checks import check_padding
 from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state, weight_files
 from lmscripts.models.fitting import OFFSET_POSITIONS
 from lmscripts.models.pretrained import quiet_loading, set_dropout
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
 
 KEY = "lmscripts_classifier"
+AGGREGATES = ("mean_probabilities", "mean_logits", "max", "token_weighted")  # see `lmscripts.evaluation.aggregate`
 _FORMAT = 1
 _ALSO_NEW = ("pooler.",)  # of a body: a layer that serves the head alone and that language models are saved without
 _LONGEST = 512
