@@ -239,23 +239,6 @@ def open_task(options: Options, progress: Callable[[int], object]) -> Task:
     return task
 
 
-def read_rows(options: Options, task: Task) -> tuple[Part, Part, Part, Any]:
-    """Rows for training, validation and testing, and for several labels the weight of having each."""
-    from lmscripts.data.labelled_rows import read_parts
-
-    train, validation, test, weights = read_parts(
-        task.database,
-        balanced=options.class_weights == "balanced",
-        multi_label=task.multi_label,
-        count_documents_once=options.count_documents_once,
-    )
-    if not train.num_rows:
-        raise UserError(f"no document for training in {task.database.path} gives a row")
-    if options.patience and not validation.num_rows:
-        raise UserError("--patience needs a validation part: give --validation_share or --validation_file")
-    return train, validation, test, weights
-
-
 def build_model(options: Options, task: Task) -> tuple[PreTrainedModel, ClassifierSettings, list[str]]:
     """The model with a head for the labels, its settings before calibration, and sentences for the user."""
     from lmscripts.models.classifier import ClassifierSettings, build_classifier
@@ -285,7 +268,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     from tqdm import tqdm
     from transformers import logging
 
-    from lmscripts.data.labelled_rows import batch_maker
+    from lmscripts.data.labelled_rows import batch_maker, read_parts
     from lmscripts.data.steps import ByLength, Prefetcher, step_batches, to_device
     from lmscripts.evaluation import judging, progress, results
     from lmscripts.models.classifier import padding_id
@@ -336,7 +319,14 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     fixed |= {"tokenizer": source.encoder.fingerprint}
     processes.check_agreement(fixed)
     torch.use_deterministic_algorithms(options.deterministic)
-    train, validation, test, positive_weights = read_rows(options, task)
+    train, validation, test, positive_weights = read_parts(
+        database,
+        balanced=options.class_weights == "balanced",
+        multi_label=task.multi_label,
+        count_documents_once=options.count_documents_once,
+    )
+    if options.patience and not validation.num_rows:
+        raise UserError("--patience needs a validation part: give --validation_share or --validation_file")
     doubts = progress.check_metric(options.metric, Options.metric, validation, task.multi_label)
     nodes = processes.nodes_of_processes(accelerator)
     shares = processes.process_shares(options.batch_size, nodes, weights=options.process_shares or None)
@@ -372,12 +362,8 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     say(*notices)
     if checkpoint:
         resume.load_weights({"": network}, checkpoint)
-    judged_by = labels.Settings(
-        task.multi_label,
-        options.label_smoothing,
-        None if positive_weights is None else torch.from_numpy(positive_weights),
-    )
-    objective = Objective(labels, None, {"": network}, "sdpa", judged_by)
+    loss_settings = labels.Settings(task.multi_label, options.label_smoothing, positive_weights)
+    objective = Objective(labels, None, {"": network}, "sdpa", loss_settings)
     if options.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     adam = {"learning_rate": options.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8}
@@ -419,7 +405,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
         record = processes.from_main(accelerator, partial(progress.close_epoch, *about))
         epoch_meter.read(accelerator, objective.metrics)  # begins anew
         state.evaluated_step, own.history = state.step, [*own.history, record]
-        value = progress.chosen_value(record, options.metric, task.multi_label)
+        value = progress.value_of(record["validation"], options.metric)
         if own.is_better(options.metric, value):
             own.best_epoch, own.best_value = epoch, value
             processes.from_main(accelerator, partial(folder.keep_best, run_dir, str(epoch), network))

@@ -801,7 +801,7 @@ def open_task(model_dir):
     script = runpy.run_path(str(ROOT / "scripts" / "finetune_classifier.py"))
 
     def call(table, **changed):
-        options = script["Options"](str(table), model_name_or_path=str(model_dir), max_length=32, **changed)
+        options = script["Options"](input_file=str(table), model_name_or_path=str(model_dir), max_length=32, **changed)
         return script["open_task"](options, print)
 
     return call

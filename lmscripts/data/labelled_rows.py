@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lmscripts.data.labelled_store import Database, FoldRows
 from lmscripts.data.steps import Batch, Ints, Made, MakeBatches, cut
+from lmscripts.errors import UserError
 from lmscripts.text.tables import PARTS
 
 Floats = NDArray[np.float32]
@@ -80,11 +81,16 @@ def read_parts(
         balanced: weigh rare labels up: the rows of one label each, of several (K,) the statement of having each.
         multi_label: a document may have several.
         count_documents_once: a row of a document that has k of them weighs 1/k.
+
+    Raises:
+        UserError: there is nothing to train on.
     """
     weights = balanced_weights(database.read_labels("train")[1], multi_label) if balanced else None
     of_rows, of_statements = (None, weights) if multi_label else (weights, None)
     settings: Any = {"class_weights": of_rows, "count_documents_once": count_documents_once}
     train, validation, test = (read_part(database, part, **settings) for part in PARTS)
+    if not train.num_rows:
+        raise UserError(f"no document for training in {database.path} gives a row")
     return train, validation, test, of_statements
 
 

@@ -93,8 +93,7 @@ def check_metric(metric: str, default: str, validation: Part, multi_label: bool)
         A sentence where it cannot, so that the last weights will be taken.
 
     Raises:
-        UserError: another metric than the default was asked for and there is no validation part, or the metric does
-            not exist.
+        UserError: another metric than the default was asked for and there is no validation part.
     """
     if not validation.num_rows:
         if metric != default:
@@ -103,8 +102,7 @@ def check_metric(metric: str, default: str, validation: Part, multi_label: bool)
                 "--validation_share or --validation_file, or leave out --metric"
             )
         return ["there is no validation part: the last weights will be taken"]
-    found = {"loss": 0.0} | best_shares(validation, multi_label)
-    if np.isfinite(found[_known(found, metric, multi_label)]):
+    if np.isfinite(value_of({"loss": 0.0} | best_shares(validation, multi_label), metric)):
         return []
     truth = validation.truth[np.unique(validation.owners)]
     return [
@@ -114,20 +112,9 @@ def check_metric(metric: str, default: str, validation: Part, multi_label: bool)
     ]
 
 
-def chosen_value(record: Mapping[str, Any], metric: str, multi_label: bool) -> float | None:
-    """What says how good an epoch is; None without a validation part, or where it is undefined there."""
-    found = record["validation"]
-    value: float | None = found[_known(found, metric, multi_label)] if found else None
-    return value
-
-
-def _known(found: Mapping[str, Any], metric: str, multi_label: bool) -> str:
-    """The name of a metric among those that were computed."""
-    name = "subset_accuracy" if multi_label and metric == "accuracy" else metric
-    if name not in found:
-        which = "several labels a row" if multi_label else "one label a row"
-        raise UserError(f"--metric {metric} does not exist for {which}: choose among {', '.join(found)}")
-    return name
+def value_of(found: Mapping[str, Any], metric: str) -> Any:
+    """A metric by its name; of several labels a row, "accuracy" is the share of rows with all of them right."""
+    return found.get("subset_accuracy" if metric == "accuracy" and "accuracy" not in found else metric)
 
 
 # ---- the database ------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation.aggregate import names_of
 from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, judge
 from lmscripts.evaluation.metrics import plain
-from lmscripts.evaluation.progress import ClassifierProgress
+from lmscripts.evaluation.progress import ClassifierProgress, value_of
 from lmscripts.evaluation.report import csv_text, visible
 from lmscripts.files import replaced_folder, write_text
 from lmscripts.models.classifier import KEY, ClassifierSettings, label_names
@@ -44,41 +44,24 @@ table as the training documents: how well it does on other text was not measured
 # ---- the folder --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class ResultFiles:
-    """What a run leaves beside its training folder, all with one beginning of their names.
+    """What a run leaves, all with one beginning of their names.
 
-    `spreadsheet_safe` is how tables are written, see `csv_text`.
+    Attributes:
+        name: that beginning.
+        training: folder of checkpoints, log and options.
+        model: folder of the trained model.
+        predictions, fragments: tables of the test documents and of their rows.
+        statistics: numbers of every epoch and of the test part.
+        spreadsheet_safe: how tables are written, see `csv_text`.
     """
 
-    folder: Path
-    name: str
-    spreadsheet_safe: bool = False
-
-    @property
-    def training(self) -> Path:
-        """Checkpoints, log and options."""
-        return self.folder / f"{self.name}_training"
-
-    @property
-    def model(self) -> Path:
-        """The trained model."""
-        return self.folder / f"{self.name}_trained_model"
-
-    @property
-    def predictions(self) -> Path:
-        """Predictions of the test documents."""
-        return self.folder / f"{self.name}_testset_predictions.csv"
-
-    @property
-    def fragments(self) -> Path:
-        """Predictions of the rows of the test documents."""
-        return self.folder / f"{self.name}_testset_fragments.csv"
-
-    @property
-    def statistics(self) -> Path:
-        """Numbers of every epoch and of the test part."""
-        return self.folder / f"{self.name}_train_test_stats.json"
+    def __init__(self, folder: Path, name: str, spreadsheet_safe: bool = False) -> None:
+        self.name, self.spreadsheet_safe = name, spreadsheet_safe
+        self.training, self.model = (folder / f"{name}_{what}" for what in ("training", "trained_model"))
+        tables = (folder / f"{name}_testset_{what}.csv" for what in ("predictions", "fragments"))
+        self.predictions, self.fragments = tables
+        self.statistics = folder / f"{name}_train_test_stats.json"
 
     def check_free(self, do_continue: bool) -> None:
         """Refuse to write over another run's results.
@@ -126,40 +109,25 @@ def write_tables(
         settings: of the classifier, after calibration.
     """
     thresholds = None if settings.thresholds is None else np.array(settings.thresholds)
-    all_probabilities = np.full(part.truth.shape, np.nan)
-    all_probabilities[judged.places] = judged.probabilities
-    counts = np.bincount(part.owners, minlength=len(part.doc_ids))
-    truth = [settings.separator.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
-    head = ["document", "line", "name", "true_label", "predicted_label"]
-    shares = [f"probability of {label}" for label in labels]
-    predicted = [settings.separator.join(found) for found in names_of(all_probabilities, labels, thresholds)]
-    rows = [
-        [int(doc_id), *places[doc_id], true, found, *_rounded(values), int(count)]
-        for doc_id, true, found, values, count in zip(
-            part.doc_ids.tolist(), truth, predicted, all_probabilities, counts, strict=True
-        )
-    ]
-    write_text(files.predictions, csv_text([[*head, *shares, "fragments"], *rows], files.spreadsheet_safe))
-    folds, named = part.folds, names_of(judged.fragment_probabilities, labels, thresholds)
-    pieces = [
-        [doc_id, *places[doc_id], truth[owner], settings.separator.join(found), *_rounded(values), *span]
-        for doc_id, owner, found, values, *span in zip(
-            folds.doc_ids.tolist(),
-            part.owners,
-            named,
-            judged.fragment_probabilities,
-            folds.idx.tolist(),
-            folds.char_start.tolist(),
-            folds.char_end.tolist(),
-            strict=True,
-        )
-    ]
-    head = [*head, *shares, "fragment", "char_start", "char_end"]
-    write_text(files.fragments, csv_text([head, *pieces], files.spreadsheet_safe))
+    head = ["document", "line", "name", "true_label", "predicted_label", *(f"probability of {each}" for each in labels)]
+    doc_ids, between = part.doc_ids.tolist(), settings.separator
+    truth = [between.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
 
+    def rows(documents: Iterable[int], probabilities: Any, *others: Any) -> Iterator[list[Any]]:
+        named = names_of(probabilities, labels, thresholds)
+        for place, found, values, *more in zip(documents, named, probabilities, *others, strict=True):
+            shown = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+            yield [doc_ids[place], *places[doc_ids[place]], truth[place], between.join(found), *shown, *more]
 
-def _rounded(values: Any) -> list[str]:
-    return ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+    everywhere = np.full(part.truth.shape, np.nan)
+    everywhere[judged.places] = judged.probabilities
+    counts = np.bincount(part.owners, minlength=len(doc_ids)).tolist()
+    table = [[*head, "fragments"], *rows(range(len(doc_ids)), everywhere, counts)]
+    write_text(files.predictions, csv_text(table, files.spreadsheet_safe))
+    spans = (each.tolist() for each in (part.folds.idx, part.folds.char_start, part.folds.char_end))
+    pieces = rows(part.owners, judged.fragment_probabilities, *spans)
+    table = [[*head, "fragment", "char_start", "char_end"], *pieces]
+    write_text(files.fragments, csv_text(table, files.spreadsheet_safe))
 
 
 def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tested: Judged | None) -> str:
@@ -178,7 +146,7 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
         found = record["validation"]
         if found:
             older["Validation Loss"] = found["loss"]
-            older["Validation Accuracy"] = found.get("accuracy", found.get("subset_accuracy"))
+            older["Validation Accuracy"] = value_of(found, "accuracy")
         epochs.append({"epoch": record["epoch"], **older, **record})
     values = plain({"format": 1, **facts, "Training": epochs, "Testing": testing})
     return json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -30,7 +32,7 @@ class Settings:
 
     multi_label: bool
     label_smoothing: float = 0.0
-    positive_weights: Tensor | None = None
+    positive_weights: NDArray[np.float32] | None = None
 
 
 def weights(settings: Settings) -> dict[str, float]:
@@ -40,7 +42,8 @@ def weights(settings: Settings) -> dict[str, float]:
 
 def prepare(trained: Objective) -> None:
     """Let the weights of statements go where the model goes; no checkpoint holds them."""
-    trained.register_buffer("positive_weights", trained.settings.positive_weights, persistent=False)
+    given = trained.settings.positive_weights
+    trained.register_buffer("positive_weights", None if given is None else torch.from_numpy(given), persistent=False)
 
 
 def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
