@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -154,16 +154,15 @@ def check_metric(options: Options, multi_label: bool) -> None:
 
 def check_shares(options: Options) -> None:
     """Refuse shares where a column or files say which document is for what."""
-    usual = {field.name: field.default for field in fields(options)}
-    useless = ["train_share", "test_share"] + ["validation_share"] * bool(options.validation_file)
-    given = {name: getattr(options, name) for name in useless if getattr(options, name) != usual[name]}
-    if given.get("validation_share") == 0:
-        del given["validation_share"]
-    if given:
+    usual = {"train_share": [Options.train_share], "test_share": [Options.test_share]}
+    if options.validation_file:
+        usual["validation_share"] = [0, Options.validation_share]
+    given = {name: getattr(options, name) for name in usual}
+    if useless := [f"--{name} {value:g}" for name, value in given.items() if value not in usual[name]]:
         raise UserError(
             "the table or its files say which documents are for training and testing: leave out "
-            f"{' and '.join(f'--{name} {value:g}' for name, value in given.items())} (only --validation_share has a "
-            "meaning then, where no document is given for validation)"
+            f"{' and '.join(useless)} (only --validation_share has a meaning then, where no document is given for "
+            "validation)"
         )
 
 

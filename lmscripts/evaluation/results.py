@@ -209,34 +209,21 @@ def finish(
     run, labels = progress.entry, label_names(model.config)
     places = database.read_places(run)
     files.remove_leftovers()
-    part, answers = parts["validation"]
-    if answers is None:
-        settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-        said = ["there is no validation part: the model is not calibrated"]
-    else:
-        settings, said = calibrate(answers, part, settings)
-    judged = {}
-    for name, (part, found) in parts.items():
-        if found is not None:
-            judged[name] = _judged(database, run, name, part, found, settings)
-    tested = judged.get("test")
+    settings, said = _calibrated(*parts["validation"], settings, len(labels))
+    answered = [(name, part, found) for name, (part, found) in parts.items() if found is not None]
+    tested = {name: _judged(database, run, name, part, found, settings) for name, part, found in answered}.get("test")
     if tested is not None:
         for level in ("document", "fragment"):
             database.write_test_metrics(run, level, getattr(tested, level))
         write_tables(files, places, parts["test"][0], tested, labels, settings)
-    else:
-        said.append("there is no test part: nothing is said about other texts, and there is nothing to report")
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts["best_epoch"] = progress.best_epoch
     place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
     about = {"run": run.run_id, "database": place, **facts}
     write_text(files.statistics, statistics_text(about, progress.history, tested))
-    rows: dict[str, Any] = {
-        "labels": ", ".join(labels),
-        "began with": began_with,
-        "architecture": model.config.model_type,
-    }
-    rows |= {"best epoch": progress.best_epoch or "the last", "temperature": f"{settings.temperature:.4f}"}
+    rows: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
+    rows |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
+    rows |= {"temperature": f"{settings.temperature:.4f}"}
     rows["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
@@ -245,12 +232,27 @@ def finish(
         write_weights(aside, model)
         (aside / "README.md").write_text(card_text(files.name, rows, tested, options_yaml), encoding="utf-8")
     database.end_run(run, "done", facts)
-    said.append(f"the model is in {files.model}")
-    if tested is not None:
-        numbers = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
-        said += [f"the predictions are in {files.predictions}", f"test documents: {numbers}"]
-        said.append(f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}")
-    return said
+    return [*said, *_told(files, database.path, run, tested)]
+
+
+def _calibrated(
+    part: Part, answers: RowAnswers | None, settings: ClassifierSettings, num_labels: int
+) -> tuple[ClassifierSettings, list[str]]:
+    """Settings as the model is exported with, and a sentence where they are not fitted."""
+    if answers is not None:
+        return calibrate(answers, part, settings)
+    settings = replace(settings, thresholds=(0.5,) * num_labels if settings.multi_label else None)
+    return settings, ["there is no validation part: the model is not calibrated"]
+
+
+def _told(files: ResultFiles, database: Path, run: RunKey, tested: Judged | None) -> list[str]:
+    """Where everything is."""
+    model = f"the model is in {files.model}"
+    if tested is None:
+        return ["there is no test part: nothing is said about other texts, and there is nothing to report", model]
+    numbers = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
+    report = f"for a report: python scripts/analyze_results.py {database} --run {run.run_id}"
+    return [model, f"the predictions are in {files.predictions}", f"test documents: {numbers}", report]
 
 
 def _judged(
