@@ -82,8 +82,9 @@ class Options:
     preponly: bool = option(False, help="only read the table and write the database", short="p", group="data")
 
     max_length: int | None = option(None, help="tokens of a row; default: the model's longest, <= 512", group="folding")
-    max_words: int = option(0, help="words of a row at most; 0 = as many as its tokens allow", group="folding")
-    overlap: int = option(0, help="tokens (with --max_words words) repeated of the row before", group="folding")
+    fold_unit: Literal["tokens", "words"] = option("tokens", help="what overlap is counted in", group="folding")
+    max_words: int = option(0, help="with --fold_unit words: words of a row", group="folding")
+    overlap: int = option(0, help="units that a row repeats of the row before", group="folding")
     balance: bool = option(False, help="rows of a text about equally long", group="folding")
     policy: Literal["fold", "truncate", "head_tail"] = option("fold", help="or one row a text", group="folding")
     most_folds: int | None = option(None, help="rows of a text at most", group="folding")
@@ -207,9 +208,8 @@ def open_task(options: Options, progress: Callable[[int], object]) -> Task:
         raise UserError(f"the table {options.input_file} does not exist (seen from {Path.cwd()})")
     check_logfile(options)
     source = find_source(options.model_name_or_path, options.tokenizer_dir)
-    unit = "words" if options.max_words else "tokens"
     folding = {name: getattr(options, name) for name in FOLDING}
-    folds = fold_settings(source, options.max_length, unit=unit, **folding)
+    folds = fold_settings(source, options.max_length, unit=options.fold_unit, **folding)
     files = {"validation": options.validation_file, "test": options.test_file}
     files = {part: file for part, file in files.items() if file}
     shares = (options.train_share, options.validation_share, options.test_share)
@@ -255,8 +255,7 @@ def build_model(options: Options, task: Task) -> tuple[PreTrainedModel, Classifi
 
 def main() -> None:
     """Parse, prepare, train, judge, export."""
-    unused = {"fold_unit": "--max_words says that a row has so many words and --overlap counts words"}
-    options = parse_options(Options, description=__doc__ or "", renamed={"epoch": "epochs"}, accepted_unused=unused)
+    options = parse_options(Options, description=__doc__ or "", renamed={"epoch": "epochs"})
     with user_errors(), contextlib.ExitStack() as at_errors:
         run(options, at_errors)
 

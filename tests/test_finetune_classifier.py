@@ -334,7 +334,7 @@ def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_tab
     shutil.copy(table, tmp_path / "topics.csv")
     model = ["--model_name_or_path", bert, "--max_length", 32, "--fold_unit", "words", "--max_words", 12]
     said = here(tmp_path / "topics.csv", *model, "-p", "-f", tmp_path / "log")
-    with sqlite3.connect(tmp_path / "topics.sqlite") as connection:  # the older --fold_unit is what --max_words says
+    with sqlite3.connect(tmp_path / "topics.sqlite") as connection:
         (folding,) = connection.execute("SELECT settings FROM tokenizations").fetchone()
     assert (json.loads(folding)["unit"], json.loads(folding)["max_words"]) == ("words", 12)
     assert "built" in said
