@@ -104,7 +104,13 @@ def sum_over_batches(
     if num_batches == 0:
         return {}
     found = measure_batches(accelerator, num_batches, numbers, stop_requested, progress)
-    return None if found is None else dict(zip(names, map(sum, found.T.tolist()), strict=True))
+    if found is None:
+        return None
+    totals = dict.fromkeys(names, 0.0)
+    for numbers_of_batch in found.tolist():  # not by sum(), whose rounding differs between versions of Python
+        for name, value in zip(names, numbers_of_batch, strict=True):
+            totals[name] += value
+    return totals
 
 
 @contextmanager
