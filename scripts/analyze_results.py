@@ -156,7 +156,7 @@ def numbers_of(run: Run, decided: dict[str, Any], options: Options) -> tuple[dic
         "format": 2,
         "database": run.file.name,
         "run": plain({**run.record, **shown}),
-        "data": plain(run.meta),
+        "data": {name: str(n) if name.startswith("num_") else n for name, n in plain(run.meta).items()},  # older way
         "labels": list(run.labels),
         "multi_label": run.multi_label,
         "split": split,

@@ -12,17 +12,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
 from time import monotonic
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import dump_options, option, parse_options
-from lmscripts.training.classifier_checks import check_metric, check_shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lmscripts.data.folding import FoldSettings
+    from lmscripts.data.labelled_rows import Part
+    from lmscripts.data.labelled_store import Database
+    from lmscripts.models.classifier import ClassifierSettings, Source
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
@@ -34,6 +42,13 @@ POSITIVE = [
 ]  # fmt: skip
 NOT_NEGATIVE = ["weight_decay", "max_grad_norm", "seed", "split_seed", "overlap", "max_words"]
 BELOW_ONE = ["dropout", "label_smoothing", "warmup_share"]
+FOLDING = ["max_words", "overlap", "balance", "policy", "most_folds"]
+# What must stay as it was when a run is continued.
+FIXED = [
+    "model_name_or_path", "from_scratch", "lora_rank", "dropout", "aggregate", "count_documents_once",
+    "class_weights", "label_smoothing", "metric", "epochs", "batch_size", "learning_rate", "warmup_share",
+    "weight_decay", "max_grad_norm", "seed"
+]  # fmt: skip
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
@@ -120,13 +135,119 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
         check_numbers(vars(self), positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
-        check_metric(self.metric, bool(self.separator))
+        check_metric(self, multi_label=bool(self.separator))
         if self.split_column or self.validation_file or self.test_file:
-            check_shares(vars(self))
+            check_shares(self)
         if self.lora_rank and self.from_scratch:
             raise UserError("--lora_rank adds to trained weights, and --from_scratch has none: give one of them")
         if self.split_column and (self.validation_file or self.test_file):
             raise UserError("give --split_column, or a file for each part, not both")
+        name = self.run_name
+        if name is not None and (not name or Path(name).name != name or "\0" in name):
+            raise UserError(f"--run_name {name!r} cannot begin the name of a file: put folders into --output_dir")
+
+
+def check_metric(options: Options, multi_label: bool) -> None:
+    """Refuse a metric that is not defined for several labels a row; an SQLite file says itself whether it has them."""
+    if multi_label and options.metric in ("balanced_accuracy", "mcc"):
+        raise UserError(f"--metric {options.metric} is for one label a row: take macro_f1, accuracy or loss")
+
+
+def check_shares(options: Options) -> None:
+    """Refuse shares where a column or files say which document is for what."""
+    usual = {"train_share": [Options.train_share], "test_share": [Options.test_share]}
+    if options.validation_file:
+        usual["validation_share"] = [0, Options.validation_share]
+    given = {name: getattr(options, name) for name in usual}
+    if useless := [f"--{name} {value:g}" for name, value in given.items() if value not in usual[name]]:
+        raise UserError(
+            "the table or its files say which documents are for training and testing: leave out "
+            f"{' and '.join(useless)} (only --validation_share has a meaning then, where no document is given for "
+            "validation)"
+        )
+
+
+def check_logfile(options: Options) -> None:
+    """Refuse a log file that cannot be, or that would be written into what is read."""
+    from lmscripts.data.labelled_build import DATABASE_SUFFIXES, database_of
+
+    if not options.logfile:
+        return
+    log = Path(options.logfile)
+    if log.is_dir() or not log.parent.is_dir():
+        what = "is a folder" if log.is_dir() else f"cannot be written, as there is no folder {log.parent}"
+        raise UserError(f"--logfile {log} {what} (seen from {Path.cwd()})")
+    others = [options.input_file, options.validation_file, options.test_file, options.database]
+    others.append(str(database_of(options.input_file)))
+    if log.resolve() in [Path(other).resolve() for other in others if other] or log.suffix in DATABASE_SUFFIXES:
+        raise UserError(f"--logfile {log} is a table or database of this run: the log needs a file of its own")
+
+
+# ---- what is asked for: before the processes join, as a table may have to be read -----------------------------------
+
+
+class Task(NamedTuple):
+    """What is to be learnt, and from what."""
+
+    source: Source  # the model to begin with
+    folds: FoldSettings
+    database: Database  # of documents, rows and the split
+    meta: dict[str, Any]  # what it was made from
+    origin: str  # the same with folding and split, to be compared
+    multi_label: bool
+
+
+def open_task(options: Options, progress: Callable[[int], object]) -> Task:
+    """Find the model and open the database, or build it; `progress` is told how many documents were tokenised."""
+    from lmscripts.data.labelled_build import open_or_build
+    from lmscripts.data.splits import SplitSettings
+    from lmscripts.models.classifier import find_source, fold_settings
+    from lmscripts.text.records import TableOptions
+
+    if not Path(options.input_file).exists():  # said before the Hub is asked for a model
+        raise UserError(f"the table {options.input_file} does not exist (seen from {Path.cwd()})")
+    check_logfile(options)
+    source = find_source(options.model_name_or_path, options.tokenizer_dir)
+    folding = {name: getattr(options, name) for name in FOLDING}
+    folds = fold_settings(source, options.max_length, unit=options.fold_unit, **folding)
+    files = {"validation": options.validation_file, "test": options.test_file}
+    files = {part: file for part, file in files.items() if file}
+    shares = (options.train_share, options.validation_share, options.test_share)
+    method = "given" if files or options.split_column else "stratified"
+    names = {"id": options.id_column, "group": options.group_column, "split": options.split_column}
+    names |= {name: getattr(options, name) for name in ("separator", "delimiter", "encoding")}
+    table = {name: value or "" for name, value in names.items()}
+    table |= {name: getattr(options, name) for name in ("labels", "quotes", "on_bad_row")}
+    database = open_or_build(
+        options.input_file,
+        source.encoder,
+        folds,
+        SplitSettings(method, options.split_seed, *shares),
+        TableOptions(options.text, options.label, **table),
+        database=options.database,
+        part_files=files,
+        overwrite=options.overwrite,
+        num_workers=options.num_workers,
+        progress=progress,
+    )
+    origin, meta = database.origin(), database.meta()  # what is read later is compared with the first
+    task = Task(source, folds, database, meta, origin, bool(meta["multi_label"]))
+    check_metric(options, task.multi_label)  # once more, as now an SQLite file has said what it holds
+    if database.split.method == "given":
+        check_shares(options)
+    return task
+
+
+def build_model(options: Options, task: Task) -> tuple[PreTrainedModel, ClassifierSettings, list[str]]:
+    """The model with a head for the labels, its settings before calibration, and sentences for the user."""
+    from lmscripts.models.classifier import ClassifierSettings, build_classifier
+    from lmscripts.models.lora import add_lora
+
+    separator = task.meta["options"]["separator"] or "|"
+    settings = ClassifierSettings(task.folds, options.aggregate, multi_label=task.multi_label, separator=separator)
+    new = {"seed": options.seed, "dropout": options.dropout, "from_scratch": options.from_scratch}
+    network, notices = build_classifier(task.source, task.database.labels(), settings, **new)
+    return network, settings, notices + (add_lora(network, options.lora_rank) if options.lora_rank else [])
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
@@ -142,48 +263,47 @@ def main() -> None:
 def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     """The whole run; ends the process with its exit code. What `at_errors` is given is told of an error."""
     import torch
-    from lmscripts.data.loader import Prefetcher, to_device
     from tqdm import tqdm
     from transformers import logging
 
-    from lmscripts.counters import stream_key
-    from lmscripts.data import labelled_rows as batches
+    from lmscripts.data.labelled_rows import batch_maker, read_parts
+    from lmscripts.data.steps import ByLength, Prefetcher, step_batches, to_device
     from lmscripts.evaluation import judging, progress, results
-    from lmscripts.models import classifier, lora
-    from lmscripts.objectives.labels import ClassifierObjective, step_scale
-    from lmscripts.training import folder as run_folder
-    from lmscripts.training import log as tracking
-    from lmscripts.training import optim, resume
-    from lmscripts.training import processes as distributed
-    from lmscripts.training.checkpoint import prune_checkpoints
-    from lmscripts.training.classifier_task import fixed_settings, open_task, plan_text, read_parts
+    from lmscripts.models.classifier import padding_id
+    from lmscripts.objectives import labels
+    from lmscripts.objectives.module import Objective
+    from lmscripts.training import folder, log, optim, processes, resume
+    from lmscripts.training.state import TrainingState, of_process
 
     # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save
-    deadline = STARTED + (distributed.parse_duration(options.max_time) if options.max_time else inf)
+    deadline = STARTED + (processes.parse_duration(options.max_time) if options.max_time else inf)
     saved_options = dump_options(options)
     default_rate = 2e-4 if options.lora_rank else 1e-4 if options.from_scratch else 2e-5
     options = replace(options, learning_rate=options.learning_rate or default_rate)
     first = os.environ.get("RANK", "0") == "0"
-    results.check_run_name(options.run_name)
     with tqdm(unit="document", disable=not (sys.stderr.isatty() and first)) as bar:
         task = open_task(options, bar.update)
+    database, source = task.database, task.source
 
     def note(*lines: str) -> None:
         if options.logfile and first:
             with open(options.logfile, "a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
+    def say(*lines: str) -> None:
+        if first and lines:
+            print(*lines, sep="\n", flush=True)
+        note(*lines)
+
     if options.preponly:
-        if first:
-            print("\n".join(task.sentences()))
-            note(*task.sentences())
+        say(*database.sentences(), *source.notices)
         return
-    folder = Path(options.output_dir) if options.output_dir else Path(options.input_file).parent
-    files = results.ResultFiles(folder, options.run_name or task.database.path.stem, options.spreadsheet_safe)
+    output_dir = Path(options.output_dir) if options.output_dir else Path(options.input_file).parent
+    files = results.ResultFiles(output_dir, options.run_name or database.path.stem, options.spreadsheet_safe)
     run_dir = files.training
-    accelerator = distributed.start_processes(
-        mixed_precision=distributed.choose_precision(None, 0, False, options.precision),
+    accelerator = processes.start_processes(
+        mixed_precision=processes.choose_precision(None, 0, False, options.precision),
         expected_processes=options.expected_processes,
         timeout_seconds=options.timeout,
         trackers=() if options.tracker == "none" else (options.tracker,),
@@ -192,119 +312,133 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     world, rank = accelerator.num_processes, accelerator.process_index
     if str(accelerator.distributed_type.value) == "FSDP":
         raise UserError("classifiers are trained with whole copies of the model: choose a config without FSDP")
-
-    def say(*lines: str) -> None:
-        accelerator.print(*lines, sep="\n", flush=True)
-        note(*lines)
-
-    fixed = fixed_settings(options, task)
-    distributed.check_agreement(fixed)
+    fixed = {name: getattr(options, name) for name in FIXED} | {"tables": task.meta["sha256"]}
+    fixed |= {"labels": database.labels(), "folds": asdict(task.folds), "split": asdict(database.split)}
+    fixed |= {"tokenizer": source.encoder.fingerprint}
+    processes.check_agreement(fixed)
     torch.use_deterministic_algorithms(options.deterministic)
-    train, validation, test, positive_weights = read_parts(options, task)
+    train, validation, test, positive_weights = read_parts(
+        database,
+        balanced=options.class_weights == "balanced",
+        multi_label=task.multi_label,
+        count_documents_once=options.count_documents_once,
+    )
+    if options.patience and not validation.num_rows:
+        raise UserError("--patience needs a validation part: give --validation_share or --validation_file")
     doubts = progress.check_metric(options.metric, Options.metric, validation, task.multi_label)
-    nodes = distributed.nodes_of_processes(accelerator)
-    shares = distributed.process_shares(options.batch_size, nodes, weights=options.process_shares or None)
-    per_epoch = batches.num_batches(train.num_rows, options.batch_size)
-    num_steps = per_epoch * options.epochs
-    schedule = {"schedule": "linear", "peak": options.learning_rate, "max_steps": num_steps}
-    schedule |= {"warmup_steps": round(options.warmup_share * num_steps)}
+    nodes = processes.nodes_of_processes(accelerator)
+    shares = processes.process_shares(options.batch_size, nodes, weights=options.process_shares or None)
+    order = ByLength(train.lengths, options.batch_size, options.seed)
+    num_steps = order.per_epoch * options.epochs
+    warmup_steps = round(options.warmup_share * num_steps)
+    rate = optim.Schedule("linear", peak=options.learning_rate, warmup_steps=warmup_steps, max_steps=num_steps)
 
     # ---- model, from another model or from a checkpoint
-    as_trained = {"multi_label": task.multi_label, "separator": task.database.meta()["options"]["separator"] or "|"}
-    settings = classifier.ClassifierSettings(task.folds, options.aggregate, **as_trained)
-    new = {"seed": options.seed, "dropout": options.dropout, "from_scratch": options.from_scratch}
-    network, notices = classifier.build_classifier(task.source, task.labels, settings, **new)
-    if options.lora_rank:
-        notices += lora.add_lora(network, options.lora_rank)
-    parts = (train, validation, test)
-    plan = plan_text(options, task, parts, network, shares, schedule["warmup_steps"])
-    say(*task.sentences(), *notices, *plan, *doubts)
+    network, settings, notices = build_model(options, task)
+    tokenizer, autos = source.encoder.tokenizer, {"": "AutoModelForSequenceClassification"}
+    beside = folder.tokenizer_beside(tokenizer, {"": network}, autos, tokenizer.model_max_length)
+    said = [*database.sentences(), *source.notices, *notices]
+    said += [
+        f"model: {source.name}, {network.config.model_type}, {network.num_parameters():,} parameters",
+        f"rows of at most {task.folds.max_length} tokens: {train.num_rows:,} for training ({train.lengths.sum():,} "
+        f"tokens), {validation.num_rows:,} for validation, {test.num_rows:,} for testing",
+        f"{options.epochs} epochs of {order.per_epoch:,} steps of {options.batch_size} rows; rows of each process: "
+        f"{shares}",
+        f"learning rate {options.learning_rate:g} after {warmup_steps} steps of warmup, then linear to 0",
+    ]
+    say(*said, *doubts)
     if options.dry_run:
         return
+    run_folder = folder.RunFolder(run_dir, fixed, rate, beside)
 
-    def claim():
+    def claim() -> tuple[Path | None, bool, list[str]]:
         files.check_free(options.do_continue)
-        return training.claim(options.do_continue, None)
+        return run_folder.claim(options.do_continue)
 
-    training = run_folder.RunFolder(run_dir, task.source.encoder.folder, task.folds.max_length, fixed, schedule)
-    checkpoint, continued, more = distributed.from_main(accelerator, claim)
-    distributed.check_agreement({"checkpoint found": checkpoint is None or checkpoint.is_dir()})
-    if more:
-        say(*more)
-    objective = ClassifierObjective(
-        network,
-        multi_label=task.multi_label,
-        label_smoothing=options.label_smoothing,
-        positive_weights=None if positive_weights is None else torch.from_numpy(positive_weights),
-    )
+    checkpoint, continued, notices = processes.from_main(accelerator, claim)
+    processes.check_agreement({"checkpoint found": checkpoint is None or checkpoint.is_dir()})
+    say(*notices)
     if checkpoint:
-        resume.load_weights(objective.models, checkpoint)
+        resume.load_weights({"": network}, checkpoint)
+    loss_settings = labels.Settings(task.multi_label, options.label_smoothing, positive_weights)
+    objective = Objective(labels, None, {"": network}, "sdpa", loss_settings)
     if options.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     adam = {"learning_rate": options.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8}
     optimizer = optim.build_optimizer("adamw", objective, weight_decay=options.weight_decay, **adam)
     model, optimizer = accelerator.prepare(objective, optimizer)
-    state = progress.restore(accelerator, objective, optimizer, checkpoint)
+    beginning = TrainingState(own=progress.ClassifierProgress())
+    state = resume.restore(accelerator, objective, optimizer, beginning, checkpoint)
+    own: progress.ClassifierProgress = state.own
 
     # ---- what is shown and written down
     stop_step = min(num_steps, options.stop_at_step or num_steps)
-    stop_asked = distributed.StopRequest(deadline)
-    meter = tracking.Meter(accelerator.device, *state.open_window(rank))
-    epoch_meter = tracking.Meter(accelerator.device, *state.open_epoch(rank))
-    log = tracking.Reporter(accelerator, run_dir, state.step, stop_step, continued)
+    stop_asked = processes.StopRequest(deadline)
+    meter = log.Meter(accelerator.device, *state.open_window(rank))
+    epoch_meter = log.Meter(accelerator.device, of_process(own.epoch_sums, rank), own.epoch_counts)
+    report = log.Reporter(accelerator, run_dir, state.step, stop_step, continued)
     facts = {"metric": options.metric, "processes": world, "parameters": network.num_parameters()}
-    facts |= {"versions": tracking.versions(), "continued_from": state.step}
-    about = (files.name, files.model, vars(options), facts, task.origin)
-    entry = partial(progress.open_run, task.database, state, *about)
-    state.run_id, state.key = distributed.from_main(accelerator, entry)
-    facts |= {"key": state.key}
-    at_errors.enter_context(progress.failing(task.database, state, rank == 0))
+    facts |= {"versions": log.versions(), "continued_from": state.step}
+    entry = partial(progress.open_run, database, own, files.name, files.model, vars(options), facts, task.origin)
+    own.run_id, own.key = processes.from_main(accelerator, entry)
+    facts |= {"key": own.key}
+    at_errors.enter_context(progress.failing(database, own.entry, rank == 0))
     if rank == 0:
-        training.write_options(saved_options)
-    pad_id = classifier.padding_id(task.source.encoder)
-    answer = partial(judging.answer_rows, accelerator, objective, batch_size=options.micro_batch_size, pad_id=pad_id)
+        run_folder.write_options(saved_options)
+    pad_id = padding_id(source.encoder)
+
+    def answer(part: Part) -> judging.RowAnswers | None:
+        with meter.paused():
+            return judging.answer_rows(accelerator, objective, part, options.micro_batch_size, pad_id, stop_asked)
 
     def stopped_while_judging() -> bool:
         """At the end of an epoch: validation, and whether it is the best so far; the main process decides for all."""
-        if state.step == 0 or state.step % per_epoch or state.evaluated_step == state.step:
+        if state.step == 0 or state.step % order.per_epoch or state.evaluated_step == state.step:
             return False
-        epoch, answers = state.step // per_epoch, None
+        epoch, answers = state.step // order.per_epoch, None
         trained = objective.metrics(*epoch_meter.open_window(accelerator))
-        if validation.num_rows and (answers := answer(validation, stop_requested=stop_asked)) is None:
+        if validation.num_rows and (answers := answer(validation)) is None:
             return True
-        close = partial(progress.close_epoch, task.database, state, epoch, trained, validation, answers, settings)
-        record = distributed.from_main(accelerator, close)
+        about = (database, own.entry, epoch, state.step, trained, validation, answers, settings)
+        record = processes.from_main(accelerator, partial(progress.close_epoch, *about))
         epoch_meter.read(accelerator, objective.metrics)  # begins anew
-        state.evaluated_step, state.history = state.step, [*state.history, record]
-        value = progress.chosen_value(record, options.metric, task.multi_label)
-        if state.is_better(options.metric, value):
-            state.best_epoch, state.best_value = epoch, value
-            distributed.from_main(accelerator, partial(progress.keep_best, run_dir, epoch, network))
-        words = progress.epoch_in_words(record, options.metric, tracking.in_words)
-        log(state.step, {f"validation_{name}": value for name, value in record["validation"].items()}, words)
+        state.evaluated_step, own.history = state.step, [*own.history, record]
+        value = progress.value_of(record["validation"], options.metric)
+        if own.is_better(options.metric, value):
+            own.best_epoch, own.best_value = epoch, value
+            processes.from_main(accelerator, partial(folder.keep_best, run_dir, str(epoch), network))
+        words = progress.epoch_in_words(record, options.metric, log.in_words)
+        report(state.step, {f"validation_{name}": value for name, value in record["validation"].items()}, words)
         note(words)
         return False
 
     # ---- loop
-    steps = {"batch_size": options.batch_size, "micro_batch_size": options.micro_batch_size, "pad_id": pad_id}
-    steps |= {"process_weights": options.process_shares or [1] * world, "process": rank, "seed": options.seed}
-    mean_weight = float(train.weights.mean(dtype="float64"))
-    rows = Prefetcher(batches.step_batches(train, **steps, first_step=state.step, end_step=stop_step))
+    batches = Prefetcher(
+        step_batches(
+            order,
+            batch_maker(train, pad_id),
+            shares=options.process_shares or [1] * world,
+            process=rank,
+            micro_batch_size=options.micro_batch_size,
+            first=state.step,
+            stop=stop_step,
+        )
+    )
     model.train()
     stopped = stopped_while_judging()
-    while state.step < stop_step and not stopped and not state.is_stale(options.patience):
-        micro_batches, counts = next(rows)
-        *totals, stops = distributed.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
+    while state.step < stop_step and not stopped and not own.is_stale(options.patience):
+        micro_batches, counts = next(batches)
+        *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
         targets = dict(zip(counts, totals, strict=True))
-        learning_rate = optim.lr_at(state.step, **schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        torch.manual_seed(stream_key(options.seed, state.step, rank) >> 1)  # dropout
+        learning_rate = rate(state.step)
+        optim.set_rate(optimizer, learning_rate)
+        processes.seed_dropout(options.seed, state.step, rank)
         for number, batch in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                 sums = model(to_device(batch, accelerator.device))
-                accelerator.backward(sums["loss"] * step_scale(targets, mean_weight, world))
+                # DDP takes the mean of the gradients over the processes; wanted is the sum over all targets.
+                accelerator.backward(objective.loss(sums, targets) * world)
             meter.add_sums(sums)
             epoch_meter.add_sums(sums)
         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
@@ -314,52 +448,51 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
         optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.real_tokens += targets["tokens"]
-        meter.add_step(targets, 0.0)
-        epoch_meter.add_step(targets, 0.0)
-        log.bar.update()
+        meter.add_step(targets)
+        epoch_meter.add_step(targets)
+        report.bar.update()
 
         if state.step % options.logging_steps == 0 or state.step == num_steps:
             record = meter.read(accelerator, objective.metrics)
-            record.pop("mfu", None)  # operations are not counted here
-            words = f"{tracking.in_words(record)}, {record['tokens_per_second']:,.0f} tokens/s"
-            log(state.step, record | {"learning_rate": learning_rate, "gradient_norm": float(norm)}, words)
+            words = f"{log.in_words(record)}, {record['tokens_per_second']:,.0f} tokens/s"
+            report(state.step, record | {"learning_rate": learning_rate, "gradient_norm": float(norm)}, words)
             note(f"step {state.step:,}: {words}")
         stopped = stops > 0 or stopped_while_judging()
-        at_epoch, at_save = state.step % per_epoch == 0, options.save_steps and state.step % options.save_steps == 0
-        if stopped or state.step == stop_step or at_epoch or at_save:
+        is_due = state.step % order.per_epoch == 0 or (options.save_steps and state.step % options.save_steps == 0)
+        if stopped or state.step == stop_step or is_due:
             state.window_sums, state.window_counts = meter.open_window(accelerator)
-            state.epoch_sums, state.epoch_counts = epoch_meter.open_window(accelerator)
+            own.epoch_sums, own.epoch_counts = epoch_meter.open_window(accelerator)
             with meter.paused():
-                training.save(accelerator, objective, optimizer, None, state)
+                run_folder.save(accelerator, objective, objective.models, optimizer, state)
             if rank == 0:
-                prune_checkpoints(run_dir, options.keep_last)
-                progress.prune_best(run_dir)
-    rows.close()
-    log.bar.close()
+                run_folder.prune(options.keep_last)
+                folder.prune_best(run_dir, lambda saved: saved["best_epoch"])
+    batches.close()
+    report.bar.close()
 
     # ---- end: the best model, calibrated on validation, judged on the test part
-    complete = not stopped and (state.step == num_steps or state.is_stale(options.patience))
+    complete = not stopped and (state.step == num_steps or own.is_stale(options.patience))
+    parts: dict[str, tuple[Part, judging.RowAnswers | None]] = {}
     if complete:
-        if state.best_epoch:
-            progress.load_best(accelerator, objective, run_dir, state.best_epoch)
-        judged = {"validation": validation, "test": test}
-        answers = {name: answer(part, stop_requested=stop_asked) for name, part in judged.items() if part.num_rows}
-        stopped = None in answers.values()
-    if complete and not stopped:
-        judged = {name: (part, answers.get(name)) for name, part in judged.items()}
-        about = (settings, task.source, network, facts, saved_options, task.labels)
-        finish = partial(results.finish, files, task.database, state, *about, judged)
-        say(*distributed.from_main(accelerator, finish))
-    elif stopped:
+        if own.best_epoch:
+            progress.load_best(accelerator, objective, run_dir, own.best_epoch)
+        for name, part in {"validation": validation, "test": test}.items():
+            parts[name] = part, answer(part) if part.num_rows else None
+            stopped = stopped or bool(part.num_rows and parts[name][1] is None)
+    if stopped:
         reason = stop_asked.reason or "a signal to another process"
         say(f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
+    elif complete:
+        about = (files, database, own, settings, network, beside, facts | {"steps": state.step})
+        finish = partial(results.finish, *about, source.name, saved_options, parts)
+        say(*processes.from_main(accelerator, finish))
     else:
         say(f"--stop_at_step {stop_step} is reached; go on with --do_continue")
     if stopped or not complete:
-        distributed.from_main(accelerator, partial(task.database.end_run, state.entry, "stopped"))
+        processes.from_main(accelerator, partial(database.end_run, own.entry, "stopped"))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    leave(distributed.STOPPED_EARLY if stopped else 0)  # here, where model and processes still stand
+    leave(processes.STOPPED_EARLY if stopped else 0)  # here, where model and processes still stand
 
 
 if __name__ == "__main__":

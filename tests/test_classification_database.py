@@ -17,7 +17,6 @@ import unicodedata
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -35,7 +34,6 @@ from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.text.records import TableOptions
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
-from lmscripts.training.classifier_task import open_task
 
 FOLDS = FoldSettings(max_length=32)
 SPLIT = SplitSettings()
@@ -797,39 +795,34 @@ def model_dir(tmp_path_factory, encoder):
     return folder
 
 
-def options_of(table, model_dir, **changed):
-    names = "tokenizer_dir validation_file test_file split_column id_column group_column separator delimiter encoding"
-    names += " database logfile most_folds"
-    values = {"input_file": str(table), "model_name_or_path": str(model_dir), **dict.fromkeys(names.split())}
-    values |= {
-        "max_length": 32,
-        "fold_unit": "tokens",
-        "max_words": 0,
-        "overlap": 0,
-        "balance": False,
-        "policy": "fold",
-    }
-    values |= {"train_share": 0.8, "validation_share": 0.1, "test_share": 0.1, "split_seed": 1, "metric": "macro_f1"}
-    values |= {"text": "text", "label": "label", "labels": (), "quotes": True, "on_bad_row": "skip"}
-    return SimpleNamespace(**values | {"overwrite": False, "num_workers": 1} | changed)
+@pytest.fixture(scope="module")
+def open_task(model_dir):
+    """The script's own function, for a table and options by their names."""
+    script = runpy.run_path(str(ROOT / "scripts" / "finetune_classifier.py"))
+
+    def call(table, **changed):
+        options = script["Options"](input_file=str(table), model_name_or_path=str(model_dir), max_length=32, **changed)
+        return script["open_task"](options, print)
+
+    return call
 
 
-def test_what_an_sqlite_file_holds_is_checked_like_the_options(tmp_path, model_dir):
+def test_what_an_sqlite_file_holds_is_checked_like_the_options(tmp_path, open_task):
     table = write_table(tmp_path / "t.csv", 40, labels=("a|b", "b", "a"))
-    several = open_task(options_of(table, model_dir, separator="|"), print)
+    several = open_task(table, separator="|")
     for metric in ("mcc", "balanced_accuracy"):
         with pytest.raises(UserError, match=f"--metric {metric} is for one label a row"):
-            open_task(options_of(several.database.path, model_dir, metric=metric), print)
+            open_task(several.database.path, metric=metric)
     part = tmp_path / "p.csv"
     lines = [f"sentence {n},{'ab'[n % 2]},{('train', 'train', 'test')[n % 3]}" for n in range(60)]
     part.write_text("text,label,part\n" + "\n".join(lines), encoding="utf-8")
-    task = open_task(options_of(part, model_dir, split_column="part", validation_share=0.2), print)
-    again = open_task(options_of(task.database.path, model_dir, validation_share=0.2), print)
-    assert (again.split, again.database.split_id) == (task.split, task.database.split_id)
+    task = open_task(part, split_column="part", validation_share=0.2)
+    again = open_task(task.database.path, validation_share=0.2)
+    assert (again.database.split, again.database.split_id) == (task.database.split, task.database.split_id)
     assert len(again.database.read_labels("validation")[0]) == 8
-    assert any("were given their parts" in line for line in again.sentences())
+    assert any("were given their parts" in line for line in again.database.sentences())
     with pytest.raises(UserError, match=r"leave out --train_share 0\.1 and --test_share 0\.8"):
-        open_task(options_of(task.database.path, model_dir, train_share=0.1, test_share=0.8), print)
+        open_task(task.database.path, train_share=0.1, test_share=0.8)
 
 
 @pytest.mark.parametrize(
@@ -848,7 +841,7 @@ def test_shares_beside_given_parts_are_refused(changed, said):
         options(input_file="t.csv", model_name_or_path="m", **changed)
 
 
-def test_a_log_is_never_written_into_a_table_or_found_impossible_at_the_end(table, model_dir, monkeypatch):
+def test_a_log_is_never_written_into_a_table_or_found_impossible_at_the_end(table, open_task, monkeypatch):
     monkeypatch.chdir(table.parent)
     other, before = write_table(table.with_name("v.csv"), 9), files(table.parent)
     for logfile, said in (
@@ -861,17 +854,17 @@ def test_a_log_is_never_written_into_a_table_or_found_impossible_at_the_end(tabl
     ):
         changed = {"logfile": str(logfile), "validation_file": str(other), "database": "mine.db"}
         with pytest.raises(UserError, match=f"--logfile .*{said}"):
-            open_task(options_of(table, model_dir, **changed), print)
+            open_task(table, **changed)
         assert files(table.parent) == before
-    assert open_task(options_of(table, model_dir, logfile="x.log"), print).labels == ["bad", "good"]
+    assert open_task(table, logfile="x.log").database.labels() == ["bad", "good"]
 
 
-def test_labels_are_shown_bounded_and_without_control_characters(tmp_path, model_dir):
+def test_labels_are_shown_bounded_and_without_control_characters(tmp_path, open_task):
     labels = ["a\nb\x1b[31m", "x" * 5000, *(f"name {n}" for n in range(40))]
     table = write_table(tmp_path / "t.csv", 42 * 4, labels=labels, extra=[("1", "text", "", "")])
-    task = open_task(options_of(table, model_dir), print)
-    assert sorted(task.labels) == sorted(labels)
-    said = task.sentences()
+    task = open_task(table)
+    assert sorted(task.database.labels()) == sorted(labels)
+    said = task.database.sentences()
     assert all(line.isprintable() and len(line) < 2000 for line in said)
     assert "left out 1 rows, empty label: t.csv:" in "\n".join(said)
     assert any("42 labels" in line and "and 22 more" in line for line in said)

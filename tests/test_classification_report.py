@@ -210,7 +210,7 @@ def spoil(file, how):
         ("foreign", "an SQLite file of another program"),
         ("cut", "truncated or damaged"),
         ("PRAGMA user_version = 1", "has schema version 1, and this version reads 2"),
-        ("UPDATE runs SET facts = '{'", "facts of run 1 cannot be read"),
+        ("UPDATE runs SET facts = '{'", r"is truncated or damaged \(facts of run 1: "),
         ("UPDATE predictions SET doc_id = 0 WHERE doc_id = 48", "document 0 is not in that part of the split"),
         ("DELETE FROM runs", "holds 0 runs, none of them finished"),
         ("UPDATE runs SET status = 'failed'", "holds 1 runs, none of them finished"),

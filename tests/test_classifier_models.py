@@ -24,9 +24,9 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from lmscripts.data.labelled_rows import check_padding
 from lmscripts.errors import UserError
 from lmscripts.evaluation.applying import Classifier, Text
+from lmscripts.models.checks import check_padding
 from lmscripts.models.classifier import (
     ClassifierSettings,
     build_classifier,

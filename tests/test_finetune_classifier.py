@@ -21,17 +21,19 @@ from runs import kill_tree, same_bits, wait_for_step
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from lmscripts.data import labelled_rows as batches
+from lmscripts.data import labelled_rows
 from lmscripts.data.folding import FoldSettings
 from lmscripts.data.labelled_build import open_or_build
 from lmscripts.data.labelled_store import FoldRows
 from lmscripts.data.splits import SplitSettings
+from lmscripts.data.steps import ByLength, step_batches
 from lmscripts.errors import UserError
 from lmscripts.evaluation import progress, results
-from lmscripts.evaluation.aggregate import AGGREGATES, document_logits
+from lmscripts.evaluation.aggregate import document_logits
 from lmscripts.evaluation.judging import RowAnswers, calibrate, judge
 from lmscripts.evaluation.results import ResultFiles, card_text, write_tables
 from lmscripts.models.classifier import (
+    AGGREGATES,
     KEY,
     ClassifierSettings,
     build_classifier,
@@ -39,7 +41,8 @@ from lmscripts.models.classifier import (
     open_classifier,
     read_settings,
 )
-from lmscripts.objectives.labels import ClassifierObjective, step_scale
+from lmscripts.objectives import labels as by_labels
+from lmscripts.objectives.module import Objective
 from lmscripts.text.records import TableOptions
 
 SCRIPT = "finetune_classifier.py"
@@ -329,8 +332,11 @@ def test_lora_leaves_an_ordinary_model_whose_other_weights_are_untouched(table, 
 
 def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_table(table, bert, here, tmp_path):
     shutil.copy(table, tmp_path / "topics.csv")
-    model = ["--model_name_or_path", bert, "--max_length", 32]
+    model = ["--model_name_or_path", bert, "--max_length", 32, "--fold_unit", "words", "--max_words", 12]
     said = here(tmp_path / "topics.csv", *model, "-p", "-f", tmp_path / "log")
+    with sqlite3.connect(tmp_path / "topics.sqlite") as connection:
+        (folding,) = connection.execute("SELECT settings FROM tokenizations").fetchone()
+    assert (json.loads(folding)["unit"], json.loads(folding)["max_words"]) == ("words", 12)
     assert "built" in said
     assert (tmp_path / "log").read_text(encoding="utf-8") == said
     assert sorted(path.name for path in tmp_path.glob("topics*")) == ["topics.csv", "topics.sqlite"]
@@ -389,31 +395,20 @@ def some_part(num_documents=40, seed=3):
     folds = FoldRows(ids, offsets, doc_ids, idx, np.repeat(n, n), idx, idx)
     truth = np.eye(3, dtype=bool)[random.integers(0, 3, num_documents)]
     owners = np.repeat(np.arange(num_documents), n)
-    return batches.Part(folds, np.arange(num_documents) * 2, truth, owners, (1 / np.repeat(n, n)).astype(np.float32))
-
-
-def test_an_epoch_has_every_row_once_and_another_epoch_another_order():
-    lengths = np.random.default_rng(0).integers(3, 200, 1003)
-    first, second = (batches.epoch_batches(lengths, 8, 7, epoch) for epoch in (0, 1))
-    assert sorted(np.concatenate(first)) == list(range(1003)) == sorted(np.concatenate(second))
-    assert len(first) == batches.num_batches(1003, 8)
-    assert sorted(map(len, first))[1:] == [8] * (len(first) - 1)
-    assert [batch.tolist() for batch in first] != [batch.tolist() for batch in second]
-    padded = sum(len(batch) * lengths[batch].max() for batch in first)
-    assert padded < 1.1 * lengths.sum()  # shuffled rows alone would compute about twice as much
-    longest = [int(lengths[batch].max()) for batch in first]
-    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3  # no epoch from short to long
+    return labelled_rows.Part(
+        folds, np.arange(num_documents) * 2, truth, owners, (1 / np.repeat(n, n)).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("weights", [[1], [3, 1], [2, 0, 5]])
 def test_processes_share_the_rows_of_a_step_and_an_idle_one_weighs_nothing(weights):
     part = some_part()
-    settings = {"batch_size": 9, "micro_batch_size": 4, "pad_id": 0, "seed": 5, "first_step": 2, "end_step": 30}
+    order, make = ByLength(part.lengths, 9, 5), labelled_rows.batch_maker(part, 0)
+    settings = {"micro_batch_size": 4, "first": 2, "stop": 30}
     steps = [
-        list(batches.step_batches(part, **settings, process_weights=weights, process=process))
-        for process in range(len(weights))
+        list(step_batches(order, make, **settings, shares=weights, process=process)) for process in range(len(weights))
     ]
-    whole = list(batches.step_batches(part, **settings, process_weights=[1], process=0))
+    whole = list(step_batches(order, make, **settings, shares=[1], process=0))
     for number, (_, expected) in enumerate(whole):
         counts = [each[number][1] for each in steps]
         assert {k: sum(c[k] for c in counts) for k in expected} == pytest.approx(expected)
@@ -421,14 +416,14 @@ def test_processes_share_the_rows_of_a_step_and_an_idle_one_weighs_nothing(weigh
             micro, own = steps[process][number]
             assert len(micro) >= 1
             assert sum(float(b["weights"].sum()) for b in micro) == pytest.approx(own["weight"], abs=1e-6)
-            assert (weight > 0) or (own["rows"] == 0 and micro[0]["weights"].tolist() == [0.0])
+            assert (weight > 0) or (own["loss"] == own["weight"] == 0 and micro[0]["weights"].tolist() == [0.0])
             assert all(b["attention_mask"].sum(1).max() == b["input_ids"].shape[1] for b in micro)
 
 
 def test_documents_count_once_and_padding_is_never_attended():
     part = some_part()
     assert part.weights.sum() == pytest.approx(len(part.doc_ids))
-    batch = batches.collate(part, np.array([0, 5, 9]), 0)
+    batch = labelled_rows.collate(part, np.array([0, 5, 9]), 0)
     assert batch["attention_mask"].sum(1).tolist() == part.lengths[[0, 5, 9]].tolist()
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all()
     assert (batch["input_ids"][batch["attention_mask"] == 1] > 0).all()
@@ -456,33 +451,32 @@ def test_aggregates_by_their_definition(how, multi_label):
         assert torch.allclose(squash(torch.from_numpy(found[owner])), expected, atol=1e-7)
 
 
+def objective_of(settings):
+    return Objective(by_labels, None, {"": torch.nn.Identity()}, "sdpa", settings)
+
+
 def test_losses_are_those_of_torch():
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
     one = torch.nn.functional.one_hot(labels, 4).float()
     several = (torch.rand(6, 4) > 0.5).float()
-    settings = {"label_smoothing": 0.2, "positive_weights": None}
-    objective = ClassifierObjective(torch.nn.Identity(), multi_label=False, **settings)
-    losses, right = objective.row_losses(logits, one)
+    objective = objective_of(by_labels.Settings(multi_label=False, label_smoothing=0.2))
+    losses, right = by_labels.row_losses(objective, logits, one)
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none")
     assert torch.allclose(losses, expected)
     assert right.tolist() == (logits.argmax(1) == labels).float().tolist()
     weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    objective = ClassifierObjective(
-        torch.nn.Identity(), multi_label=True, label_smoothing=0.0, positive_weights=weights
-    )
+    objective = objective_of(by_labels.Settings(multi_label=True, positive_weights=weights.numpy()))
     expected = torch.nn.BCEWithLogitsLoss(pos_weight=weights, reduction="none")(logits, several).mean(1)
-    assert torch.allclose(objective.row_losses(logits, several)[0], expected)
+    assert torch.allclose(by_labels.row_losses(objective, logits, several)[0], expected)
 
 
 def test_with_smoothing_the_weight_of_a_rare_label_does_not_ask_for_it_where_it_is_not():
-    objective = ClassifierObjective(
-        torch.nn.Identity(), multi_label=True, label_smoothing=0.1, positive_weights=torch.tensor([99.0, 1.0])
-    )
+    settings = by_labels.Settings(True, label_smoothing=0.1, positive_weights=np.float32([99.0, 1.0]))
     share = torch.linspace(0.001, 0.999, 999)
     logits = torch.logit(share)[:, None].expand(-1, 2)
     for has, wanted in ((0.0, 0.05), (1.0, 0.95)):
-        losses, _ = objective.row_losses(logits, torch.full((999, 2), has))
+        losses, _ = by_labels.row_losses(objective_of(settings), logits, torch.full((999, 2), has))
         assert share[losses.argmin()].item() == pytest.approx(wanted, abs=2e-3)
 
 
@@ -494,23 +488,30 @@ def test_over_an_epoch_a_document_of_many_rows_pulls_as_much_as_one_of_a_single_
     ids = np.ones(lengths.sum(), np.int32)
     folds = FoldRows(ids, np.append(0, np.cumsum(lengths)), owners, idx, n[owners], idx, idx)
     truth, pulls = np.eye(2, dtype=bool)[np.arange(len(n)) % 2], np.zeros(len(n))
-    part = batches.Part(folds, np.arange(len(n)), truth, owners, (1 / n[owners]).astype(np.float32))
-    settings = {"batch_size": 32, "micro_batch_size": 32, "process_weights": [1], "process": 0, "pad_id": 0, "seed": 1}
-    mean_weight, num_epochs = float(part.weights.mean(dtype=np.float64)), 6
-    rows = [each for epoch in range(num_epochs) for each in batches.epoch_batches(part.lengths, 32, 1, epoch)]
-    steps = batches.step_batches(part, **settings, first_step=0, end_step=len(rows))
+    part = labelled_rows.Part(folds, np.arange(len(n)), truth, owners, (1 / n[owners]).astype(np.float32))
+    order, num_epochs, losses = ByLength(part.lengths, 32, 1), 6, torch.nn.Parameter(torch.zeros(len(owners)))
+    rows = [each for epoch in range(num_epochs) for each in order.batches(epoch)]
+    settings = {"shares": [1], "process": 0, "micro_batch_size": 10, "first": 0, "stop": len(rows)}
+    steps = step_batches(order, labelled_rows.batch_maker(part, 0), **settings)
+    objective = objective_of(by_labels.Settings(multi_label=False))
     for mine, (micro, targets) in zip(rows, steps, strict=True):
-        weights = np.concatenate([batch["weights"].numpy() for batch in micro])
-        np.add.at(pulls, owners[mine], weights * step_scale(targets, mean_weight, 1) / num_epochs)
+        weights = torch.cat([batch["weights"] for batch in micro])
+        objective.loss({"loss": (losses[mine.tolist()] * weights).sum()}, targets).backward()
+    np.add.at(pulls, owners, losses.grad.numpy() / num_epochs)
     assert pulls[n == 20].mean() == pytest.approx(pulls[n == 1].mean(), rel=0.05)  # by the step's own sum: 20 times
-    assert step_scale(targets, mean_weight, 3) == pytest.approx(3 * step_scale(targets, mean_weight, 1))
+
+
+def test_a_step_of_rows_that_weigh_less_than_one_is_their_weighted_mean():
+    """The last step of an epoch may be a single row of a long text."""
+    objective, losses = objective_of(by_labels.Settings(multi_label=False)), torch.tensor(3.0)
+    assert objective.loss({"loss": losses * 0.05}, {"loss": 0.05}).item() == pytest.approx(3.0)
 
 
 def test_balanced_weights_let_every_label_count_alike():
     truth = np.eye(3, dtype=bool)[np.repeat([0, 1, 2], [6, 3, 1])]
-    weights = batches.balanced_weights(truth, multi_label=False)
+    weights = labelled_rows.balanced_weights(truth, multi_label=False)
     assert (weights * truth.sum(0)).tolist() == pytest.approx([10 / 3] * 3)
-    assert batches.balanced_weights(truth, multi_label=True).tolist() == pytest.approx([4 / 6, 7 / 3, 9])
+    assert labelled_rows.balanced_weights(truth, multi_label=True).tolist() == pytest.approx([4 / 6, 7 / 3, 9])
 
 
 def test_a_head_is_new_unless_it_was_made_for_the_same_labels(bert, tmp_path):
@@ -548,13 +549,13 @@ def test_weights_that_do_not_fill_the_body_are_refused(bert, tmp_path):
 def test_a_temperature_that_the_validation_part_cannot_tell_is_left_at_one():
     part, settings = some_part(), ClassifierSettings(FoldSettings())
     right = RowAnswers(4.0 * part.truth[part.owners], np.zeros(part.num_rows))
-    temperature, _, said = calibrate(right, part, settings)
-    assert temperature == 1.0
+    exported, said = calibrate(right, part, settings)
+    assert exported.temperature == 1.0
     assert "temperature 1 is kept" in said[0]
     wrong = (part.owners < 8)[:, None]
     some_wrong = RowAnswers(np.where(wrong, np.roll(right.logits, 1, axis=1), right.logits), right.losses)
-    temperature, _, said = calibrate(some_wrong, part, settings)
-    assert temperature != 1.0
+    exported, said = calibrate(some_wrong, part, settings)
+    assert exported.temperature != 1.0
     assert not said
 
 
@@ -575,7 +576,7 @@ def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
     options, path = {"options": TableOptions(group="article")}, tmp_path / "own.sqlite"
     database = build(table, bert, path, **options)
     about = (tmp_path / "model", {}, {}, database.origin())
-    state = progress.ClassifierState()
+    state = progress.ClassifierProgress()
     state.run_id, state.key = progress.open_run(database, state, "A", *about)
     record = {"epoch": 1, "step": 5, "train": {"loss": 2.0}, "validation": {"loss": 1.5, "mcc": None}}
     state.history = [record]
@@ -585,7 +586,7 @@ def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
 
     path.unlink()
     database = build(table, bert, path, **options)
-    other = progress.open_run(database, progress.ClassifierState(), "B", *about)
+    other = progress.open_run(database, progress.ClassifierProgress(), "B", *about)
     assert other[0] == state.run_id
     assert other[1] != state.key
     database.end_run(other, "done")
@@ -681,13 +682,11 @@ def test_of_several_labels_an_epoch_is_judged_as_the_model_would_be_exported(tab
     database = build(table, bert, tmp_path / "own.sqlite", options=TableOptions(group="article"))
     # All labels above one half, and told apart without a mistake by a higher threshold.
     answers = RowAnswers(1.0 + 3.0 * part.truth[part.owners], np.ones(part.num_rows))
-    state = progress.ClassifierState(step=7)
-    state.run_id, state.key = database.start_run("A", {}, {}, model_dir="m")
+    run = database.start_run("A", {}, {}, model_dir="m")
     assert judge(answers, part, settings).document["macro_f1"] < 0.8
-    record = progress.close_epoch(database, state, 1, {"loss": 1.0}, part, answers, settings)
+    record = progress.close_epoch(database, run, 1, 7, {"loss": 1.0}, part, answers, settings)
     assert record["validation"]["macro_f1"] == 1.0
-    temperature, thresholds, _ = calibrate(answers, part, settings)
-    exported = replace(settings, temperature=temperature, thresholds=thresholds)
+    exported, _ = calibrate(answers, part, settings)
     assert judge(answers, part, exported).document == record["validation"]
 
 
@@ -701,18 +700,15 @@ def test_a_metric_that_the_validation_part_cannot_tell_is_said_before_training_a
     (said,) = progress.check_metric("mcc", "macro_f1", one_class, False)
     assert "mcc cannot be computed" in said
     assert "1 of the 3 labels" in said
-    with pytest.raises(UserError, match="mcc does not exist for several labels"):
-        progress.check_metric("mcc", "macro_f1", several_labels(part), True)
 
     settings = ClassifierSettings(FoldSettings())
     found = judge(RowAnswers(np.eye(3)[part.owners % 3], np.ones(part.num_rows)), one_class, settings).document
-    record = {"validation": {name: value if np.isfinite(value) else None for name, value in found.items()}}
-    state = progress.ClassifierState(history=[{}] * 5)
-    value = progress.chosen_value(record, "mcc", False)
-    assert not state.is_better("mcc", value)
+    found = {name: value if np.isfinite(value) else None for name, value in found.items()}
+    state = progress.ClassifierProgress(history=[{}] * 5)
+    assert not state.is_better("mcc", progress.value_of(found, "mcc"))
     assert not state.is_better("mcc", float("nan"))
     assert not state.is_stale(1)  # nothing says that the last epochs were worse
-    assert state.is_better("accuracy", progress.chosen_value(record, "accuracy", False))
+    assert state.is_better("accuracy", progress.value_of(found, "accuracy"))
 
 
 def test_names_that_hold_a_bar_are_parted_by_the_separator_of_the_table(tmp_path):

@@ -1,36 +1,21 @@
-"""Folded rows as batches: the order of an epoch, the rows of a process, padding, and what every row weighs.
-
-Which rows an optimizer step has is a function of the rows, the seed, the batch size and the step, whatever the number
-of processes. A batch holds rows of about the same length, so that hardly any padding is computed.
-"""
+"""Folded rows of a labelled table as batches: what each row weighs, padding, and what a step's loss is divided by."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from lmscripts.counters import permute, split_shares, stream_key
-from lmscripts.data.folding import special_tokens_around
 from lmscripts.data.labelled_store import Database, FoldRows
-from lmscripts.data.steps import micro_batches
+from lmscripts.data.steps import Batch, Ints, Made, MakeBatches, cut
 from lmscripts.errors import UserError
-from lmscripts.tokenizer.encoder import Encoder
+from lmscripts.text.tables import PARTS
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-Batch = dict[str, Tensor]
-
-WINDOW_BATCHES = 50
-_PADDING_TOLERANCE = 2e-3  # of the largest logit; float32 stays far below, another place read lies far above
-_ROWS, _BATCHES = 0xF01D, 0xBA7C  # which of the two permutations of an epoch
 
 
 @dataclass(frozen=True)
@@ -86,6 +71,29 @@ def read_part(
     return Part(folds, doc_ids, truth, owners, weights.astype(np.float32))
 
 
+def read_parts(
+    database: Database, *, balanced: bool, multi_label: bool, count_documents_once: bool
+) -> tuple[Part, Part, Part, Floats | None]:
+    """Rows for training, validation and testing, and the weights of statements, see `read_part`.
+
+    Args:
+        database: the file of the task.
+        balanced: weigh rare labels up: the rows of one label each, of several (K,) the statement of having each.
+        multi_label: a document may have several.
+        count_documents_once: a row of a document that has k of them weighs 1/k.
+
+    Raises:
+        UserError: there is nothing to train on.
+    """
+    weights = balanced_weights(database.read_labels("train")[1], multi_label) if balanced else None
+    of_rows, of_statements = (None, weights) if multi_label else (weights, None)
+    settings: Any = {"class_weights": of_rows, "count_documents_once": count_documents_once}
+    train, validation, test = (read_part(database, part, **settings) for part in PARTS)
+    if not train.num_rows:
+        raise UserError(f"no document for training in {database.path} gives a row")
+    return train, validation, test, of_statements
+
+
 def balanced_weights(truth: NDArray[np.bool_], multi_label: bool) -> Floats:
     """(K,) weights that let every label count alike.
 
@@ -101,153 +109,46 @@ def balanced_weights(truth: NDArray[np.bool_], multi_label: bool) -> Floats:
     return np.asarray(np.maximum(found, 1e-3), np.float32)
 
 
-def num_batches(num_rows: int, batch_size: int) -> int:
-    """Optimizer steps of an epoch; the last batch of the rows may be a short one."""
-    return -(-num_rows // batch_size)
-
-
-def epoch_batches(lengths: Ints, batch_size: int, seed: int, epoch: int) -> list[Ints]:
-    """Rows of every step of an epoch, each row once.
-
-    All rows are permuted, put in the order of their length within windows of 50 batches, cut into batches, and the
-    batches permuted.
-
-    Args:
-        lengths: (R,) tokens of each row.
-        batch_size: rows of a step.
-        seed: of the order.
-        epoch: number of the epoch.
-    """
-    order = permute(np.arange(len(lengths)), len(lengths), stream_key(seed, epoch, _ROWS))
-    window = WINDOW_BATCHES * batch_size
-    by_length = [part[np.argsort(lengths[part], kind="stable")] for part in _cut(order, window)]
-    batches = [batch for part in by_length for batch in _cut(part, batch_size)]
-    shuffled = permute(np.arange(len(batches)), len(batches), stream_key(seed, epoch, _BATCHES))
-    return [batches[number] for number in shuffled]
-
-
 def by_length(lengths: Ints, batch_size: int) -> list[Ints]:
     """All rows in batches of like length, for judging: the same batches always."""
-    return _cut(np.argsort(lengths, kind="stable").astype(np.int64), batch_size)
+    return cut(np.argsort(lengths, kind="stable").astype(np.int64), batch_size)
 
 
-def _cut(rows: Ints, size: int) -> list[Ints]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-def collate(part: Part, rows: Ints, pad_id: int, weights: Floats | None = None) -> Batch:
-    """Rows padded on the right to the longest of them.
-
-    Args:
-        part: where they are.
-        rows: (B,) their numbers.
-        pad_id: the padding token.
-        weights: (B,) in place of the part's own.
-
-    Returns:
-        input_ids and attention_mask (B, T), truth (B, K) float32, weights (B,).
-    """
-    starts, lengths = part.folds.offsets[rows], part.lengths[rows]
-    mask = np.arange(int(lengths.max())) < lengths[:, None]
+def padded(rows: Sequence[NDArray[np.int32]], pad_id: int) -> Batch:
+    """Rows filled up on the right to the longest of them: input_ids and attention_mask, (B, T) int64."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = np.concatenate([part.folds.ids[s : s + n] for s, n in zip(starts, lengths, strict=True)])
+    ids[mask] = np.concatenate(rows)
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def collate(part: Part, rows: Ints, pad_id: int) -> Batch:
+    """(B,) rows of a part by number: what `padded` gives, truth (B, K) float32, and weights (B,)."""
+    spans = zip(part.folds.offsets[rows], part.folds.offsets[rows + 1], strict=True)
     return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        **padded([part.folds.ids[begin:end] for begin, end in spans], pad_id),
         "truth": torch.from_numpy(part.truth[part.owners[rows]].astype(np.float32)),
-        "weights": torch.from_numpy(part.weights[rows] if weights is None else weights),
+        "weights": torch.from_numpy(part.weights[rows]),
     }
 
 
-def step_batches(
-    part: Part,
-    *,
-    batch_size: int,
-    micro_batch_size: int,
-    process_weights: Sequence[int],
-    process: int,
-    pad_id: int,
-    seed: int,
-    first_step: int,
-    end_step: int,
-) -> Iterator[tuple[list[Batch], dict[str, float]]]:
-    """Micro-batches of this process and its counts, for every step of a range.
+def batch_maker(part: Part, pad_id: int) -> MakeBatches:
+    """What makes batches of a part for `lmscripts.data.steps.step_batches`.
 
-    A step's rows are fixed; each process takes a contiguous share of them. One that has none computes a row that
-    weighs nothing, so that all take part in what the processes exchange.
-
-    Args:
-        part: training rows.
-        batch_size: rows of a step, over all processes.
-        micro_batch_size: rows of a forward pass at most.
-        process_weights: relative share of each process.
-        process: which of them this is.
-        pad_id: the padding token.
-        seed: of the order.
-        first_step: counted from the beginning of the run.
-        end_step: the first that is not made.
+    Their counts are "tokens"; "weight", that of their rows; and "loss", by whose sum over a step its loss is divided:
+    rows x the mean weight of a row of the whole part. With the weight of the step's own rows instead, the 1/k of the
+    rows of long texts, which share batches, would be undone.
     """
-    per_epoch, epoch, batches = num_batches(part.num_rows, batch_size), -1, list[Ints]()
-    for step in range(first_step, end_step):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            batches = epoch_batches(part.lengths, batch_size, seed, epoch)
-        rows = batches[step % per_epoch]
-        shares = split_shares(len(rows), list(process_weights))
-        begin = sum(shares[:process])
-        mine = rows[begin : begin + shares[process]]
-        sizes = micro_batches(len(mine), micro_batch_size)
-        ends = np.cumsum([0, *sizes])
-        made = [collate(part, mine[first:end], pad_id) for first, end in itertools.pairwise(ends)]
-        made = made or [collate(part, rows[:1], pad_id, np.zeros(1, np.float32))]
-        yield made, _counts(part, mine)
+    mean_weight = float(part.weights.mean(dtype=np.float64))
+    lengths = part.lengths
 
+    def make(rows: Ints, epochs: Ints, sizes: list[int]) -> Made:
+        made: Made = []
+        for mine in np.split(rows, np.cumsum(sizes)[:-1]):
+            weight, tokens = float(part.weights[mine].sum(dtype=np.float64)), float(lengths[mine].sum())
+            counts = {"loss": len(mine) * mean_weight, "weight": weight, "tokens": tokens}
+            made.append((collate(part, mine, pad_id), counts))
+        return made
 
-def _counts(part: Part, rows: Ints) -> dict[str, Any]:
-    weight = float(part.weights[rows].sum(dtype=np.float64))
-    return {"weight": weight, "rows": float(len(rows)), "tokens": float(part.lengths[rows].sum())}
-
-
-def check_padding(model: PreTrainedModel, encoder: Encoder, pad_id: int, longest: int | None) -> None:
-    """See that a row has the same logits alone and beside a longer one, to whose length it is filled up on the right.
-
-    XLNet, for one, reads its answer off the last place, whatever the attention mask says of it.
-
-    Args:
-        model: a classifier on the CPU; it is left in the mode that it was in.
-        encoder: its tokenizer.
-        pad_id: the padding token.
-        longest: tokens of its longest input; None where nothing says.
-
-    Raises:
-        UserError: the logits differ, or the model cannot compute them.
-    """
-    before, after = special_tokens_around(encoder.tokenizer)
-    special = {*encoder.special_ids, *encoder.reserved_ids}
-    words = [number for number in sorted(encoder.tokenizer.get_vocab().values()) if number not in special][:9]
-    room = len(words) if longest is None else min(len(words), longest - len(before) - len(after))
-    if room < 2:  # no row can be longer than another
-        return
-    long, short = ([*before.tolist(), *words[:number], *after.tolist()] for number in (room, (room + 1) // 3))
-    filler = len(long) - len(short)
-    ids = torch.tensor([[*short, *[pad_id] * filler], long])
-    mask = torch.tensor([[1] * len(short) + [0] * filler, [1] * len(long)])
-    was_training = model.training
-    kind, judge = model.config.model_type, cast(Any, model.train(False))
-    try:
-        with torch.no_grad():
-            padded = judge(input_ids=ids, attention_mask=mask).logits[0].float()
-            alone = judge(input_ids=ids[:1, : len(short)], attention_mask=mask[:1, : len(short)]).logits[0].float()
-    except Exception as error:  # whatever a model that is not made for this raises
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"a model of the type {kind}, as its config.json has it, cannot answer rows of {encoder.folder} ({reason})"
-        ) from error
-    finally:
-        model.train(was_training)
-    difference, scale = float((padded - alone).abs().max()), float(alone.abs().max())
-    if difference > _PADDING_TOLERANCE * scale + 1e-6:
-        raise UserError(
-            f"a model of the type {kind} cannot be a classifier here: its logits of a row change by {difference:.2g} "
-            "when it is filled up to the length of another, so they would depend on the batch; take another type"
-        )
+    return make

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lmscripts.counters import hash_counters
-from lmscripts.data.splits import SplitDocument, SplitSettings, shown, split_report
+from lmscripts.data.splits import SplitDocument, SplitSettings, in_words, shown, split_report
 from lmscripts.errors import UserError, naming
 from lmscripts.files import fsync
 
@@ -466,6 +466,17 @@ class Database:
         with opened(self.path) as connection:
             parts = [part for (part,) in connection.execute(sql, (self.split_id,))]
             return split_report(read_split_documents(connection), parts, self.labels())
+
+    def sentences(self) -> list[str]:
+        """What was read, and how it was split; nothing of it is longer than a person would read."""
+        labels = self.labels()
+        lines = [*self.done, *self.reading_sentences(), f"{len(labels)} labels: {in_words(labels)}"]
+        if self.split.method == "given":
+            lines.append("the documents were given their parts by the table or its files")
+        lines += self.split_sentences()
+        if without := len(self.documents_without_rows()):
+            lines.append(f"beware: {without:,} documents give no row; they are neither trained nor judged")
+        return lines
 
     # ---- what runs gave, for those who judge it
 

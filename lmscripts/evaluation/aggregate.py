@@ -6,7 +6,7 @@ probabilities is given back as logits (their logarithm, or log odds), so that a 
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,6 @@ from lmscripts.evaluation.calibration import decisions, probabilities_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
-AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 
 _LEAST = 1e-9
 
@@ -36,7 +34,7 @@ def document_logits(
         logits: (R, K) of the rows.
         owners: (R,) the document of each row.
         num_documents: D.
-        how: one of `AGGREGATES`.
+        how: one of `lmscripts.models.classifier.AGGREGATES`.
         multi_label: a document may have several labels.
         num_tokens: (R,) tokens of the rows.
 

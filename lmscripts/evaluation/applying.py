@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lmscripts.data.folding import Fold, Folder
-from lmscripts.data.labelled_rows import by_length
+from lmscripts.data.labelled_rows import by_length, padded
+from lmscripts.data.steps import to_device
 from lmscripts.errors import UserError, naming
 from lmscripts.evaluation.aggregate import calibrated, document_logits, names_of
 from lmscripts.models.classifier import ClassifierSettings, Source, label_names, padding_id
@@ -257,11 +258,8 @@ class Classifier:
         kind = self._device.type
         with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self._autocast):
             for rows in by_length(lengths, self._batch_size):
-                mask = np.arange(int(lengths[rows].max())) < lengths[rows][:, None]
-                ids = np.full(mask.shape, self._pad_id, np.int64)
-                ids[mask] = np.concatenate([folds[row].ids for row in rows])
-                tensors = (torch.from_numpy(each).to(self._device) for each in (ids, mask.astype(np.int64)))
-                output: Any = self.model(**dict(zip(("input_ids", "attention_mask"), tensors, strict=True)))
+                batch = to_device(padded([folds[row].ids for row in rows], self._pad_id), self._device)
+                output: Any = self.model(**batch)
                 logits[rows] = output.logits.float().cpu().numpy()
         return logits
 

@@ -1,14 +1,9 @@
-"""Judging a classifier on a part of a split: logits of every row from all processes, then metrics of its documents.
-
-Batches are the same for any number of processes, and batch n is computed by process n % world. A process puts what it
-computed in its places of an array of zeros, and the arrays are added: every process has the logits of all rows then,
-with the same bits as if one had computed them.
-"""
+"""Judging a classifier on a part of a split: logits of every row from all processes, then metrics of its documents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,15 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from lmscripts.data.labelled_rows import Part, by_length, collate
-from lmscripts.data.loader import to_device
+from lmscripts.data.steps import to_device
 from lmscripts.errors import UserError
 from lmscripts.evaluation import aggregate, calibration, metrics
+from lmscripts.evaluation.sums import judging, measure_batches
 from lmscripts.models.classifier import ClassifierSettings
-from lmscripts.objectives.labels import ClassifierObjective
-from lmscripts.training.processes import sum_over_processes
+from lmscripts.objectives import labels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from lmscripts.objectives.module import Objective
 
 Floats = NDArray[np.float64]
 
@@ -59,7 +56,7 @@ class Judged:
 
 def answer_rows(
     accelerator: Accelerator,
-    objective: ClassifierObjective,
+    objective: Objective,
     part: Part,
     batch_size: int,
     pad_id: int,
@@ -81,29 +78,23 @@ def answer_rows(
     Raises:
         UserError: logits that are not finite numbers.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
     batches, num_labels = by_length(part.lengths, batch_size), part.truth.shape[1]
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    answers = torch.zeros(part.num_rows, num_labels + 1, dtype=dtype, device=accelerator.device)
-    was_training = objective.training
-    objective.eval()
-    try:
-        with torch.no_grad():
-            for first in range(0, len(batches), world):
-                if first + rank < len(batches):
-                    rows = batches[first + rank]
-                    batch = to_device(collate(part, rows, pad_id), accelerator.device)
-                    with accelerator.autocast():
-                        logits = objective.logits(batch)
-                    losses, _ = objective.row_losses(logits, batch["truth"])
-                    found = torch.cat([logits, losses[:, None]], 1).to(dtype)
-                    answers[torch.from_numpy(rows).to(accelerator.device)] = found
-                if sum_over_processes(accelerator, [float(stop_requested())])[0]:
-                    return None
-            summed: Any = accelerator.reduce(answers, "sum")
-    finally:
-        objective.train(was_training)
-    values = summed.double().cpu().numpy()
+
+    def measure(number: int) -> torch.Tensor:
+        batch = to_device(collate(part, batches[number], pad_id), accelerator.device)
+        with accelerator.autocast():
+            logits = labels.logits(objective, batch)
+        losses, _ = labels.row_losses(objective, logits, batch["truth"])
+        found = logits.new_zeros(batch_size, num_labels + 1)  # the last batch may have fewer rows
+        found[: len(logits)] = torch.cat([logits, losses[:, None]], 1)
+        return found.flatten()
+
+    with judging(objective):
+        measured = measure_batches(accelerator, len(batches), measure, stop_requested)
+    if measured is None:
+        return None
+    values = np.empty((part.num_rows, num_labels + 1))
+    values[np.concatenate(batches)] = measured.view(-1, num_labels + 1)[: part.num_rows].cpu().numpy()
     if not np.isfinite(values).all():
         raise UserError(
             f"the model gives logits that are not finite numbers for {int((~np.isfinite(values)).any(1).sum())} of "
@@ -158,16 +149,14 @@ def judge(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> Judg
     )
 
 
-def calibrate(
-    answers: RowAnswers, part: Part, settings: ClassifierSettings
-) -> tuple[float, tuple[float, ...] | None, list[str]]:
-    """Temperature, and thresholds where a document may have several labels, fitted on the documents of a part.
+def calibrate(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> tuple[ClassifierSettings, list[str]]:
+    """The settings with what is fitted on the documents of a part: temperature, and thresholds for several labels.
 
     A temperature at the end of its range says that the part is too small to tell (all of it right, as a rule): 1 is
     kept then, as the fit would make the probabilities all or nothing.
 
     Returns:
-        Temperature, thresholds, and a sentence where the temperature could not be fitted.
+        The settings, and a sentence where the temperature could not be fitted.
     """
     places, logits = logits_of_documents(answers, part, settings)
     truth, said = part.truth[places], list[str]()
@@ -175,10 +164,11 @@ def calibrate(
     if temperature in calibration.TEMPERATURE_BOUNDS:
         said = [f"{len(places):,} validation documents do not tell how sure the model may be: temperature 1 is kept"]
         temperature = 1.0
-    if not settings.multi_label:
-        return temperature, None, said
-    probabilities = aggregate.calibrated(logits, True, temperature)
-    return temperature, tuple(map(float, calibration.tune_thresholds(probabilities, truth))), said
+    thresholds = None
+    if settings.multi_label:
+        probabilities = aggregate.calibrated(logits, True, temperature)
+        thresholds = tuple(map(float, calibration.tune_thresholds(probabilities, truth)))
+    return replace(settings, temperature=temperature, thresholds=thresholds), said
 
 
 def best_shares(part: Part, multi_label: bool) -> dict[str, float]:
@@ -190,8 +180,7 @@ def best_shares(part: Part, multi_label: bool) -> dict[str, float]:
 
 def _likelihood(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool) -> float:
     """In nats; of several labels the mean over them, as they are trained."""
-    labels = truth if multi_label else truth.argmax(1)
-    total = calibration.negative_log_likelihood(probabilities, labels)
+    total = calibration.negative_log_likelihood(probabilities, truth if multi_label else truth.argmax(1))
     return total / truth.shape[1] if multi_label else total
 
 

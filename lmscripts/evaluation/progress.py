@@ -1,37 +1,33 @@
-"""Where a run of the classifier stands: its state, the best weights so far, and what the database says of it."""
+"""Where a run of the classifier stands beside its steps: the best epoch so far, and what the database says of it."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import broadcast
-from transformers import PreTrainedModel
 
 from lmscripts.data.labelled_rows import Part
 from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import RowAnswers, best_shares, calibrate, judge
 from lmscripts.evaluation.metrics import plain
-from lmscripts.files import new_folder, remove_leftovers
 from lmscripts.models.classifier import ClassifierSettings
-from lmscripts.objectives.labels import ClassifierObjective
-from lmscripts.training import checkpoint as checkpoints
-from lmscripts.training.folder import TrainingState, read_state
 from lmscripts.training.resume import load_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from lmscripts.objectives.module import Objective
+
 
 @dataclass
-class ClassifierState(TrainingState):
-    """Where a run stands.
+class ClassifierProgress:
+    """The classifier's part of `lmscripts.training.state.TrainingState`.
 
     Attributes:
         run_id: its number in the database.
@@ -55,10 +51,6 @@ class ClassifierState(TrainingState):
         """What it writes into the database by."""
         return RunKey(self.run_id, self.key)
 
-    def open_epoch(self, process: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Sums and counts of the epoch to go on with; the sums belong to the first process."""
-        return {name: value * (process == 0) for name, value in self.epoch_sums.items()}, dict(self.epoch_counts)
-
     def is_better(self, metric: str, value: float | None) -> bool:
         """Whether an epoch's value is better than the best before; of equal ones the first is kept, None never is."""
         if value is None or not np.isfinite(value):
@@ -72,40 +64,7 @@ class ClassifierState(TrainingState):
         return patience is not None and self.best_epoch > 0 and len(self.history) - self.best_epoch >= patience
 
 
-def restore(
-    accelerator: Accelerator, objective: ClassifierObjective, optimizer: Any, source: Path | None
-) -> ClassifierState:
-    """Put optimizer, loss scaler and progress back; the weights are loaded before the model is prepared."""
-    if source is None:
-        return ClassifierState()
-    facts = read_state(source)
-    checkpoints.load_optimizer_state(optimizer, objective, source / "optimizer.safetensors", facts["groups"])
-    if accelerator.scaler is not None and facts["scaler"] is not None:
-        accelerator.scaler.load_state_dict(facts["scaler"])
-    return ClassifierState(**facts["progress"])
-
-
-# ---- the best weights so far -------------------------------------------------------------------------------------
-
-
-def keep_best(run_dir: Path, epoch: int, model: PreTrainedModel) -> None:
-    """Write the weights of an epoch aside; earlier ones stay until no checkpoint names them."""
-    folder = run_dir / f"best-{epoch}"
-    shutil.rmtree(folder, ignore_errors=True)  # of an epoch that was repeated after a stop
-    remove_leftovers(folder)
-    with new_folder(folder) as aside:
-        model.save_pretrained(aside)
-
-
-def prune_best(run_dir: Path) -> None:
-    """Remove best weights that no checkpoint names any more."""
-    named = {read_state(folder)["progress"]["best_epoch"] for folder in checkpoints.list_checkpoints(run_dir)}
-    for folder in run_dir.glob("best-*"):
-        if folder.name.removeprefix("best-") not in map(str, named):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def load_best(accelerator: Accelerator, objective: ClassifierObjective, run_dir: Path, epoch: int) -> None:
+def load_best(accelerator: Accelerator, objective: Objective, run_dir: Path, epoch: int) -> None:
     """Load the weights of the best epoch on the main process and hand them to the others.
 
     Raises:
@@ -114,7 +73,7 @@ def load_best(accelerator: Accelerator, objective: ClassifierObjective, run_dir:
     if accelerator.is_main_process:
         load_weights(objective.models, run_dir / f"best-{epoch}")
     if accelerator.num_processes > 1:
-        for tensor in objective.classifier.state_dict().values():
+        for tensor in objective.models[""].state_dict().values():
             tensor.copy_(broadcast(tensor.contiguous()))
 
 
@@ -134,8 +93,7 @@ def check_metric(metric: str, default: str, validation: Part, multi_label: bool)
         A sentence where it cannot, so that the last weights will be taken.
 
     Raises:
-        UserError: another metric than the default was asked for and there is no validation part, or the metric does
-            not exist.
+        UserError: another metric than the default was asked for and there is no validation part.
     """
     if not validation.num_rows:
         if metric != default:
@@ -144,8 +102,7 @@ def check_metric(metric: str, default: str, validation: Part, multi_label: bool)
                 "--validation_share or --validation_file, or leave out --metric"
             )
         return ["there is no validation part: the last weights will be taken"]
-    found = {"loss": 0.0} | best_shares(validation, multi_label)
-    if np.isfinite(found[_known(found, metric, multi_label)]):
+    if np.isfinite(value_of({"loss": 0.0} | best_shares(validation, multi_label), metric)):
         return []
     truth = validation.truth[np.unique(validation.owners)]
     return [
@@ -155,20 +112,9 @@ def check_metric(metric: str, default: str, validation: Part, multi_label: bool)
     ]
 
 
-def chosen_value(record: Mapping[str, Any], metric: str, multi_label: bool) -> float | None:
-    """What says how good an epoch is; None without a validation part, or where it is undefined there."""
-    found = record["validation"]
-    value: float | None = found[_known(found, metric, multi_label)] if found else None
-    return value
-
-
-def _known(found: Mapping[str, Any], metric: str, multi_label: bool) -> str:
-    """The name of a metric among those that were computed."""
-    name = "subset_accuracy" if multi_label and metric == "accuracy" else metric
-    if name not in found:
-        which = "several labels a row" if multi_label else "one label a row"
-        raise UserError(f"--metric {metric} does not exist for {which}: choose among {', '.join(found)}")
-    return name
+def value_of(found: Mapping[str, Any], metric: str) -> Any:
+    """A metric by its name; of several labels a row, "accuracy" is the share of rows with all of them right."""
+    return found.get("subset_accuracy" if metric == "accuracy" and "accuracy" not in found else metric)
 
 
 # ---- the database ------------------------------------------------------------------------------------------------
@@ -176,10 +122,10 @@ def _known(found: Mapping[str, Any], metric: str, multi_label: bool) -> str:
 
 def open_run(
     database: Database,
-    state: ClassifierState,
+    progress: ClassifierProgress,
     name: str,
     model_dir: Path,
-    options: Mapping[str, Any],
+    asked: Mapping[str, Any],
     facts: Mapping[str, Any],
     origin: str,
 ) -> RunKey:
@@ -189,10 +135,10 @@ def open_run(
 
     Args:
         database: the file of the task.
-        state: of the run, from its checkpoint if there is one.
+        progress: of the run, from its checkpoint if there is one.
         name: of the run.
         model_dir: folder of its model, which no other process may be writing.
-        options: of the script.
+        asked: name to value of the options.
         facts: whatever else is known of it.
         origin: what the task was made from when it was opened.
 
@@ -202,16 +148,16 @@ def open_run(
     Raises:
         UserError: the database was built anew from something else since.
     """
-    if state.run_id and state.key and database.go_on_with_run(state.entry):
-        return state.entry
-    run = database.start_run(name, options, facts, model_dir=model_dir, origin=origin)
-    for record in state.history:  # what the other database knew
-        _write_epoch(database, run, record["step"], record)
+    if progress.run_id and progress.key and database.go_on_with_run(progress.entry):
+        return progress.entry
+    run = database.start_run(name, asked, facts, model_dir=model_dir, origin=origin)
+    for record in progress.history:  # what the other database knew
+        _write_epoch(database, run, record)
     return run
 
 
 @contextmanager
-def failing(database: Database, state: ClassifierState, is_main: bool) -> Iterator[None]:
+def failing(database: Database, run: RunKey, is_main: bool) -> Iterator[None]:
     """Write "failed" into the database if the block ends with an error; the end of the process is none."""
     try:
         yield
@@ -220,14 +166,15 @@ def failing(database: Database, state: ClassifierState, is_main: bool) -> Iterat
     except BaseException:
         if is_main:
             with suppress(UserError, OSError):  # the error itself is what has to be shown
-                database.end_run(state.entry, "failed")
+                database.end_run(run, "failed")
         raise
 
 
 def close_epoch(
     database: Database,
-    state: ClassifierState,
+    run: RunKey,
     epoch: int,
+    step: int,
     trained: Mapping[str, float],
     validation: Part,
     answers: RowAnswers | None,
@@ -240,8 +187,9 @@ def close_epoch(
 
     Args:
         database: the file of the task.
-        state: of the run.
+        run: which of its runs.
         epoch: its number, from 1.
+        step: steps done.
         trained: metrics of its training rows, as they were met.
         validation: the validation part.
         answers: the model's answers to it; None without one.
@@ -256,18 +204,17 @@ def close_epoch(
     judged: dict[str, float] = {}
     if answers is not None:
         if settings.multi_label:
-            temperature, thresholds, _ = calibrate(answers, validation, settings)
-            settings = replace(settings, temperature=temperature, thresholds=thresholds)
+            settings, _ = calibrate(answers, validation, settings)
         judged = judge(answers, validation, settings).document
-    record: dict[str, Any] = plain({"epoch": epoch, "step": state.step, "train": dict(trained), "validation": judged})
-    _write_epoch(database, state.entry, state.step, record)
+    record: dict[str, Any] = plain({"epoch": epoch, "step": step, "train": dict(trained), "validation": judged})
+    _write_epoch(database, run, record)
     return record
 
 
-def _write_epoch(database: Database, run: RunKey, step: int, record: Mapping[str, Any]) -> None:
+def _write_epoch(database: Database, run: RunKey, record: Mapping[str, Any]) -> None:
     for part in ("train", "validation"):
         known = {name: value for name, value in record[part].items() if value is not None}
-        database.write_epoch(run, record["epoch"], step, part, known)
+        database.write_epoch(run, record["epoch"], record["step"], part, known)
 
 
 def epoch_in_words(record: Mapping[str, Any], metric: str, say: Callable[[Mapping[str, float]], str]) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import glob
-import html
 import json
 import os
 import re
-import shutil
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +21,47 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation.aggregate import names_of
 from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, judge
 from lmscripts.evaluation.metrics import plain
-from lmscripts.evaluation.progress import ClassifierState
+from lmscripts.evaluation.progress import ClassifierProgress, value_of
 from lmscripts.evaluation.report import csv_text, visible
-from lmscripts.files import new_folder, remove_leftovers, write_text
-from lmscripts.models.classifier import KEY, ClassifierSettings, Source
+from lmscripts.files import replaced_folder, write_text
+from lmscripts.models.classifier import KEY, ClassifierSettings, label_names
 from lmscripts.models.lora import merge_lora
-from lmscripts.tokenizer.folder import copy_tokenizer
-from lmscripts.training.log import versions
+from lmscripts.training.card import fenced, model_card
+from lmscripts.training.folder import Beside, write_weights
 
 _USE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
 model = AutoModelForSequenceClassification.from_pretrained("PATH/TO/THIS/FOLDER")"""
+_USED = f"""`scripts/predict_classifier.py --model_dir PATH/TO/THIS/FOLDER` folds long texts, combines the answers of
+their rows and applies the temperature as config.json says under `{KEY}`. Without it, and for texts of one row:
+
+{fenced(_USE, "python")}"""
+_LIMITS = """It knows the labels above and no others, and gives one to any text. The test documents come from the same
+table as the training documents: how well it does on other text was not measured."""
 
 
 # ---- the folder --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class ResultFiles:
-    """What a run leaves beside its training folder, all with one beginning of their names.
+    """What a run leaves, all with one beginning of their names.
 
-    `spreadsheet_safe` is how tables are written, see `csv_text`.
+    Attributes:
+        name: that beginning.
+        training: folder of checkpoints, log and options.
+        model: folder of the trained model.
+        predictions, fragments: tables of the test documents and of their rows.
+        statistics: numbers of every epoch and of the test part.
+        spreadsheet_safe: how tables are written, see `csv_text`.
     """
 
-    folder: Path
-    name: str
-    spreadsheet_safe: bool = False
-
-    @property
-    def training(self) -> Path:
-        """Checkpoints, log and options."""
-        return self.folder / f"{self.name}_training"
-
-    @property
-    def model(self) -> Path:
-        """The trained model."""
-        return self.folder / f"{self.name}_trained_model"
-
-    @property
-    def predictions(self) -> Path:
-        """Predictions of the test documents."""
-        return self.folder / f"{self.name}_testset_predictions.csv"
-
-    @property
-    def fragments(self) -> Path:
-        """Predictions of the rows of the test documents."""
-        return self.folder / f"{self.name}_testset_fragments.csv"
-
-    @property
-    def statistics(self) -> Path:
-        """Numbers of every epoch and of the test part."""
-        return self.folder / f"{self.name}_train_test_stats.json"
+    def __init__(self, folder: Path, name: str, spreadsheet_safe: bool = False) -> None:
+        self.name, self.spreadsheet_safe = name, spreadsheet_safe
+        self.training, self.model = (folder / f"{name}_{what}" for what in ("training", "trained_model"))
+        tables = (folder / f"{name}_testset_{what}.csv" for what in ("predictions", "fragments"))
+        self.predictions, self.fragments = tables
+        self.statistics = folder / f"{name}_train_test_stats.json"
 
     def check_free(self, do_continue: bool) -> None:
         """Refuse to write over another run's results.
@@ -101,35 +87,6 @@ class ResultFiles:
                     other.unlink(missing_ok=True)
 
 
-def check_run_name(name: str | None) -> None:
-    """Keep all files of a run in one folder.
-
-    Raises:
-        UserError: the name cannot begin the name of a file.
-    """
-    if name is not None and (not name or Path(name).name != name or "\0" in name):
-        raise UserError(f"--run_name {name!r} cannot begin the name of a file: put folders into --output_dir")
-
-
-def export_model(
-    target: Path, model: PreTrainedModel, tokenizer_dir: Path, settings: ClassifierSettings, card: str
-) -> None:
-    """Write model, tokenizer and card as the Auto classes load them; an earlier folder is replaced by a whole one."""
-    setattr(model.config, KEY, settings.as_json())
-    new, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    remove_leftovers(new)
-    with new_folder(new) as aside:
-        copy_tokenizer(tokenizer_dir, aside)
-        model.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 # ---- tables and numbers ------------------------------------------------------------------------------------------
 
 
@@ -152,40 +109,25 @@ def write_tables(
         settings: of the classifier, after calibration.
     """
     thresholds = None if settings.thresholds is None else np.array(settings.thresholds)
-    all_probabilities = np.full(part.truth.shape, np.nan)
-    all_probabilities[judged.places] = judged.probabilities
-    counts = np.bincount(part.owners, minlength=len(part.doc_ids))
-    truth = [settings.separator.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
-    head = ["document", "line", "name", "true_label", "predicted_label"]
-    shares = [f"probability of {label}" for label in labels]
-    predicted = [settings.separator.join(found) for found in names_of(all_probabilities, labels, thresholds)]
-    rows = [
-        [int(doc_id), *places[doc_id], true, found, *_rounded(values), int(count)]
-        for doc_id, true, found, values, count in zip(
-            part.doc_ids.tolist(), truth, predicted, all_probabilities, counts, strict=True
-        )
-    ]
-    write_text(files.predictions, csv_text([[*head, *shares, "fragments"], *rows], files.spreadsheet_safe))
-    folds, named = part.folds, names_of(judged.fragment_probabilities, labels, thresholds)
-    pieces = [
-        [doc_id, *places[doc_id], truth[owner], settings.separator.join(found), *_rounded(values), *span]
-        for doc_id, owner, found, values, *span in zip(
-            folds.doc_ids.tolist(),
-            part.owners,
-            named,
-            judged.fragment_probabilities,
-            folds.idx.tolist(),
-            folds.char_start.tolist(),
-            folds.char_end.tolist(),
-            strict=True,
-        )
-    ]
-    head = [*head, *shares, "fragment", "char_start", "char_end"]
-    write_text(files.fragments, csv_text([head, *pieces], files.spreadsheet_safe))
+    head = ["document", "line", "name", "true_label", "predicted_label", *(f"probability of {each}" for each in labels)]
+    doc_ids, between = part.doc_ids.tolist(), settings.separator
+    truth = [between.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
 
+    def rows(documents: Iterable[int], probabilities: Any, *others: Any) -> Iterator[list[Any]]:
+        named = names_of(probabilities, labels, thresholds)
+        for place, found, values, *more in zip(documents, named, probabilities, *others, strict=True):
+            shown = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+            yield [doc_ids[place], *places[doc_ids[place]], truth[place], between.join(found), *shown, *more]
 
-def _rounded(values: Any) -> list[str]:
-    return ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+    everywhere = np.full(part.truth.shape, np.nan)
+    everywhere[judged.places] = judged.probabilities
+    counts = np.bincount(part.owners, minlength=len(doc_ids)).tolist()
+    table = [[*head, "fragments"], *rows(range(len(doc_ids)), everywhere, counts)]
+    write_text(files.predictions, csv_text(table, files.spreadsheet_safe))
+    spans = (each.tolist() for each in (part.folds.idx, part.folds.char_start, part.folds.char_end))
+    pieces = rows(part.owners, judged.fragment_probabilities, *spans)
+    table = [[*head, "fragment", "char_start", "char_end"], *pieces]
+    write_text(files.fragments, csv_text(table, files.spreadsheet_safe))
 
 
 def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tested: Judged | None) -> str:
@@ -204,7 +146,7 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
         found = record["validation"]
         if found:
             older["Validation Loss"] = found["loss"]
-            older["Validation Accuracy"] = found.get("accuracy", found.get("subset_accuracy"))
+            older["Validation Accuracy"] = value_of(found, "accuracy")
         epochs.append({"epoch": record["epoch"], **older, **record})
     values = plain({"format": 1, **facts, "Training": epochs, "Testing": testing})
     return json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
@@ -213,51 +155,16 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
 def card_text(title: str, rows: Mapping[str, Any], tested: Judged | None, options_yaml: str) -> str:
     """Model card: what it was made from and how right it is, in the words of this run."""
     measured = {} if tested is None else {name: _shown(value) for name, value in tested.document.items()}
-    lines = [f"| {name} | {_as_text(value)} |" for name, value in rows.items()]
-    lines += [f"| test documents: {name.replace('_', ' ')} | {value} |" for name, value in measured.items()]
-    used = ", ".join(f"{name} {version}" for name, version in versions().items())
-    fence = "`" * max([3, *(len(found) + 1 for found in re.findall("`+", options_yaml))])
-    return f"""---
-library_name: transformers
-pipeline_tag: text-classification
----
-
-# {_as_text(title)}
-
-Every number below was measured in this run.
-
-| what | value |
-|---|---|
-{chr(10).join(lines)}
-
-## Use
-
-`scripts/predict_classifier.py --model_dir PATH/TO/THIS/FOLDER` folds long texts, combines the answers of their rows
-and applies the temperature as config.json says under `{KEY}`. Without it, and for texts of one row:
-
-```python
-{_USE}
-```
-
-## Limits
-
-It knows the labels above and no others, and gives one to any text. The test documents come from the same table as the
-training documents: how well it does on other text was not measured.
-
-## How it was made
-
-{used}; {sys.platform}
-
-{fence}yaml
-{options_yaml.strip()}
-{fence}
-"""
-
-
-def _as_text(value: Any) -> str:
-    """A cell of Markdown that shows a value as it is, whatever signs of HTML or Markdown are in it."""
-    text = html.escape(visible(" ".join(str(value).split())))
-    return re.sub(r"[|*`\[\]\\]", lambda found: f"&#{ord(found[0])};", text)
+    measured = {f"test documents: {name.replace('_', ' ')}": value for name, value in measured.items()}
+    return model_card(
+        visible(title),
+        {name: visible(str(value)) for name, value in {**rows, **measured}.items()},
+        options_yaml,
+        began="Trained to give texts the labels below.",
+        use=_USED,
+        limits=_LIMITS,
+        task="text-classification",
+    )
 
 
 def _shown(value: float) -> str:
@@ -270,13 +177,13 @@ def _shown(value: float) -> str:
 def finish(
     files: ResultFiles,
     database: Database,
-    state: ClassifierState,
+    progress: ClassifierProgress,
     settings: ClassifierSettings,
-    source: Source,
     model: PreTrainedModel,
+    beside: Beside,
     facts: Mapping[str, Any],
+    began_with: str,
     options_yaml: str,
-    labels: list[str],
     parts: Mapping[str, tuple[Part, RowAnswers | None]],
 ) -> list[str]:
     """Calibrate, judge, write everything; called by the main process.
@@ -284,13 +191,13 @@ def finish(
     Args:
         files: what is written.
         database: likewise.
-        state: of the run at its end.
+        progress: of the run at its end.
         settings: of the classifier, before calibration.
-        source: the model that it began with.
         model: the best one.
+        beside: writes the tokenizer beside it.
         facts: of the run, for the database.
-        options_yaml: the options that repeat it.
-        labels: names of the K labels.
+        began_with: name of the model that it was made from.
+        options_yaml: the options that repeat the run.
         parts: "validation" and "test", and what the model answers.
 
     Returns:
@@ -299,62 +206,61 @@ def finish(
     Raises:
         UserError: the database does not hold the run any more; nothing is written then.
     """
-    places = database.read_places(state.entry)
+    run, labels = progress.entry, label_names(model.config)
+    places = database.read_places(run)
     files.remove_leftovers()
     settings, said = _calibrated(*parts["validation"], settings, len(labels))
-    judged = {name: judge(found, part, settings) for name, (part, found) in parts.items() if found is not None}
-    for name, result in judged.items():
-        _store(database, state.entry, name, parts[name], result)
-    tested = judged.get("test")
+    answered = [(name, part, found) for name, (part, found) in parts.items() if found is not None]
+    tested = {name: _judged(database, run, name, part, found, settings) for name, part, found in answered}.get("test")
     if tested is not None:
         for level in ("document", "fragment"):
-            database.write_test_metrics(state.entry, level, getattr(tested, level))
+            database.write_test_metrics(run, level, getattr(tested, level))
         write_tables(files, places, parts["test"][0], tested, labels, settings)
-    else:
-        said.append("there is no test part: nothing is said about other texts, and there is nothing to report")
-    calibration = {"temperature": settings.temperature, "thresholds": settings.thresholds}
-    facts = {**facts, **calibration, "best_epoch": state.best_epoch, "steps": state.step}
+    facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
+    facts["best_epoch"] = progress.best_epoch
     place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
-    about = {"run": state.run_id, "database": place, **facts}
-    write_text(files.statistics, statistics_text(about, state.history, tested))
-    rows = {"labels": ", ".join(labels), "began with": source.name, "architecture": model.config.model_type}
-    card = card_text(files.name, rows | _card_rows(state, settings), tested, options_yaml)
+    about = {"run": run.run_id, "database": place, **facts}
+    write_text(files.statistics, statistics_text(about, progress.history, tested))
+    rows: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
+    rows |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
+    rows |= {"temperature": f"{settings.temperature:.4f}"}
+    rows["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
     merge_lora(model)
-    export_model(files.model, model, source.encoder.folder, settings, card)
-    database.end_run(state.entry, "done", facts)
-    said.append(f"the model is in {files.model}")
-    return said if tested is None else [*said, *_told(files, database, state, tested)]
+    setattr(model.config, KEY, settings.as_json())
+    with replaced_folder(files.model) as aside:
+        beside(aside)
+        write_weights(aside, model)
+        (aside / "README.md").write_text(card_text(files.name, rows, tested, options_yaml), encoding="utf-8")
+    database.end_run(run, "done", facts)
+    return [*said, *_told(files, database.path, run, tested)]
 
 
 def _calibrated(
-    validation: Part, answers: RowAnswers | None, settings: ClassifierSettings, num_labels: int
+    part: Part, answers: RowAnswers | None, settings: ClassifierSettings, num_labels: int
 ) -> tuple[ClassifierSettings, list[str]]:
-    """Settings as the model is exported with, and sentences for the user."""
-    if answers is None:
-        settings = replace(settings, thresholds=(0.5,) * num_labels if settings.multi_label else None)
-        return settings, ["there is no validation part: the model is not calibrated"]
-    temperature, thresholds, said = calibrate(answers, validation, settings)
-    return replace(settings, temperature=temperature, thresholds=thresholds), said
+    """Settings as the model is exported with, and a sentence where they are not fitted."""
+    if answers is not None:
+        return calibrate(answers, part, settings)
+    settings = replace(settings, thresholds=(0.5,) * num_labels if settings.multi_label else None)
+    return settings, ["there is no validation part: the model is not calibrated"]
 
 
-def _card_rows(state: ClassifierState, settings: ClassifierSettings) -> dict[str, str]:
-    folding = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
-    best = str(state.best_epoch or "the last")
-    return {"best epoch": best, "temperature": f"{settings.temperature:.4f}", "rows": folding}
+def _told(files: ResultFiles, database: Path, run: RunKey, tested: Judged | None) -> list[str]:
+    """Where everything is."""
+    model = f"the model is in {files.model}"
+    if tested is None:
+        return ["there is no test part: nothing is said about other texts, and there is nothing to report", model]
+    numbers = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
+    report = f"for a report: python scripts/analyze_results.py {database} --run {run.run_id}"
+    return [model, f"the predictions are in {files.predictions}", f"test documents: {numbers}", report]
 
 
-def _told(files: ResultFiles, database: Database, state: ClassifierState, tested: Judged) -> list[str]:
-    shown = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
-    report = f"for a report: python scripts/analyze_results.py {database.path} --run {state.run_id}"
-    return [f"the predictions are in {files.predictions}", f"test documents: {shown}", report]
-
-
-def _store(database: Database, run: RunKey, name: str, part: tuple[Part, RowAnswers | None], judged: Judged) -> None:
-    """Predictions of a part into the database, of documents and of rows."""
-    rows, answers = part
-    if answers is None:
-        return
-    documents = rows.doc_ids[judged.places]
-    database.write_predictions(run, name, "document", documents, None, judged.probabilities, judged.logits)
-    places = (rows.folds.doc_ids, rows.folds.idx)
-    database.write_predictions(run, name, "fragment", *places, judged.fragment_probabilities, answers.logits)
+def _judged(
+    database: Database, run: RunKey, name: str, part: Part, answers: RowAnswers, settings: ClassifierSettings
+) -> Judged:
+    """A part judged, with its predictions in the database, those of documents and those of rows."""
+    found = judge(answers, part, settings)
+    documents, fragments = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
+    database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
+    database.write_predictions(run, name, "fragment", *fragments, found.fragment_probabilities, answers.logits)
+    return found

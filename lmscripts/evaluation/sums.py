@@ -22,7 +22,6 @@ from lmscripts.text.corpus import HUB, Span, is_plain, read_documents, table_tex
 from lmscripts.text.reading import format_of, opened
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import TextReport
-from lmscripts.training.processes import sum_over_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +35,46 @@ Progress = Callable[[int, int], None]  # passes done, passes in all
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
 
+def measure_batches(
+    accelerator: Accelerator,
+    num_batches: int,
+    measure: Callable[[int], torch.Tensor],
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
+) -> torch.Tensor | None:
+    """What numbered batches measure, bitwise the same for any number of processes.
+
+    Batch n is measured by process n % world. After each pass one all-reduce carries what all have measured, in which a
+    process fills its own row only: adding zeros is exact, so every process then has the numbers of every batch.
+
+    Every process makes the same number of passes, the last time with a batch that does not count if it has none left,
+    so that a sharded model stays aligned and a request to stop is seen by all after the same pass.
+
+    Args:
+        accelerator: the running processes.
+        num_batches: N, at least one.
+        measure: (W,) numbers of the batch with this number; what is in the batch must not depend on the processes.
+        stop_requested: asked on each process after each pass.
+        progress: called after each pass.
+
+    Returns:
+        (N, W) float64 (float32 where the device has none); None when a process was asked to stop before the end.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    passes = list[torch.Tensor]()
+    for first in range(0, num_batches, world):
+        mine = measure(first + rank if first + rank < num_batches else 0)
+        places = torch.zeros(world, len(mine) + 1, dtype=dtype, device=accelerator.device)
+        places[rank, :-1], places[rank, -1] = mine, float(stop_requested())
+        summed: Any = accelerator.reduce(places, "sum")
+        if summed[:, -1].any():
+            return None
+        passes.append(summed[: num_batches - first, :-1])
+        progress(first // world + 1, -(-num_batches // world))
+    return torch.cat(passes)
+
+
 def sum_over_batches(
     accelerator: Accelerator,
     num_batches: int,
@@ -43,41 +82,47 @@ def sum_over_batches(
     stop_requested: Callable[[], bool] = lambda: False,
     progress: Progress = lambda done, passes: None,
 ) -> dict[str, float] | None:
-    """Sums over numbered batches in float64, bitwise the same for any number of processes.
-
-    Batch n is measured by process n % world. After each pass one all-reduce carries a vector in which a process fills
-    its own places only: adding zeros is exact, so every process then has the numbers of every batch and adds them in
-    the order of the batches.
-
-    Every process makes the same number of passes, the last time with a batch that does not count if it has none left,
-    so that a sharded model stays aligned and a request to stop is seen by all after the same pass.
+    """Sums by name of what numbered batches measure, added in their order; see `measure_batches`.
 
     Args:
         accelerator: the running processes.
         num_batches: number of batches.
-        measure: named numbers of the batch with this number, always in the same order; what is in the batch must not
-            depend on the processes.
+        measure: named numbers of the batch with this number, always in the same order.
         stop_requested: asked on each process after each pass.
         progress: called after each pass.
 
     Returns:
-        The sums by name, empty without batches; None when a process was asked to stop before the end.
+        Empty without batches; None when a process was asked to stop before the end.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
-    totals: dict[str, float] = {}
-    for first in range(0, num_batches, world):
-        measured = measure(first + rank if first + rank < num_batches else 0)
-        width = len(measured)
-        places = [0.0] * (world * width)
-        places[rank * width : (rank + 1) * width] = [float(value) for value in measured.values()]
-        *places, stops = sum_over_processes(accelerator, [*places, float(stop_requested())])
-        if stops:
-            return None
-        for process in range(min(world, num_batches - first)):
-            for place, name in enumerate(measured):
-                totals[name] = totals.get(name, 0.0) + places[process * width + place]
-        progress(first // world + 1, -(-num_batches // world))
+    names = list[str]()
+
+    def numbers(batch: int) -> torch.Tensor:
+        measured = measure(batch)
+        names[:] = measured
+        return torch.tensor([float(value) for value in measured.values()], dtype=torch.float64)
+
+    if num_batches == 0:
+        return {}
+    found = measure_batches(accelerator, num_batches, numbers, stop_requested, progress)
+    if found is None:
+        return None
+    totals = dict.fromkeys(names, 0.0)
+    for numbers_of_batch in found.tolist():  # not by sum(), whose rounding differs between versions of Python
+        for name, value in zip(names, numbers_of_batch, strict=True):
+            totals[name] += value
     return totals
+
+
+@contextmanager
+def judging(objective: torch.nn.Module) -> Iterator[None]:
+    """Compute without gradients and dropout; the module is left in the mode it had."""
+    was_training = objective.training
+    objective.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        objective.train(was_training)
 
 
 def evaluate(
@@ -127,14 +172,9 @@ def sums_and_counts(
         found = objective(to_device(batch, accelerator.device))
         return {f"sum {name}": value for name, value in found.items()} | {f"count {n}": v for n, v in counts.items()}
 
-    was_training = objective.training
-    objective.eval()
-    try:
-        with torch.no_grad(), accelerator.autocast():
-            num_batches = -(-num_rows // micro_batch_size)
-            totals = sum_over_batches(accelerator, num_batches, measure, stop_requested, progress)
-    finally:
-        objective.train(was_training)
+    with judging(objective), accelerator.autocast():
+        num_batches = -(-num_rows // micro_batch_size)
+        totals = sum_over_batches(accelerator, num_batches, measure, stop_requested, progress)
     if totals is None:
         return None
     sums, counts = (

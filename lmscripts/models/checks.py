@@ -1,7 +1,7 @@
 """What a run would fail of at its end, or be silently wrong with, found out in its first second.
 
-Two checks for every family and every start: a packed row gives each document the logits that it has alone, and the
-folder that will be exported loads with the Auto classes.
+A packed row gives each document the logits that it has alone, for every family; a padded row of a classifier likewise;
+and the folder that will be exported loads with the Auto classes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lmscripts.data.folding import special_tokens_around
 from lmscripts.data.packing import Layout, Packing, segment_ends
 from lmscripts.errors import UserError
 from lmscripts.models.attention import AttentionPath, attention_paths, use_attention
@@ -173,6 +174,56 @@ def _random_ids(model: Any, number: int) -> Tensor:
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+# ---- padding -----------------------------------------------------------------------------------------------------
+
+_PADDING_TOLERANCE = 2e-3  # of the largest logit; float32 stays far below, another place read lies far above
+
+
+@torch.no_grad()
+def check_padding(model: Any, encoder: Encoder, pad_id: int, longest: int | None) -> None:
+    """See that a row has the same logits alone and beside a longer one, to whose length it is filled up on the right.
+
+    XLNet, for one, reads its answer off the last place, whatever the attention mask says of it.
+
+    Args:
+        model: a classifier on the CPU; it is left in the mode that it was in.
+        encoder: its tokenizer.
+        pad_id: the padding token.
+        longest: tokens of its longest input; None where nothing says.
+
+    Raises:
+        UserError: the logits differ, or the model cannot compute them.
+    """
+    before, after = special_tokens_around(encoder.tokenizer)
+    special = {*encoder.special_ids, *encoder.reserved_ids}
+    words = [number for number in sorted(encoder.tokenizer.get_vocab().values()) if number not in special][:9]
+    room = len(words) if longest is None else min(len(words), longest - len(before) - len(after))
+    if room < 2:  # no row can be longer than another
+        return
+    long, short = ([*before.tolist(), *words[:number], *after.tolist()] for number in (room, (room + 1) // 3))
+    filler = len(long) - len(short)
+    ids = torch.tensor([[*short, *[pad_id] * filler], long])
+    mask = torch.tensor([[1] * len(short) + [0] * filler, [1] * len(long)])
+    was_training, kind = model.training, model.config.model_type
+    model.eval()
+    try:
+        padded = model(input_ids=ids, attention_mask=mask).logits[0].float()
+        alone = model(input_ids=ids[:1, : len(short)], attention_mask=mask[:1, : len(short)]).logits[0].float()
+    except Exception as error:  # whatever a model that is not made for this raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a model of the type {kind}, as its config.json has it, cannot answer rows of {encoder.folder} ({reason})"
+        ) from error
+    finally:
+        model.train(was_training)
+    difference, scale = float((padded - alone).abs().max()), float(alone.abs().max())
+    if difference > _PADDING_TOLERANCE * scale + 1e-6:
+        raise UserError(
+            f"a model of the type {kind} cannot be a classifier here: its logits of a row change by {difference:.2g} "
+            "when it is filled up to the length of another, so they would depend on the batch; take another type"
+        )
 
 
 # ---- what will be exported -----------------------------------------------------------------------------------------

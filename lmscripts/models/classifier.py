@@ -17,9 +17,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lmscripts.data.folding import FoldSettings
-from lmscripts.data.labelled_rows import check_padding
 from lmscripts.errors import UserError, shortened
-from lmscripts.evaluation.aggregate import AGGREGATES
+from lmscripts.models.checks import check_padding
 from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state
 from lmscripts.models.fitting import longest_input
 from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
@@ -27,6 +26,7 @@ from lmscripts.models.pretrained import set_dropout
 from lmscripts.tokenizer.encoder import Encoder
 
 KEY = "lmscripts_classifier"
+AGGREGATES = ("mean_probabilities", "mean_logits", "max", "token_weighted")  # see `lmscripts.evaluation.aggregate`
 _FORMAT = 1
 _ALSO_NEW = ("pooler.",)  # of a body: a layer that serves the head alone and that language models are saved without
 _LONGEST = 512

@@ -56,7 +56,7 @@ class Objective(nn.Module):
             targets: of the terms over everything that the optimizer step averages.
         """
         terms = self.weights.items()
-        return torch.stack([sums[term] * (weight / max(1.0, targets[term])) for term, weight in terms]).sum()
+        return torch.stack([sums[term] * (weight / (targets[term] or 1.0)) for term, weight in terms]).sum()
 
     def metrics(self, sums: Sums, counts: Sums) -> dict[str, float]:
         """Named numbers from sums of `forward` and counts of targets."""

@@ -123,9 +123,7 @@ class _WrongKindError(Exception):
     """A value that is no plain text, number or date; says what it is."""
 
 
-def _row(
-    line: int, fields: Fields, table: TableOptions, known: frozenset[str], repairs: Counter[str]
-) -> Row | BadRow:
+def _row(line: int, fields: Fields, table: TableOptions, known: frozenset[str], repairs: Counter[str]) -> Row | BadRow:
     """A row from its fields, or what is wrong with it."""
     values: dict[str, str] = {}
     labels: tuple[str, ...] | None = ()

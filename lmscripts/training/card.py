@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,61 +15,75 @@ import transformers
 from lmscripts.data.steps import Phases
 from lmscripts.training.log import SHARES, read_log, versions
 
+_LIMITS = """The biases and gaps of the text are those of the model. The held-out text comes from the same corpus: how
+well the model does on other text was not measured."""
+
 
 def model_card(
-    title: str, origin: str, use: str, rows: dict[str, str], options_yaml: str, examples: list[str], task: str = ""
+    title: str,
+    rows: Mapping[str, object],
+    options_yaml: str,
+    *,
+    began: str,
+    use: str,
+    limits: str,
+    examples: Sequence[str] = (),
+    task: str = "",
 ) -> str:
     """Text of a model card.
 
     Args:
         title: heading.
-        origin: what the training began with; empty for nothing.
-        use: Python lines that load it.
         rows: table of what was measured, name to value.
         options_yaml: the options that repeat the run.
+        began: a sentence on what was trained, and from what.
+        use: how it is used, as Markdown.
+        limits: what it cannot be trusted with.
         examples: lines to show, such as fill-mask answers.
         task: name of the folder's task in transformers' pipeline; empty for none.
     """
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {as_cell(value)} |" for name, value in rows.items())
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
-    shown = "\n".join(f"- {example}" for example in examples)
-    began = f"Trained further from {origin}" if origin else "Trained from scratch"
+    shown = "\n".join(["", "## Examples", "", *(f"- {example}" for example in examples), ""]) if examples else ""
     return f"""---
 library_name: transformers
 {f"pipeline_tag: {task}" if task else "tags: [lmscripts]"}
 ---
 
-# {title}
+# {as_cell(title)}
 
-{began} on raw text. Every number below was measured in this run.
+{began} Every number below was measured in this run.
 
 | what | value |
 |---|---|
 {table}
-
-## Examples
-
 {shown}
-
 ## Use
 
-```python
 {use}
-```
 
 ## Limits
 
-The biases and gaps of the text are those of the model. The held-out text comes from the same corpus: how well the model
-does on other text was not measured.
+{limits}
 
 ## How it was made
 
 {used}; {sys.platform}
 
-```yaml
-{options_yaml.strip()}
-```
+{fenced(options_yaml, "yaml")}
 """
+
+
+def as_cell(value: object) -> str:
+    """A cell of Markdown that shows a value as it is, whatever signs of HTML or Markdown are in it."""
+    text = html.escape(" ".join(str(value).split()))
+    return re.sub(r"[|*`\[\]\\]", lambda found: f"&#{ord(found[0])};", text)
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code of Markdown, whatever is in it."""
+    fence = "`" * max([3, *(len(found) + 1 for found in re.findall("`+", text))])
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
 
 
 def pretraining_card(
@@ -108,7 +125,16 @@ def pretraining_card(
             rows[f"held-out {name.removeprefix('eval_').replace('_', ' ')}"] = _shown(name, record[name], several)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)  # type: ignore[no-untyped-call]
     examples = objective.examples(models, tokenizer, data.phases[-1])
-    return model_card(title, origin, "\n\n".join(use), rows, options_yaml, examples, exports[0].task)
+    return model_card(
+        title,
+        rows,
+        options_yaml,
+        began=f"Trained {f'further from {origin}' if origin else 'from scratch'} on raw text.",
+        use=fenced("\n\n".join(use), "python"),
+        limits=_LIMITS,
+        examples=examples,
+        task=exports[0].task,
+    )
 
 
 def _shown(name: str, value: float, several: bool) -> str:
