@@ -679,7 +679,7 @@ def several_labels(part):
 
 def test_of_several_labels_an_epoch_is_judged_as_the_model_would_be_exported(table, bert, tmp_path):
     part, settings = several_labels(some_part()), ClassifierSettings(FoldSettings(), multi_label=True)
-    database = build(table, bert, tmp_path / "own.sqlite", options=TableOptions(group="article"))
+    database = build(table, bert, tmp_path / "own.sqlite", table=TableOptions(group="article"))
     # All labels above one half, and told apart without a mistake by a higher threshold.
     answers = RowAnswers(1.0 + 3.0 * part.truth[part.owners], np.ones(part.num_rows))
     run = database.start_run("A", {}, {}, model_dir="m")

@@ -69,7 +69,7 @@ class _Task:
 
     target: Path
     sources: list[SourceTable]  # none where the SQLite file itself was given
-    options: TableOptions
+    table: TableOptions
     encoder: Encoder
     folds: FoldSettings
     split: SplitSettings
@@ -91,7 +91,7 @@ def open_or_build(
     tokenizer: str | Path | Encoder,
     folds: FoldSettings,
     split: SplitSettings,
-    options: TableOptions | None = None,
+    table: TableOptions | None = None,
     *,
     database: str | Path | None = None,
     part_files: Mapping[str, str | Path] | None = None,
@@ -110,7 +110,7 @@ def open_or_build(
         folds: how texts become rows; another setting adds a tokenization and keeps the others.
         split: which documents are for training; another setting adds a split. With an SQLite file whose documents were
             given their parts, by a column or by files, the method is "given" in any case.
-        options: how the table is read; with an SQLite file, only what differs from the defaults is compared.
+        table: how it is read; with an SQLite file, only what differs from the defaults is compared.
         database: where the file is; by default beside the table, `NAME.sqlite`.
         part_files: "validation", "test" -> further tables; `source` is then for training (and `split.method` "given").
         overwrite: replace a file that was made from another source or by other options, or is damaged, which is
@@ -124,8 +124,8 @@ def open_or_build(
             is changed then.
     """
     target, paths = _files(Path(source), database, part_files or {})
-    options = options or TableOptions()
-    if not options.label:
+    table = table or TableOptions()
+    if not table.label:
         raise UserError("a classifier is trained on labels: name the column that holds them")
     if overwrite and not paths:
         raise UserError(f"{target} is built again from the table that it was made from: give that, not {target}")
@@ -136,7 +136,7 @@ def open_or_build(
             split = replace(split, method="given")
     split.shares()  # refuses what makes no sense before a table is read
     encoder = tokenizer if isinstance(tokenizer, Encoder) else load_encoder(tokenizer)
-    task = _Task(target, _hashed(paths), options, encoder, folds, split, num_workers, progress)
+    task = _Task(target, _hashed(paths), table, encoder, folds, split, num_workers, progress)
     if found := _found(task, overwrite):
         remove_leftovers(target)
         return found
@@ -229,7 +229,7 @@ def _is_usable(task: _Task, overwrite: bool) -> bool:
 def _other_source(connection: sqlite3.Connection, task: _Task) -> str:
     """In what the source or the options of a file are not those that were given; "" if they are."""
     meta = read_meta(task.target, connection)
-    wanted, stored, plain = _reading_options(task.options), meta["options"], _reading_options(TableOptions())
+    wanted, stored, plain = _reading(task.table), meta["options"], _reading(TableOptions())
     different = [
         name for name in wanted if wanted[name] != stored[name] and (task.sources or wanted[name] != plain[name])
     ]
@@ -240,14 +240,14 @@ def _other_source(connection: sqlite3.Connection, task: _Task) -> str:
     if different:
         values = ", ".join(f"{name} {stored[name]!r} and now {wanted[name]!r}" for name in different)
         return f"was made with other options ({values})"
-    if task.options.on_bad_row == "fail" and meta["num_bad_rows"]:
+    if task.table.on_bad_row == "fail" and meta["num_bad_rows"]:
         return f"leaves {meta['num_bad_rows']:,} bad rows out, which on_bad_row fail does not allow"
     return ""
 
 
-def _reading_options(options: TableOptions) -> dict[str, Any]:
+def _reading(table: TableOptions) -> dict[str, Any]:
     """The options that decide what is in the file; `on_bad_row` does not, once there is none."""
-    found: dict[str, Any] = json.loads(as_json(asdict(options)))
+    found: dict[str, Any] = json.loads(as_json(asdict(table)))
     del found["on_bad_row"]
     return found
 
@@ -259,7 +259,7 @@ def _build(task: _Task) -> Database:
     _check_nobody_trains(task.target)
     Folder(task.encoder, task.folds)  # refuses rows without room for text before the table is read
     with new_file(task.target) as connection:
-        num_documents, num_bad = _add_tables(connection, task.sources, task.options)
+        num_documents, num_bad = _add_tables(connection, task.sources, task.table)
         parts = _make_split(connection, task)  # before the long work, which a split that cannot be made would waste
         split_id = _add_split(connection, task, parts)
         tok_id = _add_tokenization(connection, task)
@@ -288,9 +288,7 @@ def _check_nobody_trains(target: Path) -> None:
             )
 
 
-def _add_tables(
-    connection: sqlite3.Connection, sources: Sequence[SourceTable], options: TableOptions
-) -> tuple[int, int]:
+def _add_tables(connection: sqlite3.Connection, sources: Sequence[SourceTable], table: TableOptions) -> tuple[int, int]:
     """Read tables into the documents, labels, bad rows and facts of an empty file.
 
     Returns:
@@ -299,11 +297,11 @@ def _add_tables(
     Raises:
         UserError: a table that cannot be used (see `text.tables`), or that was changed since it was hashed.
     """
-    repairs, counts, reasons = Counter[str](), Counter(dict.fromkeys(options.labels, 0)), Counter[str]()
+    repairs, counts, reasons = Counter[str](), Counter(dict.fromkeys(table.labels, 0)), Counter[str]()
     labels: list[tuple[str, ...]] = []
     with transaction(connection):
         for source in sources:
-            for row in read_table(source.path, options, repairs):
+            for row in read_table(source.path, table, repairs):
                 place = (source.path.name, row.line)
                 if isinstance(row, BadRow):
                     reasons[row.reason] += 1
@@ -318,8 +316,8 @@ def _add_tables(
             if file_sha256(source.path) != source.sha256:
                 raise UserError(f"{source.path} was changed while it was read; start again when it is whole")
         read = " and ".join(str(source.path) for source in sources)
-        check_classes(read, counts, len(labels), reasons, options.label)
-        names = order_labels(counts, options)
+        check_classes(read, counts, len(labels), reasons, table.label)
+        names = order_labels(counts, table)
         numbers = {name: number for number, name in enumerate(names)}
         connection.executemany("INSERT INTO labels VALUES (?, ?)", enumerate(names))
         pairs = ((number, numbers[label]) for number, each in enumerate(labels) for label in each)
@@ -327,9 +325,9 @@ def _add_tables(
         facts = {
             "sha256": {str(source): source.sha256 for source in sources},
             "sources": [(source.part, source.path.name, source.sha256) for source in sources],
-            "options": _reading_options(options),
-            "columns": options.columns(),
-            "multi_label": bool(options.separator),
+            "options": _reading(table),
+            "columns": table.columns(),
+            "multi_label": bool(table.separator),
             "num_documents": len(labels),
             "num_bad_rows": reasons.total(),
             "bad_rows": reasons,

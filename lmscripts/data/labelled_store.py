@@ -518,7 +518,7 @@ class Database:
     def start_run(
         self,
         name: str,
-        options: Mapping[str, Any],
+        asked: Mapping[str, Any],
         facts: Mapping[str, Any],
         *,
         model_dir: str | Path,
@@ -540,7 +540,7 @@ class Database:
             for run_id, _, folder, alive in read_running(self.path, connection):
                 if folder == str(model_dir) and not alive:
                     connection.execute("UPDATE runs SET status = 'killed' WHERE run_id = ?", (run_id,))
-            values = (name, as_json(options), as_json({**facts, "key": run.key}), *ids)
+            values = (name, as_json(asked), as_json({**facts, "key": run.key}), *ids)
             sql = "INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, NULL, 'running')"
             return run._replace(run_id=int(connection.execute(sql, values).lastrowid or 0))
 
