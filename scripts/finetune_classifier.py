@@ -272,7 +272,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     from lmscripts.models.classifier import padding_id
     from lmscripts.objectives import labels
     from lmscripts.objectives.module import Objective
-    from lmscripts.training import folder, log, optim, processes, resume
+    from lmscripts.training import folder, log, optim, plan, processes, resume
     from lmscripts.training.state import TrainingState, of_process
 
     # ---- processes and data
@@ -312,7 +312,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     world, rank = accelerator.num_processes, accelerator.process_index
     if str(accelerator.distributed_type.value) == "FSDP":
         raise UserError("classifiers are trained with whole copies of the model: choose a config without FSDP")
-    fixed = {name: getattr(options, name) for name in FIXED} | {"tables": task.meta["sha256"]}
+    fixed = {name: value for name, value in vars(options).items() if name in FIXED} | {"tables": task.meta["sha256"]}
     fixed |= {"labels": database.labels(), "folds": asdict(task.folds), "split": asdict(database.split)}
     fixed |= {"tokenizer": source.encoder.fingerprint}
     processes.check_agreement(fixed)
@@ -344,7 +344,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
         f"tokens), {validation.num_rows:,} for validation, {test.num_rows:,} for testing",
         f"{options.epochs} epochs of {order.per_epoch:,} steps of {options.batch_size} rows; rows of each process: "
         f"{shares}",
-        f"learning rate {options.learning_rate:g} after {warmup_steps} steps of warmup, then linear to 0",
+        f"rates: {plan.rates_text(rate, num_steps, [warmup_steps])}",
     ]
     say(*said, *doubts)
     if options.dry_run:

@@ -313,7 +313,7 @@ def run(options: Options, further: Further) -> None:
         project_dir=options.model_dir,
     )
     say, world, rank = accelerator.print, accelerator.num_processes, accelerator.process_index
-    fixed = {name: getattr(options, name) for name in FIXED} | asdict(asked.settings)
+    fixed = {name: value for name, value in vars(options).items() if name in FIXED} | asdict(asked.settings)
     fixed |= {"objective": asked.other_objective, "token store": [phase.store.fingerprint for phase in asked.phases]}
     processes.check_agreement(fixed)
     torch.use_deterministic_algorithms(options.deterministic)

@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 from runs import log_of
+from transformers import BertConfig, BertForMaskedLM
 
 SCHEDULE = re.compile(r"rate = optim\.Schedule\((?:[^()]|\([^()]*\))*\)")
 
@@ -95,3 +96,20 @@ def test_a_copy_of_pretraining_trains_at_its_own_rate(store_dir, tmp_path):
     check_rates(run(copy, *given), copy.parent / "run", 3)
     assert "--keep_every" not in run(copy, "--help")
     assert (copy.parent / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_copy_of_finetuning_trains_at_its_own_rate(tokenizer_dir, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertForMaskedLM(BertConfig(vocab_size=2048, **sizes)).save_pretrained(tmp_path / "model")
+    rows = [f"{'よい' if number % 2 else '悪い'}日の{number}番目の文。,{number % 2}" for number in range(50)]
+    (tmp_path / "table.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
+    without = [
+        ("max_grad_norm", "options.max_grad_norm or inf", "inf"),
+        ("keep_last", "options.keep_last", "1"),
+    ]
+    copy = copied("finetune_classifier.py", tmp_path / "mine", without)
+    given = [tmp_path / "table.csv", "--model_name_or_path", tmp_path / "model", "--tokenizer_dir", tokenizer_dir]
+    given += ["--batch_size", 10, "--epochs", 2, "--logging_steps", 1, "--tracker", "none", "--output_dir", "."]
+    check_rates(run(copy, *given), copy.parent / "table_training", 8)
+    assert "--keep_last" not in run(copy, "--help")
+    assert (copy.parent / "table_trained_model" / "model.safetensors").exists()
