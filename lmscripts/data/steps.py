@@ -96,33 +96,40 @@ class ByLength:
         """
         self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
         self.per_epoch = -(-len(lengths) // batch_size)
-        self._epoch, self._batches = -1, list[Ints]()
+        self._epoch, self._rows, self._ends = -1, lengths[:0], lengths[:0]
 
     def batches(self, epoch: int) -> list[Ints]:
         """Rows of every step of an epoch, each row once."""
-        if epoch != self._epoch:
-            number, window = len(self._lengths), _WINDOW_BATCHES * self._batch_size
-            order = permute(np.arange(number), number, stream_key(self._seed, epoch, _ROWS))
-            sorted_parts = [part[np.argsort(self._lengths[part], kind="stable")] for part in cut(order, window)]
-            batches = [batch for part in sorted_parts for batch in cut(part, self._batch_size)]
-            shuffled = permute(np.arange(len(batches)), len(batches), stream_key(self._seed, epoch, _BATCHES))
-            self._epoch, self._batches = epoch, [batches[place] for place in shuffled]
-        return self._batches
+        self._lay_out(epoch)
+        return np.split(self._rows, self._ends[:-1])
 
     def bounds(self, step: int) -> tuple[int, int]:
         """See `Order`."""
         epoch, place = divmod(step, self.per_epoch)
-        sizes = [len(batch) for batch in self.batches(epoch)]
-        first = epoch * len(self._lengths) + sum(sizes[:place])
-        return first, first + sizes[place]
+        self._lay_out(epoch)
+        before = epoch * len(self._lengths)
+        return before + (int(self._ends[place - 1]) if place else 0), before + int(self._ends[place])
 
     def rows(self, positions: Ints) -> tuple[Ints, Ints]:
         """See `Order`."""
         epochs, rows = np.divmod(positions, len(self._lengths))
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = np.concatenate(self.batches(int(epoch)))[rows[here]]
+            self._lay_out(int(epoch))
+            rows[here] = self._rows[rows[here]]
         return rows, epochs
+
+    def _lay_out(self, epoch: int) -> None:
+        """The rows of an epoch in their order, and where each step's end, kept until another epoch is asked for."""
+        if epoch == self._epoch:
+            return
+        number, window = len(self._lengths), _WINDOW_BATCHES * self._batch_size
+        order = permute(np.arange(number), number, stream_key(self._seed, epoch, _ROWS))
+        sorted_parts = [part[np.argsort(self._lengths[part], kind="stable")] for part in cut(order, window)]
+        batches = [batch for part in sorted_parts for batch in cut(part, self._batch_size)]
+        shuffled = permute(np.arange(len(batches)), len(batches), stream_key(self._seed, epoch, _BATCHES))
+        batches = [batches[place] for place in shuffled]
+        self._epoch, self._rows, self._ends = epoch, np.concatenate(batches), np.cumsum([len(b) for b in batches])
 
 
 def cut(rows: Ints, size: int) -> list[Ints]:
