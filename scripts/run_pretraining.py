@@ -125,7 +125,7 @@ class Options:
     epochs: float | None = option(None, help="the same in passes over the text", group="optimizer")
     weight_decay: float = option(0.01, help="on matrices only", group="optimizer")
     beta1: float = option(0.9, help="decay of the first moment", group="optimizer")
-    beta2: float | None = option(None, help="of the second; default 0.999, RoBERTa 0.98", group="optimizer")
+    beta2: float | None = option(None, help="of the second; default: the family's, or 0.999", group="optimizer")
     epsilon: float = option(1e-6, help="added to the root of the second moment", group="optimizer")
     ema_decay: float | None = option(None, help="evaluate and export an average of the weights", group="optimizer")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 = never", group="optimizer")
