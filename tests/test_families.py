@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
@@ -12,7 +13,9 @@ from tiny import new_models, tiny_preset
 from transformers import AutoTokenizer
 
 from lmscripts import objectives
-from lmscripts.data.packing import Layout
+from lmscripts.data.packing import Layout, segment_ends
+from lmscripts.data.steps import Shuffled, step_batches
+from lmscripts.data.token_store import open_store
 from lmscripts.errors import UserError
 from lmscripts.models import building, families
 from lmscripts.models.attention import use_attention
@@ -205,6 +208,66 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(name, objective, tokeniz
     tokenizer.add_tokens(["<new>"])  # its folder does not know
     with pytest.raises(UserError, match=r"makes another tokenizer of .*: a vocabulary of 2048 other entries"):
         check_exports(models, {}, Encoder(Path(tokenizer_dir), tokenizer))
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def random_row(model, path):
+    """A row of three documents and what `encode` takes of it."""
+    ids = torch.randint(5, 500, (2, 64), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([0] * 20 + [1] * 30 + [2] * 14).expand(2, 64)
+    positions = torch.cat([torch.arange(n) for n in (20, 30, 14)]).expand(2, 64)
+    return ids, positions, {"input_ids": ids, "segments": segments, "segment_ends": segment_ends(segments, 8)}
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+@pytest.mark.parametrize("path", ["eager", "sdpa", "varlen"])
+@torch.no_grad()
+def test_a_narrow_last_layer_computes_at_its_slots_what_the_whole_one_has(name, objective, path):
+    family, slots = families.family(name), torch.tensor([0, 19, 20, 41, 64, 70, 90, 127])
+    for model in apart(new_models(name, objective, LAYOUT, path)):
+        ids, positions, batch = random_row(model, path)
+        attention = family.attention(model.eval(), path, batch, torch.float32)
+        whole = family.encode(model, ids, positions, attention)
+        assert whole.shape == (2, 64, model.config.hidden_size)
+        family.narrow(model)
+        some = family.encode(model, ids, positions, attention, slots)
+        assert (some - whole.flatten(0, 1)[slots]).abs().max() < 1e-5
+        assert torch.equal(family.encode(model, ids, positions, attention), whole)
+
+
+@pytest.mark.parametrize(("name", "objective"), HEADS)
+@pytest.mark.parametrize("path", ["sdpa", "varlen"])
+def test_sums_are_of_the_targets_that_are_counted_and_an_idle_process_has_none(name, objective, path, store_dir):
+    kind, tokenizer = objectives.objective(objective), AutoTokenizer.from_pretrained(store_dir / "tokenizer")
+    settings = kind.resolved(kind.Settings(), tiny_preset(name))
+    rows = kind.rows(open_store(store_dir), "train", tokenizer, 64, "isolated", settings)
+    plan, numbers = kind.plan(tokenizer, rows.layout, settings), np.arange(4)
+    models = new_models(name, objective, rows.layout, path, vocabulary=len(tokenizer))
+    trained = objectives.trained(objective, families.family(name), models, path, settings)
+
+    def batches(sizes):
+        return kind.batches(rows, numbers, np.zeros_like(numbers), 0, sizes, plan, path == "varlen")
+
+    ((batch, counts),) = batches([4])
+    terms = kind.weights(settings)
+    assert counts.keys() >= {*terms, "tokens"}
+    sums = trained(batch)
+    assert sums.keys() >= terms.keys()
+    assert all(counts[term] > 0 and sums[term] > 0 for term in terms)
+    halves = [(trained(part), part_counts) for part, part_counts in batches([1, 3])]
+    for term in terms:
+        assert sum(part_counts[term] for _, part_counts in halves) == counts[term]
+        assert sum(part[term] for part, _ in halves).item() == pytest.approx(sums[term].item(), rel=1e-4)
+    shares = {"shares": [1, 0], "micro_batch_size": 4, "first": 0, "stop": 1}
+    order, made = Shuffled(4, 4, 4, 0), lambda rows_of, epochs, sizes: batches([4] if sizes == [4] else [1, 3])[:1]
+    ((idle,), counts) = next(step_batches(order, made, process=1, **shares))
+    assert set(counts.values()) == {0.0}
+    sums = trained(idle)
+    assert all(sums[term] == 0 for term in terms)
+    trained.loss(sums, dict.fromkeys(terms, 1.0)).backward()
+    assert not any(p.grad.any() for p in trained.parameters() if p.grad is not None)
 
 
 # ---- options -----------------------------------------------------------------------------------------------------

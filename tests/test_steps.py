@@ -173,7 +173,7 @@ def made(rows, epochs, sizes):
     ends = np.cumsum(sizes)[:-1]
     parts = zip(np.split(rows, ends), np.split(epochs, ends), strict=True)
     found = [{"rows": torch.from_numpy(row), "epochs": torch.from_numpy(epoch)} for row, epoch in parts]
-    weights = [{"weights": torch.ones(size), "row_weights": torch.ones(size, dtype=torch.bool)} for size in sizes]
+    weights = [{"weights": torch.ones(size), "row_weights": torch.ones(size)} for size in sizes]
     return [(one | two, {"rows": float(len(one["rows"]))}) for one, two in zip(found, weights, strict=True)]
 
 

@@ -15,13 +15,13 @@ def tiny_preset(family):
     return load_preset(ROOT / "parameter.json", f"{family}-tiny", families.preset_keys())
 
 
-def new_models(family, objective, layout, path="sdpa", seed=3, dropout=0.0):
+def new_models(family, objective, layout, path="sdpa", seed=3, dropout=0.0, vocabulary=VOCABULARY):
     """Models of the tiny preset of a family by subfolder, joined as `building.build` joins them."""
     preset, module = tiny_preset(family), families.family(family)
     torch.manual_seed(seed)
     models = {}
     for part, head in families.architectures(family, objective).items():
-        config = module.config(preset, VOCABULARY, layout, part)
+        config = module.config(preset, vocabulary, layout, part)
         pretrained.set_dropout(config, dropout, 0.0)
         config._attn_implementation = use_attention(path)
         models[part] = head(config)

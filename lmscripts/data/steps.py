@@ -163,7 +163,8 @@ def step_batches(
 
     Args:
         order: which rows a step has.
-        make: lays rows out as batches; "weights" and "row_weights" in them are what their positions and rows count.
+        make: lays rows out as batches. An idle process computes a row whose floating-point numbers are all 0: they are
+            what positions and rows count.
         shares: relative rows of each process.
         process: which of them this is.
         micro_batch_size: most rows of one forward pass.
@@ -200,8 +201,9 @@ def _made(
         rows, epochs = order.rows(expand_ranges(np.array([place for _, place, _ in chunk]), np.array(sizes)))
         for (step, _, size), (batch, counts) in zip(chunk, make(rows, epochs, sizes), strict=True):
             if size == 0:
-                for name in batch.keys() & {"weights", "row_weights"}:
-                    batch[name].zero_()
+                for tensor in batch.values():
+                    if tensor.is_floating_point():
+                        tensor.zero_()
             yield step, batch, (counts if size else dict.fromkeys(counts, 0.0))
 
 

@@ -77,7 +77,7 @@ def build(
     for part, model in models.items():
         fitting.fuse_activations(model)
         if preset.frozen_layers >= 0:
-            frozen = fitting.freeze(model, preset.frozen_layers)
+            frozen = fitting.freeze(model, preset.frozen_layers, module.layers(model))
             parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
             notices.append(f"{frozen:,} parameters of {part or 'the model'} are frozen: {parts}")
         notices += module.adopt(model, layout, like and like / part)

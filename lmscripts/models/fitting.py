@@ -126,7 +126,7 @@ def stacked_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next((found for found in lists if len(found) == number), lists[0])
 
 
-def freeze(model: PreTrainedModel, num_layers: int) -> int:
+def freeze(model: PreTrainedModel, num_layers: int, layers: nn.ModuleList | None = None) -> int:
     """Keep the embeddings and the first layers as they are.
 
     ELECTRA's projection of the embeddings counts as embeddings. A head that is tied to the word embeddings keeps its
@@ -135,6 +135,7 @@ def freeze(model: PreTrainedModel, num_layers: int) -> int:
     Args:
         model: BERT, RoBERTa, ELECTRA or a decoder.
         num_layers: -1 freezes nothing, 0 the embeddings, n the embeddings and the first n layers.
+        layers: of the model; None looks for them.
 
     Returns:
         Number of frozen parameters; those that two models share are counted for each of them.
@@ -143,7 +144,7 @@ def freeze(model: PreTrainedModel, num_layers: int) -> int:
         UserError: the model has fewer layers, or the number is below -1.
     """
     base: Any = model.base_model
-    layers = stacked_layers(model)
+    layers = stacked_layers(model) if layers is None else layers
     if not -1 <= num_layers <= len(layers):
         raise UserError(
             f"frozen-layers is {num_layers}, but the model has {len(layers)} layers: give -1 to {len(layers)}"

@@ -1,22 +1,28 @@
 """Objectives of training, one file each; one can be chosen for pretraining when its file is here. See `PARTS` below.
 
 What is true of one objective only stands in its file: its options, its rows and batches, its loss, its metrics, what it
-exports. No optimizer, no folder, no log; imports from models and the rooms below it. In each file the same names:
+exports. No optimizer, no folder, no log; imports from models and the rooms below it. Families say in `heads` which of
+them they can be trained on; begin with a copy of `causal.py`. In each file the same names:
 
-    Settings    frozen dataclass of its options, from which flags are made; `resolved(settings, preset)` fills defaults
+    Settings    frozen dataclass of its options, from which flags are made, a tuple where each phase may have its own;
+                `resolved(settings, preset)` fills defaults
     PARTS       subfolder a model is saved in -> its attribute in the trained module, in the order of the parameters
     EXPORTS     what stands alone at the end: see `Export`
     TITLE       what it trains, for people
     SCORES      how a text is scored: "windows", "masks"; not there where evaluate_lm.py cannot
     rows        (store, part, tokenizer, sequence_length, packing, settings) -> rows, None for an empty part
-    batches     (source, rows, epochs, seed, sizes, plan, with_ends) -> batches with the counts of their targets
+    batches     (source, rows, epochs, seed, sizes, plan, with_ends) -> batches, from `lmscripts.data.steps.cut_rows`,
+                with counts: the targets of each term of `weights`, and "tokens". What is random depends on seed, epoch
+                and row only (`lmscripts.counters`). Floating-point tensors of a batch are what its targets count: an
+                idle process gets them zeroed
     plan        (tokenizer, layout, settings) -> what is fixed for all rows, such as how they are masked
-    slots       (plan, layout) -> prediction slots of a row
+    slots       (plan, layout) -> prediction slots of a row, 0 if the head looks at every position
     words       (plan, source) -> what is predicted, for people
     weights     (settings) -> loss terms and their weights
-    prepare     (trained) -> None: fits the models to the loss, as by narrowing a last layer
-    forward     (trained, batch) -> sums, never means: the loop divides each term once, by its targets over all
-                processes and micro-batches of the step
+    prepare     (trained) -> None: fits the models to the loss, as by narrowing a last layer; their configurations
+                stay as the family's `config` made them
+    forward     (trained, batch) -> sums, never means, of each term of `weights` at least: the loop divides each once,
+                by its targets over all processes and micro-batches of the step
     metrics     (trained, sums, counts) -> named numbers
     examples    (models, tokenizer, phase) -> lines for the model card
 

@@ -181,7 +181,7 @@ def masked_batches(
 
     Returns:
         For each batch: input_ids (B, T) int32, slots (B * K,) int64 flat positions, labels (B * K,) int64, weights
-        (B * K,) fp32, and draws (B * K,) fp32 with row_weights (B,) bool if the plan asks for them; and what
+        (B * K,) fp32, and draws (B * K,) fp32 with row_weights (B,) fp32 if the plan asks for them; and what
         `cut_rows` gives. Its counts: targets of the terms "mlm" and "rtd", and real (text) "tokens".
     """
     import numpy as np
@@ -194,7 +194,7 @@ def masked_batches(
     arrays = {"input_ids": masks.input_ids, "slots": masks.positions + in_batch * laid_out.ids.shape[1], **(more or {})}
     arrays |= {"labels": masks.labels.astype(np.int64), "weights": masks.weights}
     if masks.draws is not None:
-        arrays |= {"draws": masks.draws, "row_weights": np.ones(len(masks.weights), np.bool_)}
+        arrays |= {"draws": masks.draws, "row_weights": np.ones(len(masks.weights), np.float32)}
     several = laid_out.segments[:, -1] != 0  # else one segment fills the row
     made, begin = [], 0
     for batch in cut_rows(laid_out, sizes, arrays, several, most_segments):

@@ -105,7 +105,7 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
     hidden = trained.family.encode(discriminator, seen, batch["position_ids"], attention)
     scores = trained.family.predict(discriminator, hidden).float()
     real = batch["segments"] >= 0 if "segments" in batch else torch.ones_like(replaced)
-    real = real & batch["row_weights"][:, None]
+    real = real & (batch["row_weights"][:, None] > 0)
     decisions = binary_cross_entropy_with_logits(scores, replaced.float(), reduction="none")
     flagged = (scores > 0) & real
     return {

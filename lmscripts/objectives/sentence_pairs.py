@@ -116,7 +116,6 @@ def batches(
         and pair_weights (B * Q,) fp32; among the counts the targets of the term "pairs".
     """
     import numpy as np
-    import torch
 
     from lmscripts.counters import stream_key
     from lmscripts.data.masking import row_keys
@@ -128,7 +127,6 @@ def batches(
     made = masked.masked_batches(laid_out, keys, sizes, plan, source.most_segments if with_ends else None, pairs)
     for batch, counts in made:
         batch |= {name: batch[name].reshape(-1) for name in ("pair_labels", "pair_weights")}
-        batch["row_weights"] = torch.ones(len(batch["input_ids"]))
         counts["pairs"] = float(batch["pair_weights"].sum())
     return made
 
@@ -169,11 +167,10 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
     )
     logits = trained.family.predict(model, masked_states.flatten(0, 1)).float()
     scores = trained.family.pair_scores(trained.models, pair_states.flatten(0, 1)).float()
-    weights = batch["pair_weights"] * batch["row_weights"].repeat_interleave(batch["pair_places"].shape[1])
     sums = {
         "mlm": (cross_entropy(logits, batch["labels"], reduction="none") * batch["weights"]).sum(),
-        "pairs": (cross_entropy(scores, labels, reduction="none") * weights).sum(),
-        "pairs_correct": ((scores.argmax(-1) == labels) * weights).sum(),
+        "pairs": (cross_entropy(scores, labels, reduction="none") * batch["pair_weights"]).sum(),
+        "pairs_correct": ((scores.argmax(-1) == labels) * batch["pair_weights"]).sum(),
     }
     if not trained.training:
         sums["mlm_correct"] = ((logits.argmax(-1) == batch["labels"]) * batch["weights"]).sum()

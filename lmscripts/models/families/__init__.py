@@ -1,23 +1,28 @@
 """Families of models, one file each; a family is built when its file is here.
 
-In each file the same names, checked by one test over all of them:
+A family whose presets the parameter file has, NAME-tiny among them, and whose file is here can be trained. An encoder
+takes most of it from `lmscripts.models.encoder`, a decoder from `lmscripts.models.decoder`; begin with a copy of
+`bert.py`. B rows of T tokens in layers H wide; slots are (N,) places in the B * T. In each file the same names:
 
     heads              objective -> {subfolder it is saved in: class of transformers}; "" is the model's own folder
-    pretrained_heads   the same for models to go on from
+    pretrained_heads   the same for models to go on from, all of whose weights must be there
     default_objective  what a preset of the family is trained on where nobody says it
     defaults           option -> default of the family where it is not everybody's
-    preset_keys        keys of its presets beside everybody's
-    config             (preset, vocab_size, layout, part) -> configuration of the new model of a subfolder
+    preset_keys        keys of its presets beside everybody's, `lmscripts.options.presets.FamilyKeys`
+    config             (preset, vocab_size, layout, part) -> configuration of the new model of a subfolder, from
+                       `Preset.layer_sizes()` and the ids of a `lmscripts.data.packing.Layout`
     join               (models) -> None: lets models of one training share what they share
     fit                (model, name, layout) -> (model, sentences): room for the rows
     adopt              (model, layout, like) -> sentences: ids of the rows into the configuration
-    layers             (model) -> the stacked layers
+    layers             (model) -> the stacked layers, of which the first can be frozen
     attention          (model, path, batch, dtype) -> arguments of `encode` that keep documents apart
-    encode             (model, input_ids, positions, attention, slots) -> last hidden states
-    predict            (model, hidden) -> logits of its head
+    encode             (model, input_ids, positions, attention, slots) -> last hidden states, (B, T, H); of a model that
+                       was narrowed (N, H), those at the slots
+    predict            (model, hidden) -> logits (..., V) of its head on hidden states (..., H)
     narrow             (model) -> None: the last layer computes no more than `encode` is asked for, where it can
     pair_scores        (models, hidden) -> scores of pairs; only where there is a head for them
-    flops              (model, sequence_length, slots) -> operations of a training step per position
+    flops              (model, sequence_length, slots) -> operations of a training step per position; no slots: of
+                       a head that looks at every position
 """
 
 from __future__ import annotations
