@@ -269,6 +269,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     from lmscripts.data.labelled_rows import batch_maker, read_parts
     from lmscripts.data.steps import ByLength, Prefetcher, step_batches, to_device
     from lmscripts.evaluation import judging, progress, results
+    from lmscripts.models import building
     from lmscripts.models.classifier import padding_id
     from lmscripts.objectives import labels
     from lmscripts.objectives.module import Objective
@@ -335,6 +336,8 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
 
     # ---- model, from another model or from a checkpoint
     network, settings, notices = build_model(options, task)
+    if options.activation_checkpointing:
+        building.recompute_activations({"": network})
     tokenizer, autos = source.encoder.tokenizer, {"": "AutoModelForSequenceClassification"}
     beside = folder.tokenizer_beside(tokenizer, {"": network}, autos, tokenizer.model_max_length)
     said = [*database.sentences(), *source.notices, *notices]
@@ -362,8 +365,6 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
         resume.load_weights({"": network}, checkpoint)
     loss_settings = labels.Settings(task.multi_label, options.label_smoothing, positive_weights)
     objective = Objective(labels, None, {"": network}, "sdpa", loss_settings)
-    if options.activation_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
     adam = {"learning_rate": options.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8}
     optimizer = optim.build_optimizer("adamw", objective, weight_decay=options.weight_decay, **adam)
     model, optimizer = accelerator.prepare(objective, optimizer)

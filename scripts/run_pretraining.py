@@ -363,6 +363,8 @@ def run(options: Options, further: Further) -> None:
         hidden_dropout=options.hidden_dropout,
         attention_dropout=options.attention_dropout,
     )
+    if options.activation_checkpointing:
+        building.recompute_activations(models)
     autos = {export.subfolder: export.auto for export in kind.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     parameters = building.num_parameters(models)
@@ -387,9 +389,6 @@ def run(options: Options, further: Further) -> None:
         notices = [*notices, *resume.load_weights(models, source, tokenizer if carry_over else None)]
     say("\n".join(notices), end="\n" * bool(notices))
     objective = objectives.trained(asked.objective, families.family(preset.family), models, attention, asked.settings)
-    if options.activation_checkpointing:
-        for network in models.values():
-            network.gradient_checkpointing_enable({"use_reentrant": False})
     if options.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each phase, size of batch, and evaluation
         objective.compile(dynamic=False)

@@ -196,7 +196,7 @@ def test_an_export_that_comes_back_as_another_model_is_refused(name, objective, 
     encoder = Encoder(tokenizer_dir, AutoTokenizer.from_pretrained(tokenizer_dir))
     for part, model in models.items():
         with pytest.raises(UserError, match=f"makes a \\w+ of what is saved as a {type(model).__name__}"):
-            check_exports(models, {part: "AutoModelForTokenClassification"}, encoder)
+            check_exports(models, {part: "AutoModelForQuestionAnswering"}, encoder)
         with pytest.raises(UserError, match=f"AutoModelForSeq2SeqLM cannot load a {type(model).__name__}"):
             check_exports(models, {part: "AutoModelForSeq2SeqLM"}, encoder)
 
@@ -270,6 +270,15 @@ def test_sums_are_of_the_targets_that_are_counted_and_an_idle_process_has_none(n
     assert not any(p.grad.any() for p in trained.parameters() if p.grad is not None)
 
 
+def test_activations_that_cannot_be_computed_again_are_refused():
+    models = new_models("bert", "masked", LAYOUT)
+    building.recompute_activations(models)
+    assert models[""].is_gradient_checkpointing
+    models[""].supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match="does not have that for a BertForMaskedLM"):
+        building.recompute_activations(models)
+
+
 # ---- options -----------------------------------------------------------------------------------------------------
 
 
@@ -306,12 +315,15 @@ def options_of(objective):
     return {field.name for field in dataclasses.fields(objectives.objective(objective).Settings)}
 
 
+def test_all_options_of_objectives_are_tried_below():
+    assert set(GIVEN) == set().union(*map(options_of, objectives.names()))
+
+
 @pytest.mark.parametrize(
     ("objective", "option"),
     [(name, option) for name in objectives.names() for option in GIVEN if option not in options_of(name)],
 )
 def test_options_of_another_objective_are_refused(objective, option, store_dir, tmp_path):
-    assert set(GIVEN) == set().union(*map(options_of, objectives.names()))
     family = next(name for name, of_family in HEADS if of_family == objective)
     arguments = ["--model_type", f"{family}-tiny", "--objective", objective, "--dataset_dir", store_dir]
     arguments += ["--model_dir", tmp_path / "run", f"--{option}", *GIVEN[option]]

@@ -89,6 +89,18 @@ def build(
     return models, list(dict.fromkeys(notices))
 
 
+def recompute_activations(models: Mapping[str, PreTrainedModel]) -> None:
+    """Let each layer compute its activations again for the gradient instead of keeping them.
+
+    Raises:
+        UserError: transformers cannot do that for a model.
+    """
+    for model in models.values():
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"--activation_checkpointing: transformers does not have that for a {type(model).__name__}")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def choose_attention(
     preset: Preset,
     objective: str,
