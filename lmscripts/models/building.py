@@ -98,7 +98,7 @@ def recompute_activations(models: Mapping[str, PreTrainedModel]) -> None:
     for model in models.values():
         if not model.supports_gradient_checkpointing:
             raise UserError(f"--activation_checkpointing: transformers does not have that for a {type(model).__name__}")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
 
 def choose_attention(
