@@ -118,9 +118,6 @@ def _kind(tokenizer: Any) -> str:
 
 # ---- finding and loading ----
 
-# Any of them makes a folder, which may be a model's, one with a tokenizer; and all that is fetched for one.
-_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"]
-_FILES += ["spiece.model", "sentencepiece.bpe.model", "tokenizer.model"]
 _FETCHED = ("*.json", "*.txt", "*.model", "*.tiktoken")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -149,11 +146,6 @@ def fetch_tokenizer(name: str) -> Path:
     except Exception as error:  # the Hub client raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
-
-
-def holds_tokenizer(folder: Path) -> bool:
-    """Whether there are files of a tokenizer in a folder, which may be that of a model."""
-    return any((folder / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(folder: Path) -> Any:
