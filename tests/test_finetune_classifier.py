@@ -562,9 +562,9 @@ def test_a_temperature_that_the_validation_part_cannot_tell_is_left_at_one():
 # ---- what a run keeps --------------------------------------------------------------------------------------------
 
 
-def build(table, bert, database, **options):
+def build(source, bert, database, **options):
     encoder = find_source(str(bert)).encoder
-    return open_or_build(table, encoder, FoldSettings(max_length=32), SplitSettings(), database=database, **options)
+    return open_or_build(source, encoder, FoldSettings(max_length=32), SplitSettings(), database=database, **options)
 
 
 def runs_of(database):
@@ -573,7 +573,7 @@ def runs_of(database):
 
 
 def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
-    options, path = {"options": TableOptions(group="article")}, tmp_path / "own.sqlite"
+    options, path = {"table": TableOptions(group="article")}, tmp_path / "own.sqlite"
     database = build(table, bert, path, **options)
     about = (tmp_path / "model", {}, {}, database.origin())
     state = progress.ClassifierProgress()
