@@ -490,11 +490,11 @@ def test_raw_bytes_are_those_of_the_file_or_of_the_text_fields(tmp_path):
     files["a.txt.bz2"].write_bytes(bz2.compress(raw))
     files["b.jsonl"].write_text(json.dumps({"text": " 二 \n三", "id": 1}) + "\n", encoding="utf-8")
     files["c.csv"].write_text("id,text\n1, 二 \n2,x\n", encoding="utf-8")
-    assert raw_text_bytes(list(files.values()), TableOptions()) == [len(raw)] * 3 + [9, 6]
+    assert raw_text_bytes(list(files.values()), TableOptions(label="")) == [len(raw)] * 3 + [9, 6]
 
 
 def test_a_stream_from_the_hub_is_refused():
     from pathlib import Path
 
     with pytest.raises(UserError, match="hub:some/text is a stream from the Hub"):
-        raw_text_bytes([Path("hub:some/text")], TableOptions())
+        raw_text_bytes([Path("hub:some/text")], TableOptions(label=""))
