@@ -96,7 +96,7 @@ def prepare(options: argparse.Namespace) -> Material:
         write_documents(text, documents)
         source = Source((str(text),), options.tokenizer_dir, validation_fraction=0.0)
         store = prepare_store(source, options.work_dir / f"store_{name}", num_workers=1)
-        rows[name] = causal.rows(store, "train", tokenizer, LENGTH, "isolated")
+        rows[name] = causal.rows(store, "train", tokenizer, LENGTH, "isolated", causal.Settings())
         lines = text.read_text(encoding="utf-8").splitlines(keepends=True)  # run_clm keeps line breaks
         ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
         blocks[name], tokens[name] = [], sum(map(len, ids))

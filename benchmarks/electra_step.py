@@ -60,7 +60,7 @@ def make_batches(options: argparse.Namespace) -> list[Batch]:
     """Masked rows, one batch per pair and one to warm up."""
     store = open_store(options.store)
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
-    opened = replaced.rows(store, "train", tokenizer, LENGTH, "isolated")
+    opened = replaced.rows(store, "train", tokenizer, LENGTH, "isolated", SETTINGS)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
     index = opened.index

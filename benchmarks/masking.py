@@ -28,16 +28,17 @@ from lmscripts.data.token_store import open_store
 from lmscripts.objectives import masked
 
 SHAPES = ((256, 128), (64, 512))
+SETTINGS = masked.Settings(mask_unit="word", mask_probability=(0.15,))
 
 
 def measure(options: argparse.Namespace, num_rows: int, length: int) -> None:
     """Compare both ways at one shape and print the result."""
     store = open_store(options.store)
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
-    opened = masked.rows(store, "train", tokenizer, length, "isolated")
+    opened = masked.rows(store, "train", tokenizer, length, "isolated", SETTINGS)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
-    plan = masked.plan(tokenizer, opened.layout, masked.Settings(mask_unit="word", mask_probability=(0.15,)))
+    plan = masked.plan(tokenizer, opened.layout, SETTINGS)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, return_tensors="pt")
 
     numbers = range(options.pairs * options.batches)

@@ -32,6 +32,7 @@ from lmscripts.objectives import masked
 from lmscripts.training.optim import build_optimizer
 
 LENGTH = 128
+SETTINGS = masked.Settings(mask_unit="word", mask_probability=(0.15,))
 Step = Callable[[Batch], float]
 
 
@@ -39,7 +40,7 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
     """Masked rows, one batch per pair and one to warm up."""
     store = open_store(options.store)
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True)
-    opened = masked.rows(store, "train", tokenizer, LENGTH, "isolated")
+    opened = masked.rows(store, "train", tokenizer, LENGTH, "isolated", SETTINGS)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
     index = opened.index
@@ -48,7 +49,7 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
         first = index.first_segment[rows]
         alone = index.first_segment[rows + 1] - first == 1
         rows = rows[alone & (index.segment_length[first] == opened.layout.most_real_tokens)]
-    plan = masked.plan(tokenizer, opened.layout, masked.Settings(mask_unit="word", mask_probability=(0.15,)))
+    plan = masked.plan(tokenizer, opened.layout, SETTINGS)
 
     def batch(taken: NDArray[np.int64]) -> Batch:
         return masked.batches(opened, taken, epochs[: taken.size], 0, [taken.size], plan)[0][0]

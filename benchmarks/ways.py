@@ -64,7 +64,7 @@ class Material:
 
 def our_data(material: Material, way: str) -> Phase:
     """Packed rows with single tokens masked, as the collator of transformers masks them."""
-    train = masked.rows(material.stores[way], "train", material.tokenizer, LENGTH, "isolated")
+    train = masked.rows(material.stores[way], "train", material.tokenizer, LENGTH, "isolated", SETTINGS)
     if train is None:
         raise SystemExit("no training text")
     plan = masked.plan(material.tokenizer, train.layout, SETTINGS)
