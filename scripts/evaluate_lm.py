@@ -335,7 +335,8 @@ def describe(saved: SavedModel) -> dict[str, Any]:
     """The model in plain values."""
     from lmscripts.models.building import num_parameters
 
-    facts: dict[str, Any] = {"name": saved.name, "type": saved.model_type, "kind": saved.objective, "step": saved.step}
+    kind = getattr(objectives.objective(saved.objective), "KIND", saved.objective)
+    facts: dict[str, Any] = {"name": saved.name, "type": saved.model_type, "kind": kind, "step": saved.step}
     facts |= {"parameters": num_parameters(saved.models), "weights_sha256": saved.weights}
     return facts | {"tokenizer": saved.encoder.description, "notices": saved.notices}
 

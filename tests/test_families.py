@@ -24,7 +24,7 @@ from lmscripts.tokenizer.encoder import Encoder
 
 LAYOUT = Layout(64, "isolated", begin_id=2, end_id=3, pad_id=0)
 HEADS = [(name, objective) for name in families.names() for objective in families.family(name).heads]
-NOT_EVERYWHERE = {"SCORES", "pair_scores"}
+NOT_EVERYWHERE = {"KIND", "SCORES", "pair_scores"}
 
 
 def asked_for(docstring):

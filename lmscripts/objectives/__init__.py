@@ -9,6 +9,7 @@ them they can be trained on; begin with a copy of `causal.py`. In each file the 
     PARTS       subfolder a model is saved in -> its attribute in the trained module, in the order of the parameters
     EXPORTS     what stands alone at the end: see `Export`
     TITLE       what it trains, for people
+    KIND        its name in results of evaluate_lm.py, where it has another there
     SCORES      how a text is scored: "windows", "masks"; not there where evaluate_lm.py cannot
     rows        (store, part, tokenizer, sequence_length, packing, settings) -> rows, None for an empty part
     batches     (source, rows, epochs, seed, sizes, plan, with_ends) -> batches, from `lmscripts.data.steps.cut_rows`,

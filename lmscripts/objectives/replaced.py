@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["batches", "resolved", "rows", "slots", "words"]
 
 TITLE = "ELECTRA's pair"
+KIND = "electra"  # as results were written before objectives had names
 SCORES = "masks"
 PARTS = {"generator": "generator", "": "discriminator"}
 EXPORTS = (
