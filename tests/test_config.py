@@ -498,6 +498,7 @@ def test_further_options_in_the_help_and_in_errors(capsys: pytest.CaptureFixture
     for words, sentence in (
         (("--mask_probability", "2"), "--mask_probability must lie between 0 and 1, got 2.0"),
         (("--zloss", "2"), "unknown option --zloss (did you mean --z_loss?)"),
+        (("--train_steps", "3"), "unknown option --train_steps (did you mean --max_steps?)"),
     ):
         with pytest.raises(SystemExit):
             parse_more(*words)

@@ -245,8 +245,9 @@ def normal(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str], dashes: str = "") -> str:
-    """`did you mean --x?`, or nothing where no name is near."""
+    """`did you mean --x?`, or nothing where no name is near; names with a dot, of older systems, for those with one."""
     name = normal(word.lstrip("-–—"))
-    longer = [candidate for candidate in known if candidate.startswith(name)]
-    near = longer if len(longer) == 1 else difflib.get_close_matches(name, list(known), n=1)
+    alike = [candidate for candidate in known if "." in name or "." not in candidate]
+    longer = [candidate for candidate in alike if candidate.startswith(name)]
+    near = longer if len(longer) == 1 else difflib.get_close_matches(name, alike, n=1)
     return f"did you mean {dashes}{near[0]}?" if near else ""
