@@ -195,8 +195,8 @@ def _drawable(names: Sequence[str]) -> list[str]:
     from matplotlib import font_manager
 
     wanted = set("".join(names)) - {" "}
-    for family in _installed_fonts():
-        font = font_manager.get_font(font_manager.findfont(family))
+    for installed in _installed_fonts():
+        font = font_manager.get_font(font_manager.findfont(installed))
         wanted -= {letter for letter in wanted if font.get_char_index(ord(letter))}
     short = [" ".join((name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$").split()) for name in names]
     return [f"label {n}" if wanted & set(name) else short[n] for n, name in enumerate(names)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmscripts.errors import UserError
 from lmscripts.objectives import Export, masked
-from lmscripts.objectives.masked import examples, plan, resolved, slots
+from lmscripts.objectives.masked import examples, plan, prepare, resolved, slots
 from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lmscripts.data.token_store import TokenStore
     from lmscripts.objectives.module import Batch, Objective, Sums
 
-__all__ = ["examples", "plan", "resolved", "slots"]
+__all__ = ["examples", "plan", "prepare", "resolved", "slots"]
 
 TITLE = "a masked language model that judges pairs"
 PARTS = {"": "model", "pairs": "pair_model"}
@@ -134,11 +134,6 @@ def batches(
 def weights(settings: Settings) -> dict[str, float]:
     """Terms "mlm" (masked tokens) and "pairs"."""
     return {"mlm": 1.0, "pairs": 1.0 if settings.pair_weight is None else settings.pair_weight}
-
-
-def prepare(trained: Objective) -> None:
-    """Let the last layer skip what no prediction needs."""
-    trained.family.narrow(trained.model)
 
 
 def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
