@@ -21,7 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.options.checks import check_numbers
+from lmscripts.options.checks import check_numbers, parse_duration
 from lmscripts.options.parsing import dump_options, option, parse_options
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class Options:
         """Refuse what makes no sense before anything is done."""
         check_numbers(vars(self), positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
         check_metric(self, multi_label=bool(self.separator))
+        parse_duration(self.max_time)
         if self.split_column or self.validation_file or self.test_file:
             check_shares(self)
         if self.lora_rank and self.from_scratch:
@@ -273,12 +274,11 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     from lmscripts.models.classifier import padding_id
     from lmscripts.objectives import labels
     from lmscripts.objectives.module import Objective
-    from lmscripts.training import folder, log, optim, plan, processes, resume
-    from lmscripts.training.state import TrainingState, of_process
+    from lmscripts.training import folder, log, optim, plan, processes
+    from lmscripts.training.state import of_process
 
     # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save
-    deadline = STARTED + (processes.parse_duration(options.max_time) if options.max_time else inf)
     saved_options = dump_options(options)
     default_rate = 2e-4 if options.lora_rank else 1e-4 if options.from_scratch else 2e-5
     options = replace(options, learning_rate=options.learning_rate or default_rate)
@@ -353,31 +353,22 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     if options.dry_run:
         return
     run_folder = folder.RunFolder(run_dir, fixed, rate, beside)
-
-    def claim() -> tuple[Path | None, bool, list[str]]:
-        files.check_free(options.do_continue)
-        return run_folder.claim(options.do_continue)
-
-    checkpoint, continued, notices = processes.from_main(accelerator, claim)
-    processes.check_agreement({"checkpoint found": checkpoint is None or checkpoint.is_dir()})
-    say(*notices)
-    if checkpoint:
-        resume.load_weights({"": network}, checkpoint)
+    processes.from_main(accelerator, partial(files.check_free, options.do_continue))
+    say(*run_folder.enter(accelerator, {"": network}, options.do_continue))
     loss_settings = labels.Settings(task.multi_label, options.label_smoothing, positive_weights)
     objective = Objective(labels, None, {"": network}, "sdpa", loss_settings)
     adam = {"learning_rate": options.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8}
     optimizer = optim.build_optimizer("adamw", objective, weight_decay=options.weight_decay, **adam)
     model, optimizer = accelerator.prepare(objective, optimizer)
-    beginning = TrainingState(own=progress.ClassifierProgress())
-    state = resume.restore(accelerator, objective, optimizer, beginning, checkpoint)
+    state = run_folder.restore(accelerator, objective, optimizer, own=progress.ClassifierProgress())
     own: progress.ClassifierProgress = state.own
 
     # ---- what is shown and written down
     stop_step = min(num_steps, options.stop_at_step or num_steps)
-    stop_asked = processes.StopRequest(deadline)
+    stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
     meter = log.Meter(accelerator.device, *state.open_window(rank))
     epoch_meter = log.Meter(accelerator.device, of_process(own.epoch_sums, rank), own.epoch_counts)
-    report = log.Reporter(accelerator, run_dir, state.step, stop_step, continued)
+    report = log.Reporter(accelerator, run_dir, state.step, stop_step, run_folder.continued)
     facts = {"metric": options.metric, "processes": world, "parameters": network.num_parameters()}
     facts |= {"versions": log.versions(), "continued_from": state.step}
     entry = partial(progress.open_run, database, own, files.name, files.model, vars(options), facts, task.origin)
@@ -455,7 +446,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
 
         if state.step % options.logging_steps == 0 or state.step == num_steps:
             record = meter.read(accelerator, objective.metrics)
-            words = f"{log.in_words(record)}, {record['tokens_per_second']:,.0f} tokens/s"
+            words = log.in_words(record)
             report(state.step, record | {"learning_rate": learning_rate, "gradient_norm": float(norm)}, words)
             note(f"step {state.step:,}: {words}")
         stopped = stops > 0 or stopped_while_judging()
@@ -464,7 +455,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
             state.window_sums, state.window_counts = meter.open_window(accelerator)
             own.epoch_sums, own.epoch_counts = epoch_meter.open_window(accelerator)
             with meter.paused():
-                run_folder.save(accelerator, objective, objective.models, optimizer, state)
+                run_folder.save(accelerator, objective, optimizer, state)
             if rank == 0:
                 run_folder.prune(options.keep_last)
                 folder.prune_best(run_dir, lambda saved: saved["best_epoch"])

@@ -8,6 +8,7 @@ Writes config.yaml, checkpoint-STEP/, log.jsonl, curves.png, TensorBoard files, 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
@@ -18,15 +19,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lmscripts import objectives
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.options import language_pretraining, lightning
-from lmscripts.options.checks import check_numbers, check_useless, refuse_given
+from lmscripts.options.checks import check_numbers, check_useless, parse_duration, refuse_given
+from lmscripts.options.language_pretraining import OlderNames
 from lmscripts.options.parsing import dump_options, option, parse_options
-from lmscripts.training.branch import branch_options
+from lmscripts.training import plan
 
 if TYPE_CHECKING:
-    from lmscripts.data.token_store import TokenStore
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.optim.swa_utils import AveragedModel
+    from transformers import PreTrainedModel
+
+    from lmscripts.data.steps import Phases
+    from lmscripts.objectives.module import Objective
     from lmscripts.options.parsing import Further
     from lmscripts.options.presets import Preset
-    from lmscripts.training.plan import PhaseSettings
+    from lmscripts.training.folder import RunFolder
+    from lmscripts.training.log import Meter, Reporter
+    from lmscripts.training.processes import StopRequest
+    from lmscripts.training.state import TrainingState
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 Packing = Literal["isolated", "contiguous"]
@@ -35,7 +46,6 @@ Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Optimizer = Literal["adamw", "adam", "radam", "lamb", "sgd", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
 CarryOver = Literal["weights", "moments", "everything"]
-TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
 Every = int | Literal["epoch"]
 POSITIVE = [
     "batch_size", "micro_batch_size", "max_steps", "epochs", "save_steps", "logging_steps", "eval_every",
@@ -48,7 +58,7 @@ NOT_NEGATIVE = [
 BELOW_ONE = ["hidden_dropout", "attention_dropout", "beta1", "beta2", "final_lr_ratio", "validation_fraction"]
 PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_size"
 OBJECTIVES = " or ".join(objectives.names())
-SETTINGS = [objectives.objective(name).Settings for name in objectives.names()]
+SETTINGS = [*(objectives.objective(name).Settings for name in objectives.names()), OlderNames]
 # What the preset decides where no option does, and what of it an option may say otherwise.
 FROM_PRESET = ("learning_rate", "warmup_steps", "save_steps", "logging_steps", "frozen_layers")
 PRETRAINED = {
@@ -134,12 +144,9 @@ class Options:
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     compile: bool = option(False, help="torch.compile the model", group="machine")
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
-    fp16_type: int | None = option(None, help="older: 1 to 3 = fp16, 0 = the Accelerate config's", group="machine")
     node_rank: int | None = option(None, help="number of this machine; default: the launcher's", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
     timeout: int = option(600, help="seconds that a process may keep the others waiting", group="machine")
-    tokenizer_type: TokenizerType | None = option(None, help="older: checked against the tokenizer", group="machine")
-    mecab_dic: str | None = option(None, help="older: checked against the tokenizer", group="machine")
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
@@ -173,8 +180,13 @@ class Options:
             check_useless(values, "with --dataset_dir", "validation_fraction", "validation_file", "num_workers")
         if self.validation_file:
             check_useless(values, "with --validation_file, which is what is held out", "validation_fraction")
-        if self.fp16_type and self.precision not in (None, "fp16"):
-            raise UserError(f"--fp16_type {self.fp16_type} and --precision {self.precision} differ: give one")
+        if bool(self.dataset_dir) == bool(self.input_file):
+            raise UserError("give either --dataset_dir (a token store) or --input_file with --tokenizer_dir")
+        parse_duration(self.max_time)
+        if self.input_file and self.tokenizer_dir is None:
+            raise UserError("--input_file needs --tokenizer_dir")
+        if self.input_file and self.dry_run:
+            raise UserError("--dry_run reads a token store: give --dataset_dir (prepare_corpus.py makes one)")
 
 
 # ---- what is asked for: before the processes join, as text may have to be tokenised ----------------------------------
@@ -184,23 +196,34 @@ class Inputs(NamedTuple):
     """Options with the preset's values where none were given, and what goes with them."""
 
     options: Options
+    older: OlderNames
+    is_branch: bool  # with --decay_from, which stands in start_from from here on
     preset: Preset
-    objective: str
+    family: Any  # its module
+    name: str  # of the objective
+    objective: Any  # its module
     settings: Any  # of the objective
-    phases: list[PhaseSettings]
-    other_objective: str  # than the family's; empty for that
+    phases: list[plan.PhaseSettings]
+    as_yaml: str  # the options that repeat the run, as they were given
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What must be the same on all processes, and stay as it was when the run is continued."""
+        values = {name: value for name, value in vars(self.options).items() if name in FIXED} | asdict(self.settings)
+        other = "" if self.name == self.family.default_objective else self.name
+        return values | {"objective": other, "token store": [phase.store.fingerprint for phase in self.phases]}
 
 
 def read_inputs(options: Options, further: Further) -> Inputs:
     """Preset, objective and text, put together with the options."""
-    from lmscripts.models import building, families
-    from lmscripts.options.presets import default_parameter_file, load_preset
+    from lmscripts.models import building
 
-    preset = load_preset(options.parameter_file or default_parameter_file(), options.model_type, families.preset_keys())
-    family = families.family(preset.family)
+    preset, family = building.read_preset(options.parameter_file, options.model_type)
     name = options.objective or family.default_objective
-    kind = objectives.objective(name)
-    refuse_given(further.settings[kind.Settings], further.given, f"on the objective {name}")
+    objective, older, is_branch = objectives.objective(name), further.settings[OlderNames], bool(options.decay_from)
+    settings = further.settings[objective.Settings]
+    refuse_given({**vars(settings), **vars(older)}, further.given, f"on the objective {name}")
+    as_yaml = dump_options(options, settings, older)
     given = {field: getattr(options, option) for option, field in PRETRAINED.items() if getattr(options, option)}
     sizes = {field: getattr(options, option) for option, field in SIZES.items() if getattr(options, option)}
     frozen = preset.frozen_layers if options.frozen_layers is None else options.frozen_layers
@@ -216,35 +239,41 @@ def read_inputs(options: Options, further: Further) -> Inputs:
     elif not options.phase_steps:
         values["max_steps"] = None if options.epochs else preset.train_steps
     options = replace(options, **{name: v for name, v in values.items() if getattr(options, name) in (None, ())})
-    settings = kind.resolved(further.settings[kind.Settings], preset)
-    other = "" if name == family.default_objective else name
-    return Inputs(options, preset, name, settings, ask_phases(options, settings), other)
+    settings = objective.resolved(settings, preset)
+    phases = ask_phases(options, settings)
+    return Inputs(options, older, is_branch, preset, family, name, objective, settings, phases, as_yaml)
 
 
 def row_lengths(options: Options, preset: Preset, is_given: bool) -> tuple[int, ...]:
     """Tokens of a row: the preset's; with a model that was named those of the run, else no more than it reads."""
-    from lmscripts.models import building, finding
+    from lmscripts.models import building
 
     if preset.sequence_length and not is_given:
         return (preset.sequence_length,)
-    own = finding.look_for_whole(Path(options.model_dir))[0] if options.do_continue else None
-    if own is not None:
-        return tuple(finding.read_state(own)["fixed"]["sequence_length"])
+    if options.do_continue and (own := plan.lengths_of_run(Path(options.model_dir))):
+        return own
     lengths = [length for length in (preset.sequence_length, building.longest_pretrained(preset)) if length]
     if not lengths:
         raise UserError(f"the model {building.origin(preset)} says no longest input: give --sequence_length")
     return (min(lengths),)
 
 
-def ask_phases(options: Options, settings: Any) -> list[PhaseSettings]:
+def ask_phases(options: Options, settings: Any) -> list[plan.PhaseSettings]:
     """What each phase is asked to be; one phase without --phase_steps."""
-    from lmscripts.training import plan
-
     steps = options.phase_steps or (options.max_steps,)
     of_objective = {name: value for name, value in asdict(settings).items() if isinstance(value, tuple)}
     names = ("dataset_dir", "sequence_length", "batch_size", "micro_batch_size")
     values = plan.by_phase({name: getattr(options, name) for name in names} | of_objective, len(steps))
-    stores, phases = open_stores(options), []
+    stores = plan.open_stores(
+        options.dataset_dir,
+        options.tokenizer_dir,
+        Path(options.model_dir),
+        input_files=options.input_file,
+        num_workers=options.num_workers or 2,
+        validation_fraction=options.validation_fraction or 0.01,
+        validation_files=options.validation_file,
+    )
+    phases = []
     for number, value in zip(steps, values, strict=True):
         own = replace(settings, **{name: (value.pop(name),) for name in of_objective if name in value})
         store = stores[value.pop("dataset_dir", "")]
@@ -252,32 +281,28 @@ def ask_phases(options: Options, settings: Any) -> list[PhaseSettings]:
     return phases
 
 
-def open_stores(options: Options) -> dict[str, TokenStore]:
-    """Token stores by the name that was given, or the one that is made of text."""
-    from lmscripts.data.preparation import Source
-    from lmscripts.tokenizer.encoder import find_tokenizer
-    from lmscripts.training import plan
-
-    if bool(options.dataset_dir) == bool(options.input_file):
-        raise UserError("give either --dataset_dir (a token store) or --input_file with --tokenizer_dir")
-    source = None
-    if options.input_file:
-        if options.tokenizer_dir is None:
-            raise UserError("--input_file needs --tokenizer_dir")
-        if options.dry_run:
-            raise UserError("--dry_run reads a token store: give --dataset_dir (prepare_corpus.py makes one)")
-        held_out = (options.validation_fraction or 0.01, options.validation_file)
-        source = Source(options.input_file, find_tokenizer(options.tokenizer_dir), *held_out)
-    where = (Path(options.model_dir), options.num_workers or 2)
-    return plan.open_stores(options.dataset_dir, options.tokenizer_dir, source, *where)
+# ---- the run, from top to bottom -------------------------------------------------------------------------------------
 
 
-# ---- the run -----------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """What is trained, on what, and where it stands."""
+
+    accelerator: Accelerator
+    data: Phases
+    rate: Callable[[int], float]  # learning rate of a step
+    folder: RunFolder
+    objective: Objective  # the models, and their loss
+    model: Any  # the same, wrapped for the processes
+    optimizer: Optimizer
+    average: AveragedModel | None  # of the weights
+    state: TrainingState
+    stop_step: int  # where this job ends
 
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    also = {"foreign": lightning, "one_of": [lightning.LENGTHS], "beneath": branch_options, "more": SETTINGS}
+    also = {"foreign": lightning, "one_of": [lightning.LENGTHS], "beneath": plan.branch_options, "more": SETTINGS}
     options, further = parse_options(Options, description=__doc__ or "", **also, **language_pretraining.PRETRAINING)
     with user_errors():
         run(options, further)
@@ -286,60 +311,29 @@ def main() -> None:
 def run(options: Options, further: Further) -> None:
     """The whole run; ends the process with its exit code."""
     import torch
-    from transformers import AutoTokenizer, logging
+    from transformers import logging
 
-    from lmscripts.data.steps import Prefetcher, to_device
-    from lmscripts.evaluation.sums import evaluate
-    from lmscripts.models import building, families
-    from lmscripts.tokenizer.folder import check_tokenizer
-    from lmscripts.training import average, card, folder, log, optim, plan, processes, resume
+    from lmscripts.models import building
+    from lmscripts.training import folder, optim, processes
 
-    # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save
-    deadline = STARTED + (processes.parse_duration(options.max_time) if options.max_time else inf)
-    run_dir, branch = Path(options.model_dir), bool(options.decay_from)
     asked = read_inputs(options, further)
-    saved_options = dump_options(options, further.settings[objectives.objective(asked.objective).Settings])
-    options, preset, kind = asked.options, asked.preset, objectives.objective(asked.objective)
-    tokenizer_dir = asked.phases[0].store.tokenizer_dir
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
-    check_tokenizer(tokenizer, tokenizer_type=options.tokenizer_type, mecab_dic=options.mecab_dic)
-    sources = plan.open_sources(asked.phases, kind, tokenizer, options.packing)
-    accelerator = processes.start_processes(
-        mixed_precision=processes.choose_precision(options.fp16_type, preset.fp16_type, preset.bf16, options.precision),
-        expected_processes=options.expected_processes,
-        timeout_seconds=options.timeout,
-        trackers=() if options.tracker == "none" else (options.tracker,),
-        project_dir=options.model_dir,
-    )
-    say, world, rank = accelerator.print, accelerator.num_processes, accelerator.process_index
-    fixed = {name: value for name, value in vars(options).items() if name in FIXED} | asdict(asked.settings)
-    fixed |= {"objective": asked.other_objective, "token store": [phase.store.fingerprint for phase in asked.phases]}
-    processes.check_agreement(fixed)
+    options, run_dir = asked.options, Path(options.model_dir)
+    wanted = {"tokenizer_type": asked.older.tokenizer_type, "mecab_dic": asked.older.mecab_dic}
+    tokenizer, sources = plan.open_sources(asked.phases, asked.objective, options.packing, **wanted)
+    accelerator = start(asked)
     torch.use_deterministic_algorithms(options.deterministic)
-    like = resume.built_like(run_dir, options.do_continue, options.start_from if branch else None)
+    like = folder.built_like(run_dir, options.do_continue, options.start_from if asked.is_branch else None)
     attention = building.choose_attention(
-        preset,
-        asked.objective,
+        asked.preset,
+        asked.name,
         options.attention,
         device=accelerator.device.type,
         precision=accelerator.mixed_precision,
         attention_dropout=options.attention_dropout,
         like=like,
     )
-    data = plan.open_phases(
-        asked.phases,
-        sources,
-        kind,
-        tokenizer,
-        accelerator,
-        with_ends=attention == "varlen",
-        seed=options.seed,
-        most_eval_rows=options.eval_rows,
-        node_rank=options.node_rank,
-        node_batch_sizes=preset.node_batch_sizes,
-        weights=options.process_shares or None,
-    )
+    data = lay_out(asked, tokenizer, sources, accelerator, with_ends=attention == "varlen")
     rate = optim.Schedule(
         options.schedule,
         peak=options.learning_rate,
@@ -348,47 +342,103 @@ def run(options: Options, further: Further) -> None:
         decay_steps=options.decay_steps,
         final_ratio=options.final_lr_ratio or 0.0,
     )
+    models, notices = build_models(asked, tokenizer, data, attention, like)
+    autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
+    beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
+    words = {"attention": attention, "schedule": options.schedule, "corners": [options.warmup_steps]}
+    said = plan.plan_text(data, rate, accelerator, parameters=building.num_parameters(models), **words)
+    accelerator.print("\n".join([said, *notices]), flush=True)
+    if options.dry_run:
+        return
+    run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)
+    run = begin(asked, accelerator, data, rate, run_folder, models, tokenizer, attention)
+    stopped_by = train(options, run)
+    finish(asked, run, stopped_by)
+    leave(processes.STOPPED_EARLY if stopped_by else 0)  # here, where model and processes still stand
+
+
+def start(asked: Inputs) -> Accelerator:
+    """Join the processes that the launcher started, once they are found to be asked for the same."""
+    from lmscripts.training import processes
+
+    options, preset, fp16_type = asked.options, asked.preset, asked.older.fp16_type
+    accelerator = processes.start_processes(
+        mixed_precision=processes.choose_precision(fp16_type, preset.fp16_type, preset.bf16, options.precision),
+        expected_processes=options.expected_processes,
+        timeout_seconds=options.timeout,
+        trackers=() if options.tracker == "none" else (options.tracker,),
+        project_dir=options.model_dir,
+    )
+    processes.check_agreement(asked.fixed)
+    return accelerator
+
+
+def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerator, *, with_ends: bool) -> Phases:
+    """Which process computes which rows of which step."""
+    from lmscripts.training import processes
+
+    options = asked.options
+    data = plan.open_phases(
+        asked.phases,
+        sources,
+        asked.objective,
+        tokenizer,
+        accelerator,
+        with_ends=with_ends,
+        seed=options.seed,
+        most_eval_rows=options.eval_rows,
+        node_rank=options.node_rank,
+        node_batch_sizes=asked.preset.node_batch_sizes,
+        weights=options.process_shares or None,
+    )
     batches = [(phase.shares, phase.batch_size, phase.total_rows) for phase in data.phases]
     processes.check_sharded(accelerator, options.optimizer, batches)
+    return data
 
-    # ---- model, from the beginning, from another model or from a checkpoint
+
+def build_models(
+    asked: Inputs, tokenizer: Any, data: Phases, attention: Attention, like: Path | None
+) -> tuple[dict[str, PreTrainedModel], list[str]]:
+    """The models, anew or from another model, and sentences for the user; a checkpoint's weights come later."""
+    from lmscripts.models import building
+
     models, notices = building.build(
-        preset,
-        asked.objective,
+        asked.preset,
+        asked.name,
         tokenizer,
         data.longest.layout,
         like=like,
-        seed=options.seed,
+        seed=asked.options.seed,
         path=attention,
-        hidden_dropout=options.hidden_dropout,
-        attention_dropout=options.attention_dropout,
+        hidden_dropout=asked.options.hidden_dropout,
+        attention_dropout=asked.options.attention_dropout,
     )
-    if options.activation_checkpointing:
+    if asked.options.activation_checkpointing:
         building.recompute_activations(models)
-    autos = {export.subfolder: export.auto for export in kind.EXPORTS}
-    beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
-    parameters = building.num_parameters(models)
-    said = plan.plan_text(
-        data,
-        rate,
-        accelerator,
-        parameters=parameters,
-        attention=attention,
-        schedule=options.schedule,
-        corners=[options.warmup_steps],
-    )
-    say("\n".join([said, *notices]), flush=True)
-    if options.dry_run:
-        return
-    run_folder = folder.RunFolder(run_dir, fixed, rate, beside)
-    claim = partial(run_folder.claim, options.do_continue, options.start_from, branch)
-    source, continued, notices = processes.from_main(accelerator, claim)
-    processes.check_agreement({"checkpoint found": source is None or source.is_dir()})
-    carry_over = None if continued else options.carry_over
-    if source:
-        notices = [*notices, *resume.load_weights(models, source, tokenizer if carry_over else None)]
-    say("\n".join(notices), end="\n" * bool(notices))
-    objective = objectives.trained(asked.objective, families.family(preset.family), models, attention, asked.settings)
+    return models, notices
+
+
+def begin(
+    asked: Inputs,
+    accelerator: Accelerator,
+    data: Phases,
+    rate: Callable[[int], float],
+    run_folder: RunFolder,
+    models: dict[str, PreTrainedModel],
+    tokenizer: Any,
+    attention: Attention,
+) -> Run:
+    """Take the run's folder; models, optimizer and state as the newest checkpoint has them, or as at a beginning."""
+    import torch
+
+    from lmscripts.models import building
+    from lmscripts.training import optim
+
+    options = asked.options
+    which = {"start_from": options.start_from, "carry_over": options.carry_over, "branch": asked.is_branch}
+    for notice in run_folder.enter(accelerator, models, options.do_continue, **which, tokenizer=tokenizer):
+        accelerator.print(notice, flush=True)
+    objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     if options.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each phase, size of batch, and evaluation
         objective.compile(dynamic=False)
@@ -401,70 +451,57 @@ def run(options: Options, further: Further) -> None:
         weight_decay=options.weight_decay,
     )
     model, optimizer = accelerator.prepare(objective, optimizer)
-    moving = average.start(objective, options.ema_decay)
-    state = resume.restore(
-        accelerator,
-        objective,
-        optimizer,
-        resume.TrainingState(),
-        source,
-        average=moving,
-        carry_over=carry_over,
-        optimizer_name=options.optimizer,
-    )
-
+    average = optim.start_average(objective, options.ema_decay)
+    kept = {"average": average, "optimizer_name": options.optimizer}
+    state = run_folder.restore(accelerator, objective, optimizer, **kept)
     stop_step = min(data.num_steps, options.stop_at_step or data.num_steps)
-    if not continued:
-        resume.check_steps(state.step, stop_step)
-        state.origin = options.start_from or building.origin(preset)
-    if rank == 0:
-        run_folder.write_options(saved_options)
+    if not run_folder.continued:
+        if state.step >= stop_step:
+            raise UserError(
+                f"the run that was carried over is at step {state.step:,}, and this one ends at step {stop_step:,}: "
+                "give a longer --max_steps, or --carry_over moments to count steps anew"
+            )
+        state.origin = options.start_from or building.origin(asked.preset)
+    if accelerator.is_main_process:
+        run_folder.write_options(asked.as_yaml)
+    return Run(accelerator, data, rate, run_folder, objective, model, optimizer, average, state, stop_step)
 
-    # ---- what is shown and written down
-    stop_asked = processes.StopRequest(deadline)
-    meter = log.Meter(accelerator.device, *state.open_window(rank))
-    report = log.Reporter(accelerator, run_dir, state.step, stop_step, continued)
-    judged = moving.module if moving else objective
 
-    def stopped_while_evaluating() -> bool:
-        phase = data.of_step(state.step - 1)
-        if phase.num_eval_rows == 0 or state.evaluated_step == state.step:
-            return False
-        if not data.is_due(state.step, options.eval_every) and state.step != data.num_steps:
-            return False
-        held_out = (phase.eval_batch, phase.num_eval_rows, phase.micro_batch_size)
-        with meter.paused():
-            result = evaluate(accelerator, judged, *held_out, stop_asked)
-        state.evaluated_step = state.evaluated_step if result is None else state.step
-        if result:
-            report(state.step, {f"eval_{name}": v for name, v in result.items()}, f"held-out {log.in_words(result)}")
-        return result is None
+def train(options: Options, run: Run) -> str:
+    """The loop; what stopped it before its last step, empty where nothing did."""
+    from accelerate.utils import send_to_device
 
-    # ---- loop
-    batches = Prefetcher(data.step_batches(state.step, stop_step, rank))
+    from lmscripts.training import log, optim, processes
+
+    accelerator, data, state, objective, model = run.accelerator, run.data, run.state, run.objective, run.model
+    rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
+    stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
+    meter = log.Meter(device, *state.open_window(rank))
+    report = log.Reporter(accelerator, run.folder.path, state.step, run.stop_step, run.folder.continued)
+    batches = data.prefetch(state.step, run.stop_step, rank)
     model.train()
-    stopped = stopped_while_evaluating()
-    while state.step < stop_step and not stopped:
+    stopped = stopped_while_evaluating(options, run, meter, report, stop_asked)
+    while state.step < run.stop_step and not stopped:
         micro_batches, counts = next(batches)
         *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
         targets = dict(zip(counts, totals, strict=True))
-        learning_rate = rate(state.step)
-        optim.set_rate(optimizer, learning_rate)
+        learning_rate = run.rate(state.step)
+        optim.set_rate(run.optimizer, learning_rate)
         processes.seed_dropout(options.seed, state.step, rank)
         for number, batch in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                sums = model(to_device(batch, accelerator.device))
+                sums = model(send_to_device(batch, device, non_blocking=True))
                 # DDP takes the mean of the gradients over the processes; wanted is the sum over all targets.
-                accelerator.backward(objective.loss(sums, targets) * world)
+                accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
-        finite = state.judge(norm, has_scaler=accelerator.scaler is not None)
-        if finite or accelerator.scaler is not None:  # which has to see the others too, to find its scale
-            optimizer.step()
-        if finite and moving:
-            average.update(moving, objective)
-        optimizer.zero_grad(set_to_none=True)
+        finite = state.judge(norm, has_scaler)
+        if finite or has_scaler:  # which has to see the others too, to find its scale
+            run.optimizer.step()
+        if finite and run.average:
+            optim.update_average(run.average, objective)
+        run.optimizer.zero_grad(set_to_none=True)
         phase = data.of_step(state.step)
         state.step += 1
         state.real_tokens += targets["tokens"]
@@ -474,35 +511,63 @@ def run(options: Options, further: Further) -> None:
 
         if state.step % options.logging_steps == 0 or state.step == data.num_steps:
             record = meter.read(accelerator, objective.metrics)
-            words = f"{log.in_words(record)}, {record['tokens_per_second']:,.0f} tokens/s"
-            record |= {"learning_rate": learning_rate, "gradient_norm": float(norm), "tokens": state.real_tokens}
-            report(state.step, record | {"skipped_steps": state.skipped_steps}, words)
-        stopped = stops > 0 or stopped_while_evaluating()
-        if stopped or state.step == stop_step or data.is_due(state.step, options.save_steps):
-            state.window_sums, state.window_counts = meter.open_window(accelerator)
+            more = {"learning_rate": learning_rate, "gradient_norm": float(norm), "tokens": state.real_tokens}
+            report(state.step, record | more | {"skipped_steps": state.skipped_steps}, log.in_words(record))
+        stopped = stops > 0 or stopped_while_evaluating(options, run, meter, report, stop_asked)
+        if stopped or state.step == run.stop_step or data.is_due(state.step, options.save_steps):
             with meter.paused():
-                run_folder.save(accelerator, objective, objective.models, optimizer, state, moving)
-            if rank == 0:
-                run_folder.prune(options.keep_last, options.keep_every)
+                state.window_sums, state.window_counts = meter.open_window(accelerator)
+                run.folder.save(accelerator, objective, run.optimizer, state, run.average)
+            if accelerator.is_main_process:
+                run.folder.prune(options.keep_last, options.keep_every)
     batches.close()
     report.bar.close()
+    return (stop_asked.reason or "a signal to another process") if stopped else ""
 
-    # ---- end
-    if rank == 0:
-        log.draw_curves(report.file, run_dir / "curves.png", data.ends[:-1])
-    if stopped:
-        reason = stop_asked.reason or "a signal to another process"
-        say(f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
+
+def stopped_while_evaluating(
+    options: Options, run: Run, meter: Meter, report: Reporter, stop_asked: StopRequest
+) -> bool:
+    """Evaluate on held-out rows where that is due; whether a process was asked to stop meanwhile."""
+    from lmscripts.evaluation.sums import evaluate
+    from lmscripts.training import log
+
+    state, phase = run.state, run.data.of_step(run.state.step - 1)
+    if phase.num_eval_rows == 0 or state.evaluated_step == state.step:
+        return False
+    if not run.data.is_due(state.step, options.eval_every) and state.step != run.data.num_steps:
+        return False
+    judged = run.average.module if run.average else run.objective
+    held_out = (phase.eval_batch, phase.num_eval_rows, phase.micro_batch_size)
+    with meter.paused():
+        result = evaluate(run.accelerator, judged, *held_out, stop_asked)
+    state.evaluated_step = state.evaluated_step if result is None else state.step
+    if result:
+        report(state.step, {f"eval_{name}": v for name, v in result.items()}, f"held-out {log.in_words(result)}")
+    return result is None
+
+
+def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
+    """Draw the curves, and export the model where the schedule was run to its end."""
+    from lmscripts.training import log
+
+    accelerator, data, state, run_dir = run.accelerator, run.data, run.state, run.folder.path
+    if accelerator.is_main_process:
+        log.draw_curves(run_dir, data.ends[:-1])
+    if stopped_by:
+        accelerator.print(
+            f"stopped by {stopped_by} at step {state.step:,}; everything is saved, go on with --do_continue"
+        )
     elif state.step < data.num_steps:
-        say(f"--stop_at_step {stop_step} is reached; go on with --do_continue")
-    elif rank == 0:
-        title = f"{run_dir.name}: {options.model_type}"
-        describe = partial(card.pretraining_card, title, state.origin, kind, data, report.file, saved_options)
-        final = run_folder.export(state.step, moving and moving.module.models, describe)
-        say(f"the model is in {final}, the curves in {run_dir / 'curves.png'}, the numbers in {report.file}")
+        accelerator.print(f"--stop_at_step {run.stop_step} is reached; go on with --do_continue")
+    elif accelerator.is_main_process:
+        title = f"{run_dir.name}: {asked.options.model_type}"
+        describe = partial(log.pretraining_card, title, state.origin, asked.objective, data, run_dir, asked.as_yaml)
+        final = run.folder.export(state.step, run.average and run.average.module.models, describe)
+        places = f"the curves in {run_dir / 'curves.png'}, the numbers in {run_dir / 'log.jsonl'}"
+        accelerator.print(f"the model is in {final}, {places}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    leave(processes.STOPPED_EARLY if stopped else 0)  # here, where model and processes still stand
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM, ElectraConfig, ElectraForM
 
 from lmscripts.errors import UserError
 from lmscripts.models.families import bert
-from lmscripts.training import average as averaging
+from lmscripts.training.optim import average_state, load_average, start_average, update_average
 
 SIZES = dict(vocab_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 
@@ -69,7 +69,7 @@ def steps(objective, average, numbers):
         objective.train()(IDS + number).backward()
         torch.optim.SGD(objective.parameters(), lr=0.1 / (1 + number)).step()
         objective.zero_grad()
-        averaging.update(average, objective)
+        update_average(average, objective)
         seen.append({name: p.detach().clone() for name, p in objective.named_parameters()})
     return seen
 
@@ -78,7 +78,7 @@ def steps(objective, average, numbers):
 @pytest.mark.parametrize("decay", [0.5, 0.99, 0.9999])
 def test_it_is_the_weighted_mean_of_the_steps_written_out(kind, decay):
     objective = kind()
-    average = averaging.start(objective, decay)
+    average = start_average(objective, decay)
     seen = steps(objective, average, range(7))
     shares = [decay**age for age in reversed(range(7))]
     for name, parameter in average.module.named_parameters():
@@ -90,26 +90,26 @@ def test_it_is_the_weighted_mean_of_the_steps_written_out(kind, decay):
 
 def test_long_runs_average_with_the_plain_decay():
     objective = nn.Linear(1, 1, bias=False).double()
-    average = averaging.start(objective, 0.9)
+    average = start_average(objective, 0.9)
     expected = 0.0
     for step in range(400):
         nn.init.constant_(objective.weight, step % 7)
         expected = 0.9 * expected + 0.1 * (step % 7)
-        averaging.update(average, objective)
+        update_average(average, objective)
     assert average.module.weight.item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_update_is_a_copy(kind):
     objective = kind()
-    average = averaging.start(objective, 0.999)
+    average = start_average(objective, 0.999)
     (seen,) = steps(objective, average, [0])
     assert all(torch.equal(parameter, seen[name]) for name, parameter in average.module.named_parameters())
 
 
 def test_shared_parameters_stay_shared():
     objective = Electra()
-    average = averaging.start(objective, 0.9)
+    average = start_average(objective, 0.9)
     steps(objective, average, range(3))
     copied = average.module
     assert copied.generator.electra.embeddings is copied.discriminator.electra.embeddings
@@ -122,7 +122,7 @@ def test_shared_parameters_stay_shared():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_copy_computes_with_its_own_weights_and_is_not_trained(kind):
     objective = kind()
-    average = averaging.start(objective, 0.5)
+    average = start_average(objective, 0.5)
     steps(objective, average, range(2))
     copied = average.module
     assert not copied.training
@@ -142,7 +142,7 @@ def test_a_prepared_and_compiled_objective_is_copied_with_its_precision():
     objective = Bert()
     objective.compile(backend="eager")
     Accelerator(cpu=True, mixed_precision="bf16").prepare(objective)
-    average = averaging.start(objective, 0.5)
+    average = start_average(objective, 0.5)
     copied = average.module
     before = copied(IDS)
     assert torch.equal(before, objective.eval()(IDS))
@@ -155,25 +155,25 @@ def test_a_prepared_and_compiled_objective_is_copied_with_its_precision():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_average_goes_on_bit_for_bit(tmp_path, kind):
     objective = kind()
-    average = averaging.start(objective, 0.97)
+    average = start_average(objective, 0.97)
     steps(objective, average, range(3))
-    save_file(averaging.state(average), tmp_path / "average.safetensors")
+    save_file(average_state(average), tmp_path / "average.safetensors")
     other = kind()
     other.load_state_dict(objective.state_dict())
-    continued = averaging.start(other, 0.97)
-    averaging.load(continued, load_file(tmp_path / "average.safetensors"))
+    continued = start_average(other, 0.97)
+    load_average(continued, load_file(tmp_path / "average.safetensors"))
     steps(objective, average, range(3, 6))
     steps(other, continued, range(3, 6))
-    ends = [averaging.state(each) for each in (average, continued)]
+    ends = [average_state(each) for each in (average, continued)]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_a_saved_average_does_not_change_with_the_training():
     objective = Electra()
-    average = averaging.start(objective, 0.5)
+    average = start_average(objective, 0.5)
     steps(objective, average, range(2))
-    saved = averaging.state(average)
+    saved = average_state(average)
     before = {name: tensor.clone() for name, tensor in saved.items()}
     steps(objective, average, range(2, 4))
     assert all(torch.equal(saved[name], before[name]) for name in before)
@@ -181,7 +181,7 @@ def test_a_saved_average_does_not_change_with_the_training():
 
 def test_the_copy_is_saved_as_a_transformers_model(tmp_path):
     objective = Bert()
-    average = averaging.start(objective, 0.5)
+    average = start_average(objective, 0.5)
     steps(objective, average, range(3))
     average.module.model.save_pretrained(tmp_path)
     loaded = BertForMaskedLM.from_pretrained(tmp_path, local_files_only=True)
@@ -189,30 +189,30 @@ def test_the_copy_is_saved_as_a_transformers_model(tmp_path):
 
 
 def test_another_models_average_is_refused_and_nothing_is_changed():
-    average = averaging.start(Bert(), 0.9)
-    before = averaging.state(average)
-    wider = averaging.state(averaging.start(Electra(), 0.9))
+    average = start_average(Bert(), 0.9)
+    before = average_state(average)
+    wider = average_state(start_average(Electra(), 0.9))
     with pytest.raises(UserError, match=r"of another model.*discriminator"):
-        averaging.load(average, wider)
+        load_average(average, wider)
     name = "model.bert.embeddings.word_embeddings.weight"
     with pytest.raises(UserError, match=f"misses {name}"):
-        averaging.load(average, {key: tensor for key, tensor in before.items() if key != name})
+        load_average(average, {key: tensor for key, tensor in before.items() if key != name})
     ones = {key: torch.ones_like(tensor) for key, tensor in before.items()}
     with pytest.raises(UserError, match=r"word_embeddings.weight has the shape \(3, 16\) instead of \(40, 16\)"):
-        averaging.load(average, ones | {name: torch.ones(3, 16)})
-    assert all(torch.equal(tensor, before[key]) for key, tensor in averaging.state(average).items())
+        load_average(average, ones | {name: torch.ones(3, 16)})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in average_state(average).items())
 
 
 def test_no_decay_is_no_average_and_an_impossible_one_is_refused():
-    assert averaging.start(Bert(), None) is None
+    assert start_average(Bert(), None) is None
     for decay in (-0.1, 0.0, 1.0, 2.0, float("nan")):
         with pytest.raises(UserError, match="between 0 and 1"):
-            averaging.start(Bert(), decay)
+            start_average(Bert(), decay)
 
 
 def test_weights_in_half_precision_are_refused():
     with pytest.raises(UserError, match=r"bfloat16, too coarse"):
-        averaging.start(Bert().bfloat16(), 0.999)
+        start_average(Bert().bfloat16(), 0.999)
 
 
 def test_sharded_weights_are_refused():
@@ -224,6 +224,6 @@ def test_sharded_weights_are_refused():
     try:
         objective = fully_shard(Counted(), mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(UserError, match=r"sharded.*DDP"):
-            averaging.start(objective, 0.999)
+            start_average(objective, 0.999)
     finally:
         distributed.destroy_process_group()

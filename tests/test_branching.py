@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 from lmscripts.options.parsing import dump_options, parse_options
-from lmscripts.training.branch import branch_options
 from lmscripts.training.checkpoint import write_checksums
+from lmscripts.training.plan import branch_options
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,10 @@ def parse(script, tmp_path, monkeypatch):
 
     def parsed(line):
         also = {"one_of": [script.lightning.LENGTHS], "beneath": branch_options}
-        return parse_options(script.Options, description="", argv=line.split(), foreign=script.lightning, **also)
+        also |= {"description": "", "argv": line.split(), "foreign": script.lightning, "more": script.SETTINGS}
+        options, further = parse_options(script.Options, **also)
+        parsed.older = further.settings[script.OlderNames]
+        return options
 
     return parsed
 
@@ -57,7 +60,7 @@ def base(parse, tmp_path):
     line += " --schedule wsd --max_steps 20 --decay_steps 5 --learning_rate 1e-3 --stop_at_step 10 --max_time 3h"
     options = parse(line + " --hidden_dropout 0.05 --precision bf16 --process_shares 3 1")
     save(tmp_path / "w" / "checkpoint-10", 10)
-    (tmp_path / "w" / "config.yaml").write_text(dump_options(options), encoding="utf-8")
+    (tmp_path / "w" / "config.yaml").write_text(dump_options(options, parse.older), encoding="utf-8")
     return options
 
 
@@ -71,9 +74,9 @@ def test_a_branch_repeats_nothing_of_the_run(parse, base):
 
 def test_what_is_written_down_repeats_the_branch(parse, base, tmp_path):
     branch = parse("--decay_from w/checkpoint-10 --decay_steps 4 --model_dir b --precision no")
-    (tmp_path / "again.yaml").write_text(dump_options(branch), encoding="utf-8")
+    (tmp_path / "again.yaml").write_text(dump_options(branch, parse.older), encoding="utf-8")
     assert parse("--config again.yaml") == branch
-    assert "\nschedule: wsd\n" in dump_options(branch)
+    assert "\nschedule: wsd\n" in dump_options(branch, parse.older)
 
 
 def test_the_file_of_the_run_may_be_given_as_well(parse, base):
@@ -92,9 +95,9 @@ def test_the_length_of_a_file_is_that_of_the_run_and_not_of_its_branch(parse, ba
 
 
 def test_what_is_given_wins_with_what_belongs_to_it(parse, base):
-    branch = parse("--decay_from w --decay_steps 4 --model_dir b --input_file new.txt --fp16_type 1 --hidden_dropout 0")
+    branch = parse("--decay_from w --decay_steps 4 --model_dir b --input_file new.txt --fp16_type 1 --tokenizer_dir t")
     assert (branch.input_file, branch.dataset_dir, branch.num_workers) == (("new.txt",), (), None)
-    assert (branch.fp16_type, branch.precision, branch.hidden_dropout) == (1, None, 0.0)
+    assert (parse.older.fp16_type, branch.precision, branch.hidden_dropout) == (1, None, 0.05)
 
 
 def test_a_checkpoint_that_was_taken_elsewhere(parse, base, tmp_path):
@@ -110,7 +113,7 @@ def test_a_branch_that_goes_on_needs_nothing_of_the_run(parse, base, tmp_path):
     save(tmp_path / "b" / "checkpoint-12", 12, PLAN | {"max_steps": 14, "decay_steps": 4})
     save(tmp_path / "b" / "checkpoint-13", 13)
     (tmp_path / "b" / "checkpoint-13" / "training_state.json").write_text("{", encoding="utf-8")  # damaged
-    (tmp_path / "b" / "config.yaml").write_text(dump_options(branch), encoding="utf-8")
+    (tmp_path / "b" / "config.yaml").write_text(dump_options(branch, parse.older), encoding="utf-8")
     shutil.rmtree(tmp_path / "w")
     again = parse("--decay_from w/checkpoint-10 --decay_steps 4 --model_dir b --do_continue")
     assert again == dataclasses.replace(branch, do_continue=True)
@@ -165,4 +168,4 @@ def test_the_end_of_a_branch_has_to_be_said(parse, base, capsys):
 
 
 def test_other_runs_are_left_alone(parse):
-    assert parse("--model_dir b --model_type gpt2-tiny").schedule == "linear"
+    assert parse("--model_dir b --model_type gpt2-tiny --dataset_dir s").schedule == "linear"

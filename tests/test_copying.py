@@ -20,8 +20,9 @@ def rate_of(step):
 
 
 def renamed(text):
-    """The script with other names for what its `run` assigns, but for some that stand deep inside of f-strings."""
-    run = next(node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    """The script with other names for what its loop assigns, but for some that stand deep inside of f-strings."""
+    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    run = next(each for each in functions if any(isinstance(node, ast.While) for node in ast.walk(each)))
     names = [node for node in ast.walk(run) if isinstance(node, ast.Name)]
     kept = {
         each.arg for node in ast.walk(run) if isinstance(node, ast.arguments) for each in node.args + node.kwonlyargs

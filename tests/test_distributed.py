@@ -6,7 +6,8 @@ import torch
 
 from lmscripts.data.steps import micro_batches
 from lmscripts.errors import UserError
-from lmscripts.training.processes import StopRequest, choose_precision, parse_duration, process_shares
+from lmscripts.options.checks import parse_duration
+from lmscripts.training.processes import StopRequest, choose_precision, process_shares
 from lmscripts.training.state import TrainingState
 
 

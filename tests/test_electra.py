@@ -167,7 +167,7 @@ def test_an_idle_process_adds_nothing():
 
 
 def test_embeddings_are_one_module_and_stay_shared(tmp_path):
-    from lmscripts.training.resume import load_weights
+    from lmscripts.training.checkpoint import load_weights
 
     objective = make_pair()
     for subfolder, model in objective.models.items():
@@ -190,7 +190,7 @@ def test_embeddings_are_one_module_and_stay_shared(tmp_path):
 
 def test_a_pair_whose_halves_disagree_is_refused(tmp_path):
     from lmscripts.errors import UserError
-    from lmscripts.training.resume import load_weights
+    from lmscripts.training.checkpoint import load_weights
 
     objective = make_pair()
     objective.discriminator.save_pretrained(tmp_path / "checkpoint")

@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT
 
 from lmscripts.options import lightning
+from lmscripts.options.checks import parse_duration
 from lmscripts.options.parsing import dump_options, option, parse_options, parse_options_with_origin
-from lmscripts.training.processes import parse_duration
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
 from lmscripts.objectives.causal import continuations, document_beginnings
 from lmscripts.tokenizer.folder import check_tokenizer
-from lmscripts.training.resume import check_architecture, load_weights
+from lmscripts.training.checkpoint import check_architecture, load_weights
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "character"])

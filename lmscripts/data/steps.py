@@ -341,6 +341,10 @@ class Phases:
             if first < end and begin < stop:
                 yield from phase.step_batches(max(first, begin) - begin, min(stop, end) - begin, process)
 
+    def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
+        """As `step_batches`, made in the background, a few steps ahead."""
+        return Prefetcher(self.step_batches(first, stop, process))
+
 
 def cut_rows(
     rows: Rows, sizes: list[int], arrays: dict[str, NDArray[Any]], several: NDArray[np.bool_], most_segments: int | None

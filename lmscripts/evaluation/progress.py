@@ -17,7 +17,7 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import RowAnswers, best_shares, calibrate, judge
 from lmscripts.evaluation.metrics import plain
 from lmscripts.models.classifier import ClassifierSettings
-from lmscripts.training.resume import load_weights
+from lmscripts.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -26,8 +26,8 @@ from lmscripts.evaluation.report import csv_text, visible
 from lmscripts.files import replaced_folder, write_text
 from lmscripts.models.classifier import KEY, ClassifierSettings, label_names
 from lmscripts.models.lora import merge_lora
-from lmscripts.training.card import fenced, model_card
 from lmscripts.training.folder import Beside, write_weights
+from lmscripts.training.log import fenced, model_card
 
 _USE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

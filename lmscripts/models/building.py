@@ -19,10 +19,10 @@ from lmscripts.errors import UserError
 from lmscripts.models import attention, decoder, fitting, pretrained
 from lmscripts.models.attention import AttentionPath
 from lmscripts.models.checks import check_isolation, drops_something
-from lmscripts.models.families import architectures, family
+from lmscripts.models.families import architectures, family, preset_keys
 from lmscripts.models.finding import CHECKSUMS, find_damage
 from lmscripts.models.loading import read_config
-from lmscripts.options.presets import Preset, disagreements
+from lmscripts.options.presets import Preset, default_parameter_file, disagreements, load_preset
 
 Models = dict[str, PreTrainedModel]
 
@@ -87,6 +87,16 @@ def build(
         if names and like is None and hidden_dropout and not drops_something(module, model, path):
             notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}")
     return models, list(dict.fromkeys(notices))
+
+
+def read_preset(parameter_file: str | None, name: str) -> tuple[Preset, Any]:
+    """A preset of a parameter file, the project's if none is named, and the module of its family.
+
+    Raises:
+        UserError: the file or the preset cannot be read.
+    """
+    preset = load_preset(parameter_file or default_parameter_file(), name, preset_keys())
+    return preset, family(preset.family)
 
 
 def recompute_activations(models: Mapping[str, PreTrainedModel]) -> None:

@@ -6,6 +6,8 @@ A name that is not among the values is passed over, so that an option can be del
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -68,3 +70,17 @@ def refuse_given(in_use: Any, given: Mapping[str, Any], why: str) -> None:
     """
     used = [field.name for field in dataclasses.fields(in_use)] if dataclasses.is_dataclass(in_use) else in_use
     check_useless(given, why, *(name for name in given if name not in used))
+
+
+def parse_duration(text: str | None) -> float:
+    """Seconds of "90", "90m", "11h30m" or "2d"; None is endless.
+
+    Raises:
+        UserError: it looks otherwise.
+    """
+    if text is None:
+        return math.inf
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if parts is None or not text.strip():
+        raise UserError(f"a duration must look like 90 (seconds), 90m or 11h30m, got {text!r}")
+    return float(sum(int(part or 0) * unit for part, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)))

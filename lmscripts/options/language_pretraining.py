@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lmscripts.options.parsing import option
 
 PREPARATION: dict[str, Mapping[str, Any]] = {"renamed": {"input_corpus": "input_file"}}
 PRETRAINING: dict[str, Mapping[str, Any]] = {
@@ -31,3 +34,15 @@ TOKENIZER: dict[str, Mapping[str, Any]] = {
         "disable_tqdm": "without a terminal plain lines are printed",
     },
 }
+
+
+@dataclass(frozen=True)
+class OlderNames:
+    """Options of pretraining that say what is said elsewhere now."""
+
+    GROUP = "older names"
+    fp16_type: int | None = option(None, help="1 to 3 = --precision fp16, 0 = the Accelerate config's")
+    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character"] | None = option(
+        None, help="the tokenizer says it; compared with that"
+    )
+    mecab_dic: str | None = option(None, help="the same")

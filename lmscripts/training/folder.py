@@ -9,10 +9,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from lmscripts.models.checks import check_exports
 from lmscripts.models.finding import (
     AVERAGE,
     OF_TRAINING,
+    OPTIMIZER,
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
@@ -29,10 +31,10 @@ from lmscripts.models.finding import (
 )
 from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
-from lmscripts.training import average as averaging
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training.log import versions
-from lmscripts.training.processes import sum_over_processes
+from lmscripts.training.optim import average_state, load_average
+from lmscripts.training.processes import check_agreement, from_main, sum_over_processes
 from lmscripts.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -43,6 +45,18 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 Beside = Callable[[Path], None]
+
+
+def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Path | None:
+    """The checkpoint whose models a run has, whatever it once began with; None for a run that begins.
+
+    Args:
+        run_dir: the run's folder.
+        do_continue: the newest of its checkpoints, whole or not, if there is one.
+        branch_from: else the checkpoint that a decay branch leaves.
+    """
+    own = list_checkpoints(run_dir) if do_continue else []
+    return own[-1] if own else Path(branch_from) if branch_from else None
 
 
 def write_nothing(folder: Path) -> None:
@@ -84,6 +98,8 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        source: the checkpoint that the run goes on from, its own or another run's; None for none.
+        continued: it is the run's own.
     """
 
     def __init__(
@@ -103,6 +119,94 @@ class RunFolder:
         self._fixed: dict[str, Any] = json.loads(json.dumps({**fixed, "format": _FORMAT}))
         self._rate, self._beside = rate, beside
         self._lock: TextIO | None = None
+        self.source: Path | None = None
+        self.continued = False
+        self._carry_over: str | None = None
+
+    def enter(
+        self,
+        accelerator: Accelerator,
+        models: Mapping[str, PreTrainedModel],
+        do_continue: bool,
+        *,
+        start_from: str | None = None,
+        carry_over: str | None = None,
+        branch: bool = False,
+        tokenizer: Any = None,
+    ) -> list[str]:
+        """Take the folder, and load the weights that the run goes on with; every process calls it.
+
+        Args:
+            accelerator: the running processes.
+            models: of this run, by subfolder, not yet prepared.
+            do_continue: go on from the newest whole checkpoint of this run.
+            start_from: checkpoint or folder of another run to begin with, where this one has no checkpoint yet.
+            carry_over: of that checkpoint, what is taken: "weights"; "moments": the optimizer's state as well, counting
+                steps anew; "everything": also the step, so that the schedule goes on.
+            branch: this run goes on as that one would have: what must not change there must not change here.
+            tokenizer: of this run, which has to fit the weights of another.
+
+        Returns:
+            Sentences for the user.
+
+        Raises:
+            UserError: see `claim` and `lmscripts.training.checkpoint.load_weights`.
+        """
+        claimed = from_main(accelerator, partial(self.claim, do_continue, start_from, branch))
+        self.source, self.continued, notices = claimed
+        check_agreement({"checkpoint found": self.source is None or self.source.is_dir()})
+        self._carry_over = None if self.continued else carry_over
+        if self.source is not None:
+            notices += checkpoints.load_weights(models, self.source, tokenizer if self._carry_over else None)
+        return notices
+
+    def restore(
+        self,
+        accelerator: Accelerator,
+        trained: nn.Module,
+        optimizer: Optimizer,
+        *,
+        own: Any = None,
+        average: AveragedModel | None = None,
+        optimizer_name: str = "",
+    ) -> TrainingState:
+        """Put optimizer, loss scaler, average and progress back; the weights were loaded by `enter`.
+
+        Args:
+            accelerator: the running processes.
+            trained: the module whose parameters the optimizer steps.
+            optimizer: the optimizer.
+            own: what the loop keeps beside `TrainingState`, as it is at a beginning.
+            average: moving average of the weights, if there is one.
+            optimizer_name: as the options name it, to be compared with that of another run.
+
+        Returns:
+            The state that the run goes on with.
+
+        Raises:
+            UserError: the checkpoint does not fit.
+        """
+        source, another_run = self.source, self._carry_over is not None
+        if source is None or self._carry_over == "weights":
+            return TrainingState(own=own)
+        facts = read_state(source)
+        if another_run and facts["fixed"].get("optimizer") != optimizer_name:
+            raise UserError(
+                f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use "
+                f"to {optimizer_name}: give --optimizer, or --carry_over weights"
+            )
+        moments, groups = source / OPTIMIZER, facts["groups"]
+        checkpoints.load_optimizer_state(optimizer, trained, moments, groups, another_run=another_run)
+        if accelerator.scaler is not None and facts["scaler"] is not None:
+            accelerator.scaler.load_state_dict(facts["scaler"])
+        if self._carry_over == "moments":
+            return TrainingState(own=own)
+        if average is not None and (source / AVERAGE).is_file():
+            load_average(average, load_file(source / AVERAGE))
+        state = TrainingState.from_json(facts["progress"], own)
+        if another_run:
+            state.evaluated_step, state.window_sums, state.window_counts = -1, {}, {}
+        return state
 
     def claim(
         self, do_continue: bool, start_from: str | None = None, branch: bool = False
@@ -170,7 +274,6 @@ class RunFolder:
         self,
         accelerator: Accelerator,
         trained: nn.Module,
-        models: Mapping[str, PreTrainedModel],
         optimizer: Optimizer,
         state: TrainingState,
         average: AveragedModel | None = None,
@@ -179,8 +282,7 @@ class RunFolder:
 
         Args:
             accelerator: the running processes.
-            trained: the module whose parameters the optimizer steps.
-            models: of it, by the subfolder that each is saved in.
+            trained: the module whose parameters the optimizer steps; its `models` are saved by their subfolders.
             optimizer: the optimizer.
             state: where the run stands.
             average: moving average of the weights, if there is one.
@@ -190,6 +292,7 @@ class RunFolder:
         """
         problem: UserError | None = None
         sharded = any(hasattr(parameter, "full_tensor") for parameter in trained.parameters())
+        models: Mapping[str, PreTrainedModel] = trained.models  # type: ignore[assignment]
         if accelerator.is_main_process or sharded:
             weights = {part: (m, checkpoints.model_state(m) if sharded else None) for part, m in models.items()}
             tensors, groups = checkpoints.optimizer_state(optimizer, trained)
@@ -204,7 +307,7 @@ class RunFolder:
                     self._beside(aside / part)
                     write_weights(aside / part, model, tensors)
                 if average is not None:
-                    save_file(averaging.state(average), aside / AVERAGE)
+                    save_file(average_state(average), aside / AVERAGE)
 
             try:
                 checkpoints.save_checkpoint(self.path, state.step, write, tensors, facts)

@@ -1,4 +1,8 @@
-"""What a pretraining run is going to do: its phases, opened before the processes join, and the plan in words."""
+"""What a pretraining run is going to do: its phases, opened before the processes join, and the plan in words.
+
+A decay branch takes from the run that it leaves what is not said anew.
+Heavy modules are imported where they are used: scripts ask `branch_options` while they read their options.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmscripts.counters import stream_key
-from lmscripts.data.packing import Packing
-from lmscripts.data.preparation import Source, prepare_beside
-from lmscripts.data.steps import Phase, Phases, RowSource
-from lmscripts.data.token_store import TokenStore, open_store
 from lmscripts.errors import UserError
-from lmscripts.tokenizer.encoder import find_tokenizer, load_encoder
-from lmscripts.training.processes import nodes_of_processes, process_shares
+from lmscripts.options.yaml_text import shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from lmscripts.data.packing import Packing
+    from lmscripts.data.steps import Phase, Phases, RowSource
+    from lmscripts.data.token_store import TokenStore
+
+# Of a run's config.yaml, what belongs to that job and its machines and not to what comes after it.
+_ITS_OWN = {
+    *("model_dir", "do_continue", "dry_run", "decay_from", "start_from", "carry_over", "stop_at_step", "max_time"),
+    *("node_rank", "expected_processes", "process_shares"),
+}
+# Where one of the first is given, the others are not taken either: they say the same in another way, or more of it.
+_TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("dataset_dir", "input_file"), ("validation_fraction", "validation_file", "num_workers")),
+    (("precision", "fp16_type"), ()),
+)
+_PRETRAINED = [f"pretrained_{half}model_name_or_path" for half in ("", "generator_", "discriminator_")]
+# Of the settings in a checkpoint, what is no option, or none of the family's: config.yaml has it as it was given.
+_LENGTHS = ("max_steps", "epochs")
+_NOT_TAKEN = ("format", "token store", "phase_steps", "mask_unit", "mask_probability")
 
 
 @dataclass(frozen=True)
@@ -45,27 +62,47 @@ class PhaseSettings:
 
 
 def open_stores(
-    dataset_dirs: Sequence[str], tokenizer_dir: str | None, source: Source | None, run_dir: Path, num_workers: int
+    dataset_dirs: Sequence[str],
+    tokenizer_dir: str | None,
+    run_dir: Path,
+    *,
+    input_files: tuple[str, ...] = (),
+    num_workers: int = 2,
+    **held_out: Any,
 ) -> dict[str, TokenStore]:
     """The stores by the name that was given; "" for the one that is made of text here, before the processes join.
 
     Args:
         dataset_dirs: token stores.
-        tokenizer_dir: folder or Hub name of the tokenizer that must be the stores'; None for any.
-        source: text instead of stores.
+        tokenizer_dir: folder or Hub name of the tokenizer; it must be the stores', None for any.
         run_dir: folder of the run, beside which a store is made.
-        num_workers: processes that tokenise.
+        input_files: text instead of stores.
+        num_workers: processes that tokenise it.
+        held_out: what of it is held out, by fields of `lmscripts.data.preparation.Source`.
 
     Raises:
         UserError: a store or a text that cannot be used, or stores of different tokenizers.
     """
-    if source is not None:
+    from lmscripts.data.preparation import Source, prepare_beside
+    from lmscripts.data.token_store import open_store
+    from lmscripts.tokenizer.encoder import find_tokenizer, load_encoder
+
+    if input_files:
+        source = Source(input_files, find_tokenizer(str(tokenizer_dir)), **held_out)
         return {"": prepare_beside(source, run_dir, num_workers)}
     wanted = load_encoder(find_tokenizer(tokenizer_dir)).fingerprint if tokenizer_dir else None
     stores = {name: open_store(Path(name), wanted) for name in dict.fromkeys(dataset_dirs)}
     if len({store.manifest["tokenizer"]["fingerprint"] for store in stores.values()}) > 1:
         raise UserError(f"the stores {' and '.join(map(str, stores))} were made with different tokenizers")
     return stores
+
+
+def lengths_of_run(run_dir: Path) -> tuple[int, ...]:
+    """Tokens of a row in each phase of a run, from its newest whole checkpoint; empty if it has none."""
+    from lmscripts.models.finding import look_for_whole, read_state
+
+    own = look_for_whole(run_dir)[0]
+    return () if own is None else tuple(read_state(own)["fixed"]["sequence_length"])
 
 
 def by_phase(values: Mapping[str, Sequence[Any]], num_phases: int) -> list[dict[str, Any]]:
@@ -89,9 +126,9 @@ def by_phase(values: Mapping[str, Sequence[Any]], num_phases: int) -> list[dict[
 
 
 def open_sources(
-    phases: Sequence[PhaseSettings], objective: Any, tokenizer: Any, packing: Packing
-) -> list[tuple[RowSource, RowSource | None]]:
-    """Training rows and held-out rows of every phase.
+    phases: Sequence[PhaseSettings], objective: Any, packing: Packing, **wanted: str | None
+) -> tuple[Any, list[tuple[RowSource, RowSource | None]]]:
+    """The tokenizer of the text, and training rows and held-out rows of every phase.
 
     Called before the processes join, by all of them: the first of each machine builds an index that is missing and
     the others wait for it to appear, so that no collective operation is waiting meanwhile.
@@ -99,12 +136,18 @@ def open_sources(
     Args:
         phases: what each phase is asked to be.
         objective: its module, see `lmscripts.objectives`.
-        tokenizer: from transformers.
         packing: whether documents of a row see each other.
+        wanted: what the tokenizer has to be, see `lmscripts.tokenizer.folder.check_tokenizer`.
 
     Raises:
-        UserError: the tokenizer lacks a special token, or a store has no training text.
+        UserError: the tokenizer is another or lacks a special token, or a store has no training text.
     """
+    from transformers import AutoTokenizer
+
+    from lmscripts.tokenizer.folder import check_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(phases[0].store.tokenizer_dir, local_files_only=True)
+    check_tokenizer(tokenizer, **wanted)
     opened = []
     for phase in phases:
         shape = (tokenizer, phase.sequence_length, packing, phase.objective)
@@ -112,7 +155,7 @@ def open_sources(
         if rows is None:
             raise UserError(f"{phase.store.folder} holds no training text")
         opened.append((rows, held_out))
-    return opened
+    return tokenizer, opened
 
 
 def open_phases(
@@ -147,6 +190,10 @@ def open_phases(
     Raises:
         UserError: shares or nodes do not match the processes.
     """
+    from lmscripts.counters import stream_key
+    from lmscripts.data.steps import Phase, Phases
+    from lmscripts.training.processes import nodes_of_processes, process_shares
+
     nodes, made = nodes_of_processes(accelerator, node_rank), []
     for number, (phase, (rows, held_out)) in enumerate(zip(phases, sources, strict=True)):
         plan = objective.plan(tokenizer, rows.layout, phase.objective)
@@ -234,3 +281,97 @@ def _phase_lines(data: Phase) -> list[tuple[str, str]]:
         ("steps", f"{steps}{epochs * index.real_tokens:,.0f} tokens"),
         ("shares", f"rows of a step {data.shares} by process, at most {data.micro_batch_size} at once"),
     ]
+
+
+# ---- a decay branch: options that it takes from the run it leaves, and those that the checkpoint has settled --------
+
+
+def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Options of a run with --decay_from beside those that were given, in the form of `options.parsing.Beneath`.
+
+    Model and text, and all else that was not given, are those of the run: of the settings in the checkpoint, and of
+    config.yaml in its folder. The schedule follows from the checkpoint's step; it is one of the options from here on,
+    so that what is written down says what was run. A branch that is continued knows all of this itself; the checkpoint
+    that it left may be gone.
+
+    Args:
+        given: name to value and whether it stands on the line.
+        read: gives the options of a file.
+
+    Returns:
+        Name to value, settled ones among them; empty without --decay_from.
+
+    Raises:
+        UserError: the checkpoint is none or not one of a stable rate, or an option was given that has no effect.
+    """
+    from lmscripts.models.finding import find_checkpoint, read_state
+
+    decay_from, steps = (given.get(name, (None, False))[0] for name in ("decay_from", "decay_steps"))
+    if decay_from is None:
+        return {}
+    own = _own_checkpoint(given)
+    if own is None and steps is None:
+        raise UserError(f"--decay_from {decay_from} needs --decay_steps")
+    checkpoint = own or find_checkpoint(Path(decay_from))[0]
+    state = read_state(checkpoint)
+    plan, fixed, step = state.get("schedule"), state["fixed"], state["progress"]["step"]
+    if plan is None:
+        raise UserError(f"{checkpoint} does not say its schedule: it was saved by an older version")
+    if fixed.get("phase_steps"):
+        raise UserError(
+            f"{checkpoint} is of a run with --phase_steps {shown(tuple(fixed['phase_steps']))}: no branches"
+        )
+    decay = {"wsd": plan["decay_steps"] or 0, "constant": 0}.get(plan["schedule"])
+    if decay is None:
+        raise UserError(f"{checkpoint} was trained with --schedule {plan['schedule']}, whose rate is never stable")
+    begin, end = plan["warmup_steps"], plan["max_steps"] - decay
+    if own is None and not begin <= step <= end:
+        raise UserError(f"{checkpoint} is at step {step}, but its rate was stable from step {begin} to {end} only")
+    settled = {"schedule": "wsd", "learning_rate": plan["peak"], "warmup_steps": begin}
+    settled |= {"epochs": None, "phase_steps": ()}
+    settled |= {"max_steps": plan["max_steps"] if own else step + steps, "decay_steps": decay if own else steps}
+    file = checkpoint.parent / "config.yaml"
+    before = read(str(file)) if file.is_file() else {}
+    if file.is_file():
+        settled |= {name: before.get(name) for name in _PRETRAINED}
+    _refuse_others(given, settled, before)
+    settled |= _of_that_job(given, before)
+    before |= {name: tuple(v) if isinstance(v, list) else v for name, v in fixed.items() if name not in _NOT_TAKEN}
+    left_out = {*given, *_ITS_OWN}
+    for names, more in _TOGETHER:
+        left_out |= {*names, *more} if left_out & {*names} else set()
+    taken = {name: value for name, value in before.items() if name not in left_out}
+    return taken | settled | ({} if own else {"decay_from": str(checkpoint)})
+
+
+def _of_that_job(given: Mapping[str, tuple[Any, bool]], before: Mapping[str, Any]) -> dict[str, None]:
+    """Options of the file that say where the run's own job began and ended, if the file is that run's config.yaml."""
+    names = ("start_from", "carry_over", "stop_at_step", "max_time")
+    of_file = {name: given[name][0] for name in names if name in given and not given[name][1]}
+    return {name: None for name, value in of_file.items() if value == before.get(name)}
+
+
+def _own_checkpoint(given: Mapping[str, tuple[Any, bool]]) -> Path | None:
+    """The newest checkpoint of a branch that is continued, be it damaged: its state has to be readable."""
+    from lmscripts.models.finding import list_checkpoints, read_state
+
+    run_dir, goes_on = (given.get(name, (None, False))[0] for name in ("model_dir", "do_continue"))
+    for checkpoint in reversed(list_checkpoints(Path(run_dir)) if run_dir and goes_on else []):
+        try:
+            read_state(checkpoint)
+        except (OSError, ValueError):
+            continue  # damaged: which is said where the run takes its folder
+        return checkpoint
+    return None
+
+
+def _refuse_others(
+    given: Mapping[str, tuple[Any, bool]], settled: Mapping[str, Any], before: Mapping[str, Any]
+) -> None:
+    """Refuse options that would be ignored; a file may repeat those of the run that is left, and name any length."""
+    for name, value in settled.items():
+        written, on_line = given.get(name, (None, False))
+        of_file = not on_line and (written == before.get(name) or name in _LENGTHS)
+        if written not in (None, value) and not of_file:
+            there = "this branch has none" if value in (None, ()) else f"in this branch it is {shown(value)}"
+            raise UserError(f"--{name} {shown(written)} has no effect with --decay_from: {there}")

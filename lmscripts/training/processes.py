@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 import warnings
@@ -142,6 +141,8 @@ def choose_precision(
     Raises:
         UserError: no such type, or the config asks for another precision.
     """
+    if fp16_type and precision not in (None, "fp16"):
+        raise UserError(f"--fp16_type {fp16_type} and --precision {precision} differ: give one")
     if precision == "fp16_on_gpu":
         precision = "fp16" if torch.cuda.is_available() else "no"
     if fp16_type not in (None, 0, 1, 2, 3):
@@ -268,15 +269,3 @@ class StopRequest:
         if not self.reason and time.monotonic() > self._deadline:
             self.reason = "--max_time"
         return bool(self.reason)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of "90", "90m", "11h30m" or "2d".
-
-    Raises:
-        UserError: it looks otherwise.
-    """
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
-    if parts is None or not text.strip():
-        raise UserError(f"a duration must look like 90 (seconds), 90m or 11h30m, got {text!r}")
-    return float(sum(int(part or 0) * unit for part, unit in zip(parts.groups(), (86400, 3600, 60, 1), strict=True)))
