@@ -1,4 +1,4 @@
-"""What a run leaves to look at: log.jsonl, the curves, the model card, and how fast it was."""
+"""What a run leaves to look at: log.jsonl, the curves, the model card; how fast it is."""
 
 from __future__ import annotations
 
@@ -34,25 +34,6 @@ well the model does on other text was not measured."""
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
-class RunLog:
-    """Appends records to RUN/log.jsonl, one JSON object a line.
-
-    On a continued run the records after the step it continues from are dropped: they will be written again.
-    """
-
-    def __init__(self, run_dir: Path, continued_from: int | None) -> None:
-        self.file = run_dir / "log.jsonl"
-        kept: list[dict[str, Any]] = []
-        if continued_from is not None and self.file.exists():
-            kept = [r for r in read_log(self.file) if r.get("step", 0) <= continued_from]
-        write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def read_log(file: Path) -> list[dict[str, Any]]:
     """Records of a log.jsonl; a last line cut off by a crash is left out."""
     records = []
@@ -68,8 +49,9 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 class Reporter:
     """Shows and writes down what a run measures: progress bar or lines, log.jsonl, tracker.
 
+    On a continued run the records after the step it continues from are dropped: they will be written again.
+
     Attributes:
-        file: log.jsonl of the run.
         bar: the progress bar; plain lines instead where there is no terminal.
     """
 
@@ -85,26 +67,24 @@ class Reporter:
         """
         from tqdm import tqdm
 
-        main = accelerator.is_main_process
-        self.file = run_dir / "log.jsonl"
+        main, self._file = accelerator.is_main_process, run_dir / "log.jsonl"
         self._accelerator, self._stop_step = accelerator, stop_step
-        self._log = RunLog(run_dir, step if continued else None) if main else None
+        if main:
+            kept = read_log(self._file) if continued and self._file.exists() else []
+            lines = (json.dumps(record) + "\n" for record in kept if record.get("step", 0) <= step)
+            write_text(self._file, "".join(lines))
         self.bar = tqdm(total=stop_step, initial=step, disable=not (main and sys.stderr.isatty()), unit="step")
         accelerator.init_trackers("tensorboard")
 
     def __call__(self, step: int, record: Mapping[str, float], words: str) -> None:
         """Write a record of a step and show it in words."""
-        if self._log is not None:
-            self._log.write({"step": step, **record})
+        if self._accelerator.is_main_process:
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
         self._accelerator.log(dict(record), step=step)
         self.bar.set_postfix_str(words)
         if self.bar.disable:
             self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {words}", flush=True)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 operations per second of a known GPU; None where utilisation cannot be stated."""
-    return next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def gpu_statistics(device: torch.device) -> dict[str, float]:
@@ -205,7 +185,8 @@ class Meter:
             counts: of those steps.
         """
         self._device = device
-        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in gpu), None)
         self._reset()
         self._sums.update(sums or {})
         self._counts.update(counts or {})

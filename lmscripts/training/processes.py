@@ -83,8 +83,6 @@ def _check_world(accelerator: Accelerator, launched: int) -> None:
     """Refuse a world in which training would silently be wrong."""
     if accelerator.num_processes != launched:
         raise UserError(f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}")
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps} in the Accelerate config: leave "
