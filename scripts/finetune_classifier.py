@@ -274,7 +274,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
     from lmscripts.models.classifier import padding_id
     from lmscripts.objectives import labels
     from lmscripts.objectives.module import Objective
-    from lmscripts.training import folder, log, optim, plan, processes
+    from lmscripts.training import folder, log, optim, processes
     from lmscripts.training.state import of_process
 
     # ---- processes and data
@@ -347,7 +347,7 @@ def run(options: Options, at_errors: contextlib.ExitStack) -> None:
         f"tokens), {validation.num_rows:,} for validation, {test.num_rows:,} for testing",
         f"{options.epochs} epochs of {order.per_epoch:,} steps of {options.batch_size} rows; rows of each process: "
         f"{shares}",
-        f"rates: {plan.rates_text(rate, num_steps, [warmup_steps])}",
+        f"rates: {optim.rates_text(rate, num_steps, [warmup_steps])}",
     ]
     say(*said, *doubts)
     if options.dry_run:

@@ -77,7 +77,8 @@ def test_wrong_durations(text):
 
 
 def test_stop_request_remembers_signals_and_time():
-    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    earlier = {number: signal.getsignal(number) for number in numbers}
     try:
         stop = StopRequest()
         assert not stop()

@@ -104,7 +104,7 @@ def without_dropout(workspace, table, bert, trained):
 @pytest.fixture
 def here(monkeypatch, capsys):
     """The script in this process, where torch is loaded already: seconds less than a process of its own."""
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in signals}
 
     def forget():

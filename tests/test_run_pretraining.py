@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from conftest import SAMPLE, TINY_PRESET, launch, run_script
@@ -131,7 +132,7 @@ def test_damaged_newest_checkpoint_is_passed_over(common, workspace, uninterrupt
     assert same_bits(weights(uninterrupted), weights(run_dir))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_ends_with_its_own_code(common, workspace, uninterrupted, number):
     run_dir = workspace / f"signal{number}"
     arguments = [*common, *LONG, "--model_dir", run_dir]
@@ -146,6 +147,38 @@ def test_signal_saves_and_ends_with_its_own_code(common, workspace, uninterrupte
     assert "Traceback" not in text
     run_script("run_pretraining.py", *arguments, "--do_continue")
     assert same_bits(weights(uninterrupted), weights(run_dir))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_does_not_outlive_its_launcher(common, workspace, uninterrupted, number):
+    """`accelerate launch` with one process dies of a signal without a word to the script."""
+    run_dir = workspace / f"launcher{number}"
+    arguments = [*common, *LONG, "--model_dir", run_dir]
+    with open(workspace / "launcher.txt", "w+", encoding="utf-8") as log:
+        launcher = start(arguments, log, "cpu.yaml")
+        wait_for_step(launcher, run_dir, 5)
+        (child,) = psutil.Process(launcher.pid).children()
+        launcher.send_signal(number)
+        launcher.wait(timeout=60)
+        psutil.wait_procs([child], timeout=60)
+        assert not child.is_running()
+        log.seek(0)
+        assert "stopped by the end of its launcher" in log.read()
+    run_script("run_pretraining.py", *arguments, "--do_continue")
+    assert same_bits(weights(uninterrupted), weights(run_dir))
+
+
+def test_weights_that_are_not_finite_are_no_result(common, workspace):
+    run_dir = workspace / "exploded"
+    line = [*common, "--max_steps", "4", "--logging_steps", "1", "--learning_rate", "1e30", "--model_dir", run_dir]
+    done = run_script("run_pretraining.py", *line, check=False)
+    assert done.returncode == 2
+    assert "holds numbers that are not finite: nothing was saved" in done.stderr
+    assert not (run_dir / "final").exists()
+    assert not list(run_dir.glob("checkpoint-*"))
+    log_of(run_dir)  # is JSON
+    assert "NaN" not in (run_dir / "log.jsonl").read_text(encoding="utf-8")
 
 
 def test_signal_during_an_evaluation(common, workspace, uninterrupted):

@@ -222,6 +222,20 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: _whole(tensor) for name, tensor in model.state_dict().items()}
 
 
+def check_finite(weights: Mapping[str, Tensor], part: str, step: int) -> None:
+    """Refuse weights that no training comes back from.
+
+    Raises:
+        UserError: names one that holds numbers that are not finite.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"after step {step:,} {name} of {part or 'the model'} holds numbers that are not finite: nothing was "
+                "saved. Lower the learning rate; the last checkpoint is from before"
+            )
+
+
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -100,6 +100,7 @@ class RunFolder:
         path: the folder.
         source: the checkpoint that the run goes on from, its own or another run's; None for none.
         continued: it is the run's own.
+        beside: writes what stands beside each model, such as its tokenizer.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class RunFolder:
         self.path = path
         # As it will be read back. The format grows when the same numbers would give other rows or another state.
         self._fixed: dict[str, Any] = json.loads(json.dumps({**fixed, "format": _FORMAT}))
-        self._rate, self._beside = rate, beside
+        self._rate, self.beside = rate, beside
         self._lock: TextIO | None = None
         self.source: Path | None = None
         self.continued = False
@@ -288,7 +289,7 @@ class RunFolder:
             average: moving average of the weights, if there is one.
 
         Raises:
-            UserError: it could not be written; earlier checkpoints are as they were.
+            UserError: it could not be written, or a weight is no finite number; earlier checkpoints are as they were.
         """
         problem: UserError | None = None
         sharded = any(hasattr(parameter, "full_tensor") for parameter in trained.parameters())
@@ -304,12 +305,14 @@ class RunFolder:
 
             def write(aside: Path) -> None:
                 for part, (model, tensors) in weights.items():
-                    self._beside(aside / part)
+                    self.beside(aside / part)
                     write_weights(aside / part, model, tensors)
                 if average is not None:
                     save_file(average_state(average), aside / AVERAGE)
 
             try:
+                for part, (model, gathered) in weights.items():
+                    checkpoints.check_finite(gathered or model.state_dict(), part, state.step)
                 checkpoints.save_checkpoint(self.path, state.step, write, tensors, facts)
             except UserError as error:
                 problem = error

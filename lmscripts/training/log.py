@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from math import isfinite, nan
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,9 @@ _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors",
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """Records of a log.jsonl; a last line cut off by a crash is left out."""
+    """Records of a log.jsonl; a damaged line, such as a last one cut off by a crash, is left out."""
     records = []
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 records.append(json.loads(line))
@@ -79,8 +80,9 @@ class Reporter:
     def __call__(self, step: int, record: Mapping[str, float], words: str) -> None:
         """Write a record of a step and show it in words."""
         if self._accelerator.is_main_process:
+            known = {name: value if isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
             with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"step": step, **known}, ensure_ascii=False) + "\n")
         self._accelerator.log(dict(record), step=step)
         self.bar.set_postfix_str(words)
         if self.bar.disable:
@@ -168,7 +170,7 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
 
 
 def _curve(records: list[dict[str, Any]], name: str, factor: float = 1) -> tuple[list[int], list[float]]:
-    return [r["step"] for r in records], [factor * r[name] for r in records]
+    return [r["step"] for r in records], [nan if r[name] is None else factor * r[name] for r in records]
 
 
 class Meter:

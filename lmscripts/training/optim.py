@@ -66,6 +66,18 @@ class Schedule:
         return self.peak * (self.final_ratio + (1 - self.final_ratio) * left)
 
 
+def rates_text(
+    rate: Callable[[int], float], num_steps: int, corners: Sequence[int] = (), others: Sequence[int] = ()
+) -> str:
+    """The rates of some steps in words: the first, the middle, the last, corners of the schedule and others."""
+    last = num_steps - 1
+    marks = sorted({min(mark, last) for mark in (0, *corners, last // 2, last, *others)})
+    rates = ", ".join(f"step {step + 1:,} {rate(step):.2e}" for step in marks)
+    if corners and max(corners) > last:
+        rates += f"; the warmup of {max(corners):,} steps is longer than the run"
+    return rates
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give all parameters a learning rate."""
     for group in optimizer.param_groups:

@@ -238,6 +238,8 @@ def plan_text(
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
     """
+    from lmscripts.training.optim import rates_text
+
     several = len(data.phases) > 1
     lines, begin = [("model", f"{parameters:,} parameters")], 0
     for number, (phase, end) in enumerate(zip(data.phases, data.ends, strict=True)):
@@ -253,18 +255,6 @@ def plan_text(
         ("disk", f"about {12 * parameters / 2**20:,.0f} MiB a checkpoint"),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
-
-
-def rates_text(
-    rate: Callable[[int], float], num_steps: int, corners: Sequence[int] = (), others: Sequence[int] = ()
-) -> str:
-    """The rates of some steps in words: the first, the middle, the last, corners of the schedule and others."""
-    last = num_steps - 1
-    marks = sorted({min(mark, last) for mark in (0, *corners, last // 2, last, *others)})
-    rates = ", ".join(f"step {step + 1:,} {rate(step):.2e}" for step in marks)
-    if corners and max(corners) > last:
-        rates += f"; the warmup of {max(corners):,} steps is longer than the run"
-    return rates
 
 
 def _phase_lines(data: Phase) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Result = TypeVar("Result")
+_OF_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what `accelerate launch` and torchrun set
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
 
 
@@ -246,16 +247,19 @@ def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tu
 class StopRequest:
     """Remembers that the process was asked to stop; the loop looks at it between steps.
 
-    SIGTERM and SIGUSR1 (schedulers) and SIGINT (the keyboard) ask to stop after the current step, and so does the end
-    of the time limit; a second SIGINT interrupts at once.
+    SIGTERM and SIGUSR1 (schedulers), SIGHUP (a terminal that is closed; under nohup it stays ignored) and SIGINT (the
+    keyboard) ask to stop after the current step, and so does the end of the time limit; a second SIGINT interrupts at
+    once. A launcher that dies does not always tell its processes, so that they look whether it is still there.
     """
 
     def __init__(self, deadline: float = float("inf")) -> None:
         """Begin to listen; `deadline` is a time of `time.monotonic()`."""
         self.reason = ""
         self._deadline = deadline
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._remember)
+        self._launcher = os.getppid() if any(name in os.environ for name in _OF_LAUNCHERS) else None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
@@ -263,7 +267,9 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
-        """Whether this process was asked to stop or is out of time."""
+        """Whether this process was asked to stop, is out of time, or has lost its launcher."""
         if not self.reason and time.monotonic() > self._deadline:
             self.reason = "--max_time"
+        if not self.reason and self._launcher not in (None, os.getppid()):
+            self.reason = "the end of its launcher"
         return bool(self.reason)
