@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +21,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lmscripts import files
 from lmscripts.errors import UserError, naming
-from lmscripts.files import new_folder
 from lmscripts.text.words import WordTokenizer
 from lmscripts.tokenizer.identity import model_kind
 from lmscripts.tokenizer.training import (
@@ -55,11 +53,7 @@ FOLDER_FILES = {
 
 
 def check_combination(tokenizer_type: TokenizerType, words: WordTokenizer, *, causal: bool = False) -> None:
-    """Refuse what no tokenizer class of transformers does, and for a causal model what loses text.
-
-    Raises:
-        UserError: with what to take instead.
-    """
+    """Refuse what no tokenizer class of transformers does, and for a causal model what loses text, by a UserError."""
     if causal:
         spaces = "white space" + (" and words with unknown characters" if tokenizer_type == "wordpiece" else "")
         widths = "half and full width, U+3000, ligatures"
@@ -101,17 +95,7 @@ def write_tokenizer(
     model_max_length: int,
     record: dict[str, Any],
 ) -> None:
-    """Write the files of a tokenizer.
-
-    Args:
-        folder: exists and is empty.
-        trained: the vocabulary.
-        tokenizer_type: wordpiece, unigram, bpe or character.
-        words: how text is cut into words before.
-        causal: for a causal model: lossless.
-        model_max_length: tokens beyond which transformers warns.
-        record: further facts for `lmscripts_tokenizer.json`.
-    """
+    """Write the files of a tokenizer into an empty folder; the record, further facts, goes to `RECORD_FILE`."""
     fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
     common = {"model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
     config: dict[str, Any]
@@ -246,11 +230,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
-    """Compare options that describe the tokenizer with the tokenizer there is.
-
-    Args:
-        tokenizer: from transformers.
-        wanted: tokenizer_type and mecab_dic as the user gave them; None is not checked.
+    """Compare tokenizer_type and mecab_dic, as the user gave them or None, with the tokenizer of transformers there is.
 
     Raises:
         UserError: they differ.
@@ -273,13 +253,10 @@ def check_target(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: it holds a tokenizer and `overwrite` is off, or it holds anything else.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder as --model_dir")
-    names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if name not in FOLDER_FILES]
-    if foreign:
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if foreign := [name for name in names if name not in FOLDER_FILES]:
         raise UserError(
             f"{folder} holds other files ({', '.join(foreign[:3])}); give a folder of its own as --model_dir"
         )
@@ -289,29 +266,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
-
-    What is there stays usable until then.
-
-    Raises:
-        UserError: see `check_target`.
-    """
+    """As `files.replaced_folder`, where `check_target` allows it, before and after the block."""
     check_target(folder, overwrite)
-    fresh = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
-    earlier = folder.with_name(f".{folder.name}.earlier-{uuid.uuid4().hex[:8]}")
-    try:
-        with naming(folder), new_folder(fresh) as aside:
-            yield aside
+    with naming(folder), files.replaced_folder(folder) as aside:
+        yield aside
         check_target(folder, overwrite)
-        if folder.exists():
-            os.rename(folder, earlier)
-        try:
-            os.rename(fresh, folder)
-        except OSError:
-            if earlier.exists():
-                os.rename(earlier, folder)
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(earlier, ignore_errors=True)
