@@ -22,6 +22,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordPiece
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
 from lmscripts.text.words import MECAB_DEFAULTS, Segmenter, mecab_segmenter, sudachi_segmenter
 from lmscripts.tokenizer.identity import fingerprint, is_bert_japanese
 
@@ -123,29 +124,21 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def find_tokenizer(name: str) -> Path:
-    """The folder of a tokenizer: the one that is named, or the files of an OWNER/NAME on the Hub.
+    """The folder of a tokenizer: the one that is named, or that of an OWNER/NAME on the Hub in its cache.
 
     Raises:
-        UserError: there is no such folder, and no tokenizer of that name.
+        UserError: there is no folder and nothing on the Hub, or when offline in the cache, of that name.
     """
     folder = Path(name).expanduser()
-    # Who opens a folder that is not there says what is wrong with it.
-    return folder if folder.is_dir() or not _HUB_NAME.fullmatch(name) else fetch_tokenizer(name)
-
-
-def fetch_tokenizer(name: str) -> Path:
-    """The files of a name on the Hub, in its cache, which is all that is searched when offline.
-
-    Raises:
-        UserError: there is no such name.
-    """
+    if folder.is_dir() or not _HUB_NAME.fullmatch(name):  # who opens a folder that is not there says what is wrong
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
     except Exception as error:  # the Hub client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
+        here = f"neither a folder (seen from {Path.cwd()}) nor on the Hub"
+        raise UserError(f"{name} is {here}: {shortened(error)}") from None
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -163,7 +156,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a foreign folder makes transformers raise
-        reason = " ".join(str(error).split())[:300]
+        reason = shortened(error, 300)
         raise UserError(f"{folder} holds no tokenizer that AutoTokenizer can load ({reason})") from error
 
 
@@ -202,7 +195,8 @@ class _JapaneseWay:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.segment = own_segmenter(tokenizer) or _their_segmenter(tokenizer)
+        theirs = tokenizer.word_tokenizer.tokenize if tokenizer.do_word_tokenize else lambda line, never_split: [line]
+        self.segment = own_segmenter(tokenizer) or partial(theirs, never_split=tokenizer.all_special_tokens)
         self.cache = _WordCache(tokenizer)
         self.added = added_tokens(tokenizer)
 
@@ -236,14 +230,6 @@ class _JapaneseWay:
 
 def _as_bytes(ids: Sequence[int]) -> bytes:
     return np.array(ids, np.uint32).tobytes()
-
-
-def _their_segmenter(tokenizer: Any) -> Segmenter:
-    if not tokenizer.do_word_tokenize:
-        return lambda line: [line]
-    never_split = tokenizer.all_special_tokens
-    words: Callable[..., list[str]] = tokenizer.word_tokenizer.tokenize
-    return lambda line: words(line, never_split=never_split)
 
 
 class _WordCache(dict[str, bytes]):

@@ -26,19 +26,12 @@ from lmscripts.tokenizer.report import check_encoder
 
 @dataclass(frozen=True)
 class Extension:
-    """What is to become of a tokenizer.
-
-    Attributes:
-        encoder: the tokenizer as it is.
-        words: new word, as encoding will see it -> id of the unused token that makes room for it.
-        request: hash of all that decides the result.
-        sentences: for the user: what is new, what was known or repeated.
-    """
+    """What is to become of a tokenizer: `words` are the new words, as encoding will see them, with their ids."""
 
     encoder: Encoder
     words: dict[str, int]
-    request: str
-    sentences: tuple[str, ...]
+    request: str  # hash of all that decides the result
+    sentences: tuple[str, ...]  # for the user: what is new, what was known or repeated
 
 
 def plan_extension(tokenizer_dir: Path, words_file: Path) -> Extension:
@@ -116,11 +109,7 @@ def _as_encoded(tokenizer: Any, word: str, place: str, kind: str) -> str:
 
 
 def write_extension(extension: Extension, folder: Path) -> list[str]:
-    """Write the extended tokenizer and check that nothing but the new words changed.
-
-    Args:
-        extension: from `plan_extension`.
-        folder: exists and is empty.
+    """Write the extended tokenizer into an empty folder and check that nothing but the new words changed.
 
     Returns:
         Sentences for the user: what is new, what was known, which words the tokenizer would still cut.
@@ -128,15 +117,20 @@ def write_extension(extension: Extension, folder: Path) -> list[str]:
     Raises:
         UserError: the vocabulary is in no file that can be changed, or the result is not what it should be.
     """
-    source = extension.encoder.folder
+    source, tokenizer = extension.encoder.folder, extension.encoder.tokenizer
     for name in sorted(FOLDER_FILES - {REPORT_FILE, RECORD_FILE, "config.yaml"}):
         if (source / name).is_file():  # the report measured another vocabulary
             shutil.copyfile(source / name, folder / name)
-    tokens = {number: token for token, number in extension.encoder.tokenizer.get_vocab().items()}
-    names = {tokens[number]: word for word, number in extension.words.items()}
+    words = {number: word for word, number in extension.words.items()}
+    names = {token: words[number] for token, number in tokenizer.get_vocab().items() if number in words}
     if not _change_vocabulary(folder, names):
         raise UserError(f"{source} has neither vocab.txt nor tokenizer.json, so its vocabulary cannot be changed")
-    _name_class(folder / "tokenizer_config.json", extension.encoder.tokenizer)
+    # Without the config.json of a model beside it the folder itself has to say what tokenizer it holds.
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "tokenizer_class" not in settings:
+        name = type(tokenizer).__name__
+        write_json(file, settings | {"tokenizer_class": name.replace("TokenizersBackend", "PreTrainedTokenizerFast")})
     earlier = read_record(source) or {"vocab_size": extension.encoder.vocab_size}
     step = {"tokenizer": extension.encoder.fingerprint, "new_words": extension.words}
     steps = [*earlier.get("extensions", []), step]
@@ -157,15 +151,6 @@ def _change_vocabulary(folder: Path, names: dict[str, str]) -> bool:
         values["model"]["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
         write_json(content, values)
     return lines.is_file() or content.is_file()
-
-
-def _name_class(file: Path, tokenizer: Any) -> None:
-    """Without the config.json of a model beside it the folder itself has to say what tokenizer it holds."""
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "tokenizer_class" not in settings:
-        name = type(tokenizer).__name__
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-        write_json(file, settings)
 
 
 def _check_result(extension: Extension, folder: Path, names: dict[str, str]) -> list[str]:
