@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lmscripts.errors import UserError
-from lmscripts.tokenizer.encoder import UNUSED, Encoder, load_encoder
+from lmscripts.tokenizer.encoder import UNUSED, Encoder, load_encoder, model_kind, segmentation_difference
 from lmscripts.tokenizer.folder import FOLDER_FILES, RECORD_FILE, REPORT_FILE, read_record, write_json
-from lmscripts.tokenizer.identity import model_kind, segmentation_difference
 from lmscripts.tokenizer.report import check_encoder
 
 

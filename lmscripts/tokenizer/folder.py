@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lmscripts import files
 from lmscripts.errors import UserError, naming
 from lmscripts.text.words import WordTokenizer
-from lmscripts.tokenizer.identity import model_kind
+from lmscripts.tokenizer.encoder import model_kind
 from lmscripts.tokenizer.training import (
     CAUSAL_SPECIAL_TOKENS,
     MAX_WORD_CHARACTERS,
