@@ -55,17 +55,11 @@ _LINE_CONTROLS = frozenset("\t\n\r") | {"<0x09>", "<0x0A>", "<0x0D>"}
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of a list of lines, one after the other, without special tokens of the model.
+    """Tokens of a list of lines, one after the other, without special tokens of the model."""
 
-    Attributes:
-        ids: shape [tokens], uint32.
-        word_starts: shape [tokens], bool; True where a word begins.
-        lengths: shape [lines], int64; tokens of each line.
-    """
-
-    ids: NDArray[np.uint32]
-    word_starts: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
+    ids: NDArray[np.uint32]  # [tokens]
+    word_starts: NDArray[np.bool_]  # [tokens], True where a word begins
+    lengths: NDArray[np.int64]  # [lines], tokens of each line
 
     def rows(self) -> list[NDArray[np.uint32]]:
         """The ids of each line."""
@@ -76,14 +70,11 @@ class Encoder:
     """A tokenizer folder ready to encode; made by `load_encoder`, once in every process that encodes.
 
     Attributes:
-        folder: where it was loaded from.
-        tokenizer: the tokenizer of transformers.
+        folder, tokenizer: where it was loaded from, and the tokenizer of transformers.
         vocab_size: number of entries, added ones included.
-        pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id: ids, None where the tokenizer has no such token.
-        special_ids: sorted ids of all special tokens.
-        reserved_ids: sorted ids of `[unusedN]` entries, which no text gives.
-        fingerprint: hex sha256 of vocabulary and settings, whatever the folder's place.
-        description: one line for people.
+        pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id: None where the tokenizer has no such token.
+        special_ids, reserved_ids: sorted ids of all special tokens, and of `[unusedN]` entries, which no text gives.
+        fingerprint, description: see `fingerprint`; one line for people.
     """
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
@@ -337,8 +328,6 @@ def _slow_way(tokenizer: Any) -> Callable[[Sequence[str]], Encoded]:
 
 # ---- what makes a tokenizer the one it is ----
 
-_DEFAULTS = {"sudachi": SUDACHI_DEFAULTS, "jumanpp": {"normalize_text": True, "trim_whitespace": False}}
-
 
 def is_bert_japanese(tokenizer: Any) -> bool:
     """Whether it is a `BertJapaneseTokenizer`, which importing would need its analysers."""
@@ -396,12 +385,13 @@ def _segmentation(tokenizer: Any) -> dict[str, Any]:
     if is_bert_japanese(tokenizer):
         words = tokenizer.word_tokenizer_type if tokenizer.do_word_tokenize else "none"
         arguments = getattr(tokenizer, f"{words}_kwargs", None) or {}
+        defaults = {"sudachi": SUDACHI_DEFAULTS, "jumanpp": {"normalize_text": True, "trim_whitespace": False}}
         return {
             "tokenizer": "BertJapaneseTokenizer",
             "word_tokenizer_type": words,
             "subword_tokenizer_type": tokenizer.subword_tokenizer_type if tokenizer.do_subword_tokenize else "none",
             "do_lower_case": tokenizer.do_lower_case and words != "none",
-            **(mecab_facts(arguments) if words == "mecab" else _DEFAULTS.get(words, {}) | arguments),
+            **(mecab_facts(arguments) if words == "mecab" else defaults.get(words, {}) | arguments),
         }
     if not tokenizer.is_fast:
         return {"tokenizer": type(tokenizer).__name__, "do_lower_case": getattr(tokenizer, "do_lower_case", None)}

@@ -19,7 +19,7 @@ from typing import Any
 
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import UNUSED, Encoder, load_encoder, model_kind, segmentation_difference
-from lmscripts.tokenizer.folder import FOLDER_FILES, RECORD_FILE, REPORT_FILE, read_record, write_json
+from lmscripts.tokenizer.folder import RECORD_FILE, TRANSFORMERS_FILES, read_record, write_json
 from lmscripts.tokenizer.report import check_encoder
 
 
@@ -34,11 +34,9 @@ class Extension:
 
 
 def plan_extension(tokenizer_dir: Path, words_file: Path) -> Extension:
-    """Which new word takes which unused token: those of the file in their order, by rising id.
+    """Which new word takes which unused token: those of the file, one a line, in their order by rising id.
 
-    Args:
-        tokenizer_dir: a tokenizer of ours, or any local folder with a WordPiece or character vocabulary.
-        words_file: UTF-8, one word a line; empty lines are passed over.
+    The tokenizer is one of ours, or any local folder with a WordPiece or character vocabulary.
 
     Raises:
         UserError: the folder or file cannot be used, a line is no word, nothing is new, or the unused tokens are
@@ -56,7 +54,12 @@ def plan_extension(tokenizer_dir: Path, words_file: Path) -> Extension:
     # A token that the tokenizer cuts out of the text before anything else cannot be renamed in the vocabulary alone.
     free = [number for number in encoder.reserved_ids if number not in tokenizer.added_tokens_decoder]
     seen: Counter[str] = Counter()
-    for number, line in enumerate(_read_lines(words_file), start=1):
+    try:
+        lines = words_file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{words_file}, line {number} is not UTF-8 text; convert it with iconv") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             seen[_as_encoded(tokenizer, line.strip(), f"{words_file}, line {number}", kind)] += 1
     new = [word for word in seen if word not in vocabulary]
@@ -73,14 +76,6 @@ def plan_extension(tokenizer_dir: Path, words_file: Path) -> Extension:
         sentences.append(f"{repeated} lines give a word a second time")
     request = hashlib.sha256(json.dumps([encoder.fingerprint, new]).encode()).hexdigest()
     return Extension(encoder, words, request, tuple(sentences))
-
-
-def _read_lines(words_file: Path) -> list[str]:
-    try:
-        return words_file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{words_file}, line {line} is not UTF-8 text; convert it with iconv") from error
 
 
 def _as_encoded(tokenizer: Any, word: str, place: str, kind: str) -> str:
@@ -117,8 +112,8 @@ def write_extension(extension: Extension, folder: Path) -> list[str]:
         UserError: the vocabulary is in no file that can be changed, or the result is not what it should be.
     """
     source, tokenizer = extension.encoder.folder, extension.encoder.tokenizer
-    for name in sorted(FOLDER_FILES - {REPORT_FILE, RECORD_FILE, "config.yaml"}):
-        if (source / name).is_file():  # the report measured another vocabulary
+    for name in sorted(TRANSFORMERS_FILES):
+        if (source / name).is_file():  # not the report, which measured another vocabulary
             shutil.copyfile(source / name, folder / name)
     words = {number: word for word, number in extension.words.items()}
     names = {token: words[number] for token, number in tokenizer.get_vocab().items() if number in words}

@@ -35,35 +35,24 @@ from lmscripts.tokenizer.training import (
 
 RECORD_FILE = "lmscripts_tokenizer.json"
 REPORT_FILE = "tokenizer_report.json"
-# All that a tokenizer folder may hold; a folder with anything else is never replaced.
-FOLDER_FILES = {
-    RECORD_FILE,
-    REPORT_FILE,
-    "added_tokens.json",
-    "config.yaml",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spiece.vocab",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-}
+# What transformers writes, and all that a tokenizer folder may hold: one with anything else is never replaced.
+_VOCABULARIES = {"merges.txt", "spiece.model", "spiece.vocab", "tokenizer.json", "vocab.json", "vocab.txt"}
+TRANSFORMERS_FILES = _VOCABULARIES | {"added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"}
+FOLDER_FILES = TRANSFORMERS_FILES | {RECORD_FILE, REPORT_FILE, "config.yaml"}
 
 
 def check_combination(tokenizer_type: TokenizerType, words: WordTokenizer, *, causal: bool = False) -> None:
     """Refuse what no tokenizer class of transformers does, and for a causal model what loses text, by a UserError."""
     if causal:
         spaces = "white space" + (" and words with unknown characters" if tokenizer_type == "wordpiece" else "")
-        widths = "half and full width, U+3000, ligatures"
-        for option, kept, lost, instead in (
-            (f"tokenizer_type {tokenizer_type}", tokenizer_type in ("bpe", "unigram"), spaces, "bpe or unigram"),
-            (f"word_tokenizer {words.kind}", words.kind == "none", "the white space between words", "none"),
-            (f"normalization {words.normalization}", words.normalization == "none", widths, "none"),
+        for option, value, lost, keeping in (
+            ("tokenizer_type", tokenizer_type, spaces, ("bpe", "unigram")),
+            ("word_tokenizer", words.kind, "the white space between words", ("none",)),
+            ("normalization", words.normalization, "half and full width, U+3000, ligatures", ("none",)),
         ):
-            if not kept:
-                raise UserError(f"--{option} loses text ({lost}) that a causal model has to write: take {instead}")
+            if value not in keeping:
+                loss = f"loses text ({lost}) that a causal model has to write"
+                raise UserError(f"--{option} {value} {loss}: take {' or '.join(keeping)}")
     if _is_japanese(words) and tokenizer_type == "bpe":
         raise UserError(
             f"transformers has no tokenizer that runs {words.kind} before byte-level BPE: take --tokenizer_type "
@@ -106,12 +95,23 @@ def write_tokenizer(
     else:
         tokens = zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS)
         config = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **common, **dict(tokens)}
-        config |= _japanese_config(tokenizer_type, words) if _is_japanese(words) else fast
+        if _is_japanese(words):
+            config |= {
+                "tokenizer_class": "BertJapaneseTokenizer",
+                "do_lower_case": False,
+                "do_word_tokenize": True,
+                "do_subword_tokenize": True,
+                "word_tokenizer_type": words.kind,
+                "subword_tokenizer_type": "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type,
+                # Without explicit arguments transformers takes another dictionary than ipadic.
+                f"{words.kind}_kwargs": words.analyser_kwargs(),
+            }
+        else:
+            config |= fast
     if "word_tokenizer_type" not in config:
         made = fast_tokenizer(trained, tokenizer_type, words, causal=causal)
         (folder / "tokenizer.json").write_text(made.to_str(pretty=True), encoding="utf-8", newline="\n")
     elif tokenizer_type == "unigram":
-        assert trained.sentencepiece is not None
         (folder / "spiece.model").write_bytes(trained.sentencepiece)
     else:
         text = "".join(f"{piece}\n" for piece in trained.pieces)
@@ -128,19 +128,6 @@ def write_tokenizer(
         "versions": library_versions(words),
     }
     write_json(folder / RECORD_FILE, facts)
-
-
-def _japanese_config(tokenizer_type: TokenizerType, words: WordTokenizer) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "BertJapaneseTokenizer",
-        "do_lower_case": False,
-        "do_word_tokenize": True,
-        "do_subword_tokenize": True,
-        "word_tokenizer_type": words.kind,
-        "subword_tokenizer_type": "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type,
-        # Without explicit arguments transformers takes another dictionary than ipadic.
-        f"{words.kind}_kwargs": words.analyser_kwargs(),
-    }
 
 
 def fast_tokenizer(
@@ -160,12 +147,10 @@ def fast_tokenizer(
         tokenizer = Tokenizer(models.BPE(ids, [], unk_token="[UNK]", fuse_unk=False))
         decoder = decoders.Fuse()
     elif tokenizer_type == "bpe":
-        assert trained.merges is not None
         tokenizer = Tokenizer(models.BPE(ids, trained.merges))
         cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         decoder = decoders.ByteLevel()
     else:
-        assert trained.scores is not None
         scores = list(zip(trained.pieces, trained.scores))
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=1, byte_fallback=causal))
         if causal:
@@ -206,9 +191,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     weights = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx*", "*.ckpt*", "*.gguf")
     state = ("training_state.json", "checksums.json", "log.jsonl", "README.md", ".*")
     target.mkdir(parents=True, exist_ok=True)
-    ignored = shutil.ignore_patterns(*weights, *state)(str(source), [path.name for path in source.iterdir()])
+    ignored = shutil.ignore_patterns(*weights, *state)
     for path in source.iterdir():
-        if path.is_file() and path.name not in ignored:
+        if path.is_file() and not ignored("", [path.name]):
             shutil.copy2(path, target / path.name)
 
 

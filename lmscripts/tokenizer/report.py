@@ -77,33 +77,28 @@ def check_ids(
 def check_lossless(encoder: Encoder, lines: Sequence[str]) -> None:
     """Check that decoding gives back every line, with special tokens left out as `generate` would.
 
-    Besides `lines`, it tries text that reads like a special token, a reserved entry or a byte.
+    Besides `lines`, it tries all texts that read like a byte or an entry that no text gives: alone, and beside letters
+    and spaces.
 
     Raises:
         UserError: names the first line that it does not give back, or that gives a special token or a reserved entry.
     """
     tokenizer = encoder.tokenizer
-    never = {*encoder.special_ids, *encoder.reserved_ids}
-    for part in _batches([*lines, *_lines_of_look_alikes(encoder)]):
+    never = dict.fromkeys([*encoder.special_ids, *encoder.reserved_ids])
+    entries = tokenizer.convert_ids_to_tokens(list(never))
+    texts = dict.fromkeys([*entries, *BYTE_PIECES, *map(str.lower, BYTE_PIECES), "<0x+A>"])
+    beside = (text for t in texts for text in (t, f"{t}{t} a{t}b {t} 1", f"東京{t}は {t}　{t}。"))
+    for part in _batches([*lines, *beside]):
         for line, ids in zip(part, tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]):
             if (decoded := tokenizer.decode(ids, skip_special_tokens=True)) != line:
                 raise UserError(
                     f"the tokenizer in {encoder.folder} is not lossless: {line[:80]!r} comes back as {decoded[:80]!r}"
                 )
-            if found := sorted(never.intersection(ids)):
+            if found := sorted(never.keys() & ids):
                 raise UserError(
                     f"the tokenizer in {encoder.folder} takes text for {tokenizer.convert_ids_to_tokens(found[0])} "
                     f"(id {found[0]}), in the line {line[:80]!r}"
                 )
-
-
-def _lines_of_look_alikes(encoder: Encoder) -> list[str]:
-    """All texts that read like a byte or an entry that no text gives: alone, beside letters, and beside spaces."""
-    entries = encoder.tokenizer.convert_ids_to_tokens([*encoder.special_ids, *encoder.reserved_ids])
-    texts = dict.fromkeys([*entries, *BYTE_PIECES, *map(str.lower, BYTE_PIECES), "<0x+A>"])
-    return [
-        line for text in texts for line in (text, f"{text}{text} a{text}b {text} 1", f"東京{text}は {text}　{text}。")
-    ]
 
 
 def keeps_line_feeds(encoder: Encoder) -> bool:

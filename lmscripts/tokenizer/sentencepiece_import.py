@@ -43,13 +43,9 @@ _TRIED_RULES = 10_000
 def import_sentencepiece(
     model_file: Path, folder: Path, lines: Sequence[str], *, model_max_length: int | None = None
 ) -> list[str]:
-    """Write the tokenizer folder of a model and check it on a built-in list of difficult lines and on `lines`.
+    """Write a model, unigram or bpe, into an empty tokenizer folder and check it on `DIFFICULT_LINES` and on `lines`.
 
-    Args:
-        model_file: `.model` of sentencepiece, unigram or bpe.
-        folder: exists and is empty.
-        lines: text to check it on besides; only what is checked is sure, and U+F0000 to U+F0081 in a text do differ.
-        model_max_length: tokens beyond which transformers warns.
+    Only what is checked is sure, and U+F0000 to U+F0081 in a text do differ.
 
     Returns:
         Sentences about what was written.
@@ -250,7 +246,10 @@ def _table_steps(table: bytes) -> list[Any]:
     tried = [*single, *several[:: len(several) // _TRIED_RULES + 1], *(source + "\u0301" for source in single)]
     expected = normalizer.normalize(tried)
     others = [character for character in _all_characters() if character not in rules]
-    after = [*_deletions(rules), normalizers.Precompiled(table)]
+    # Single characters that become nothing or a space: `Precompiled` would take what is combined with them along.
+    gone = {target: [one for one in single if rules[one] == target] for target in ("", " ")}
+    deletions = [normalizers.Replace(Regex(_one_of(ones)), target) for target, ones in gone.items() if ones]
+    after = [*deletions, normalizers.Precompiled(table)]
     whole = [normalizers.Replace(_ends_of_rules(rules), _END_OF_RULE), normalizers.NFKC()]
     joined = normalizers.Replace(_END_OF_RULE, "")
     ways = (after, [*whole, *after, joined], [*whole, normalizers.Lowercase(), *after, joined])
@@ -309,9 +308,3 @@ def _around(steps: list[Any], kept: Sequence[str], stand_ins: range) -> list[Any
     pairs = list(zip(changed, map(chr, stand_ins)))
     aside = [normalizers.Replace(text, stand_in) for text, stand_in in pairs]
     return [*aside, *steps, *(normalizers.Replace(stand_in, text) for text, stand_in in pairs)]
-
-
-def _deletions(rules: dict[str, str]) -> list[Any]:
-    """Single characters that become nothing or a space: `Precompiled` would take what is combined with them along."""
-    sources = {target: [one for one in rules if len(one) == 1 and rules[one] == target] for target in ("", " ")}
-    return [normalizers.Replace(Regex(_one_of(ones)), target) for target, ones in sources.items() if ones]

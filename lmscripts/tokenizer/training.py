@@ -116,16 +116,15 @@ class Trained:
     Attributes:
         pieces: all entries in the order of their ids, special, unused and fill-up entries included.
         merges: for bpe, the pairs in the order in which they are joined.
-        scores: for unigram, one logarithm of a probability per entry (0 for reserved ones).
-        sentencepiece: for unigram, the model in sentencepiece's own format.
-        num_characters: different characters that are kept.
-        num_text_characters: different characters in the text.
+        scores, sentencepiece: for unigram, one logarithm of a probability per entry (0 for reserved ones), and the
+            model in sentencepiece's own format.
+        num_characters, num_text_characters: different characters that are kept, and in the text.
     """
 
     pieces: list[str]
-    merges: list[tuple[str, str]] | None = None
-    scores: list[float] | None = None
-    sentencepiece: bytes | None = None
+    merges: Sequence[tuple[str, str]] = ()
+    scores: Sequence[float] = ()
+    sentencepiece: bytes = b""
     num_characters: int = 0
     num_text_characters: int = 0
 
@@ -347,8 +346,7 @@ def _train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings)
     """A unigram vocabulary (arXiv:1804.10959) in which spaces are spaces and rare characters are their bytes.
 
     The space and printable ASCII are always kept, whether the text has them or not: text that reads like a special
-    token or a byte is made of them. `min_frequency` has no meaning here. Of a text too small for sentencepiece only
-    the characters are kept.
+    token or a byte is made of them. Of a text too small for sentencepiece only the characters are kept.
     """
     fixed = settings.size - settings.room() + len(BYTE_PIECES) + 1 + len(PRINTABLE_ASCII)
     if settings.size <= fixed:
@@ -361,7 +359,15 @@ def _train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings)
     frequent = most_frequent(characters, min(settings.limit_alphabet, settings.size - fixed))
     kept = {" ", *PRINTABLE_ASCII, *frequent}
     # sentencepiece refuses a text of which the alphabet covers less than 98 %, so it gets that which is covered.
-    scores = _with_characters(_train_pieces(_parts(units, characters.keys() - kept), settings), kept, settings)
+    scores = _train_pieces(_parts(units, characters.keys() - kept), settings)
+    # For some texts it leaves out required characters that do not occur. They come last and score below every other
+    # piece, and the worst pieces of several characters make room for them, as in a smaller vocabulary.
+    missing = sorted(kept - scores.keys())
+    lowest = min(scores.values(), default=0.0) - 1.0
+    several = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
+    for _, piece in several[: max(0, len(scores) + len(missing) - settings.room() + len(BYTE_PIECES))]:
+        del scores[piece]
+    scores |= dict.fromkeys(missing, lowest)
     reserved = [*settings.reserved(), *BYTE_PIECES]
     filling = settings.fill_up(len(reserved) + len(scores))
     return Trained(
@@ -396,23 +402,8 @@ def _train_pieces(units: Counter[str], settings: VocabularySettings) -> dict[str
         if characters.total() < _LITTLE_TEXT:
             return {}
         raise
-    assert trained.scores is not None
     return {
         piece.replace("\u2581", " "): score
         for piece, score in zip(trained.pieces, trained.scores, strict=True)
         if piece not in settings.special_tokens and not (UNUSED.fullmatch(piece) or _READ_AS_BYTE.fullmatch(piece))
     }
-
-
-def _with_characters(scores: dict[str, float], kept: set[str], settings: VocabularySettings) -> dict[str, float]:
-    """The pieces with every character of `kept` among them, in as many entries as there are.
-
-    For some texts sentencepiece leaves out required characters that do not occur. They come last and score below every
-    other piece, and the worst pieces of several characters make room for them, as in a smaller vocabulary.
-    """
-    missing = sorted(kept - scores.keys())
-    too_many = max(0, len(scores) + len(missing) - (settings.room() - len(BYTE_PIECES)))
-    several = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
-    left_out = {piece for _, piece in several[:too_many]}
-    lowest = min(scores.values(), default=0.0) - 1.0
-    return {piece: score for piece, score in scores.items() if piece not in left_out} | dict.fromkeys(missing, lowest)

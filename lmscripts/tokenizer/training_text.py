@@ -113,7 +113,16 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
     for left_over in task.folder.glob(f".{task.text_file.name}.*"):
         left_over.unlink(missing_ok=True)
     report, runs = TextReport(), Counter[str]()
-    to_line = _line_writer(task, runs)
+    if task.segmented:
+        segment, numeral_runs = make_segmenter(task.words), numeral_run_finder(task.words)
+
+    def to_line(line: str) -> str:
+        if not task.segmented:
+            return f"{line if task.words.normalization == 'none' else unicodedata.normalize('NFKC', line).strip()}\n"
+        words = " ".join(segment(line))
+        runs.update(numeral_runs(words))
+        return f"{words}\n"
+
     aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
     reported = 0
     try:
@@ -135,22 +144,6 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
     record = {"settings": task.settings(), "size": size, "report": report.as_dict(), "numeral_runs": runs}
     write_text(task.text_file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
     return SplitResult(report, runs)
-
-
-def _line_writer(task: SplitTask, runs: Counter[str]) -> Callable[[str], str]:
-    """A function from a line of text to what is written for it; adds suspicious words of ipadic to `runs`."""
-    if not task.segmented:
-        if task.words.normalization == "none":
-            return lambda line: f"{line}\n"
-        return lambda line: f"{unicodedata.normalize('NFKC', line).strip()}\n"
-    segment, numeral_runs = make_segmenter(task.words), numeral_run_finder(task.words)
-
-    def to_line(line: str) -> str:
-        words = " ".join(segment(line))
-        runs.update(numeral_runs(words))
-        return f"{words}\n"
-
-    return to_line
 
 
 def write_splits(
