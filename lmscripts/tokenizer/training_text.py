@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import tempfile
 import unicodedata
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmscripts.errors import naming
-from lmscripts.files import write_text
+from lmscripts.files import new_text, write_text
 from lmscripts.text.corpus import Span, read_documents
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
@@ -123,24 +120,17 @@ def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult
         runs.update(numeral_runs(words))
         return f"{words}\n"
 
-    aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
     reported = 0
-    try:
-        with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for document in read_documents(task.spans, report, task.table, **task.reading):
-                file.writelines(map(to_line, document))
-                if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
-                    progress(report.num_bytes - reported)
-                    reported = report.num_bytes
-            file.flush()
-            os.fsync(file.fileno())
+    with new_text(task.text_file) as file:
+        for document in read_documents(task.spans, report, task.table, **task.reading):
+            file.writelines(map(to_line, document))
+            if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
+                progress(report.num_bytes - reported)
+                reported = report.num_bytes
         progress(report.num_bytes - reported)
         # The record of an earlier text must not vouch for this one, should the process end between the two.
         task.text_file.with_suffix(".json").unlink(missing_ok=True)
-        size = aside.stat().st_size
-        os.replace(aside, task.text_file)
-    finally:
-        aside.unlink(missing_ok=True)
+    size = task.text_file.stat().st_size
     record = {"settings": task.settings(), "size": size, "report": report.as_dict(), "numeral_runs": runs}
     write_text(task.text_file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
     return SplitResult(report, runs)
