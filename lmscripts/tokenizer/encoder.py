@@ -33,14 +33,7 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordPiece
 
 from lmscripts.errors import UserError, shortened
-from lmscripts.text.words import (
-    MECAB_DEFAULTS,
-    SUDACHI_DEFAULTS,
-    Segmenter,
-    mecab_facts,
-    mecab_segmenter,
-    sudachi_segmenter,
-)
+from lmscripts.text.words import SUDACHI_DEFAULTS, Segmenter, mecab_facts, mecab_segmenter, sudachi_segmenter
 
 MAX_CACHED_WORDS = 1_000_000
 # Entries that no text gives, kept free for later words.
@@ -97,7 +90,7 @@ class Encoder:
         if is_bert_japanese(tokenizer):
             words = tokenizer.word_tokenizer_type if tokenizer.do_word_tokenize else "no words"
             if words == "mecab":
-                words += f" {(MECAB_DEFAULTS | (tokenizer.mecab_kwargs or {}))['mecab_dic'] or 'other dictionary'}"
+                words += f" {mecab_facts(tokenizer.mecab_kwargs or {})['mecab_dic'] or 'other dictionary'}"
             kind = f"{words}, {tokenizer.subword_tokenizer_type}"
         kind = f"{type(tokenizer).__name__} ({kind})" if kind else type(tokenizer).__name__
         self.description = f"{kind}, {self.vocab_size:,} entries, fingerprint {self.fingerprint[:16]}"

@@ -167,8 +167,7 @@ def _reserved_in_text(proto: Any) -> tuple[list[str], str]:
     pieces = [piece.piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
     characters = {piece for piece in pieces if len(piece) == 1}
     crossed = {piece[place : place + 2] for piece in pieces for place in range(len(piece) - 1)}
-    kinds = (_UNKNOWN, _CONTROL, _BYTE)
-    reserved = [piece.piece for piece in proto.pieces if piece.type in kinds and len(piece.piece) > 1]
+    reserved = [p.piece for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL, _BYTE) and len(p.piece) > 1]
     # With byte fallback no character is unknown.
     unknown = [text for text in reserved if not proto.trainer_spec.byte_fallback and not characters & set(text)]
     endings: dict[str, list[str]] = {}
@@ -199,14 +198,9 @@ def _bpe(proto: Any, has_own: bool) -> models.BPE:
     pairs = ((score, piece[:place], piece[place:]) for piece, score in scores.items() for place in range(1, len(piece)))
     merges = [(-score, ids[one], ids[two], (one, two)) for score, one, two in pairs if one in scores and two in scores]
     unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
-    return models.BPE(
-        ids,
-        [pair for *_, pair in sorted(merges)],
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
-        ignore_merges=has_own,  # a symbol that stands by itself is in the vocabulary, and no merges lead to it
-    )
+    settings = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": proto.trainer_spec.byte_fallback}
+    # A symbol that stands by itself is in the vocabulary, and no merges lead to it.
+    return models.BPE(ids, [pair for *_, pair in sorted(merges)], ignore_merges=has_own, **settings)
 
 
 # ---- normalisation ----
