@@ -155,7 +155,7 @@ def write_splits(
         progress(done.value, len(results))
 
     write = partial(_write, done=done, show=show if num_workers == 1 else None)
-    for task, result in zip(missing, in_order(write, missing, num_workers, tick=show, if_killed=_KILLED)):
+    for result, task in zip(in_order(write, missing, num_workers, tick=show, if_killed=_KILLED), missing):
         results[task.index] = result
         show()
     return [results[task.index] for task in tasks]
