@@ -137,30 +137,29 @@ def fast_tokenizer(
     ids = {piece: number for number, piece in enumerate(trained.pieces)}
     separate = words.kind == "whitespace"
     cut: Any = pre_tokenizers.BertPreTokenizer() if separate else pre_tokenizers.WhitespaceSplit()
-    decoder: Any
     steps: list[Any] = [normalizers.NFKC()] if words.normalization == "nfkc" else []
     if tokenizer_type == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
-        decoder = decoders.WordPiece(prefix="##", cleanup=separate)
+        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=separate)
     elif tokenizer_type == "character":
         # BPE without merges is the model that looks up every character and keeps track of the words.
         tokenizer = Tokenizer(models.BPE(ids, [], unk_token="[UNK]", fuse_unk=False))
-        decoder = decoders.Fuse()
+        tokenizer.decoder = decoders.Fuse()
     elif tokenizer_type == "bpe":
         tokenizer = Tokenizer(models.BPE(ids, trained.merges))
         cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        decoder = decoders.ByteLevel()
+        tokenizer.decoder = decoders.ByteLevel()
     else:
         scores = list(zip(trained.pieces, trained.scores))
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=1, byte_fallback=causal))
         if causal:
             cut = None  # a line is one lattice, in time linear in its length
-            decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+            tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
         else:
             # As BertJapaneseTokenizer does: the mark of a beginning stands before every word.
             metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
             cut = pre_tokenizers.Sequence([cut, metaspace]) if separate else metaspace
-            decoder = decoders.Metaspace(prepend_scheme="always")
+            tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
             # What the training text went through: two back-quotes or apostrophes are a quotation mark.
             steps.append(normalizers.Replace(Regex("``|''"), '"'))
     special = CAUSAL_SPECIAL_TOKENS if causal else SPECIAL_TOKENS
@@ -169,7 +168,6 @@ def fast_tokenizer(
         tokenizer.normalizer = normalizers.Sequence(steps)
     if cut is not None:
         tokenizer.pre_tokenizer = cut
-    tokenizer.decoder = decoder
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     used = [(token, ids[token]) for token in special if token in ("<s>", "[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single=around[0], pair=around[1], special_tokens=used)

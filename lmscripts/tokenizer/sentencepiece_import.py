@@ -231,9 +231,8 @@ def _table_steps(table: bytes) -> list[Any]:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    spec = getattr(sentencepiece_model_pb2, "NormalizerSpec")(precompiled_charsmap=table)  # noqa: B009 (made at run time)
-    for name in ("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces"):
-        setattr(spec, name, False)
+    off = dict.fromkeys(("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces"), False)
+    spec = getattr(sentencepiece_model_pb2, "NormalizerSpec")(precompiled_charsmap=table, **off)  # noqa: B009
     normalizer = sentencepiece.SentencePieceNormalizer(normalizer_spec=spec)
     rules = dict(normalizer.decompile())
     single, several = (sorted(source for source in rules if (len(source) > 1) == many) for many in (False, True))
@@ -262,10 +261,9 @@ def _ends_of_rules(rules: dict[str, str]) -> Regex:
     sentencepiece joins what stands side by side and sorts nothing: "T" with an acute and a dot below, in this order,
     stays as it is, and so does a syllable of Hangul before a final consonant of its own.
     """
-    apart = {character: unicodedata.normalize("NFKD", character) for character in _all_characters()}
-    joining = {last for character in apart for last in unicodedata.normalize("NFD", character)[1:]}
-    marks = {one for one, parts in apart.items() if unicodedata.category(parts[0])[0] == "M"}
-    joining |= marks.union(one for one, parts in apart.items() if parts[0] in joining)
+    begins = {character: unicodedata.normalize("NFKD", character)[0] for character in _all_characters()}
+    later = {last for character in begins for last in unicodedata.normalize("NFD", character)[1:]}
+    joining = later | {c for c, one in begins.items() if one in later or unicodedata.category(one)[0] == "M"}
     firsts: dict[tuple[str, str], set[str]] = {}  # what comes first in the rules with a middle and a rest
     for source in rules:
         for place in range(1, len(source)):
