@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from lmscripts.errors import UserError, naming
 
@@ -28,7 +29,14 @@ def file_sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that an earlier one is never half overwritten.
+    """Write a text file whole, see `new_text`."""
+    with new_text(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def new_text(path: Path) -> Iterator[TextIO]:
+    """Give a text file to write aside, renamed when the block ends well: an earlier one is never half overwritten.
 
     Of a link the file that it stands for is written. An earlier file keeps its mode, a new one gets the usual one. Half
     characters, which stand for the bytes of names that are not UTF-8, are escaped by a backslash, as JSON does it too.
@@ -39,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
     aside, place, mode = _beside(path)
     try:
         with naming(path), open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+            yield file
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
             file.flush()

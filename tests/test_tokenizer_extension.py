@@ -9,10 +9,9 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokeniz
 
 from lmscripts.errors import UserError
 from lmscripts.text.words import WordTokenizer
-from lmscripts.tokenizer.encoder import load_encoder
+from lmscripts.tokenizer.encoder import load_encoder, segmentation_difference
 from lmscripts.tokenizer.extension import plan_extension, write_extension
 from lmscripts.tokenizer.folder import write_tokenizer
-from lmscripts.tokenizer.identity import segmentation_difference
 from lmscripts.tokenizer.report import check_encoder
 from lmscripts.tokenizer.training import VocabularySettings, train_vocabulary
 

@@ -23,9 +23,8 @@ from lmscripts.data.packing import Layout, Packing, segment_ends
 from lmscripts.errors import UserError
 from lmscripts.models.attention import AttentionPath, attention_paths, use_attention
 from lmscripts.models.loading import quiet_loading
-from lmscripts.tokenizer.encoder import Encoder
+from lmscripts.tokenizer.encoder import Encoder, segmentation_difference
 from lmscripts.tokenizer.folder import copy_tokenizer
-from lmscripts.tokenizer.identity import segmentation_difference
 
 # ---- isolation ---------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError
 from lmscripts.models.loading import check_vocabulary, load_model, read_config, some_of, tokenizer_beside
-from lmscripts.tokenizer.encoder import Encoder
-from lmscripts.tokenizer.identity import segmentation_difference
+from lmscripts.tokenizer.encoder import Encoder, segmentation_difference
 
 _SPECIAL = ("pad", "unk", "cls", "sep", "mask")
 # What the configurations of transformers call them, decoders included.

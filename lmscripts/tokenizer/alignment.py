@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ SPACE = np.zeros(0x110000, np.bool_)
 SPACE[[number for number in range(0x3001) if chr(number).isspace()]] = True
 
 _NEAR = 64  # characters that a piece may lie ahead where tokens are laid along the text loosely
+_form = cache(partial(unicodedata.normalize, "NFKC"))
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
@@ -44,13 +45,9 @@ def fallback_bytes(tokenizer: Any) -> NDArray[np.int16]:
 
 
 def starts_by_offsets(offsets: list[tuple[int, int]], byte_values: NDArray[np.int16]) -> Ints:
-    """Where each token begins, from the offsets of a fast tokenizer.
+    """Where each token begins, from the (start, end) that a fast tokenizer gives and the `fallback_bytes` of each.
 
     A unigram model gives all bytes of several unknown characters in a row the place of the whole run.
-
-    Args:
-        offsets: (start, end) of each token.
-        byte_values: of each token, see `fallback_bytes`.
     """
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
     fused = (byte_values >= 0) & (ends - starts > 1)
@@ -71,10 +68,8 @@ class Aligner:
         self.pieces = {number: _bare(piece) for piece, number in tokenizer.get_vocab().items()}
         self.unknown: int | None = tokenizer.unk_token_id
         self.segment = own_segmenter(tokenizer)
-        self.normalize = False
-        if self.segment is not None:
-            arguments = getattr(tokenizer, f"{tokenizer.word_tokenizer_type}_kwargs") or {}
-            self.normalize = arguments.get("normalize_text", True)
+        arguments = getattr(tokenizer, f"{tokenizer.word_tokenizer_type}_kwargs") or {} if self.segment else {}
+        self.normalize = self.segment is not None and arguments.get("normalize_text", True)
         self.added = added_tokens(tokenizer)
 
     def __call__(self, text: str, ids: NDArray[np.int32], words: Flags) -> tuple[Ints, bool]:
@@ -168,11 +163,6 @@ def _only_places(text: str, runs: list[str]) -> list[int] | None:
     return places if end < last and places == [*reversed([*rightmost, 0])] else None
 
 
-@cache
-def _form(character: str) -> str:
-    return unicodedata.normalize("NFKC", character)
-
-
 def _bare(piece: str) -> str:
     return piece[2:] if piece.startswith("##") and len(piece) > 2 else piece.replace("▁", "")
 
@@ -190,8 +180,7 @@ def _origins(text: str, normal: str) -> Ints | None:
         groups = []
         for character in text:
             first = unicodedata.normalize("NFKD", character)[0]
-            joins = unicodedata.category(first).startswith("M") or 0x1160 <= ord(first) <= 0x11FF
-            if joins and groups:
+            if groups and (unicodedata.category(first).startswith("M") or 0x1160 <= ord(first) <= 0x11FF):
                 groups[-1] += character
             else:
                 groups.append(character)

@@ -15,6 +15,7 @@ Word starts, which whole-word masking needs, are
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,8 @@ from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordPiece
 
-from lmscripts.errors import UserError
-from lmscripts.text.words import MECAB_DEFAULTS, Segmenter, mecab_segmenter, sudachi_segmenter
-from lmscripts.tokenizer.identity import fingerprint, is_bert_japanese
+from lmscripts.errors import UserError, shortened
+from lmscripts.text.words import SUDACHI_DEFAULTS, Segmenter, mecab_facts, mecab_segmenter, sudachi_segmenter
 
 MAX_CACHED_WORDS = 1_000_000
 # Entries that no text gives, kept free for later words.
@@ -47,17 +48,11 @@ _LINE_CONTROLS = frozenset("\t\n\r") | {"<0x09>", "<0x0A>", "<0x0D>"}
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of a list of lines, one after the other, without special tokens of the model.
+    """Tokens of a list of lines, one after the other, without special tokens of the model."""
 
-    Attributes:
-        ids: shape [tokens], uint32.
-        word_starts: shape [tokens], bool; True where a word begins.
-        lengths: shape [lines], int64; tokens of each line.
-    """
-
-    ids: NDArray[np.uint32]
-    word_starts: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
+    ids: NDArray[np.uint32]  # [tokens]
+    word_starts: NDArray[np.bool_]  # [tokens], True where a word begins
+    lengths: NDArray[np.int64]  # [lines], tokens of each line
 
     def rows(self) -> list[NDArray[np.uint32]]:
         """The ids of each line."""
@@ -68,14 +63,11 @@ class Encoder:
     """A tokenizer folder ready to encode; made by `load_encoder`, once in every process that encodes.
 
     Attributes:
-        folder: where it was loaded from.
-        tokenizer: the tokenizer of transformers.
+        folder, tokenizer: where it was loaded from, and the tokenizer of transformers.
         vocab_size: number of entries, added ones included.
-        pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id: ids, None where the tokenizer has no such token.
-        special_ids: sorted ids of all special tokens.
-        reserved_ids: sorted ids of `[unusedN]` entries, which no text gives.
-        fingerprint: hex sha256 of vocabulary and settings, whatever the folder's place.
-        description: one line for people.
+        pad_id, unk_id, mask_id: None where the tokenizer has no such token.
+        special_ids, reserved_ids: sorted ids of all special tokens, and of `[unusedN]` entries, which no text gives.
+        fingerprint, description: see `fingerprint`; one line for people.
     """
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
@@ -85,16 +77,19 @@ class Encoder:
         self.vocab_size = len(tokenizer)
         self.pad_id: int | None = tokenizer.pad_token_id
         self.unk_id: int | None = tokenizer.unk_token_id
-        self.cls_id: int | None = tokenizer.cls_token_id
-        self.sep_id: int | None = tokenizer.sep_token_id
         self.mask_id: int | None = tokenizer.mask_token_id
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self.eos_id: int | None = tokenizer.eos_token_id
         self.special_ids: tuple[int, ...] = tuple(sorted(set(tokenizer.all_special_ids)))
         reserved = {number for piece, number in vocabulary.items() if UNUSED.fullmatch(piece)}
         self.reserved_ids = tuple(sorted(reserved - set(self.special_ids)))
         self.fingerprint = fingerprint(tokenizer)
-        self.description = f"{_kind(tokenizer)}, {self.vocab_size:,} entries, fingerprint {self.fingerprint[:16]}"
+        kind = type(tokenizer.backend_tokenizer.model).__name__ if tokenizer.is_fast else ""
+        if is_bert_japanese(tokenizer):
+            words = tokenizer.word_tokenizer_type if tokenizer.do_word_tokenize else "no words"
+            if words == "mecab":
+                words += f" {mecab_facts(tokenizer.mecab_kwargs or {})['mecab_dic'] or 'other dictionary'}"
+            kind = f"{words}, {tokenizer.subword_tokenizer_type}"
+        kind = f"{type(tokenizer).__name__} ({kind})" if kind else type(tokenizer).__name__
+        self.description = f"{kind}, {self.vocab_size:,} entries, fingerprint {self.fingerprint[:16]}"
         way = _JapaneseWay if is_bert_japanese(tokenizer) else _fast_way if tokenizer.is_fast else _slow_way
         self._encode: Callable[[Sequence[str]], Encoded] = way(tokenizer)
 
@@ -106,16 +101,6 @@ class Encoder:
         return load_encoder, (str(self.folder),)
 
 
-def _kind(tokenizer: Any) -> str:
-    kind = type(tokenizer).__name__
-    if is_bert_japanese(tokenizer):
-        words = tokenizer.word_tokenizer_type if tokenizer.do_word_tokenize else "no words"
-        if words == "mecab":
-            words = f"mecab {(MECAB_DEFAULTS | (tokenizer.mecab_kwargs or {}))['mecab_dic'] or 'other dictionary'}"
-        return f"{kind} ({words}, {tokenizer.subword_tokenizer_type})"
-    return f"{kind} ({type(tokenizer.backend_tokenizer.model).__name__})" if tokenizer.is_fast else kind
-
-
 # ---- finding and loading ----
 
 _FETCHED = ("*.json", "*.txt", "*.model", "*.tiktoken")
@@ -123,37 +108,25 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def find_tokenizer(name: str) -> Path:
-    """The folder of a tokenizer: the one that is named, or the files of an OWNER/NAME on the Hub.
+    """The folder of a tokenizer: the one that is named, or that of an OWNER/NAME on the Hub in its cache.
 
     Raises:
-        UserError: there is no such folder, and no tokenizer of that name.
+        UserError: there is no folder and nothing on the Hub, or when offline in the cache, of that name.
     """
     folder = Path(name).expanduser()
-    # Who opens a folder that is not there says what is wrong with it.
-    return folder if folder.is_dir() or not _HUB_NAME.fullmatch(name) else fetch_tokenizer(name)
-
-
-def fetch_tokenizer(name: str) -> Path:
-    """The files of a name on the Hub, in its cache, which is all that is searched when offline.
-
-    Raises:
-        UserError: there is no such name.
-    """
+    if folder.is_dir() or not _HUB_NAME.fullmatch(name):  # who opens a folder that is not there says what is wrong
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
     except Exception as error:  # the Hub client raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is neither a folder (seen from {Path.cwd()}) nor on the Hub: {reason}") from None
+        here = f"neither a folder (seen from {Path.cwd()}) nor on the Hub"
+        raise UserError(f"{name} is {here}: {shortened(error)}") from None
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of transformers in a local folder, as anyone loads it.
-
-    Raises:
-        UserError: no such folder, or transformers cannot load it.
-    """
+    """The tokenizer of transformers in a local folder, as anyone loads it; a UserError where there is none."""
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -163,7 +136,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a foreign folder makes transformers raise
-        reason = " ".join(str(error).split())[:300]
+        reason = shortened(error, 300)
         raise UserError(f"{folder} holds no tokenizer that AutoTokenizer can load ({reason})") from error
 
 
@@ -202,7 +175,8 @@ class _JapaneseWay:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.segment = own_segmenter(tokenizer) or _their_segmenter(tokenizer)
+        theirs = tokenizer.word_tokenizer.tokenize if tokenizer.do_word_tokenize else lambda line, never_split: [line]
+        self.segment = own_segmenter(tokenizer) or partial(theirs, never_split=tokenizer.all_special_tokens)
         self.cache = _WordCache(tokenizer)
         self.added = added_tokens(tokenizer)
 
@@ -236,14 +210,6 @@ class _JapaneseWay:
 
 def _as_bytes(ids: Sequence[int]) -> bytes:
     return np.array(ids, np.uint32).tobytes()
-
-
-def _their_segmenter(tokenizer: Any) -> Segmenter:
-    if not tokenizer.do_word_tokenize:
-        return lambda line: [line]
-    never_split = tokenizer.all_special_tokens
-    words: Callable[..., list[str]] = tokenizer.word_tokenizer.tokenize
-    return lambda line: words(line, never_split=never_split)
 
 
 class _WordCache(dict[str, bytes]):
@@ -347,3 +313,93 @@ def _slow_way(tokenizer: Any) -> Callable[[Sequence[str]], Encoded]:
         return Encoded(ids, starts, lengths)
 
     return encode
+
+
+# ---- what makes a tokenizer the one it is ----
+
+
+def is_bert_japanese(tokenizer: Any) -> bool:
+    """Whether it is a `BertJapaneseTokenizer`, which importing would need its analysers."""
+    return type(tokenizer).__name__ == "BertJapaneseTokenizer"
+
+
+def model_kind(tokenizer: Any) -> str:
+    """How words become pieces: wordpiece, unigram, bpe, character or sentencepiece; "slow" where nothing says it."""
+    if is_bert_japanese(tokenizer):
+        return str(tokenizer.subword_tokenizer_type) if tokenizer.do_subword_tokenize else "wordpiece"
+    return type(tokenizer.backend_tokenizer.model).__name__.lower() if tokenizer.is_fast else "slow"
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hex sha256 of what decides the ids; paths, versions of transformers and padding do not."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    facts: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "vocabulary": sorted(vocabulary.items(), key=lambda item: (item[1], item[0])),
+        "special": [tokenizer.pad_token_id, *tokenizer.all_special_ids],
+    }
+    if getattr(tokenizer, "split_special_tokens", False):
+        facts["special tokens are text"] = True
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        facts["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
+    else:
+        added = tokenizer.added_tokens_decoder
+        facts["added"] = [[number, repr(token)] for number, token in sorted(added.items())]
+    if is_bert_japanese(tokenizer):
+        names = ["do_lower_case", "do_word_tokenize", "do_subword_tokenize", "word_tokenizer_type", "never_split"]
+        names += ["subword_tokenizer_type", "sudachi_kwargs", "jumanpp_kwargs"]
+        mecab = mecab_facts(tokenizer.mecab_kwargs or {}) if tokenizer.word_tokenizer_type == "mecab" else {}
+        facts["words"] = [*(getattr(tokenizer, name) for name in names), *mecab.values()]
+        if tokenizer.subword_tokenizer_type == "sentencepiece":
+            model = tokenizer.subword_tokenizer.sp_model.serialized_model_proto()
+            facts["sentencepiece"] = hashlib.sha256(model).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def segmentation_difference(first: Any, second: Any) -> str:
+    """The first setting in which two tokenizers cut text differently, with both values; empty when there is none.
+
+    The entries of their vocabularies are not compared. Settings that are not written down count with their defaults.
+    """
+    one, other = (_flat(_segmentation(tokenizer)) for tokenizer in (first, second))
+    for name in dict.fromkeys([*one, *other]):
+        if one.get(name) != other.get(name):
+            return f"{name} is {_short(one.get(name))} and {_short(other.get(name))}"
+    return ""
+
+
+def _segmentation(tokenizer: Any) -> dict[str, Any]:
+    """What decides how a tokenizer cuts text, as plain values."""
+    if is_bert_japanese(tokenizer):
+        words = tokenizer.word_tokenizer_type if tokenizer.do_word_tokenize else "none"
+        arguments = getattr(tokenizer, f"{words}_kwargs", None) or {}
+        defaults = {"sudachi": SUDACHI_DEFAULTS, "jumanpp": {"normalize_text": True, "trim_whitespace": False}}
+        return {
+            "tokenizer": "BertJapaneseTokenizer",
+            "word_tokenizer_type": words,
+            "subword_tokenizer_type": tokenizer.subword_tokenizer_type if tokenizer.do_subword_tokenize else "none",
+            "do_lower_case": tokenizer.do_lower_case and words != "none",
+            **(mecab_facts(arguments) if words == "mecab" else defaults.get(words, {}) | arguments),
+        }
+    if not tokenizer.is_fast:
+        return {"tokenizer": type(tokenizer).__name__, "do_lower_case": getattr(tokenizer, "do_lower_case", None)}
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = {name: value for name, value in backend["model"].items() if name != "vocab"}
+    steps = {name: backend[name] for name in ("normalizer", "pre_tokenizer")}
+    return {"tokenizer": "of tokenizer.json", "subwords": model.pop("type"), **steps, **model}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under names with dots, so that a difference can be named exactly."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        steps = isinstance(value, list) and all(isinstance(step, dict) for step in value)
+        inner = dict(enumerate(value)) if steps else value
+        flat |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -18,35 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from lmscripts.errors import UserError
-from lmscripts.tokenizer.encoder import UNUSED, Encoder, load_encoder
-from lmscripts.tokenizer.folder import FOLDER_FILES, RECORD_FILE, REPORT_FILE, read_record, write_json
-from lmscripts.tokenizer.identity import model_kind, segmentation_difference
+from lmscripts.tokenizer.encoder import UNUSED, Encoder, load_encoder, model_kind, segmentation_difference
+from lmscripts.tokenizer.folder import RECORD_FILE, TRANSFORMERS_FILES, read_record, write_json
 from lmscripts.tokenizer.report import check_encoder
 
 
 @dataclass(frozen=True)
 class Extension:
-    """What is to become of a tokenizer.
-
-    Attributes:
-        encoder: the tokenizer as it is.
-        words: new word, as encoding will see it -> id of the unused token that makes room for it.
-        request: hash of all that decides the result.
-        sentences: for the user: what is new, what was known or repeated.
-    """
+    """What is to become of a tokenizer: `words` are the new words, as encoding will see them, with their ids."""
 
     encoder: Encoder
     words: dict[str, int]
-    request: str
-    sentences: tuple[str, ...]
+    request: str  # hash of all that decides the result
+    sentences: tuple[str, ...]  # for the user: what is new, what was known or repeated
 
 
 def plan_extension(tokenizer_dir: Path, words_file: Path) -> Extension:
-    """Which new word takes which unused token: those of the file in their order, by rising id.
+    """Which new word takes which unused token: those of the file, one a line, in their order by rising id.
 
-    Args:
-        tokenizer_dir: a tokenizer of ours, or any local folder with a WordPiece or character vocabulary.
-        words_file: UTF-8, one word a line; empty lines are passed over.
+    The tokenizer is one of ours, or any local folder with a WordPiece or character vocabulary.
 
     Raises:
         UserError: the folder or file cannot be used, a line is no word, nothing is new, or the unused tokens are
@@ -64,7 +54,12 @@ def plan_extension(tokenizer_dir: Path, words_file: Path) -> Extension:
     # A token that the tokenizer cuts out of the text before anything else cannot be renamed in the vocabulary alone.
     free = [number for number in encoder.reserved_ids if number not in tokenizer.added_tokens_decoder]
     seen: Counter[str] = Counter()
-    for number, line in enumerate(_read_lines(words_file), start=1):
+    try:
+        lines = words_file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{words_file}, line {number} is not UTF-8 text; convert it with iconv") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             seen[_as_encoded(tokenizer, line.strip(), f"{words_file}, line {number}", kind)] += 1
     new = [word for word in seen if word not in vocabulary]
@@ -81,14 +76,6 @@ def plan_extension(tokenizer_dir: Path, words_file: Path) -> Extension:
         sentences.append(f"{repeated} lines give a word a second time")
     request = hashlib.sha256(json.dumps([encoder.fingerprint, new]).encode()).hexdigest()
     return Extension(encoder, words, request, tuple(sentences))
-
-
-def _read_lines(words_file: Path) -> list[str]:
-    try:
-        return words_file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{words_file}, line {line} is not UTF-8 text; convert it with iconv") from error
 
 
 def _as_encoded(tokenizer: Any, word: str, place: str, kind: str) -> str:
@@ -116,11 +103,7 @@ def _as_encoded(tokenizer: Any, word: str, place: str, kind: str) -> str:
 
 
 def write_extension(extension: Extension, folder: Path) -> list[str]:
-    """Write the extended tokenizer and check that nothing but the new words changed.
-
-    Args:
-        extension: from `plan_extension`.
-        folder: exists and is empty.
+    """Write the extended tokenizer into an empty folder and check that nothing but the new words changed.
 
     Returns:
         Sentences for the user: what is new, what was known, which words the tokenizer would still cut.
@@ -128,15 +111,20 @@ def write_extension(extension: Extension, folder: Path) -> list[str]:
     Raises:
         UserError: the vocabulary is in no file that can be changed, or the result is not what it should be.
     """
-    source = extension.encoder.folder
-    for name in sorted(FOLDER_FILES - {REPORT_FILE, RECORD_FILE, "config.yaml"}):
-        if (source / name).is_file():  # the report measured another vocabulary
+    source, tokenizer = extension.encoder.folder, extension.encoder.tokenizer
+    for name in sorted(TRANSFORMERS_FILES):
+        if (source / name).is_file():  # not the report, which measured another vocabulary
             shutil.copyfile(source / name, folder / name)
-    tokens = {number: token for token, number in extension.encoder.tokenizer.get_vocab().items()}
-    names = {tokens[number]: word for word, number in extension.words.items()}
+    words = {number: word for word, number in extension.words.items()}
+    names = {token: words[number] for token, number in tokenizer.get_vocab().items() if number in words}
     if not _change_vocabulary(folder, names):
         raise UserError(f"{source} has neither vocab.txt nor tokenizer.json, so its vocabulary cannot be changed")
-    _name_class(folder / "tokenizer_config.json", extension.encoder.tokenizer)
+    # Without the config.json of a model beside it the folder itself has to say what tokenizer it holds.
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "tokenizer_class" not in settings:
+        name = type(tokenizer).__name__
+        write_json(file, settings | {"tokenizer_class": name.replace("TokenizersBackend", "PreTrainedTokenizerFast")})
     earlier = read_record(source) or {"vocab_size": extension.encoder.vocab_size}
     step = {"tokenizer": extension.encoder.fingerprint, "new_words": extension.words}
     steps = [*earlier.get("extensions", []), step]
@@ -157,15 +145,6 @@ def _change_vocabulary(folder: Path, names: dict[str, str]) -> bool:
         values["model"]["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
         write_json(content, values)
     return lines.is_file() or content.is_file()
-
-
-def _name_class(file: Path, tokenizer: Any) -> None:
-    """Without the config.json of a model beside it the folder itself has to say what tokenizer it holds."""
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "tokenizer_class" not in settings:
-        name = type(tokenizer).__name__
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-        write_json(file, settings)
 
 
 def _check_result(extension: Extension, folder: Path, names: dict[str, str]) -> list[str]:

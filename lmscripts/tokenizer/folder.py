@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +21,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lmscripts import files
 from lmscripts.errors import UserError, naming
-from lmscripts.files import new_folder
 from lmscripts.text.words import WordTokenizer
-from lmscripts.tokenizer.identity import model_kind
+from lmscripts.tokenizer.encoder import model_kind
 from lmscripts.tokenizer.training import (
     CAUSAL_SPECIAL_TOKENS,
     MAX_WORD_CHARACTERS,
@@ -37,39 +35,24 @@ from lmscripts.tokenizer.training import (
 
 RECORD_FILE = "lmscripts_tokenizer.json"
 REPORT_FILE = "tokenizer_report.json"
-# All that a tokenizer folder may hold; a folder with anything else is never replaced.
-FOLDER_FILES = {
-    RECORD_FILE,
-    REPORT_FILE,
-    "added_tokens.json",
-    "config.yaml",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spiece.vocab",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-}
+# What transformers writes, and all that a tokenizer folder may hold: one with anything else is never replaced.
+_VOCABULARIES = {"merges.txt", "spiece.model", "spiece.vocab", "tokenizer.json", "vocab.json", "vocab.txt"}
+TRANSFORMERS_FILES = _VOCABULARIES | {"added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"}
+FOLDER_FILES = TRANSFORMERS_FILES | {RECORD_FILE, REPORT_FILE, "config.yaml"}
 
 
 def check_combination(tokenizer_type: TokenizerType, words: WordTokenizer, *, causal: bool = False) -> None:
-    """Refuse what no tokenizer class of transformers does, and for a causal model what loses text.
-
-    Raises:
-        UserError: with what to take instead.
-    """
+    """Refuse what no tokenizer class of transformers does, and for a causal model what loses text, by a UserError."""
     if causal:
         spaces = "white space" + (" and words with unknown characters" if tokenizer_type == "wordpiece" else "")
-        widths = "half and full width, U+3000, ligatures"
-        for option, kept, lost, instead in (
-            (f"tokenizer_type {tokenizer_type}", tokenizer_type in ("bpe", "unigram"), spaces, "bpe or unigram"),
-            (f"word_tokenizer {words.kind}", words.kind == "none", "the white space between words", "none"),
-            (f"normalization {words.normalization}", words.normalization == "none", widths, "none"),
+        for option, value, lost, keeping in (
+            ("tokenizer_type", tokenizer_type, spaces, ("bpe", "unigram")),
+            ("word_tokenizer", words.kind, "the white space between words", ("none",)),
+            ("normalization", words.normalization, "half and full width, U+3000, ligatures", ("none",)),
         ):
-            if not kept:
-                raise UserError(f"--{option} loses text ({lost}) that a causal model has to write: take {instead}")
+            if value not in keeping:
+                loss = f"loses text ({lost}) that a causal model has to write"
+                raise UserError(f"--{option} {value} {loss}: take {' or '.join(keeping)}")
     if _is_japanese(words) and tokenizer_type == "bpe":
         raise UserError(
             f"transformers has no tokenizer that runs {words.kind} before byte-level BPE: take --tokenizer_type "
@@ -101,17 +84,7 @@ def write_tokenizer(
     model_max_length: int,
     record: dict[str, Any],
 ) -> None:
-    """Write the files of a tokenizer.
-
-    Args:
-        folder: exists and is empty.
-        trained: the vocabulary.
-        tokenizer_type: wordpiece, unigram, bpe or character.
-        words: how text is cut into words before.
-        causal: for a causal model: lossless.
-        model_max_length: tokens beyond which transformers warns.
-        record: further facts for `lmscripts_tokenizer.json`.
-    """
+    """Write the files of a tokenizer into an empty folder; the record, further facts, goes to `RECORD_FILE`."""
     fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
     common = {"model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
     config: dict[str, Any]
@@ -122,12 +95,23 @@ def write_tokenizer(
     else:
         tokens = zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS)
         config = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **common, **dict(tokens)}
-        config |= _japanese_config(tokenizer_type, words) if _is_japanese(words) else fast
+        if _is_japanese(words):
+            config |= {
+                "tokenizer_class": "BertJapaneseTokenizer",
+                "do_lower_case": False,
+                "do_word_tokenize": True,
+                "do_subword_tokenize": True,
+                "word_tokenizer_type": words.kind,
+                "subword_tokenizer_type": "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type,
+                # Without explicit arguments transformers takes another dictionary than ipadic.
+                f"{words.kind}_kwargs": words.analyser_kwargs(),
+            }
+        else:
+            config |= fast
     if "word_tokenizer_type" not in config:
         made = fast_tokenizer(trained, tokenizer_type, words, causal=causal)
         (folder / "tokenizer.json").write_text(made.to_str(pretty=True), encoding="utf-8", newline="\n")
     elif tokenizer_type == "unigram":
-        assert trained.sentencepiece is not None
         (folder / "spiece.model").write_bytes(trained.sentencepiece)
     else:
         text = "".join(f"{piece}\n" for piece in trained.pieces)
@@ -146,19 +130,6 @@ def write_tokenizer(
     write_json(folder / RECORD_FILE, facts)
 
 
-def _japanese_config(tokenizer_type: TokenizerType, words: WordTokenizer) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "BertJapaneseTokenizer",
-        "do_lower_case": False,
-        "do_word_tokenize": True,
-        "do_subword_tokenize": True,
-        "word_tokenizer_type": words.kind,
-        "subword_tokenizer_type": "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type,
-        # Without explicit arguments transformers takes another dictionary than ipadic.
-        f"{words.kind}_kwargs": words.analyser_kwargs(),
-    }
-
-
 def fast_tokenizer(
     trained: Trained, tokenizer_type: TokenizerType, words: WordTokenizer, *, causal: bool = False
 ) -> Tokenizer:
@@ -166,32 +137,29 @@ def fast_tokenizer(
     ids = {piece: number for number, piece in enumerate(trained.pieces)}
     separate = words.kind == "whitespace"
     cut: Any = pre_tokenizers.BertPreTokenizer() if separate else pre_tokenizers.WhitespaceSplit()
-    decoder: Any
     steps: list[Any] = [normalizers.NFKC()] if words.normalization == "nfkc" else []
     if tokenizer_type == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
-        decoder = decoders.WordPiece(prefix="##", cleanup=separate)
+        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=separate)
     elif tokenizer_type == "character":
         # BPE without merges is the model that looks up every character and keeps track of the words.
         tokenizer = Tokenizer(models.BPE(ids, [], unk_token="[UNK]", fuse_unk=False))
-        decoder = decoders.Fuse()
+        tokenizer.decoder = decoders.Fuse()
     elif tokenizer_type == "bpe":
-        assert trained.merges is not None
         tokenizer = Tokenizer(models.BPE(ids, trained.merges))
         cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        decoder = decoders.ByteLevel()
+        tokenizer.decoder = decoders.ByteLevel()
     else:
-        assert trained.scores is not None
         scores = list(zip(trained.pieces, trained.scores))
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=1, byte_fallback=causal))
         if causal:
             cut = None  # a line is one lattice, in time linear in its length
-            decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+            tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
         else:
             # As BertJapaneseTokenizer does: the mark of a beginning stands before every word.
             metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
             cut = pre_tokenizers.Sequence([cut, metaspace]) if separate else metaspace
-            decoder = decoders.Metaspace(prepend_scheme="always")
+            tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
             # What the training text went through: two back-quotes or apostrophes are a quotation mark.
             steps.append(normalizers.Replace(Regex("``|''"), '"'))
     special = CAUSAL_SPECIAL_TOKENS if causal else SPECIAL_TOKENS
@@ -200,7 +168,6 @@ def fast_tokenizer(
         tokenizer.normalizer = normalizers.Sequence(steps)
     if cut is not None:
         tokenizer.pre_tokenizer = cut
-    tokenizer.decoder = decoder
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     used = [(token, ids[token]) for token in special if token in ("<s>", "[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single=around[0], pair=around[1], special_tokens=used)
@@ -222,9 +189,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     weights = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx*", "*.ckpt*", "*.gguf")
     state = ("training_state.json", "checksums.json", "log.jsonl", "README.md", ".*")
     target.mkdir(parents=True, exist_ok=True)
-    ignored = shutil.ignore_patterns(*weights, *state)(str(source), [path.name for path in source.iterdir()])
+    ignored = shutil.ignore_patterns(*weights, *state)
     for path in source.iterdir():
-        if path.is_file() and path.name not in ignored:
+        if path.is_file() and not ignored("", [path.name]):
             shutil.copy2(path, target / path.name)
 
 
@@ -246,11 +213,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
-    """Compare options that describe the tokenizer with the tokenizer there is.
-
-    Args:
-        tokenizer: from transformers.
-        wanted: tokenizer_type and mecab_dic as the user gave them; None is not checked.
+    """Compare tokenizer_type and mecab_dic, as the user gave them or None, with the tokenizer of transformers there is.
 
     Raises:
         UserError: they differ.
@@ -273,13 +236,10 @@ def check_target(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: it holds a tokenizer and `overwrite` is off, or it holds anything else.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder as --model_dir")
-    names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if name not in FOLDER_FILES]
-    if foreign:
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if foreign := [name for name in names if name not in FOLDER_FILES]:
         raise UserError(
             f"{folder} holds other files ({', '.join(foreign[:3])}); give a folder of its own as --model_dir"
         )
@@ -289,29 +249,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
-
-    What is there stays usable until then.
-
-    Raises:
-        UserError: see `check_target`.
-    """
+    """As `files.replaced_folder`, where `check_target` allows it, before and after the block."""
     check_target(folder, overwrite)
-    fresh = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
-    earlier = folder.with_name(f".{folder.name}.earlier-{uuid.uuid4().hex[:8]}")
-    try:
-        with naming(folder), new_folder(fresh) as aside:
-            yield aside
+    with naming(folder), files.replaced_folder(folder) as aside:
+        yield aside
         check_target(folder, overwrite)
-        if folder.exists():
-            os.rename(folder, earlier)
-        try:
-            os.rename(fresh, folder)
-        except OSError:
-            if earlier.exists():
-                os.rename(earlier, folder)
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(earlier, ignore_errors=True)

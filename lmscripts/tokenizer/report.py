@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders
 
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import Encoder, load_tokenizer
@@ -49,11 +49,7 @@ def _batches(lines: Sequence[str]) -> Iterator[list[str]]:
 
 
 def check_encoder(encoder: Encoder, lines: Sequence[str]) -> None:
-    """Check that `encoder` gives every line the ids of the reloaded `AutoTokenizer`.
-
-    Raises:
-        UserError: it does not; names the first such line.
-    """
+    """Check that `encoder` gives every line the ids of the reloaded `AutoTokenizer`, see `check_ids`."""
     encode = partial(load_tokenizer(encoder.folder), add_special_tokens=False, verbose=False)
     blame = f"the tokenizer in {encoder.folder} must not be used with this program: the fast path and AutoTokenizer"
     check_ids(encoder, lines, lambda part: encode(part)["input_ids"], blame)
@@ -81,33 +77,28 @@ def check_ids(
 def check_lossless(encoder: Encoder, lines: Sequence[str]) -> None:
     """Check that decoding gives back every line, with special tokens left out as `generate` would.
 
-    Besides `lines`, it tries text that reads like a special token, a reserved entry or a byte.
+    Besides `lines`, it tries all texts that read like a byte or an entry that no text gives: alone, and beside letters
+    and spaces.
 
     Raises:
         UserError: names the first line that it does not give back, or that gives a special token or a reserved entry.
     """
     tokenizer = encoder.tokenizer
-    never = {*encoder.special_ids, *encoder.reserved_ids}
-    for part in _batches([*lines, *_lines_of_look_alikes(encoder)]):
+    never = dict.fromkeys([*encoder.special_ids, *encoder.reserved_ids])
+    entries = tokenizer.convert_ids_to_tokens(list(never))
+    texts = dict.fromkeys([*entries, *BYTE_PIECES, *map(str.lower, BYTE_PIECES), "<0x+A>"])
+    beside = (text for t in texts for text in (t, f"{t}{t} a{t}b {t} 1", f"東京{t}は {t}　{t}。"))
+    for part in _batches([*lines, *beside]):
         for line, ids in zip(part, tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]):
             if (decoded := tokenizer.decode(ids, skip_special_tokens=True)) != line:
                 raise UserError(
                     f"the tokenizer in {encoder.folder} is not lossless: {line[:80]!r} comes back as {decoded[:80]!r}"
                 )
-            if found := sorted(never.intersection(ids)):
+            if found := sorted(never.keys() & ids):
                 raise UserError(
                     f"the tokenizer in {encoder.folder} takes text for {tokenizer.convert_ids_to_tokens(found[0])} "
                     f"(id {found[0]}), in the line {line[:80]!r}"
                 )
-
-
-def _lines_of_look_alikes(encoder: Encoder) -> list[str]:
-    """All texts that read like a byte or an entry that no text gives: alone, beside letters, and beside spaces."""
-    entries = encoder.tokenizer.convert_ids_to_tokens([*encoder.special_ids, *encoder.reserved_ids])
-    texts = dict.fromkeys([*entries, *BYTE_PIECES, *map(str.lower, BYTE_PIECES), "<0x+A>"])
-    return [
-        line for text in texts for line in (text, f"{text}{text} a{text}b {text} 1", f"東京{text}は {text}　{text}。")
-    ]
 
 
 def keeps_line_feeds(encoder: Encoder) -> bool:
@@ -123,27 +114,19 @@ def readable_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     A byte that is no character by itself is `<0xE3>`.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     pieces: list[str] = tokenizer.convert_ids_to_tokens(list(ids))
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         pieces = ["\n" if piece == "<0x0A>" else piece for piece in pieces]
     else:
-        stand_ins = _bytes_of_stand_ins()
+        stand_ins = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
         special = set(tokenizer.all_special_tokens)
         as_bytes = [bytes(stand_ins.get(character, 0x3F) for character in piece) for piece in pieces]
         texts = [data.decode(errors="surrogateescape") for data in as_bytes]
         texts = [_LONE_BYTE.sub(lambda found: f"<0x{ord(found.group()) - 0xDC00:02X}>", text) for text in texts]
         pieces = [piece if piece in special else text for piece, text in zip(pieces, texts, strict=True)]
     return [piece.replace("\n", "\\n") for piece in pieces]
-
-
-def _bytes_of_stand_ins() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies, backwards.
-
-    Printable Latin-1 characters stand for themselves, U+0100 onwards for the other bytes in their order.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    themselves = [ord(character) for character in alphabet if character <= "\xff"]
-    return dict(zip(alphabet, [*themselves, *sorted(set(range(256)) - set(themselves))], strict=True))
 
 
 # ---- how well it fits ----
@@ -157,56 +140,39 @@ def tokenizer_report(encoder: Encoder, lines: Sequence[str]) -> dict[str, Any]:
         tokens_per_character, characters_per_token, unknown_rate (of all tokens), vocab_used_share (of the entries
         that text can give). A ratio without a denominator is None.
     """
-    used = np.zeros(encoder.vocab_size, np.bool_)
-    words = tokens = unknown = 0
+    times = np.zeros(encoder.vocab_size, np.int64)
+    words = 0
     for part in _batches(lines):
         encoded = encoder.encode(part)
-        used[encoded.ids] = True
+        times += np.bincount(encoded.ids, minlength=encoder.vocab_size)
         words += int(encoded.word_starts.sum())
-        tokens += len(encoded.ids)
-        unknown += int((encoded.ids == encoder.unk_id).sum()) if encoder.unk_id is not None else 0
-    used[list(encoder.special_ids)] = False
-    characters = sum(map(len, lines))
+    tokens, unknown = int(times.sum()), 0 if encoder.unk_id is None else int(times[encoder.unk_id])
+    times[list(encoder.special_ids)] = 0
+    characters, used = sum(map(len, lines)), int(np.count_nonzero(times))
     ordinary = encoder.vocab_size - len(encoder.special_ids) - len(encoder.reserved_ids)
-    return {
-        "lines": len(lines),
-        "characters": characters,
-        "words": words,
-        "tokens": tokens,
-        "unknown_tokens": unknown,
-        "vocab_size": encoder.vocab_size,
-        "vocab_used": int(used.sum()),
-        "tokens_per_word": _ratio(tokens, words),
-        "tokens_per_character": _ratio(tokens, characters),
-        "characters_per_token": _ratio(characters, tokens),
-        "unknown_rate": _ratio(unknown, tokens),
-        "vocab_used_share": _ratio(int(used.sum()), ordinary),
+    counts: dict[str, Any] = {"lines": len(lines), "characters": characters, "words": words, "tokens": tokens}
+    counts |= {"unknown_tokens": unknown, "vocab_size": encoder.vocab_size, "vocab_used": used}
+    ratios = {
+        "tokens_per_word": (tokens, words),
+        "tokens_per_character": (tokens, characters),
+        "characters_per_token": (characters, tokens),
+        "unknown_rate": (unknown, tokens),
+        "vocab_used_share": (used, ordinary),
     }
-
-
-def _ratio(number: int, total: int) -> float | None:
-    return round(number / total, 6) if total else None
+    return counts | {name: round(one / other, 6) if other else None for name, (one, other) in ratios.items()}
 
 
 def report_table(report: dict[str, Any]) -> str:
     """The report of `tokenizer_report` as lines of text."""
-
-    def ratio(name: str, share: bool = False) -> str:
-        value = report[name]
-        return "-" if value is None else f"{value:.2%}" if share else f"{value:.3f}"
-
-    rows = [
-        ("measured on", f"{report['lines']:,} lines, {report['characters']:,} characters"),
-        ("words, tokens", f"{report['words']:,}, {report['tokens']:,}"),
-        ("tokens per word", ratio("tokens_per_word")),
-        ("tokens per character", ratio("tokens_per_character")),
-        ("characters per token", ratio("characters_per_token")),
-        ("unknown tokens", f"{report['unknown_tokens']:,} ({ratio('unknown_rate', share=True)})"),
-        (
-            "vocabulary used",
-            f"{report['vocab_used']:,} of {report['vocab_size']:,} ({ratio('vocab_used_share', share=True)} of the "
-            "entries that text can give)",
-        ),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    shown = {name: "-" if value is None else f"{value:,}" for name, value in report.items()}
+    ratios = ("tokens_per_word", "tokens_per_character", "characters_per_token")
+    shown |= {name: f"{report[name]:.3f}" for name in ratios if report[name] is not None}
+    shown |= {name: f"{report[name]:.2%}" for name in ("unknown_rate", "vocab_used_share") if report[name] is not None}
+    rows = {
+        "measured on": "{lines} lines, {characters} characters",
+        "words, tokens": "{words}, {tokens}",
+        **{name.replace("_", " "): f"{{{name}}}" for name in ratios},
+        "unknown tokens": "{unknown_tokens} ({unknown_rate})",
+        "vocabulary used": "{vocab_used} of {vocab_size} ({vocab_used_share} of the entries that text can give)",
+    }
+    return "\n".join(f"{name:<20}  {row.format(**shown)}" for name, row in rows.items())

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import itertools
 import re
-import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
 from lmscripts.tokenizer.encoder import load_encoder
 from lmscripts.tokenizer.folder import RECORD_FILE, write_json
 from lmscripts.tokenizer.report import DIFFICULT_LINES, check_ids
@@ -45,13 +43,9 @@ _TRIED_RULES = 10_000
 def import_sentencepiece(
     model_file: Path, folder: Path, lines: Sequence[str], *, model_max_length: int | None = None
 ) -> list[str]:
-    """Write the tokenizer folder of a model and check it on a built-in list of difficult lines and on `lines`.
+    """Write a model, unigram or bpe, into an empty tokenizer folder and check it on `DIFFICULT_LINES` and on `lines`.
 
-    Args:
-        model_file: `.model` of sentencepiece, unigram or bpe.
-        folder: exists and is empty.
-        lines: text to check it on besides; only what is checked is sure, and U+F0000 to U+F0081 in a text do differ.
-        model_max_length: tokens beyond which transformers warns.
+    Only what is checked is sure, and U+F0000 to U+F0081 in a text do differ.
 
     Returns:
         Sentences about what was written.
@@ -77,13 +71,12 @@ def import_sentencepiece(
         **special,
     }
     write_json(folder / "tokenizer_config.json", config)
-    kind = "unigram" if proto.trainer_spec.model_type == 1 else "bpe"
+    kind = _kind(proto)
     facts = {"tokenizer_type": kind, "from_sentencepiece": model_file.name, "vocab_size": len(proto.pieces)}
     write_json(folder / RECORD_FILE, facts)
-    control = {piece.piece for piece in proto.pieces if piece.type == _CONTROL}
-    control_mask = special.get("mask_token") if special.get("mask_token") in control else None
     # sentencepiece itself does not read a mask of the kind control out of a text.
-    checked = [line for line in (*DIFFICULT_LINES, *lines) if not control_mask or control_mask not in line]
+    masks = [p.piece for p in proto.pieces if p.type == _CONTROL and p.piece == special.get("mask_token")]
+    checked = [line for line in (*DIFFICULT_LINES, *lines) if not any(mask in line for mask in masks)]
     blame = f"{model_file} cannot be taken over: `tokenizers` and sentencepiece"
     check_ids(load_encoder(folder), checked, processor.encode, blame)
     added = tokenizer.encode("").tokens
@@ -107,11 +100,14 @@ def _read(model_file: Path) -> tuple[Any, Any]:
         proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(content)  # noqa: B009 (made at run time)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     except Exception as error:  # whatever protobuf and sentencepiece raise for foreign bytes
-        raise UserError(f"{model_file} is no model of sentencepiece ({' '.join(str(error).split())[:200]})") from None
-    if proto.trainer_spec.model_type not in (1, 2):
-        kind = {3: "word", 4: "char"}.get(proto.trainer_spec.model_type, "unknown")
+        raise UserError(f"{model_file} is no model of sentencepiece ({shortened(error)})") from None
+    if (kind := _kind(proto)) not in ("unigram", "bpe"):
         raise UserError(f"{model_file} is a model of the kind {kind}; unigram and bpe can be taken over")
     return proto, processor
+
+
+def _kind(proto: Any) -> str:
+    return str(proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type).lower())
 
 
 # ---- the tokenizer ----
@@ -120,23 +116,20 @@ def _read(model_file: Path) -> tuple[Any, Any]:
 def fast_tokenizer(proto: Any, special: dict[str, str]) -> Tokenizer:
     """A tokenizer of the `tokenizers` library with the ids of a model.
 
-    Args:
-        proto: the model.
-        special: names and pieces of the special tokens. A text gets [CLS] and [SEP] around it where the model has both
-            and a mask, else the beginning in front where it has one. The mask is read out of a text, in which people
-            write it.
+    Of the special tokens (name -> piece) a text gets [CLS] and [SEP] around it where the model has both and a mask,
+    else the beginning in front where it has one. The mask is read out of a text, in which people write it.
     """
     if mask := special.get("mask_token"):
         proto = type(proto).FromString(proto.SerializeToString())
         next(piece for piece in proto.pieces if piece.piece == mask).type = _USER_DEFINED
     own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    is_bpe = proto.trainer_spec.model_type == 2
-    tokenizer = Tokenizer(_bpe(proto, bool(own)) if is_bpe else _unigram(proto))
-    unknown = [normalizers.Replace(text, _UNKNOWN_TEXT) for text in _unknown_reserved(proto)]
-    tokenizer.normalizer = normalizers.Sequence([*_normalization(proto, own), *unknown])
+    tokenizer = Tokenizer(_bpe(proto, bool(own)) if _kind(proto) == "bpe" else _unigram(proto))
+    unknown, beginnings = _reserved_in_text(proto)
+    aside = [normalizers.Replace(text, _UNKNOWN_TEXT) for text in unknown]
+    tokenizer.normalizer = normalizers.Sequence([*_normalization(proto, own), *aside])
     cuts = [pre_tokenizers.Split(Regex(_any_of(own)), "isolated")] if own else []
-    if pattern := _beginning_of_reserved(proto):
-        cuts.append(pre_tokenizers.Split(Regex(pattern), "merged_with_previous"))
+    if beginnings:
+        cuts.append(pre_tokenizers.Split(Regex(beginnings), "merged_with_previous"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     mark = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     suffix = bool(proto.trainer_spec.treat_whitespace_as_suffix)
@@ -163,52 +156,37 @@ def _any_of(texts: Sequence[str]) -> str:
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
 
 
-def _reserved(proto: Any) -> list[str]:
-    """Special tokens and bytes, which in a text are only text."""
-    kinds = (_UNKNOWN, _CONTROL, _BYTE)
-    return [piece.piece for piece in proto.pieces if piece.type in kinds and len(piece.piece) > 1]
+def _reserved_in_text(proto: Any) -> tuple[list[str], str]:
+    """Special tokens and bytes, which in a text are only text.
 
-
-def _known_characters(proto: Any) -> set[str]:
-    return {p.piece for p in proto.pieces if p.type in (_NORMAL, _USER_DEFINED) and len(p.piece) == 1}
-
-
-def _unknown_reserved(proto: Any) -> list[str]:
-    """Those whose characters are all unknown: sentencepiece takes them together with unknown neighbours."""
-    known = _known_characters(proto)
-    if proto.trainer_spec.byte_fallback:  # then no character is unknown
-        return []
-    return sorted((text for text in _reserved(proto) if not known & set(text)), key=len, reverse=True)
-
-
-def _beginning_of_reserved(proto: Any) -> str:
-    """How each special token or byte begins where it stands in a text: cut behind this, it is only text.
-
-    It is cut where no piece reaches across and no two unknown characters meet, which sentencepiece takes together.
+    Returns:
+        Those whose characters are all unknown: sentencepiece takes them together with unknown neighbours. And how each
+        of the others begins where it stands in a text: cut behind this, it is only text. It is cut where no piece
+        reaches across and no two unknown characters meet.
     """
     pieces = [piece.piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
-    characters, unknown = _known_characters(proto), set(_unknown_reserved(proto))
+    characters = {piece for piece in pieces if len(piece) == 1}
     crossed = {piece[place : place + 2] for piece in pieces for place in range(len(piece) - 1)}
+    reserved = [p.piece for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL, _BYTE) and len(p.piece) > 1]
+    # With byte fallback no character is unknown.
+    unknown = [text for text in reserved if not proto.trainer_spec.byte_fallback and not characters & set(text)]
     endings: dict[str, list[str]] = {}
-    for text in _reserved(proto):
+    for text in reserved:
         if text not in unknown:
             places = range(1, len(text))
             known = [place for place in places if characters & set(text[place - 1 : place + 1])] or list(places)
             free = [place for place in known if text[place - 1 : place + 1] not in crossed] or known
             endings.setdefault(text[: free[0]], []).append(text[free[0] :])
-    return "|".join(f"{re.escape(beginning)}(?={_any_of(rest)})" for beginning, rest in sorted(endings.items()))
+    cuts = "|".join(f"{re.escape(beginning)}(?={_any_of(rest)})" for beginning, rest in sorted(endings.items()))
+    return sorted(unknown, key=len, reverse=True), cuts
 
 
 def _unigram(proto: Any) -> models.Unigram:
+    # A symbol of its own stands by itself and is taken whole. No text gives reserved pieces; a lower score than the
+    # lowest would change what an unknown character costs.
     lowest = min((piece.score for piece in proto.pieces if piece.type == _NORMAL), default=0.0)
-
-    def score(piece: Any) -> float:
-        if piece.type == _USER_DEFINED:  # it stands by itself and is taken whole
-            return 0.0
-        # No text gives the others; a lower score would change what an unknown character costs.
-        return float(piece.score) if piece.type == _NORMAL else lowest
-
-    vocabulary = [(piece.piece, score(piece)) for piece in proto.pieces]
+    scores = {_USER_DEFINED: 0.0, **dict.fromkeys((_UNKNOWN, _CONTROL, _UNUSED, _BYTE), lowest)}
+    vocabulary = [(piece.piece, scores.get(piece.type, piece.score)) for piece in proto.pieces]
     unknown = next(number for number, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
     return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=proto.trainer_spec.byte_fallback)
 
@@ -220,14 +198,9 @@ def _bpe(proto: Any, has_own: bool) -> models.BPE:
     pairs = ((score, piece[:place], piece[place:]) for piece, score in scores.items() for place in range(1, len(piece)))
     merges = [(-score, ids[one], ids[two], (one, two)) for score, one, two in pairs if one in scores and two in scores]
     unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
-    return models.BPE(
-        ids,
-        [pair for *_, pair in sorted(merges)],
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
-        ignore_merges=has_own,  # a symbol that stands by itself is in the vocabulary, and no merges lead to it
-    )
+    settings = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": proto.trainer_spec.byte_fallback}
+    # A symbol that stands by itself is in the vocabulary, and no merges lead to it.
+    return models.BPE(ids, [pair for *_, pair in sorted(merges)], ignore_merges=has_own, **settings)
 
 
 # ---- normalisation ----
@@ -253,57 +226,23 @@ def _normalization(proto: Any, own: Sequence[str]) -> list[Any]:
     return steps
 
 
-def read_rules(table: bytes) -> dict[str, str]:
-    """The rules in a model's compiled table: what is replaced -> by what.
-
-    The table holds the size of a double-array trie (32 bits), the trie, and the replacements, each ended by a NUL. A
-    unit of the trie holds a label in its lowest byte, a flag for an end of a key in bit 8 and the distance to its
-    children from bit 10 on, shifted by 8 if bit 9 is set; the value of a key is the unit at that distance itself.
-    """
-    size = struct.unpack("<I", table[:4])[0]
-    units: list[int] = np.frombuffer(table[4 : 4 + size], "<u4").tolist()
-    replacements = table[4 + size :]
-    children_of: dict[int, list[tuple[int, int]]] = {}
-    for place, unit in enumerate(units):
-        if unit & 0xFF and unit < 0x80000000:
-            children_of.setdefault(place ^ unit & 0xFF, []).append((unit & 0xFF, place))
-    rules = {}
-    open_nodes = [(0, b"")]
-    while open_nodes:
-        node, key = open_nodes.pop()
-        unit = units[node]
-        children = node ^ ((unit >> 10) << ((unit & 0x200) >> 6))
-        if unit & 0x100:
-            start = units[children] & 0x7FFFFFFF
-            rules[key.decode()] = replacements[start : replacements.index(b"\0", start)].decode()
-        open_nodes += [(child, key + bytes([label])) for label, child in children_of.get(children, [])]
-    return rules
-
-
-def _applied(rules: dict[str, str], longest: int, text: str) -> str:
-    """What sentencepiece makes of a text: the longest rule at each place, characters without one as they are."""
-    parts = []
-    place = 0
-    while place < len(text):
-        ends = range(min(place + longest, len(text)), place, -1)
-        end = next((end for end in ends if text[place:end] in rules), place + 1)
-        parts.append(rules.get(text[place:end], text[place]))
-        place = end
-    return "".join(parts)
-
-
 def _table_steps(table: bytes) -> list[Any]:
-    """The steps that apply a table of rules, the longest one at each place.
+    """The steps that apply a table of rules; NFKC, or it and lower case, goes first if more texts come out right so."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
-    NFKC, or NFKC and lower case, goes before the table if more texts come out right with it.
-    """
-    rules = read_rules(table)
+    off = dict.fromkeys(("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces"), False)
+    spec = getattr(sentencepiece_model_pb2, "NormalizerSpec")(precompiled_charsmap=table, **off)  # noqa: B009
+    normalizer = sentencepiece.SentencePieceNormalizer(normalizer_spec=spec)
+    rules = dict(normalizer.decompile())
     single, several = (sorted(source for source in rules if (len(source) > 1) == many) for many in (False, True))
     tried = [*single, *several[:: len(several) // _TRIED_RULES + 1], *(source + "\u0301" for source in single)]
-    longest = max(map(len, rules), default=1)
-    expected = [_applied(rules, longest, text) for text in tried]
+    expected = normalizer.normalize(tried)
     others = [character for character in _all_characters() if character not in rules]
-    after = [*_deletions(rules), normalizers.Precompiled(table)]
+    # Single characters that become nothing or a space: `Precompiled` would take what is combined with them along.
+    gone = {target: [one for one in single if rules[one] == target] for target in ("", " ")}
+    deletions = [normalizers.Replace(Regex(_one_of(ones)), target) for target, ones in gone.items() if ones]
+    after = [*deletions, normalizers.Precompiled(table)]
     whole = [normalizers.Replace(_ends_of_rules(rules), _END_OF_RULE), normalizers.NFKC()]
     joined = normalizers.Replace(_END_OF_RULE, "")
     ways = (after, [*whole, *after, joined], [*whole, normalizers.Lowercase(), *after, joined])
@@ -322,10 +261,9 @@ def _ends_of_rules(rules: dict[str, str]) -> Regex:
     sentencepiece joins what stands side by side and sorts nothing: "T" with an acute and a dot below, in this order,
     stays as it is, and so does a syllable of Hangul before a final consonant of its own.
     """
-    apart = {character: unicodedata.normalize("NFKD", character) for character in _all_characters()}
-    joining = {last for character in apart for last in unicodedata.normalize("NFD", character)[1:]}
-    marks = {one for one, parts in apart.items() if unicodedata.category(parts[0])[0] == "M"}
-    joining |= marks.union(one for one, parts in apart.items() if parts[0] in joining)
+    begins = {character: unicodedata.normalize("NFKD", character)[0] for character in _all_characters()}
+    later = {last for character in begins for last in unicodedata.normalize("NFD", character)[1:]}
+    joining = later | {c for c, one in begins.items() if one in later or unicodedata.category(one)[0] == "M"}
     firsts: dict[tuple[str, str], set[str]] = {}  # what comes first in the rules with a middle and a rest
     for source in rules:
         for place in range(1, len(source)):
@@ -362,9 +300,3 @@ def _around(steps: list[Any], kept: Sequence[str], stand_ins: range) -> list[Any
     pairs = list(zip(changed, map(chr, stand_ins)))
     aside = [normalizers.Replace(text, stand_in) for text, stand_in in pairs]
     return [*aside, *steps, *(normalizers.Replace(stand_in, text) for text, stand_in in pairs)]
-
-
-def _deletions(rules: dict[str, str]) -> list[Any]:
-    """Single characters that become nothing or a space: `Precompiled` would take what is combined with them along."""
-    sources = {target: [one for one in rules if len(one) == 1 and rules[one] == target] for target in ("", " ")}
-    return [normalizers.Replace(Regex(_one_of(ones)), target) for target, ones in sources.items() if ones]

@@ -24,6 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,11 +99,7 @@ class VocabularySettings:
         return [f"[unused{self.num_unused + number}]" for number in range(missing)]
 
     def room(self) -> int:
-        """Entries that are left for text.
-
-        Raises:
-            UserError: there is no room.
-        """
+        """Entries that are left for text; a UserError where there are none."""
         room = self.size - len(self.special_tokens) - self.num_unused
         if room < 1:
             raise UserError(
@@ -119,16 +116,15 @@ class Trained:
     Attributes:
         pieces: all entries in the order of their ids, special, unused and fill-up entries included.
         merges: for bpe, the pairs in the order in which they are joined.
-        scores: for unigram, one logarithm of a probability per entry (0 for reserved ones).
-        sentencepiece: for unigram, the model in sentencepiece's own format.
-        num_characters: different characters that are kept.
-        num_text_characters: different characters in the text.
+        scores, sentencepiece: for unigram, one logarithm of a probability per entry (0 for reserved ones), and the
+            model in sentencepiece's own format.
+        num_characters, num_text_characters: different characters that are kept, and in the text.
     """
 
     pieces: list[str]
-    merges: list[tuple[str, str]] | None = None
-    scores: list[float] | None = None
-    sentencepiece: bytes | None = None
+    merges: Sequence[tuple[str, str]] = ()
+    scores: Sequence[float] = ()
+    sentencepiece: bytes = b""
     num_characters: int = 0
     num_text_characters: int = 0
 
@@ -156,8 +152,7 @@ def read_lines(files: Sequence[Path]) -> Iterator[str]:
     """Lines of the files without their line feed."""
     for path in files:
         with open(path, encoding="utf-8", newline="\n") as file:
-            for line in file:
-                yield line.rstrip("\n")
+            yield from (line.rstrip("\n") for line in file)
 
 
 def sampled_lines(files: Sequence[Path]) -> Iterable[str]:
@@ -207,13 +202,9 @@ def most_frequent(counts: Counter[str], number: int) -> list[str]:
 def train_vocabulary(
     tokenizer_type: TokenizerType, files: Sequence[Path], settings: VocabularySettings, *, segmented: bool
 ) -> Trained:
-    """Train one of the four kinds, for a causal model bpe or unigram.
+    """Train one of the four kinds, for a causal model bpe or unigram, on UTF-8 text with one sentence a line.
 
-    Args:
-        tokenizer_type: wordpiece, unigram, bpe or character.
-        files: text, UTF-8, one sentence a line.
-        settings: what it is to be.
-        segmented: the lines are words joined by spaces, and no piece crosses a word.
+    Where the lines are words joined by spaces, `segmented`, no piece crosses a word.
 
     Raises:
         UserError: no text, or no such vocabulary can be made from it.
@@ -222,9 +213,8 @@ def train_vocabulary(
         raise UserError("the input holds no text: every file is empty or blank")
     if tokenizer_type == "unigram" and not settings.causal:
         return _train_unigram(files, settings, segmented)
-    of_words = {"wordpiece": _train_wordpiece, "character": _train_character}
-    of_lines = {"bpe": _train_bpe, "unigram": _train_lossless_unigram}
-    trained = (of_words | of_lines)[tokenizer_type](files, settings)
+    ways = {"wordpiece": _train_wordpiece, "character": _train_character, "bpe": _train_bpe}
+    trained = ways.get(tokenizer_type, _train_lossless_unigram)(files, settings)
     return replace(trained, pieces=[*trained.pieces, *settings.fill_up(len(trained.pieces))])
 
 
@@ -248,7 +238,8 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_limits(settings, fixed, alphabet))
     model.train([str(path) for path in files if path.stat().st_size], trainer)
-    return Trained(_in_order(model), num_characters=len(alphabet), num_text_characters=len(characters))
+    pieces = [piece for piece, _ in sorted(model.get_vocab().items(), key=itemgetter(1))]
+    return Trained(pieces, num_characters=len(alphabet), num_text_characters=len(characters))
 
 
 def _train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
@@ -273,7 +264,7 @@ def _train_bpe(files: Sequence[Path], settings: VocabularySettings) -> Trained:
     trainer = trainers.BpeTrainer(**_limits(settings, [*settings.reserved(), *alphabet], alphabet))
     model.train_from_iterator(sampled_lines(files), trainer)
     merges = [tuple(merge) for merge in json.loads(model.to_str())["model"]["merges"]]
-    return Trained(_in_order(model), merges=merges)
+    return Trained([piece for piece, _ in sorted(model.get_vocab().items(), key=itemgetter(1))], merges=merges)
 
 
 def _limits(settings: VocabularySettings, fixed: list[str], alphabet: list[str]) -> dict[str, Any]:
@@ -282,17 +273,11 @@ def _limits(settings: VocabularySettings, fixed: list[str], alphabet: list[str])
     return {**sizes, "initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": False}
 
 
-def _in_order(model: Tokenizer) -> list[str]:
-    vocabulary = model.get_vocab()
-    return sorted(vocabulary, key=vocabulary.__getitem__)
-
-
 def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmented: bool) -> Trained:
     """Unigram language model of sentencepiece, trained on word counts, or on a sample of lines of unsegmented text."""
     units = count_words(files) if segmented else Counter(sampled_lines(files))
-    # What transformers does to a word before sentencepiece sees it.
     seen: Counter[str] = Counter()
-    for unit, count in units.items():
+    for unit, count in units.items():  # what transformers does to a word before sentencepiece sees it
         seen[" ".join(unit.split()).replace("``", '"').replace("''", '"')] += count
     del seen[""]
     characters = count_characters(seen)
@@ -304,14 +289,9 @@ def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmente
 def _run_sentencepiece(
     units: Counter[str], settings: VocabularySettings, characters: Counter[str], alphabet: list[str], **more: Any
 ) -> Trained:
-    """A unigram vocabulary of sentencepiece.
+    """A unigram vocabulary of sentencepiece, from words or lines and how often each occurs.
 
-    Args:
-        units: words or lines and how often each occurs.
-        settings: its size and reserved entries.
-        characters: how often each character occurs in the units.
-        alphabet: the most frequent ones, which are kept.
-        more: further options of sentencepiece's trainer.
+    Of their characters, also counted, those of the alphabet are kept; `more` are options of sentencepiece's trainer.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -348,9 +328,7 @@ def _run_sentencepiece(
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model.getvalue())  # noqa: B009 (made at run time)
     for entry in settings.fill_up(len(proto.pieces)):
         proto.pieces.add(piece=entry, score=0.0, type=proto.SentencePiece.CONTROL)
-    # Names of temporary files would make the file differ from run to run.
-    proto.trainer_spec.ClearField("input")
-    proto.trainer_spec.ClearField("model_prefix")
+    proto.trainer_spec.ClearField("input")  # the name of a temporary file
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return Trained(
         [entry.piece for entry in proto.pieces],
@@ -368,8 +346,7 @@ def _train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings)
     """A unigram vocabulary (arXiv:1804.10959) in which spaces are spaces and rare characters are their bytes.
 
     The space and printable ASCII are always kept, whether the text has them or not: text that reads like a special
-    token or a byte is made of them. `min_frequency` has no meaning here. Of a text too small for sentencepiece only
-    the characters are kept.
+    token or a byte is made of them. Of a text too small for sentencepiece only the characters are kept.
     """
     fixed = settings.size - settings.room() + len(BYTE_PIECES) + 1 + len(PRINTABLE_ASCII)
     if settings.size <= fixed:
@@ -382,7 +359,15 @@ def _train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings)
     frequent = most_frequent(characters, min(settings.limit_alphabet, settings.size - fixed))
     kept = {" ", *PRINTABLE_ASCII, *frequent}
     # sentencepiece refuses a text of which the alphabet covers less than 98 %, so it gets that which is covered.
-    scores = _with_characters(_train_pieces(_parts(units, characters.keys() - kept), settings), kept, settings)
+    scores = _train_pieces(_parts(units, characters.keys() - kept), settings)
+    # For some texts it leaves out required characters that do not occur. They come last and score below every other
+    # piece, and the worst pieces of several characters make room for them, as in a smaller vocabulary.
+    missing = sorted(kept - scores.keys())
+    lowest = min(scores.values(), default=0.0) - 1.0
+    several = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
+    for _, piece in several[: max(0, len(scores) + len(missing) - settings.room() + len(BYTE_PIECES))]:
+        del scores[piece]
+    scores |= dict.fromkeys(missing, lowest)
     reserved = [*settings.reserved(), *BYTE_PIECES]
     filling = settings.fill_up(len(reserved) + len(scores))
     return Trained(
@@ -395,14 +380,12 @@ def _train_lossless_unigram(files: Sequence[Path], settings: VocabularySettings)
 
 def _parts(units: Counter[str], separators: Iterable[str]) -> Counter[str]:
     """What stands between the separators, and how often."""
-    if not (alternatives := "".join(map(re.escape, sorted(separators)))):
-        return units
-    separator = re.compile(f"[{alternatives}]+")
+    separator = re.compile("|".join(map(re.escape, sorted(separators))) or "(?!)")
     parts: Counter[str] = Counter()
     for unit, count in units.items():
         for part in separator.split(unit):
-            if part:
-                parts[part] += count
+            parts[part] += count
+    del parts[""]
     return parts
 
 
@@ -411,39 +394,16 @@ def _train_pieces(units: Counter[str], settings: VocabularySettings) -> dict[str
     characters = count_characters(units)
     if not characters:
         return {}
+    spaces = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
+    more = {"byte_fallback": True, "required_chars": PRINTABLE_ASCII + "\u2581", **spaces}
     try:
-        trained = _run_sentencepiece(
-            units,
-            settings,
-            characters,
-            list(characters),
-            byte_fallback=True,
-            required_chars=PRINTABLE_ASCII + "\u2581",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-        )
+        trained = _run_sentencepiece(units, settings, characters, list(characters), **more)
     except UserError:
         if characters.total() < _LITTLE_TEXT:
             return {}
         raise
-    assert trained.scores is not None
     return {
         piece.replace("\u2581", " "): score
         for piece, score in zip(trained.pieces, trained.scores, strict=True)
         if piece not in settings.special_tokens and not (UNUSED.fullmatch(piece) or _READ_AS_BYTE.fullmatch(piece))
     }
-
-
-def _with_characters(scores: dict[str, float], kept: set[str], settings: VocabularySettings) -> dict[str, float]:
-    """The pieces with every character of `kept` among them, in as many entries as there are.
-
-    For some texts sentencepiece leaves out required characters that do not occur. They come last and score below every
-    other piece, and the worst pieces of several characters make room for them, as in a smaller vocabulary.
-    """
-    missing = sorted(kept - scores.keys())
-    too_many = max(0, len(scores) + len(missing) - (settings.room() - len(BYTE_PIECES)))
-    several = sorted((score, piece) for piece, score in scores.items() if len(piece) > 1)
-    left_out = {piece for _, piece in several[:too_many]}
-    lowest = min(scores.values(), default=0.0) - 1.0
-    return {piece: score for piece, score in scores.items() if piece not in left_out} | dict.fromkeys(missing, lowest)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import shutil
 import tempfile
 import unicodedata
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmscripts.errors import naming
-from lmscripts.files import write_text
+from lmscripts.files import new_text, write_text
 from lmscripts.text.corpus import Span, read_documents
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
 from lmscripts.text.words import WordTokenizer, make_segmenter, numeral_run_finder
+from lmscripts.tokenizer.training import most_frequent
 from lmscripts.workers import KILLED, given_up, in_order
 
 _KILLED = f"{KILLED}; finished splits are kept in --intermediate_dir"
@@ -37,16 +34,13 @@ _REPORT_EVERY_BYTES = 1 << 18
 def splits_folder(model_dir: Path, intermediate_dir: str) -> Iterator[Path]:
     """The folder for the segmented text: `intermediate_dir`, or one beside the tokenizer that is removed again."""
     if intermediate_dir:
-        folder = Path(intermediate_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        Path(intermediate_dir).mkdir(parents=True, exist_ok=True)
+        yield Path(intermediate_dir)
         return
     model_dir.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{model_dir.name}.words-", dir=model_dir.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    prefix = f".{model_dir.name}.words-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=model_dir.parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
@@ -54,9 +48,8 @@ class SplitTask:
     """One split of the text and all that decides its content.
 
     Attributes:
-        index: its place; the files are `<index>.txt` and `<index>.json`.
+        index, folder: its place.
         spans: what it holds.
-        folder: where it is written.
         source: fingerprint of the whole text.
         words: how lines are cut into words.
         segmented: write words joined by spaces; otherwise the (normalised) lines.
@@ -112,54 +105,35 @@ def finished_split(task: SplitTask) -> SplitResult | None:
 def write_split(task: SplitTask, progress: Callable[[int], None]) -> SplitResult:
     """Read, clean and segment one split, and write it aside and rename it.
 
-    Args:
-        task: the split.
-        progress: called now and then with the bytes of text done since the last call; may raise to stop.
-
-    Raises:
-        UserError: see `read_documents` and `make_segmenter`.
+    `progress` is called now and then with the bytes of text done since the last call; it may raise to stop.
     """
     for left_over in task.folder.glob(f".{task.text_file.name}.*"):
         left_over.unlink(missing_ok=True)
     report, runs = TextReport(), Counter[str]()
-    to_line = _line_writer(task, runs)
-    aside = task.folder / f".{task.text_file.name}.{uuid.uuid4().hex[:8]}"
-    reported = 0
-    try:
-        with naming(task.text_file), open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for document in read_documents(task.spans, report, task.table, **task.reading):
-                file.writelines(map(to_line, document))
-                if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
-                    progress(report.num_bytes - reported)
-                    reported = report.num_bytes
-            file.flush()
-            os.fsync(file.fileno())
-        progress(report.num_bytes - reported)
-        # The record of an earlier text must not vouch for this one, should the process end between the two.
-        task.text_file.with_suffix(".json").unlink(missing_ok=True)
-        size = aside.stat().st_size
-        os.replace(aside, task.text_file)
-    finally:
-        aside.unlink(missing_ok=True)
-    record = {"settings": task.settings(), "size": size, "report": report.as_dict(), "numeral_runs": runs}
-    write_text(task.text_file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
-    return SplitResult(report, runs)
-
-
-def _line_writer(task: SplitTask, runs: Counter[str]) -> Callable[[str], str]:
-    """A function from a line of text to what is written for it; adds suspicious words of ipadic to `runs`."""
-    if not task.segmented:
-        if task.words.normalization == "none":
-            return lambda line: f"{line}\n"
-        return lambda line: f"{unicodedata.normalize('NFKC', line).strip()}\n"
-    segment, numeral_runs = make_segmenter(task.words), numeral_run_finder(task.words)
+    if task.segmented:
+        segment, numeral_runs = make_segmenter(task.words), numeral_run_finder(task.words)
 
     def to_line(line: str) -> str:
+        if not task.segmented:
+            return f"{line if task.words.normalization == 'none' else unicodedata.normalize('NFKC', line).strip()}\n"
         words = " ".join(segment(line))
         runs.update(numeral_runs(words))
         return f"{words}\n"
 
-    return to_line
+    reported = 0
+    with new_text(task.text_file) as file:
+        for document in read_documents(task.spans, report, task.table, **task.reading):
+            file.writelines(map(to_line, document))
+            if report.num_bytes - reported >= _REPORT_EVERY_BYTES:
+                progress(report.num_bytes - reported)
+                reported = report.num_bytes
+        progress(report.num_bytes - reported)
+        # The record of an earlier text must not vouch for this one, should the process end between the two.
+        task.text_file.with_suffix(".json").unlink(missing_ok=True)
+    size = task.text_file.stat().st_size
+    record = {"settings": task.settings(), "size": size, "report": report.as_dict(), "numeral_runs": runs}
+    write_text(task.text_file.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+    return SplitResult(report, runs)
 
 
 def write_splits(
@@ -167,29 +141,24 @@ def write_splits(
 ) -> list[SplitResult]:
     """Write all splits that are not there yet, in worker processes; results in the order of the tasks.
 
-    Args:
-        tasks: the splits; their folder exists.
-        num_workers: processes at the same time.
-        progress: called about every second in this process with (bytes of text done, splits done).
+    `progress` is called about every second in this process with (bytes of text done, splits done).
 
     Raises:
         UserError: what a worker raised, or a worker was killed.
     """
-    results = [finished_split(task) for task in tasks]
-    missing = [task for task, result in zip(tasks, results) if result is None]
-    there = len(tasks) - len(missing)
+    results = {task.index: result for task in tasks if (result := finished_split(task))}
+    missing = [task for task in tasks if task.index not in results]
     done = multiprocessing.get_context("spawn").Value("q", 0)  # bytes of text
-    num_workers, written = min(num_workers, len(missing)), list[SplitResult]()
+    num_workers = min(num_workers, len(missing))
 
     def show() -> None:
-        progress(done.value, there + len(written))
+        progress(done.value, len(results))
 
     write = partial(_write, done=done, show=show if num_workers == 1 else None)
-    for result in in_order(write, missing, num_workers, tick=show, if_killed=_KILLED):
-        written.append(result)
+    for result, task in zip(in_order(write, missing, num_workers, tick=show, if_killed=_KILLED), missing):
+        results[task.index] = result
         show()
-    fresh = iter(written)
-    return [next(fresh) if result is None else result for result in results]
+    return [results[task.index] for task in tasks]
 
 
 def _write(task: SplitTask, done: Any, show: Callable[[], None] | None) -> SplitResult:
@@ -208,12 +177,10 @@ def _write(task: SplitTask, done: Any, show: Callable[[], None] | None) -> Split
 
 def numeral_run_warning(results: Sequence[SplitResult]) -> str | None:
     """One sentence about the fault of ipadic where the text shows it."""
-    runs: Counter[str] = Counter()
-    for result in results:
-        runs.update(result.numeral_runs)
+    runs = sum((result.numeral_runs for result in results), Counter[str]())
     if not runs:
         return None
-    examples = ", ".join(word for word, _ in sorted(runs.items(), key=lambda item: (-item[1], item[0]))[:MAX_EXAMPLES])
+    examples = ", ".join(most_frequent(runs, MAX_EXAMPLES))
     return (
         f"ipadic took runs of kanji behind a numeral for single words {runs.total():,} times ({examples}): for text of "
         "this kind --mecab_dic unidic_lite segments better"
