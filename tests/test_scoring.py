@@ -27,7 +27,7 @@ from transformers import (
 
 from lmscripts import objectives
 from lmscripts.data import windows
-from lmscripts.data.packing import Layout, PackedRows, build_row_index
+from lmscripts.data.packing import Layout, open_rows
 from lmscripts.data.steps import Phase
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
@@ -328,7 +328,7 @@ def make_tokenizer():
 def make_rows(tmp_path, lengths=LENGTHS):
     part = make_part(lengths, folder=tmp_path / "train")
     layout = Layout(64, "isolated", BEGIN, END, PAD)
-    return PackedRows(part, build_row_index(part, layout, tmp_path / "index"), layout)
+    return open_rows(SimpleNamespace(part=lambda name: part, fingerprint="", folder=tmp_path), "train", layout)
 
 
 def test_masked_loss_equals_plain_models_on_the_same_masks(tmp_path):
