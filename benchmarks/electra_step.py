@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 from lmscripts import objectives
-from lmscripts.counters import rows_at
-from lmscripts.data.steps import Batch
+from lmscripts.data.steps import Batch, Shuffled
 from lmscripts.data.token_store import open_store
 from lmscripts.models.attention import attention_inputs
 from lmscripts.models.families import electra
@@ -63,10 +62,9 @@ def make_batches(options: argparse.Namespace) -> list[Batch]:
     opened = replaced.rows(store, "train", tokenizer, LENGTH, "isolated", SETTINGS)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
-    index = opened.index
-    rows, epochs = rows_at(np.arange(index.num_rows), index.num_rows, seed=0)
-    first = index.first_segment[rows]
-    full = index.segment_length[first] == opened.layout.most_real_tokens  # then it is the only segment
+    rows, epochs = Shuffled(opened.num_rows, 1, opened.num_rows, seed=0).rows(np.arange(opened.num_rows))
+    first = opened.first_segment[rows]
+    full = opened.segment_length[first] == opened.layout.most_real_tokens  # then it is the only segment
     rows = rows[~full if options.masked_rows else full]
     size = options.rows
     if rows.size < size * (options.pairs + 1):

@@ -22,8 +22,7 @@ import torch
 from paired import compare
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from lmscripts.counters import rows_at
-from lmscripts.data.steps import Batch, Phase
+from lmscripts.data.steps import Batch, Phase, Shuffled
 from lmscripts.data.token_store import open_store
 from lmscripts.objectives import masked
 
@@ -42,7 +41,8 @@ def measure(options: argparse.Namespace, num_rows: int, length: int) -> None:
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, return_tensors="pt")
 
     numbers = range(options.pairs * options.batches)
-    chosen = [rows_at(np.arange(n * num_rows, (n + 1) * num_rows), opened.num_rows, seed=0)[0] for n in numbers]
+    order = Shuffled(opened.num_rows, num_rows, len(numbers) * num_rows, seed=0)
+    chosen = [order.rows(np.arange(*order.bounds(n)))[0] for n in numbers]
     data = Phase(
         train=opened,
         held_out=None,

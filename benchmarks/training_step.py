@@ -23,8 +23,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lmscripts import objectives
-from lmscripts.counters import rows_at
-from lmscripts.data.steps import Batch
+from lmscripts.data.steps import Batch, Shuffled
 from lmscripts.data.token_store import open_store
 from lmscripts.models.attention import attention_inputs
 from lmscripts.models.families import bert
@@ -43,12 +42,11 @@ def make_batches(options: argparse.Namespace, full_only: bool) -> list[Batch]:
     opened = masked.rows(store, "train", tokenizer, LENGTH, "isolated", SETTINGS)
     if opened is None:
         raise SystemExit(f"{options.store} has no training text")
-    index = opened.index
-    rows, epochs = rows_at(np.arange(index.num_rows), index.num_rows, seed=0)
+    rows, epochs = Shuffled(opened.num_rows, 1, opened.num_rows, seed=0).rows(np.arange(opened.num_rows))
     if full_only:
-        first = index.first_segment[rows]
-        alone = index.first_segment[rows + 1] - first == 1
-        rows = rows[alone & (index.segment_length[first] == opened.layout.most_real_tokens)]
+        first = opened.first_segment[rows]
+        alone = opened.first_segment[rows + 1] - first == 1
+        rows = rows[alone & (opened.segment_length[first] == opened.layout.most_real_tokens)]
     plan = masked.plan(tokenizer, opened.layout, SETTINGS)
 
     def batch(taken: NDArray[np.int64]) -> Batch:

@@ -103,13 +103,8 @@ def permute(indices: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64
     than one value in sqrt(size) is outside, so nearly every index takes one pass. Memory and time per index are
     constant, and any position of any epoch can be asked for directly.
 
-    Args:
-        indices: (N,) positions in [0, size).
-        size: length of the permutation.
-        key: which permutation.
-
     Returns:
-        (N,) images, each in [0, size); different positions have different images.
+        (N,) images of (N,) indices, each in [0, size); different indices have different images.
     """
     if size < 1:
         raise ValueError(f"a permutation needs a positive size, got {size}")
@@ -144,28 +139,6 @@ def _round_keys(key: int) -> tuple[U64, ...]:
     return tuple(np.array([stream_key(key, number)], np.uint64) for number in range(_FEISTEL_ROUNDS))
 
 
-def rows_at(positions: NDArray[np.int64], num_rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which rows are consumed at the given positions of a run.
-
-    Each epoch is a permutation of all rows of its own; the positions go on from one epoch into the next, so no row is
-    repeated or left out to round a batch.
-
-    Args:
-        positions: (N,) numbers of rows consumed before, in any order.
-        num_rows: rows of an epoch.
-        seed: of the order.
-
-    Returns:
-        (N,) row numbers and (N,) the epoch each belongs to.
-    """
-    epochs, rows = np.divmod(positions, num_rows)
-    several = (epochs != epochs[:1]).any()
-    for epoch in np.unique(epochs) if several else epochs[:1]:
-        here = epochs == epoch if several else slice(None)
-        rows[here] = permute(rows[here], num_rows, stream_key(seed, int(epoch), 0x0DE))
-    return rows, epochs
-
-
 def split_shares(total: int, weights: list[int]) -> list[int]:
     """Divide `total` rows in proportion to integer weights; the shares are whole and sum to `total`.
 
@@ -173,8 +146,6 @@ def split_shares(total: int, weights: list[int]) -> list[int]:
     """
     if not weights or min(weights) < 0 or sum(weights) == 0:
         raise ValueError(f"shares need weights of zero or more that are not all zero, got {weights}")
-    cuts, passed, whole = [0], 0, sum(weights)
-    for weight in weights:
-        passed += weight
-        cuts.append((2 * total * passed + whole) // (2 * whole))
+    whole = sum(weights)
+    cuts = [(2 * total * passed + whole) // (2 * whole) for passed in itertools.accumulate(weights, initial=0)]
     return [end - start for start, end in itertools.pairwise(cuts)]

@@ -392,15 +392,15 @@ def test_dropped_line_ends_are_the_store_of_before(folder, tmp_path, tokenizer_d
     dropped = Source((str(ARTICLES),), folder, line_ends="drop")
     kept = Source((str(ARTICLES),), folder)
     described = describe_source(dropped)
-    assert set(described.options) == {"validation_fraction", "max_documents", "document_per_line", "text_column"}
-    expected = store_fingerprint(described.text["fingerprint"], encoder.fingerprint, described.options)
-    assert described.fingerprint == expected != describe_source(kept).fingerprint
+    assert set(described["options"]) == {"validation_fraction", "max_documents", "document_per_line", "text_column"}
+    expected = store_fingerprint(described["source"]["fingerprint"], encoder.fingerprint, described["options"])
+    assert described["fingerprint"] == expected != describe_source(kept)["fingerprint"]
     store = prepare_store(dropped, tmp_path / "store", 1)
     assert encoder.encode(["\n"]).ids[0] not in store.part("train").tokens
     with pytest.raises(UserError, match="other options"):
         prepare_store(kept, tmp_path / "store", 1)
     # A tokenizer for masked models has no line feed: dropped by itself, and refused if asked for.
-    assert "line_ends" not in describe_source(Source((str(ARTICLES),), tokenizer_dir)).options
+    assert "line_ends" not in describe_source(Source((str(ARTICLES),), tokenizer_dir))["options"]
     with pytest.raises(UserError, match="does not give a line feed back"):
         describe_source(Source((str(ARTICLES),), tokenizer_dir, line_ends="keep"))
 

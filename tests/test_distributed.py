@@ -4,7 +4,6 @@ import signal
 import pytest
 import torch
 
-from lmscripts.data.steps import micro_batches
 from lmscripts.errors import UserError
 from lmscripts.options.checks import parse_duration
 from lmscripts.training.processes import StopRequest, choose_precision, process_shares
@@ -37,18 +36,6 @@ def test_weights():
     assert process_shares(3, [0, 0, 0], weights=[1, 0, 2]) == [1, 0, 2]
     with pytest.raises(UserError, match="3 process shares were given for 2"):
         process_shares(32, [0, 0], weights=[1, 1, 1])
-
-
-def test_micro_batches_are_few_and_even():
-    assert micro_batches(100, 32) == [25, 25, 25, 25]
-    assert micro_batches(32, 32) == [32]
-    assert micro_batches(33, 32) in ([16, 17], [17, 16])
-    assert micro_batches(0, 32) == []
-    for rows in range(1, 200):
-        cut = micro_batches(rows, 7)
-        assert sum(cut) == rows
-        assert max(cut) <= 7
-        assert max(cut) - min(cut) <= 1
 
 
 def test_precision(monkeypatch):

@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from test_analyze_results import run_here
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lmscripts.data.packing import Layout, build_row_index
+from lmscripts.data.packing import Layout, open_rows
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
 from lmscripts.evaluation.result import as_json, check_output, remarks, table
@@ -331,10 +332,11 @@ def test_the_shortest_row_is_that_of_the_packing(tmp_path):
         offsets,
         offsets[1:],
     )
+    store = SimpleNamespace(part=lambda name: part, fingerprint="", folder=tmp_path)
     for size in (SHORTEST_ROW, SHORTEST_ROW - 1):
         layout = Layout(size, "isolated", 2, 3, 0)
         if size == SHORTEST_ROW:
-            assert build_row_index(part, layout, tmp_path / str(size)).num_rows == 3
+            assert open_rows(store, "train", layout).num_rows == 3
         else:
             with pytest.raises(UserError, match="too short"):
-                build_row_index(part, layout, tmp_path / str(size))
+                open_rows(store, "train", layout)

@@ -490,7 +490,7 @@ def test_over_an_epoch_a_document_of_many_rows_pulls_as_much_as_one_of_a_single_
     truth, pulls = np.eye(2, dtype=bool)[np.arange(len(n)) % 2], np.zeros(len(n))
     part = labelled_rows.Part(folds, np.arange(len(n)), truth, owners, (1 / n[owners]).astype(np.float32))
     order, num_epochs, losses = ByLength(part.lengths, 32, 1), 6, torch.nn.Parameter(torch.zeros(len(owners)))
-    rows = [each for epoch in range(num_epochs) for each in order.batches(epoch)]
+    rows = [order.rows(np.arange(*order.bounds(step)))[0] for step in range(num_epochs * order.per_epoch)]
     settings = {"shares": [1], "process": 0, "micro_batch_size": 10, "first": 0, "stop": len(rows)}
     steps = step_batches(order, labelled_rows.batch_maker(part, 0), **settings)
     objective = objective_of(by_labels.Settings(multi_label=False))

@@ -5,12 +5,12 @@ from lmscripts.counters import (
     hash32,
     hash_counters,
     permute,
-    rows_at,
     small_permutations,
     split_shares,
     stream_key,
     unit_interval,
 )
+from lmscripts.data.steps import Shuffled
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 97, 1000, 4097, 65_537, 99_991])
@@ -44,7 +44,7 @@ def test_permute_needs_no_table():
 
 
 def test_every_row_once_per_epoch_and_batches_cross_epochs():
-    rows, epochs = rows_at(np.arange(50), 20, seed=3)
+    rows, epochs = Shuffled(20, 1, 50, seed=3).rows(np.arange(50))
     for epoch in (0, 1):
         assert sorted(rows[epochs == epoch].tolist()) == list(range(20))
     assert (epochs == 2).sum() == 10
@@ -52,9 +52,9 @@ def test_every_row_once_per_epoch_and_batches_cross_epochs():
 
 
 def test_position_can_be_asked_for_directly():
-    whole_rows, whole_epochs = rows_at(np.arange(500), 37, seed=9)
+    whole_rows, whole_epochs = Shuffled(37, 1, 500, seed=9).rows(np.arange(500))
     for start, count in ((0, 1), (36, 2), (123, 300)):
-        rows, epochs = rows_at(np.arange(start, start + count), 37, seed=9)
+        rows, epochs = Shuffled(37, 1, 500, seed=9).rows(np.arange(start, start + count))
         assert np.array_equal(rows, whole_rows[start : start + count])
         assert np.array_equal(epochs, whole_epochs[start : start + count])
 

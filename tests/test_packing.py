@@ -1,9 +1,10 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lmscripts.data.packing import Layout, PackedRows, build_row_index, read_rows, row_index
+from lmscripts.data.packing import Layout, open_rows
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
 
@@ -29,13 +30,17 @@ CORPORA = {
 }
 
 
-def expected_row(part, index, row, layout):
+def rows_of(part, layout, folder, fingerprint="fingerprint"):
+    return open_rows(SimpleNamespace(part=lambda name: part, fingerprint=fingerprint, folder=folder), "train", layout)
+
+
+def expected_row(part, packed, row, layout):
     """One row written out segment by segment."""
     ids, segments, positions = [], [], []
     if layout.lead_of_row:
         ids, segments, positions = [BEGIN], [0], [0]
-    for number, segment in enumerate(range(index.first_segment[row], index.first_segment[row + 1])):
-        start, size = index.segment_start[segment], index.segment_length[segment]
+    for number, segment in enumerate(range(packed.first_segment[row], packed.first_segment[row + 1])):
+        start, size = packed.segment_start[segment], packed.segment_length[segment]
         piece = [BEGIN] * layout.lead_of_segment + part.tokens[start : start + size].tolist() + [END]
         isolated = layout.packing == "isolated"
         positions += range(len(piece)) if isolated else range(len(ids), len(ids) + len(piece))
@@ -51,36 +56,36 @@ def expected_row(part, index, row, layout):
 def test_rows_hold_every_token_once_in_the_right_place(tmp_path, corpus, packing, length, begin):
     part, _ = make_part(CORPORA[corpus])
     layout = Layout(length, packing, begin, END, PAD)
-    index = build_row_index(part, layout, tmp_path / "index")
-    rows = read_rows(part, index, np.arange(index.num_rows), layout)
+    packed = rows_of(part, layout, tmp_path)
+    rows = packed.read(np.arange(packed.num_rows))
     assert np.array_equal(rows.ids[rows.content], part.tokens)
-    assert index.real_tokens == part.tokens.size
-    for row in range(0, index.num_rows, max(1, index.num_rows // 40)):
-        ids, segments, positions = expected_row(part, index, row, layout)
+    assert packed.real_tokens == part.tokens.size
+    for row in range(0, packed.num_rows, max(1, packed.num_rows // 40)):
+        ids, segments, positions = expected_row(part, packed, row, layout)
         used = len(ids)
         assert used <= length
         assert rows.ids[row].tolist() == ids + [PAD] * (length - used)
         assert rows.segments[row].tolist() == segments + [-1] * (length - used)
         assert rows.positions[row, :used].tolist() == positions
-        assert PackedRows(part, index, layout).fill() == pytest.approx((rows.segments >= 0).mean(), abs=1e-12)
+        assert packed.fill() == pytest.approx((rows.segments >= 0).mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize("corpus", ["mixed", "one long"])
 def test_rows_are_full_and_no_word_is_cut(tmp_path, corpus):
     part, starts = make_part(CORPORA[corpus])
     layout = Layout(128, "isolated", BEGIN, END, PAD)
-    index = build_row_index(part, layout, tmp_path / "index")
-    assert PackedRows(part, index, layout).fill() > 0.98
-    assert starts[index.segment_start].all()
-    rows = read_rows(part, index, np.arange(index.num_rows), layout)
+    packed = rows_of(part, layout, tmp_path)
+    assert packed.fill() > 0.98
+    assert starts[packed.segment_start].all()
+    rows = packed.read(np.arange(packed.num_rows))
     assert np.array_equal(rows.word_starts[rows.content], starts)
 
 
 def test_a_word_longer_than_a_row_is_cut_and_nothing_is_lost(tmp_path):
     part, _ = make_part(np.array([500, 3]), word_share=0.0)
     layout = Layout(32, "isolated", BEGIN, END, PAD)
-    index = build_row_index(part, layout, tmp_path / "index")
-    rows = read_rows(part, index, np.arange(index.num_rows), layout)
+    packed = rows_of(part, layout, tmp_path)
+    rows = packed.read(np.arange(packed.num_rows))
     assert np.array_equal(rows.ids[rows.content], part.tokens)
     first_of_segment = rows.content & (rows.positions == 1)
     assert rows.word_starts[first_of_segment].all()
@@ -89,11 +94,11 @@ def test_a_word_longer_than_a_row_is_cut_and_nothing_is_lost(tmp_path):
 def test_order_of_rows_does_not_matter(tmp_path):
     part, _ = make_part(CORPORA["mixed"])
     layout = Layout(64, "isolated", BEGIN, END, PAD)
-    index = build_row_index(part, layout, tmp_path / "index")
-    order = np.random.default_rng(0).permutation(index.num_rows)[:50]
-    together = read_rows(part, index, order, layout)
+    packed = rows_of(part, layout, tmp_path)
+    order = np.random.default_rng(0).permutation(packed.num_rows)[:50]
+    together = packed.read(order)
     for place, row in enumerate(order):
-        alone = read_rows(part, index, np.array([row]), layout)
+        alone = packed.read(np.array([row]))
         assert np.array_equal(alone.ids[0], together.ids[place])
         assert np.array_equal(alone.segments[0], together.segments[place])
 
@@ -101,16 +106,26 @@ def test_order_of_rows_does_not_matter(tmp_path):
 def test_index_is_built_once_and_reused(tmp_path):
     part, _ = make_part(CORPORA["short"])
     layout = Layout(64, "isolated", BEGIN, END, PAD)
-    first = row_index(part, "fingerprint", layout, tmp_path)
-    made = sorted(tmp_path.iterdir())
-    again = row_index(part, "fingerprint", layout, tmp_path)
-    assert sorted(tmp_path.iterdir()) == made
+    first = rows_of(part, layout, tmp_path)
+    made = sorted(tmp_path.rglob("*"))
+    again = rows_of(part, layout, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == made
     assert np.array_equal(first.segment_start, again.segment_start)
-    row_index(part, "another store", layout, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    rows_of(part, layout, tmp_path, "another store")
+    assert len(list((tmp_path / "rows").iterdir())) == 2
 
 
 def test_too_short_rows_are_refused(tmp_path):
     part, _ = make_part(CORPORA["tiny"])
     with pytest.raises(UserError, match="sequence length 6"):
-        build_row_index(part, Layout(6, "isolated", BEGIN, END, PAD), tmp_path / "index")
+        rows_of(part, Layout(6, "isolated", BEGIN, END, PAD), tmp_path)
+
+
+def test_files_that_were_cut_short_are_named(tmp_path):
+    part, _ = make_part(CORPORA["short"])
+    layout = Layout(64, "isolated", BEGIN, END, PAD)
+    rows_of(part, layout, tmp_path)
+    (folder,) = (tmp_path / "rows").iterdir()
+    (folder / "segment_length.bin").write_bytes(b"1234")
+    with pytest.raises(UserError, match=r"segment_length.bin has 4 bytes, expected \d+; remove .*train-isolated-64"):
+        rows_of(part, layout, tmp_path)

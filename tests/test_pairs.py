@@ -25,11 +25,13 @@ def drawn(sentences, most_tokens, settings, below, share, other):
     numbers, shares = iter(below), iter(share)
 
     def next_below(n):
+        if n == 1 << 53:  # of a share
+            return int(next(shares) * n)
         number = next(numbers)
         assert 0 <= number < n
         return number
 
-    pairs = list(document_pairs(sentences, most_tokens, settings, next_below, lambda: next(shares), other))
+    pairs = list(document_pairs(sentences, most_tokens, settings, next_below, other))
     assert next(numbers, None) is None
     assert next(shares, None) is None
     return pairs
@@ -99,17 +101,17 @@ def document_of(part, token):
 def test_negatives_are_of_other_documents_and_half_of_what_could_be_either(store):
     rows = open_pairs(store, "train", LAYOUT, PairSettings(passes=3))
     part, labels = rows.part, rows.label
-    documents = np.array([[document_of(part, start) for start in pair] for pair in rows.start])
+    documents = np.array([[document_of(part, start) for start in pair] for pair in rows.segment_start])
     assert (documents[labels == 1, 0] != documents[labels == 1, 1]).all()
-    positive = rows.start[labels == 0]
-    ends = positive[:, 0] + rows.length[labels == 0, 0]
+    positive = rows.segment_start[labels == 0]
+    ends = positive[:, 0] + rows.segment_length[labels == 0, 0]
     assert (documents[labels == 0, 0] == documents[labels == 0, 1]).all()
     assert (positive[:, 1] >= ends).all()
     assert 0.5 <= labels.mean() < 0.75  # chunks of one sentence have no second part of their own
     assert rows.facts["negatives"] == int(labels.sum())
     # No token is dropped in silence: what the first parts and the true second parts do not hold is counted.
-    assert (rows.length.sum(1) <= LAYOUT.sequence_length - 3).all()
-    assert rows.real_tokens == int(rows.length.sum())
+    assert (rows.segment_length.sum(1) <= LAYOUT.sequence_length - 3).all()
+    assert rows.real_tokens == int(rows.segment_length.sum())
     order = open_pairs(store, "train", LAYOUT, PairSettings(task="order"))
     assert order.real_tokens + order.facts["cut_tokens"] == part.tokens.size
     assert abs((order.label == 1).mean() - 0.5) < 0.1
@@ -118,8 +120,8 @@ def test_negatives_are_of_other_documents_and_half_of_what_could_be_either(store
 def test_pairs_do_not_depend_on_when_they_are_drawn_and_passes_differ(store, tmp_path):
     once, thrice = (open_pairs(store, "train", LAYOUT, PairSettings(passes=n)) for n in (1, 3))
     again = open_pairs(store, "train", LAYOUT, PairSettings(passes=1))
-    assert np.array_equal(once.start, again.start)
-    first, all_pairs = ({tuple(map(int, row)) for row in rows.start} for rows in (once, thrice))
+    assert np.array_equal(once.segment_start, again.segment_start)
+    first, all_pairs = ({tuple(map(int, row)) for row in rows.segment_start} for rows in (once, thrice))
     assert first <= all_pairs
     assert len(all_pairs) > 2 * len(first)
 
@@ -134,8 +136,8 @@ def test_rows_hold_whole_pairs_apart_from_each_other(store, task):
     assert more["pair_weights"].sum() == (rows.label >= 0).sum()
     seen = 0
     for row in range(rows.num_rows):
-        for number, pair in enumerate(range(int(rows.first_pair[row]), int(rows.first_pair[row + 1]))):
-            (a, b), (a_size, b_size) = rows.start[pair], rows.length[pair]
+        for number, pair in enumerate(range(int(rows.first_segment[row]), int(rows.first_segment[row + 1]))):
+            (a, b), (a_size, b_size) = rows.segment_start[pair], rows.segment_length[pair]
             tokens = rows.part.tokens
             expected = [2, *tokens[a : a + a_size], 3, *tokens[b : b + b_size], 3]
             here = laid_out.segments[row] == number
@@ -199,12 +201,12 @@ def test_a_run_saves_both_heads_and_says_what_its_pairs_are(bert):
 def test_scores_are_those_that_plain_transformers_gives_a_pair_alone(bert, store):
     model = AutoModelForPreTraining.from_pretrained(bert[0] / "final").eval()
     rows = open_pairs(store, "train", LAYOUT, PairSettings(task="order", short_share=0.9, passes=2))
-    row = int(np.argmax(np.diff(rows.first_pair)))
+    row = int(np.argmax(np.diff(rows.first_segment)))
     kind = objectives.objective("sentence_pairs")
     trained = objectives.trained("sentence_pairs", family("bert"), {"": model}, "sdpa", Settings()).eval()
     laid_out, more = rows.read_pairs(np.array([row]))
     alone = []
-    for number in range(int(np.diff(rows.first_pair)[row])):
+    for number in range(int(np.diff(rows.first_segment)[row])):
         here = laid_out.segments[0] == number
         ids, types = (torch.from_numpy(a[0][here].astype(np.int64))[None] for a in (laid_out.ids, more["token_types"]))
         alone.append(model(input_ids=ids, token_type_ids=types).seq_relationship_logits[0])

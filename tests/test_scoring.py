@@ -27,7 +27,7 @@ from transformers import (
 
 from lmscripts import objectives
 from lmscripts.data import windows
-from lmscripts.data.packing import Layout, PackedRows, build_row_index
+from lmscripts.data.packing import Layout, open_rows
 from lmscripts.data.steps import Phase
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
@@ -111,11 +111,8 @@ def brute_force(model, part, block_size, stride):
 def test_every_target_is_scored_once_with_the_context_that_the_stride_gives(block_size, stride):
     part = make_part()
     made = windows.slide(part, block_size, stride)
-    found = made.between(0, len(made))
     scored = {}
-    for document, start, length, scored_from in zip(
-        found.document, found.start, found.length, found.scored_from, strict=True
-    ):
+    for document, start, length, scored_from, _ in zip(*made.between(0, len(made)), strict=True):
         assert 0 < length <= block_size
         for at in range(scored_from, length):
             assert (document, start + at) not in scored
@@ -172,7 +169,7 @@ def test_a_longer_neighbour_changes_no_bit():
         part = make_part([20, neighbour])
         part.tokens[:20] = np.arange(20) + 50
         made = windows.slide(part, 64, 64)
-        assert made.between(0, 2).padded.tolist() == [32, 32]
+        assert made.between(0, 2)[-1].tolist() == [32, 32]
         inputs, _, _ = windows.window_rows(part, made, 0, 2, BEGIN, END)
         ids = torch.from_numpy(inputs)
         hidden = gpt2.encode(model, ids, torch.arange(32).expand_as(ids), {"attention_mask": None})
@@ -183,12 +180,12 @@ def test_a_longer_neighbour_changes_no_bit():
 def test_the_padded_length_of_a_row_depends_on_nothing_but_the_row():
     for lengths in ([20], [20, 300], [1, 20, 63]):
         made = windows.slide(make_part(lengths), 64, 32)
-        every = made.between(0, len(made))
+        document, start, _, _, padded = made.between(0, len(made))
         batches = made.batches(128, 100)
         assert [n for pair in batches for n in range(*pair)] == list(range(len(made)))
         for first, last in batches:
-            assert set(every.padded[first:last]) == {every.padded[first]}
-        mine = every.padded[(every.document == lengths.index(20)) & (every.start == 0)]
+            assert set(padded[first:last]) == {padded[first]}
+        mine = padded[(document == lengths.index(20)) & (start == 0)]
         assert mine.tolist() == [32]
 
 
@@ -206,7 +203,7 @@ def test_windows_made_on_demand_are_those_that_are_listed_and_sorted(lengths, bl
     made = windows.slide(make_part(lengths), block_size, stride)
     assert len(made) == len(rows)
     for first, last in ((0, len(rows)), (3, 5), (len(rows) // 2, len(rows))):
-        found = vars(made.between(first, min(last, len(rows)))).values()
+        found = made.between(first, min(last, len(rows)))
         assert [tuple(map(int, row)) for row in zip(*found, strict=True)] == rows[first:last]
     expected, begin = [], 0
     while begin < len(rows):
@@ -328,7 +325,7 @@ def make_tokenizer():
 def make_rows(tmp_path, lengths=LENGTHS):
     part = make_part(lengths, folder=tmp_path / "train")
     layout = Layout(64, "isolated", BEGIN, END, PAD)
-    return PackedRows(part, build_row_index(part, layout, tmp_path / "index"), layout)
+    return open_rows(SimpleNamespace(part=lambda name: part, fingerprint="", folder=tmp_path), "train", layout)
 
 
 def test_masked_loss_equals_plain_models_on_the_same_masks(tmp_path):

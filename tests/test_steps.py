@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from lmscripts.data.packing import Layout
-from lmscripts.data.steps import ByLength, Phase, Phases, Shuffled, step_batches
+from lmscripts.data.steps import ByLength, Phase, Phases, Prefetcher, Shuffled, step_batches
 from lmscripts.data.stream import StreamRows
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
@@ -177,6 +177,10 @@ def made(rows, epochs, sizes):
     return [(one | two, {"rows": float(len(one["rows"]))}) for one, two in zip(found, weights, strict=True)]
 
 
+def rows_by_step(order, num_steps):
+    return [order.rows(np.arange(*order.bounds(step)))[0] for step in range(num_steps)]
+
+
 def rows_of_steps(order, num_steps, shares, micro_batch_size, at_once, first=0):
     """(row, epoch) of all rows of every step that weigh anything, in the order of the processes."""
     steps = [[] for _ in range(num_steps - first)]
@@ -208,6 +212,23 @@ def test_a_step_has_the_same_rows_for_any_processes_and_micro_batches(name, shar
     assert rows_of_steps(order, num_steps, shares, 2, 3, first=3) == expected[3:]  # after a stop
 
 
+def test_micro_batches_are_few_and_even():
+    def sizes(rows, micro_batch_size):
+        settings = {"shares": [1], "process": 0, "micro_batch_size": micro_batch_size, "first": 0, "stop": 1}
+        ((batches, _),) = step_batches(Shuffled(rows, rows, rows, seed=0), made, **settings)
+        return [len(batch["rows"]) for batch in batches]
+
+    assert sizes(100, 32) == [25, 25, 25, 25]
+    assert sizes(32, 32) == [32]
+    assert sizes(33, 32) in ([16, 17], [17, 16])
+    for rows in range(1, 200):
+        cut = sizes(rows, 7)
+        assert sum(cut) == rows
+        assert len(cut) == -(-rows // 7)
+        assert max(cut) <= 7
+        assert max(cut) - min(cut) <= 1
+
+
 @pytest.mark.parametrize(
     ("order", "num_rows", "per_epoch"),
     [
@@ -233,8 +254,29 @@ def test_rows_of_about_the_same_length_share_a_step():
     order = ByLength(LENGTHS, batch_size=8, seed=1)
     shuffled = Shuffled(num_rows=523, batch_size=8, total_rows=523, seed=1)
     assert padded(order, order.per_epoch) < 1.05 * LENGTHS.sum() < 1.5 * LENGTHS.sum() < padded(shuffled, 66)
-    means = [LENGTHS[rows].mean() for rows in order.batches(0)]
+    means = [LENGTHS[rows].mean() for rows in rows_by_step(order, order.per_epoch)]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4
+
+
+def test_items_come_ahead_in_their_order_and_an_error_where_it_is_due():
+    taken = []
+
+    def items():
+        for number in range(10):
+            taken.append(number)
+            yield number
+        raise OSError("the disk is gone")
+
+    ahead = Prefetcher(items())
+    assert [next(ahead) for _ in range(4)] == [0, 1, 2, 3]
+    ahead.close()
+    assert taken[-1] <= 6  # three items ahead, no more
+    ahead = Prefetcher(items())
+    assert [next(ahead) for _ in range(10)] == list(range(10))
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(ahead)
+    assert list(Prefetcher(iter("ab"))) == ["a", "b"]
 
 
 # ---- epochs ------------------------------------------------------------------------------------------------------

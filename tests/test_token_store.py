@@ -191,7 +191,7 @@ def test_how_tables_are_read_is_told_apart_only_where_it_is_unusual(tokenizer_di
 
     def options(**table):
         source = Source((str(tmp_path / "a.csv"),), Path(tokenizer_dir), table=corpus_table(**table))
-        return describe_source(source).options
+        return describe_source(source)["options"]
 
     usual = {"validation_fraction": 0.01, "max_documents": None, "document_per_line": False, "text_column": "text"}
     assert options() == options(delimiter=None, quotes=True, input_format=None) == usual
@@ -202,7 +202,7 @@ def test_how_tables_are_read_is_told_apart_only_where_it_is_unusual(tokenizer_di
     (tmp_path / "a.csv").rename(tmp_path / "a.json")
     (tmp_path / "a.csv").symlink_to(tmp_path / "a.json")
     source = Source((str(tmp_path / "a.json"),), Path(tokenizer_dir))
-    assert describe_source(source).options == usual | {"json_lines": ["a.json"]}
+    assert describe_source(source)["options"] == usual | {"json_lines": ["a.json"]}
 
 
 def test_bad_rows_and_skipped_files_are_told_by_every_script_that_reads_a_corpus(tokenizer_dir, tmp_path):

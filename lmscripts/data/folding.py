@@ -118,20 +118,20 @@ class Folder:
     """
 
     def __init__(self, encoder: Encoder, settings: FoldSettings) -> None:
-        self.encoder = encoder
-        self.settings = settings
-        self.before, self.after = special_tokens_around(self.encoder.tokenizer)
+        self.encoder, self.settings, tokenizer = encoder, settings, encoder.tokenizer
+        self.before, self.after = special_tokens_around(tokenizer)
         self.room = settings.max_length - len(self.before) - len(self.after)
         if self.room < 1:
             raise UserError(
                 f"a row of {settings.max_length} tokens has no room for text beside the "
-                f"{len(self.before) + len(self.after)} special tokens of {self.encoder.folder}"
+                f"{settings.max_length - self.room} special tokens of {encoder.folder}"
             )
-        self._aligner = None if self.encoder.tokenizer.is_fast else Aligner(self.encoder.tokenizer)
-        self._bytes = fallback_bytes(self.encoder.tokenizer)
-        self._special = np.array([id for id in self.encoder.special_ids if id != self.encoder.unk_id], np.int32)
-        if self._only_special_are_added():
-            self.encoder.tokenizer.split_special_tokens = True
+        self._aligner = None if tokenizer.is_fast else Aligner(tokenizer)
+        self._bytes = fallback_bytes(tokenizer)
+        self._special = np.array([id for id in encoder.special_ids if id != encoder.unk_id], np.int32)
+        # A slow one would take all added tokens for text, not only the special ones.
+        if tokenizer.is_fast or set(tokenizer.get_added_vocab().values()) <= set(encoder.special_ids):
+            tokenizer.split_special_tokens = True
 
     def __reduce__(self) -> tuple[type[Folder], tuple[Encoder, FoldSettings]]:
         return Folder, (self.encoder, self.settings)
@@ -140,17 +140,16 @@ class Folder:
         """Rows of every text; blank ones, and ones of which the tokenizer makes nothing, give no row."""
         if self.encoder.tokenizer.is_fast:
             # Whoever called the tokenizer with truncation since has left it set, and the ends of texts would be lost.
-            self.encoder.tokenizer.backend_tokenizer.no_truncation()
-            self.encoder.tokenizer.backend_tokenizer.no_padding()
-            self.encoder.tokenizer.backend_tokenizer.encode_special_tokens = True
+            backend = self.encoder.tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = True
         encoded = self.encoder.encode(texts)
-        ends = np.cumsum(encoded.lengths)
-        spans = [slice(int(end - length), int(end)) for end, length in zip(ends, encoded.lengths)]
         shortest = 1 if self.settings.unit == "words" else self.room + 1
         long = [place for place, length in enumerate(encoded.lengths) if length >= shortest and texts[place].strip()]
-        ids = [self._as_text(encoded.ids[span].astype(np.int32), text) for span, text in zip(spans, texts)]
-        words = [encoded.word_starts[spans[place]] for place in long]
-        cuts = dict(zip(long, self._cuts([texts[place] for place in long], [ids[place] for place in long], words)))
+        ids = [self._as_text(row.astype(np.int32), text) for row, text in zip(encoded.rows(), texts)]
+        words = np.split(encoded.word_starts, np.cumsum(encoded.lengths)[:-1])
+        cuts = dict(zip(long, self._cuts([(texts[place], ids[place], words[place]) for place in long])))
         folds = []
         for place, text in enumerate(texts):
             if place in cuts:
@@ -160,11 +159,6 @@ class Folder:
             else:
                 folds.append([])
         return folds
-
-    def _only_special_are_added(self) -> bool:
-        """Whether a tokenizer can be told to take special tokens for text; a slow one would take all added ones so."""
-        tokenizer = self.encoder.tokenizer
-        return tokenizer.is_fast or set(tokenizer.get_added_vocab().values()) <= set(self.encoder.special_ids)
 
     def _as_text(self, ids: NDArray[np.int32], text: str) -> NDArray[np.int32]:
         """Ids of a text with the unknown token where they have a special one all the same."""
@@ -179,30 +173,26 @@ class Folder:
             )
         return np.where(found, np.int32(self.encoder.unk_id), ids)
 
-    def _cuts(self, texts: list[str], ids: list[NDArray[np.int32]], words: list[Flags]) -> list[tuple[Ints, Ints]]:
-        """Where words begin, for each text: as tokens and, for all tokens, as characters."""
+    def _cuts(self, long: list[tuple[str, NDArray[np.int32], Flags]]) -> list[tuple[Ints, Ints]]:
+        """Where words begin in texts, with ids and word starts: as tokens and, for all tokens, as characters."""
         if self._aligner is None:
             backend = self.encoder.tokenizer.backend_tokenizer
-            encodings = backend.encode_batch(texts, add_special_tokens=False)
-            places = [(starts_by_offsets(each.offsets, self._bytes[row]), True) for each, row in zip(encodings, ids)]
+            found = backend.encode_batch([text for text, _, _ in long], add_special_tokens=False)
+            places = [(starts_by_offsets(e.offsets, self._bytes[ids]), True) for e, (_, ids, _) in zip(found, long)]
         else:
-            places = [self._aligner(*each) for each in zip(texts, ids, words)]
-        return [_word_bounds(text, *place, flags, self.room) for text, place, flags in zip(texts, places, words)]
+            places = [self._aligner(*each) for each in long]
+        return [_word_bounds(text, *place, words, self.room) for place, (text, _, words) in zip(places, long)]
 
     def _rows(self, ids: NDArray[np.int32], num_characters: int, bounds: Ints, places: Ints) -> list[Fold]:
         """The rows of one text, given the token bounds of its words and the character of every token."""
-        settings, last = self.settings, len(bounds) - 1
+        settings = self.settings
         if settings.policy == "head_tail" and (ends := _head_and_tail(bounds, settings, self.room)):
             row = np.concatenate([ids[: bounds[ends[0]]], ids[bounds[ends[1]] :]])
             return [self._row(row, 0, 1, (0, num_characters), 0)]
-        plan = _plan(bounds, settings, self.room)
-        rows = []
+        plan, rows = _plan(bounds, settings, self.room), []
+        edges = [0, *places[bounds[1:-1]].tolist(), num_characters]
         for number, (begin, fresh, end) in enumerate(plan):
-            span = (
-                int(places[bounds[begin]]) if begin else 0,
-                int(places[bounds[end]]) if end < last else num_characters,
-            )
-            repeated = int(bounds[fresh] - bounds[begin])
+            span, repeated = (edges[begin], edges[end]), int(bounds[fresh] - bounds[begin])
             rows.append(self._row(ids[bounds[begin] : bounds[end]], number, len(plan), span, repeated))
         return rows
 
@@ -217,19 +207,18 @@ def special_tokens_around(tokenizer: Any) -> tuple[NDArray[np.int32], NDArray[np
     Raises:
         UserError: they depend on the text.
     """
-    possible: set[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    possible: list[set[tuple[tuple[int, ...], tuple[int, ...]]]] = []
     for probe in _PROBES:
         plain = list(tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"])
         whole = list(tokenizer(probe, verbose=False)["input_ids"])
         leads = [lead for lead in range(len(whole) - len(plain) + 1) if whole[lead : lead + len(plain)] == plain]
-        found = {(tuple(whole[:lead]), tuple(whole[lead + len(plain) :])) for lead in leads}
-        possible = found if possible is None else possible & found
-    if not possible:
+        possible.append({(tuple(whole[:lead]), tuple(whole[lead + len(plain) :])) for lead in leads})
+    if not (around := set.intersection(*possible)):
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path} does not put the same special tokens around every text"
         )
-    before, after = max(possible)
-    return np.array(before, np.int32), np.array(after, np.int32)
+    before, after = (np.array(ids, np.int32) for ids in max(around))
+    return before, after
 
 
 # ---- from words to rows ----
@@ -276,24 +265,16 @@ def _balanced(units: Ints, reach: Ints, num_rows: int, num_words: int) -> list[i
 def _head_and_tail(bounds: Ints, settings: FoldSettings, room: int) -> tuple[int, int] | None:
     """(end of the head, start of the tail) in words; None where the whole text or only its head fits."""
     num_words, total = len(bounds) - 1, int(bounds[-1])
-    head = int(np.searchsorted(bounds, room // _HEAD_SHARE, "right")) - 1
-    if settings.unit == "words":
-        head = min(head, settings.max_words // _HEAD_SHARE)
-    tail = int(np.searchsorted(bounds, total - (room - bounds[head])))
-    if settings.unit == "words":
-        tail = max(tail, num_words - (settings.max_words - head))
+    most_words = settings.max_words if settings.unit == "words" else num_words * _HEAD_SHARE
+    head = min(int(np.searchsorted(bounds, room // _HEAD_SHARE, "right")) - 1, most_words // _HEAD_SHARE)
+    tail = max(int(np.searchsorted(bounds, total - (room - bounds[head]))), num_words - (most_words - head))
     return (head, tail) if head < tail < num_words else None
 
 
 def _word_bounds(text: str, starts: Ints, exact: bool, words: Flags, room: int) -> tuple[Ints, Ints]:
     """Token bounds of the words of a text, [words + 1], no word longer than `room`, and the character of every token.
 
-    Args:
-        text: the text.
-        starts: where each token begins, not falling.
-        exact: whether they are exact, or near the truth.
-        words: the encoder's word starts.
-        room: tokens of a row.
+    The tokens begin at `starts`, which are exact or only near the truth; `words` are the encoder's word starts.
     """
     codes = code_points(text)
     filled = np.where(SPACE[codes], len(codes), np.arange(len(codes)))

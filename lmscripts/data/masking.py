@@ -133,11 +133,9 @@ def mask_rows(ids: IntArray, content: BoolArray, word_starts: BoolArray, keys: U
     flat[weights] = chosen = expand_ranges(word, size)
     positions = (flat - first).astype(np.uint32)
     labels = ids.take(flat)
-    if spans is None:
-        seen = _corrupt(labels, keys, positions, None, plan)
-    else:
-        span = np.cumsum(spans > 0, axis=1, dtype=np.uint32)  # number within the row
-        seen = _corrupt(labels, keys, span.take(flat), positions, plan)
+    # What decides is the position of a token, or the number of its span within the row.
+    decides = positions if spans is None else np.cumsum(spans > 0, axis=1, dtype=np.uint32).take(flat)
+    seen = _corrupt(labels, keys, decides, positions, plan)
     corrupted = ids.copy()
     corrupted.reshape(-1)[chosen] = seen[weights]
     draws = None
@@ -195,11 +193,9 @@ def _choose_words(
         tried = small_permutations(keys ^ _WORDS, (length - 1).bit_length(), tries)
         flat = tried + (rows * length)[:, None]
         outside = tried >= length if length & (length - 1) else None
-        if spans is None:
-            size = _word_sizes(flat, outside, least, ends)
-        else:
+        if spans is not None:
             flat, outside = _words_of_spans(flat, outside, starts, spans, keys)
-            size = _word_sizes(flat, outside, least, ends)
+        size = _word_sizes(flat, outside, least, ends)
         taken, used = _fit(size, budget)
         words = np.flatnonzero(taken)
         return flat.take(words), size.take(words).astype(np.int64), used
@@ -257,11 +253,7 @@ def _words_of_spans(
 
 
 def _fit(size: IntArray, budget: IntArray) -> tuple[BoolArray, IntArray]:
-    """Take words in order while they fit, passing over those longer than what is left.
-
-    Args:
-        size: (B, N) lengths of the words in the order of trying; 0 for none.
-        budget: (B,) tokens to choose.
+    """Take words, of (B, N) lengths or 0 for none, in order while they fit; those longer than what is left are passed.
 
     Returns:
         (B, N) True for the words taken, and (B,) the tokens taken.
@@ -289,26 +281,14 @@ def _fit(size: IntArray, budget: IntArray) -> tuple[BoolArray, IntArray]:
 
 
 def _corrupt(
-    original: IntArray,
-    keys: U64,
-    unit: NDArray[np.uint32],
-    positions: NDArray[np.uint32] | None,
-    plan: MaskingPlan,
+    original: IntArray, keys: U64, decides: NDArray[np.uint32], positions: NDArray[np.uint32], plan: MaskingPlan
 ) -> IntArray:
-    """(B, K) what the model sees at the chosen positions.
-
-    Args:
-        original: (B, K) ids.
-        keys: (B,).
-        unit: (B, K) which random number of the row decides: position of the token, or number of its span.
-        positions: (B, K) of the tokens, for a random replacement of its own for each; None where that is `unit`.
-        plan: the settings.
-    """
-    draw = hash32((keys ^ _CORRUPTION)[:, None], unit)
+    """(B, K) what the model sees at the chosen positions; `decides` says which random number of the row it is by."""
+    draw = hash32((keys ^ _CORRUPTION)[:, None], decides)
     begin, end = int(plan.mask_share * 2**32), int((plan.mask_share + plan.random_share) * 2**32)
     seen = original + (np.int32(plan.mask_id) - original) * (draw < begin)  # quicker than a choice where it is random
     random = np.flatnonzero((draw >= begin) & (draw < end))
-    if positions is None:
+    if plan.unit != "span":
         # Where a draw falls between begin and end, its place there is the second random number.
         which, numbers = draw.take(random) - np.float64(begin), max(1, end - begin)
     else:

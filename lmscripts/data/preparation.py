@@ -84,25 +84,12 @@ class Source:
         return options | {"line_ends": "keep", "spaces": "keep"}
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a store would be made of, found out before it is.
+def describe_source(source: Source) -> dict[str, Any]:
+    """What the manifest of the store that a source would give says of it.
 
-    Attributes:
-        fingerprint: of the store.
-        text: facts of the text, "fingerprint" among them.
-        tokenizer: facts of the tokenizer, "fingerprint" and "vocab_size" among them.
-        options: those that change the content.
-    """
-
-    fingerprint: str
-    text: dict[str, Any]
-    tokenizer: dict[str, Any]
-    options: dict[str, Any]
-
-
-def describe_source(source: Source) -> Description:
-    """Fingerprint of the store that a source would give, and the facts of its text and tokenizer.
+    Returns:
+        The "fingerprint" of the store; facts of its "source" and its "tokenizer", with fingerprints of their own; the
+        "options" that change its content.
 
     Raises:
         UserError: a file is missing or unreadable, the tokenizer does not load or does not suit the options, the
@@ -127,7 +114,8 @@ def describe_source(source: Source) -> Description:
     options = source.options(encoder)
     if records := [path.name for path in (*train, *held_out) if _is_seen_as_records(path, source)]:
         options["json_lines"] = records  # an earlier store would have their braces as text
-    return Description(store_fingerprint(text["fingerprint"], encoder.fingerprint, options), text, tokenizer, options)
+    found = store_fingerprint(text["fingerprint"], encoder.fingerprint, options)
+    return {"fingerprint": found, "source": text, "tokenizer": tokenizer, "options": options}
 
 
 def _is_seen_as_records(path: Path, source: Source) -> bool:
@@ -156,25 +144,23 @@ def prepare_store(
     """
     described = describe_source(source)
     if folder.exists():
-        store = open_store(folder, described.tokenizer["fingerprint"])
-        if store.fingerprint != described.fingerprint:
+        store = open_store(folder, described["tokenizer"]["fingerprint"])
+        if store.fingerprint != described["fingerprint"]:
             raise UserError(
                 f"the store {folder} was made from another text or with other options (its fingerprint is "
-                f"{store.fingerprint[:16]}, this text and these options give {described.fingerprint[:16]}); choose "
+                f"{store.fingerprint[:16]}, this text and these options give {described['fingerprint'][:16]}); choose "
                 "another folder"
             )
         return store
     remove_leftovers(folder)
     report = TextReport()
     held_out = find_files(source.validation_files, report) if source.validation_files else None
-    keep_spaces = described.options.get("spaces") == "keep"
+    keep_spaces = described["options"].get("spaces") == "keep"
     return build_store(
         folder,
         _documents(find_files(source.input_files, report), source, keep_spaces, report),
         tokenizer_dir=source.tokenizer_dir,
-        tokenizer_facts=described.tokenizer,
-        source_facts=described.text,
-        settings=described.options,
+        described=described,
         validation_batches=None if held_out is None else _documents(held_out, source, keep_spaces, report),
         num_workers=num_workers,
         text_report=report.as_dict,
@@ -188,7 +174,7 @@ def prepare_beside(source: Source, run_dir: Path, num_workers: int) -> TokenStor
     Called before the processes join, by all of them: the first of each machine builds and the others wait for the
     folder to appear, so that no collective operation is waiting meanwhile.
     """
-    folder = run_dir.parent / f"token_store-{describe_source(source).fingerprint[:12]}"
+    folder = run_dir.parent / f"token_store-{describe_source(source)['fingerprint'][:12]}"
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:
             return prepare_store(source, folder, num_workers)

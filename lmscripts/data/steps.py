@@ -7,20 +7,20 @@ makes batches of rows; see `step_batches`.
 
 from __future__ import annotations
 
-import itertools
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, groupby, islice
-from typing import Any, Protocol, TypeVar
+from itertools import accumulate, groupby, islice, pairwise
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmscripts.counters import permute, rows_at, split_shares, stream_key
+from lmscripts.counters import permute, split_shares, stream_key
 from lmscripts.data.masking import expand_ranges
 from lmscripts.data.packing import Layout, PackedRows, Rows, segment_ends
 from lmscripts.data.stream import StreamRows
@@ -37,32 +37,15 @@ Item = TypeVar("Item")
 _TOKENS_AT_ONCE = 1 << 17  # tokens laid out and masked together
 _EVAL_SEED = 0x5EED  # held-out masks are the same for every run, whatever its seed
 _WINDOW_BATCHES = 50  # in which rows are put in the order of their length
-_ROWS, _BATCHES = 0xF01D, 0xBA7C  # which of the two permutations of an epoch
+_RUN, _ROWS, _BATCHES = 0x0DE, 0xF01D, 0xBA7C  # which permutation of an epoch
 
 
 # ---- orders ------------------------------------------------------------------------------------------------------
 
 
-class Order(Protocol):
-    """Rows of a run by their position in it."""
-
-    def bounds(self, step: int) -> tuple[int, int]:
-        """The positions [first, last) of an optimizer step."""
-
-    def rows(self, positions: Ints) -> tuple[Ints, Ints]:
-        """(N,) rows at (N,) positions, and (N,) the epoch of each."""
-
-
 @dataclass(frozen=True)
 class Shuffled:
-    """Every epoch a permutation of all rows of its own; only the last step of a run may be short.
-
-    Attributes:
-        num_rows: rows of an epoch.
-        batch_size: rows of a step.
-        total_rows: rows of the run.
-        seed: of the order.
-    """
+    """Every epoch a permutation of all rows of its own; only the last step of a run, of `total_rows`, may be short."""
 
     num_rows: int
     batch_size: int
@@ -70,13 +53,14 @@ class Shuffled:
     seed: int
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """See `Order`."""
+        """The positions [first, last) of an optimizer step."""
         first = min(step * self.batch_size, self.total_rows)
         return first, min(first + self.batch_size, self.total_rows)
 
     def rows(self, positions: Ints) -> tuple[Ints, Ints]:
-        """See `Order`."""
-        return rows_at(positions, self.num_rows, self.seed)
+        """(N,) rows at (N,) positions of a run, and (N,) the epoch of each."""
+        number, seed = self.num_rows, self.seed
+        return _by_epoch(positions, number, lambda epoch, rows: permute(rows, number, stream_key(seed, epoch, _RUN)))
 
 
 class ByLength:
@@ -87,42 +71,25 @@ class ByLength:
     """
 
     def __init__(self, lengths: Ints, batch_size: int, seed: int) -> None:
-        """Nothing is computed yet.
-
-        Args:
-            lengths: (R,) tokens of each row.
-            batch_size: rows of a step.
-            seed: of the order.
-        """
+        """Nothing is computed yet; the lengths are (R,) tokens of each row."""
         self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
         self.per_epoch = -(-len(lengths) // batch_size)
         self._epoch, self._rows, self._ends = -1, lengths[:0], lengths[:0]
 
-    def batches(self, epoch: int) -> list[Ints]:
-        """Rows of every step of an epoch, each row once."""
-        self._lay_out(epoch)
-        return np.split(self._rows, self._ends[:-1])
-
     def bounds(self, step: int) -> tuple[int, int]:
-        """See `Order`."""
+        """As of `Shuffled`."""
         epoch, place = divmod(step, self.per_epoch)
-        self._lay_out(epoch)
-        before = epoch * len(self._lengths)
-        return before + (int(self._ends[place - 1]) if place else 0), before + int(self._ends[place])
+        ends, before = self._laid_out(epoch)[1], epoch * len(self._lengths)
+        return before + (int(ends[place - 1]) if place else 0), before + int(ends[place])
 
     def rows(self, positions: Ints) -> tuple[Ints, Ints]:
-        """See `Order`."""
-        epochs, rows = np.divmod(positions, len(self._lengths))
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            self._lay_out(int(epoch))
-            rows[here] = self._rows[rows[here]]
-        return rows, epochs
+        """As of `Shuffled`."""
+        return _by_epoch(positions, len(self._lengths), lambda epoch, rows: self._laid_out(epoch)[0][rows])
 
-    def _lay_out(self, epoch: int) -> None:
+    def _laid_out(self, epoch: int) -> tuple[Ints, Ints]:
         """The rows of an epoch in their order, and where each step's end, kept until another epoch is asked for."""
         if epoch == self._epoch:
-            return
+            return self._rows, self._ends
         number, window = len(self._lengths), _WINDOW_BATCHES * self._batch_size
         order = permute(np.arange(number), number, stream_key(self._seed, epoch, _ROWS))
         sorted_parts = [part[np.argsort(self._lengths[part], kind="stable")] for part in cut(order, window)]
@@ -130,6 +97,17 @@ class ByLength:
         shuffled = permute(np.arange(len(batches)), len(batches), stream_key(self._seed, epoch, _BATCHES))
         batches = [batches[place] for place in shuffled]
         self._epoch, self._rows, self._ends = epoch, np.concatenate(batches), np.cumsum([len(b) for b in batches])
+        return self._rows, self._ends
+
+
+def _by_epoch(positions: Ints, num_rows: int, rows_of: Callable[[int, Ints], Ints]) -> tuple[Ints, Ints]:
+    """(N,) rows at (N,) positions, which go on from one epoch of all rows into the next, and (N,) the epoch of each."""
+    epochs, rows = np.divmod(positions, num_rows)
+    several = (epochs != epochs[:1]).any()
+    for epoch in np.unique(epochs) if several else epochs[:1]:
+        here = epochs == epoch if several else slice(None)
+        rows[here] = rows_of(int(epoch), rows[here])
+    return rows, epochs
 
 
 def cut(rows: Ints, size: int) -> list[Ints]:
@@ -137,12 +115,10 @@ def cut(rows: Ints, size: int) -> list[Ints]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
+Order = Shuffled | ByLength
+
+
 # ---- steps -------------------------------------------------------------------------------------------------------
-
-
-def micro_batches(rows: int, micro_batch_size: int) -> list[int]:
-    """Cut a process' rows into the fewest micro-batches of at most `micro_batch_size`, as even as possible."""
-    return split_shares(rows, [1] * -(-rows // micro_batch_size)) if rows else []
 
 
 def step_batches(
@@ -158,53 +134,38 @@ def step_batches(
 ) -> Iterator[tuple[list[Batch], Counts]]:
     """Micro-batches of one process for the steps [first, stop), with the counts of their targets.
 
-    A step's rows are divided in proportion to the shares. A process without rows in a step computes one row that weighs
-    nothing, so that all take part in what the processes exchange.
-
-    Args:
-        order: which rows a step has.
-        make: lays rows out as batches. An idle process computes a row whose floating-point numbers are all 0: they are
-            what positions and rows count.
-        shares: relative rows of each process.
-        process: which of them this is.
-        micro_batch_size: most rows of one forward pass.
-        first: counted from the beginning of the run.
-        stop: the first step that is not made.
-        at_once: micro-batches that are made together, which is several times faster for short ones.
+    A step's rows are divided in proportion to the shares of the processes. A process without rows in a step computes
+    one row that weighs nothing, so that all take part in what the processes exchange: its floating-point numbers, which
+    are what positions and rows count, are all 0. Making several micro-batches `at_once` is several times faster for
+    short ones.
     """
-    pieces = _pieces(order, shares, process, micro_batch_size, range(first, stop))
-    for _, group in groupby(_made(order, make, pieces, at_once), key=lambda piece: piece[0]):
-        made = [(batch, counts) for _, batch, counts in group]
-        counts = {name: sum(c[name] for _, c in made) for name in made[0][1]}
-        yield [batch for batch, _ in made], counts
 
+    def pieces() -> Iterator[tuple[int, int, int]]:
+        """Micro-batches as (step, position of the first row, rows); no rows for an idle process."""
+        for step in range(first, stop):
+            begin, end = order.bounds(step)
+            parts = split_shares(end - begin, list(shares))
+            place = begin + sum(parts[:process])
+            # The fewest micro-batches that do, as even as possible.
+            for size in split_shares(parts[process], [1] * max(1, -(-parts[process] // micro_batch_size))):
+                yield step, place if size else begin, size
+                place += size
 
-def _pieces(
-    order: Order, shares: Sequence[int], process: int, micro_batch_size: int, steps: range
-) -> Iterator[tuple[int, int, int]]:
-    """Micro-batches as (step, position of the first row, rows); no rows for an idle process."""
-    for step in steps:
-        begin, end = order.bounds(step)
-        parts = split_shares(end - begin, list(shares))
-        place = begin + sum(parts[:process])
-        for size in micro_batches(parts[process], micro_batch_size) or [0]:
-            yield step, place if size else begin, size
-            place += size
+    def made(pieces: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, tuple[Batch, Counts]]]:
+        while chunk := list(islice(pieces, at_once)):
+            sizes = [max(1, size) for _, _, size in chunk]
+            rows, epochs = order.rows(expand_ranges(np.array([place for _, place, _ in chunk]), np.array(sizes)))
+            for (step, _, size), (batch, counts) in zip(chunk, make(rows, epochs, sizes), strict=True):
+                if size == 0:
+                    counts = dict.fromkeys(counts, 0.0)
+                    for tensor in batch.values():
+                        if tensor.is_floating_point():
+                            tensor.zero_()
+                yield step, (batch, counts)
 
-
-def _made(
-    order: Order, make: MakeBatches, pieces: Iterator[tuple[int, int, int]], at_once: int
-) -> Iterator[tuple[int, Batch, Counts]]:
-    """The batches of the pieces."""
-    while chunk := list(islice(pieces, at_once)):
-        sizes = [max(1, size) for _, _, size in chunk]
-        rows, epochs = order.rows(expand_ranges(np.array([place for _, place, _ in chunk]), np.array(sizes)))
-        for (step, _, size), (batch, counts) in zip(chunk, make(rows, epochs, sizes), strict=True):
-            if size == 0:
-                for tensor in batch.values():
-                    if tensor.is_floating_point():
-                        tensor.zero_()
-            yield step, batch, (counts if size else dict.fromkeys(counts, 0.0))
+    for _, group in groupby(made(pieces()), key=itemgetter(0)):
+        batches, counts = zip(*(one for _, one in group))
+        yield list(batches), {name: sum(some[name] for some in counts) for name in counts[0]}
 
 
 # ---- packed rows: phases of a run ----------------------------------------------------------------------------------
@@ -263,14 +224,9 @@ class Phase:
 
     def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
         """Micro-batches of one process for the steps [first, stop) of the stretch, see `step_batches`."""
-
-        def make(rows: Ints, epochs: Ints, sizes: list[int]) -> Made:
-            made = self.make(self.train, rows, epochs, self.seed, sizes)
-            return [(pin(batch), counts) for batch, counts in made] if self.pin_memory else made
-
         return step_batches(
             Shuffled(self.train.num_rows, self.batch_size, self.total_rows, self.seed),
-            make,
+            lambda rows, epochs, sizes: self._pinned(self.train, rows, epochs, self.seed, sizes),
             shares=self.shares,
             process=process,
             micro_batch_size=self.micro_batch_size,
@@ -283,8 +239,14 @@ class Phase:
         """Held-out rows by number, with masks that never change."""
         if self.held_out is None:
             raise ValueError("this phase has no held-out rows")
-        batch, counts = fixed_batch(self.held_out, self.make, rows)
-        return (pin(batch) if self.pin_memory else batch), counts
+        return fixed_batch(self.held_out, self._pinned, rows)
+
+    def _pinned(self, *asked: Any) -> Made:
+        """What `make` gives, where asked in page-locked memory, which a GPU fetches without blocking."""
+        made = self.make(*asked)
+        if not self.pin_memory:
+            return made
+        return [({name: tensor.pin_memory() for name, tensor in batch.items()}, counts) for batch, counts in made]
 
 
 def fixed_batch(
@@ -337,7 +299,7 @@ class Phases:
 
     def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
         """As `Phase.step_batches`, for the steps [first, stop) of the run."""
-        for (begin, end), phase in zip(itertools.pairwise([0, *self.ends]), self.phases, strict=True):
+        for (begin, end), phase in zip(pairwise([0, *self.ends]), self.phases, strict=True):
             if first < end and begin < stop:
                 yield from phase.step_batches(max(first, begin) - begin, min(stop, end) - begin, process)
 
@@ -362,17 +324,15 @@ def cut_rows(
         For each batch: position_ids (B, T) int32, segments (B, T) int32 unless none is needed, segment_ends int32
         where they are asked for, and the arrays.
     """
-    batches, begin = list[Batch](), 0
-    for size in sizes:
-        part = slice(begin, begin + size)
-        begin += size
-        found = {name: array[part] for name, array in (arrays | {"position_ids": rows.positions}).items()}
-        if several[part].any():
-            found["segments"] = rows.segments[part]
-        batch = {name: torch.from_numpy(array) for name, array in found.items()}
+    arrays = arrays | {"position_ids": rows.positions, "segments": rows.segments}
+    ends = np.cumsum(sizes)[:-1]
+    parts = zip(*(np.split(array, ends) for array in arrays.values()))
+    batches = [{name: torch.from_numpy(array) for name, array in zip(arrays, part)} for part in parts]
+    for batch, size, some in zip(batches, sizes, np.split(several, ends)):
         if most_segments is not None:
-            batch["segment_ends"] = segment_ends(torch.from_numpy(rows.segments[part]), size * most_segments + 1)
-        batches.append(batch)
+            batch["segment_ends"] = segment_ends(batch["segments"], size * most_segments + 1)
+        if not some.any():
+            del batch["segments"]
     return batches
 
 
@@ -382,46 +342,19 @@ def cut_rows(
 class Prefetcher(Iterator[Item]):
     """Runs an iterator in a thread, a few items ahead; its errors are raised where the items are taken."""
 
-    def __init__(self, items: Iterator[Item], depth: int = 2) -> None:
-        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(items,), daemon=True)
-        self._thread.start()
-
-    def _run(self, items: Iterator[Item]) -> None:
-        try:
-            for item in items:
-                if not self._put((item, None)):
-                    return
-            self._put((None, StopIteration()))
-        except BaseException as error:
-            self._put((None, error))
-
-    def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def __init__(self, items: Iterator[Item], depth: int = 3) -> None:
+        self._items, self._thread = items, ThreadPoolExecutor(1)
+        self._ahead = deque(self._thread.submit(next, items) for _ in range(depth))
 
     def __next__(self) -> Item:
-        item, error = self._queue.get()
-        if error is not None:
-            raise error
-        assert item is not None
+        item = self._ahead[0].result()  # what ends the iterator stays there, to be raised again
+        self._ahead.popleft()
+        self._ahead.append(self._thread.submit(next, self._items))
         return item
 
     def close(self) -> None:
         """Stop the thread."""
-        self._stopped.set()
-        self._thread.join()
-
-
-def pin(batch: Batch) -> Batch:
-    """Copy a batch to page-locked memory, from where a GPU can fetch it without blocking."""
-    return {name: tensor.pin_memory() for name, tensor in batch.items()}
+        self._thread.shutdown(cancel_futures=True)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -243,27 +243,24 @@ class _PartWriter:
         self.hashes[name].update(data)
         self.sizes[name] += len(data)
 
-    def append(
-        self,
-        ids: NDArray[Any],
-        word_starts: NDArray[np.bool_],
-        sentence_lengths: NDArray[np.uint32],
-        document_sizes: NDArray[np.int64],
-    ) -> None:
-        """Append whole documents; see `EncodedBatch` for the shapes."""
-        self._write("tokens", ids)
+    def append(self, batch: EncodedBatch, wanted: NDArray[np.bool_]) -> None:
+        """Append the documents of a batch that are wanted, of (d,)."""
+        sizes = batch.document_sizes
+        of_tokens, of_sentences = np.repeat(wanted, sizes[:, 0]), np.repeat(wanted, sizes[:, 1])
+        sizes, word_starts = sizes[wanted], batch.word_starts[of_tokens]
+        self._write("tokens", batch.ids[of_tokens])
         bits = np.concatenate([self.open_bits, word_starts])
         whole = bits.size // 8 * 8
         self._write("word_starts", np.packbits(bits[:whole], bitorder="little"))
         self.open_bits = bits[whole:]
-        self._write("sentence_lengths", sentence_lengths)
-        ends = self.totals + np.cumsum(document_sizes, axis=0)
+        self._write("sentence_lengths", batch.sentence_lengths[of_sentences])
+        ends = self.totals + np.cumsum(sizes, axis=0)
         self._write("document_tokens", ends[:, 0])
         self._write("document_sentences", ends[:, 1])
-        self._write("document_bytes", document_sizes[:, 2])
-        self.totals = self.totals + document_sizes.sum(0)
+        self._write("document_bytes", sizes[:, 2])
+        self.totals = self.totals + sizes.sum(0)
         self.words += int(word_starts.sum())
-        self.documents += len(document_sizes)
+        self.documents += len(sizes)
 
     def close(self) -> dict[str, Any]:
         """Finish the files; returns the manifest's entry of this part."""
@@ -281,30 +278,12 @@ class _PartWriter:
         }
 
 
-def _append(batch: EncodedBatch, train: _PartWriter, validation: _PartWriter) -> None:
-    """Write each document of a batch to its part."""
-    if not batch.in_validation.any():
-        train.append(batch.ids, batch.word_starts, batch.sentence_lengths, batch.document_sizes)
-        return
-    tokens, sentences = batch.document_sizes[:, 0], batch.document_sizes[:, 1]
-    for writer, wanted in ((train, ~batch.in_validation), (validation, batch.in_validation)):
-        token_wanted, sentence_wanted = np.repeat(wanted, tokens), np.repeat(wanted, sentences)
-        writer.append(
-            batch.ids[token_wanted],
-            batch.word_starts[token_wanted],
-            batch.sentence_lengths[sentence_wanted],
-            batch.document_sizes[wanted],
-        )
-
-
 def build_store(
     folder: Path,
     batches: Iterable[Documents],
     *,
     tokenizer_dir: Path,
-    tokenizer_facts: dict[str, Any],
-    source_facts: dict[str, Any],
-    settings: dict[str, Any],
+    described: dict[str, Any],
     validation_batches: Iterable[Documents] | None = None,
     num_workers: int = 1,
     text_report: Callable[[], dict[str, Any]] = dict,
@@ -316,10 +295,9 @@ def build_store(
         folder: where the store will be; it must not exist.
         batches: lists of documents, each a list of lines, in the order of the corpus.
         tokenizer_dir: tokenizer folder, copied into the store.
-        tokenizer_facts: must hold "fingerprint" and "vocab_size".
-        source_facts: must hold "fingerprint".
-        settings: what changes the content; "validation_fraction" of the documents is held out by a hash;
-            "line_ends": "keep" encodes all lines of a document but the last with their line feed.
+        described: what the manifest says of "fingerprint", "source", "tokenizer" and "options". By these
+            "validation_fraction" of the documents is held out by a hash, and "line_ends": "keep" encodes all lines of a
+            document but the last with their line feed.
         validation_batches: documents of a validation part of their own.
         num_workers: processes that encode; the result does not depend on it.
         text_report: called at the end; what was read, repaired and dropped.
@@ -328,17 +306,18 @@ def build_store(
     Raises:
         UserError: the folder exists, or no document was left for training.
     """
-    dtype = "uint16" if tokenizer_facts["vocab_size"] <= 1 << 16 else "uint32"
+    dtype, settings = "uint16" if described["tokenizer"]["vocab_size"] <= 1 << 16 else "uint32", described["options"]
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
         encode = _Encode(str(tokenizer_dir), dtype, settings["validation_fraction"], settings.get("line_ends"))
         for batch in in_order(encode, batches, num_workers):
-            _append(batch, train, validation)
+            train.append(batch, ~batch.in_validation)
+            validation.append(batch, batch.in_validation)
             progress(int(batch.document_sizes[:, 2].sum()))
         if validation_batches is not None:
             encode = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
             for batch in in_order(encode, validation_batches, num_workers):
-                _append(batch, train, validation)
+                validation.append(batch, batch.in_validation)
         parts = {"train": train.close(), "validation": validation.close()}
         if parts["train"]["tokens"] == 0:
             raise UserError("the text gives no training token: it is empty, or all of it fell to the validation part")
@@ -346,11 +325,8 @@ def build_store(
         manifest = {
             "format": "lmscripts token store",
             "format_version": FORMAT_VERSION,
-            "fingerprint": store_fingerprint(source_facts["fingerprint"], tokenizer_facts["fingerprint"], settings),
+            **described,
             "dtype": dtype,
-            "source": source_facts,
-            "tokenizer": tokenizer_facts,
-            "options": settings,
             "parts": parts,
             "text": text_report(),
         }

@@ -19,25 +19,6 @@ IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class SomeWindows:
-    """W windows that follow one another.
-
-    Attributes:
-        document: (W,) which document.
-        start: (W,) first position in the document.
-        length: (W,) positions.
-        scored_from: (W,) positions of the window that only give context.
-        padded: (W,) length with padding.
-    """
-
-    document: IntArray
-    start: IntArray
-    length: IntArray
-    scored_from: IntArray
-    padded: IntArray
-
-
-@dataclass(frozen=True)
 class Windows:
     """Numbered windows over documents, those of one padded length side by side, the longest first.
 
@@ -66,15 +47,15 @@ class Windows:
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def between(self, first: int, last: int) -> SomeWindows:
-        """The windows [first, last)."""
+    def between(self, first: int, last: int) -> tuple[IntArray, ...]:
+        """(W,) document, start in it, length, positions that only give context, padded length of [first, last)."""
         window = np.arange(first, last)
         run = np.searchsorted(self.first, window, side="right") - 1
         document, number = self.document[run], self.number[run] + window - self.first[run]
         start = number * self.stride
         length = np.minimum(self.block_size, self.positions[document] - start)
         scored_from = np.where(number == 0, 0, self.block_size - self.stride)
-        return SomeWindows(document, start, length, scored_from, self.padded[run])
+        return document, start, length, scored_from, self.padded[run]
 
     def batches(self, positions: int, most_rows: int) -> Batches:
         """Batches of windows of one padded length each.
@@ -148,9 +129,8 @@ def window_rows(
     Returns:
         (B, T) inputs, padded with the end token; (N,) flat positions that are scored, in order; (N,) their targets.
     """
-    some = windows.between(first, last)
-    at = np.arange(int(some.padded[0]))
-    document, start, length = some.document[:, None], some.start[:, None], some.length[:, None]
+    document, start, length, scored_from, padded = (each[:, None] for each in windows.between(first, last))
+    at = np.arange(int(padded[0, 0]))
     place = start + at  # position in the document
     offset = part.document_tokens[document]
     size = part.document_tokens[document + 1] - offset
@@ -159,5 +139,5 @@ def window_rows(
     inputs = np.where(place == 0, begin_id, tokens[np.clip(offset + place - 1, 0, most)].astype(np.int64))
     targets = np.where(place == size, end_id, tokens[np.clip(offset + place, 0, most)].astype(np.int64))
     inputs = np.where(at < length, inputs, end_id)
-    scored = np.flatnonzero((at >= some.scored_from[:, None]) & (at < length))
+    scored = np.flatnonzero((at >= scored_from) & (at < length))
     return inputs, scored, targets.reshape(-1)[scored]
