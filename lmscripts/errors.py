@@ -25,19 +25,22 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
+        return
     except UserError as error:
-        _end_with(str(error))
+        sentence = str(error)
     except OSError as error:
-        _end_with(describe_os_error(error))
+        reason = error.strerror or str(error) or type(error).__name__
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+        sentence = f"{' -> '.join(names)}: {reason}" if names else reason
     except KeyboardInterrupt:
-        _end_with("stopped from the keyboard")
-
-
-def describe_os_error(error: OSError) -> str:
-    """What the operating system refused and for which file, in one sentence."""
-    reason = error.strerror or str(error) or type(error).__name__
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
-    return f"{' -> '.join(names)}: {reason}" if names else reason
+        sentence = "stopped from the keyboard"
+    # A second line would hide the sentence among the output of other processes.
+    one_line = " ".join(sentence.split())
+    try:
+        sys.stderr.write(f"error: {one_line}\n")
+        sys.stderr.flush()
+    finally:
+        leave(2)
 
 
 def shortened(error: BaseException, most: int = 200) -> str:
@@ -54,16 +57,6 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
-
-
-def _end_with(sentence: str) -> None:
-    # A second line would hide the sentence among the output of other processes.
-    one_line = " ".join(sentence.split())
-    try:
-        sys.stderr.write(f"error: {one_line}\n")
-        sys.stderr.flush()
-    finally:
-        leave(2)
 
 
 def leave(code: int) -> NoReturn:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 from lmscripts.errors import UserError, naming
 
 _HOST = re.sub(r"\W", "_", socket.gethostname())
@@ -58,11 +60,7 @@ def new_text(path: Path) -> Iterator[TextIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Try out what `write_text` will do: better said now than after hours.
-
-    Raises:
-        UserError: there is something that is no file, or none can be made.
-    """
+    """Try out what `write_text` will do, and refuse what it cannot: better said now than after hours."""
     try:
         aside = _beside(path)[0]
         aside.touch(exist_ok=False)
@@ -115,7 +113,7 @@ def give_usual_modes(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder`; when the block ends well it is flushed and renamed to `folder`.
 
-    When the block fails the temporary folder is removed. What a killed process left is removed by the next one.
+    When the block fails the temporary folder is removed. What a killed process left is for `remove_leftovers`.
 
     Raises:
         UserError: `folder` exists already.
@@ -150,25 +148,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what earlier, killed writers of `folder` left beside it; returns what was removed.
+def remove_leftovers(folder: Path) -> None:
+    """Remove what earlier, killed writers of `folder` left beside it.
 
     Only folders of this machine whose process is gone are touched, judged by the names of both in theirs.
     """
-    removed = []
     for path in folder.parent.glob(f".{folder.name}.aside-{_HOST}-*"):
         number = path.name.rsplit("-", 2)[-2]
-        if number.isdigit() and not _alive(int(number)):
+        if number.isdigit() and not psutil.pid_exists(int(number)):
             shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-    return removed
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -35,10 +35,9 @@ def in_order(
         items: taken as they are needed, about twice as many as there are workers at a time.
         num_workers: processes; with one or fewer all is done in this one.
         tick: called in this process about every second, and at each result, while workers work.
-        if_killed: the sentence of the error where a worker was killed.
+        if_killed: the sentence of the `UserError` where a worker was killed.
 
-    Raises:
-        UserError: a worker was killed. What `function` raises is raised here, also that of a later item.
+    What `function` raises is raised here, also that of a later item.
     """
     if num_workers <= 1:
         yield from map(function, items)

@@ -27,7 +27,7 @@ from transformers import BertConfig
 from lmscripts.data import labelled_build, labelled_store
 from lmscripts.data.folding import Folder, FoldSettings
 from lmscripts.data.labelled_build import database_of, open_or_build
-from lmscripts.data.labelled_rows import read_part
+from lmscripts.data.labelled_rows import read_parts
 from lmscripts.data.labelled_store import SCHEMA, Database
 from lmscripts.data.splits import SplitSettings
 from lmscripts.errors import UserError
@@ -155,12 +155,12 @@ def test_documents_of_no_label_are_documents_where_there_may_be_several(tmp_path
     made = open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(separator="|"))
     assert made.meta()["num_documents"] == 60
     without = 0
-    for part, size in (("train", 48), ("validation", 6), ("test", 6)):
+    *parts, _ = read_parts(made, balanced=False, multi_label=True, count_documents_once=True)
+    for read, part, size in zip(parts, ("train", "validation", "test"), (48, 6, 6), strict=True):
         doc_ids, truth = made.read_labels(part)
         assert len(doc_ids) == size
         for doc_id, has in zip(doc_ids, truth.tolist(), strict=True):
             assert has == ([True, True], [False, False], [True, False])[doc_id % 3]
-        read = read_part(made, part)
         assert read.doc_ids.tolist() == doc_ids.tolist()
         without += int((read.truth.sum(1) == 0).sum())
     assert without == 20

@@ -22,8 +22,7 @@ from conftest import ROOT
 
 from lmscripts.errors import UserError
 from lmscripts.text.csv_rows import csv_rows
-from lmscripts.text.records import BadRow, TableOptions
-from lmscripts.text.tables import check_classes, order_labels, read_table, shown_labels
+from lmscripts.text.records import BadRow, TableOptions, check_classes, in_words, order_labels, quoted, read_table
 
 ROWS = [
     ("今日は晴れ、散歩した。", "good"),
@@ -311,7 +310,7 @@ def test_messages_stay_short_and_on_one_line_whatever_the_labels_are(tmp_path):
     (bad,) = read_table(path, TableOptions(labels=tuple(huge[1:]), split=""))
     assert len(bad.details) < 1000
     assert len(bad.raw) <= 200
-    assert shown_labels(["a", "b\n"]) == r"'a', 'b\n'"
+    assert in_words(["a", "b\n"], quoted) == r"'a', 'b\n'"
 
 
 def test_thousands_of_unknown_labels_are_answered_in_no_time(tmp_path):
@@ -436,8 +435,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     """Reading twenty times as many rows takes no more memory."""
     program = """
 import sys
-from lmscripts.text.records import TableOptions
-from lmscripts.text.tables import read_table
+from lmscripts.text.records import TableOptions, read_table
 number = sum(1 for _ in read_table(sys.argv[1], TableOptions()))
 # Not ru_maxrss, which begins with what the parent held.
 print(number, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

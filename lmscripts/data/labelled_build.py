@@ -10,6 +10,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,23 +21,19 @@ from lmscripts.data.labelled_store import (
     Database,
     OtherVersionError,
     as_json,
-    check_whole,
     new_file,
     only_builder,
     opened,
-    read_meta,
-    read_running,
     read_split_documents,
     remove_leftovers,
     row_checks,
     transaction,
 )
-from lmscripts.data.splits import SplitSettings, shown, split_documents, text_hash
+from lmscripts.data.splits import SplitSettings, split_documents, text_hash
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.text.reading import COMPRESSIONS, FORMATS, check_file
-from lmscripts.text.records import BadRow, TableOptions
-from lmscripts.text.tables import PARTS, check_classes, order_labels, read_table
+from lmscripts.text.records import PARTS, BadRow, TableOptions, check_classes, order_labels, read_table, shown
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
 from lmscripts.workers import in_order
 
@@ -48,7 +45,6 @@ _FOLD_COLUMNS = "doc_id, idx, n, char_start, char_end, ids, row_check"
 _TAKE_FRESH = f"INSERT INTO folds(tok_id, {_FOLD_COLUMNS}) SELECT ?, {_FOLD_COLUMNS} FROM fresh ORDER BY rowid"
 
 Documents = list[tuple[int, str]]  # (doc_id, text)
-FoldRow = tuple[Any, ...]  # _FOLD_COLUMNS
 Progress = Callable[[int], None]
 
 
@@ -99,10 +95,7 @@ def open_or_build(
     num_workers: int = 1,
     progress: Progress = lambda _: None,
 ) -> Database:
-    """Open the SQLite file of a table, and build it or add to it what it lacks.
-
-    Several processes may call this at once: one builds and the others wait. Whatever happens, there is the file that
-    was there before, or the new one, whole.
+    """Open the SQLite file of a table, and build it or add to it what it lacks: one process, while others wait.
 
     Args:
         source: a table, or an SQLite file that was built earlier.
@@ -119,7 +112,7 @@ def open_or_build(
         progress: called with the number of documents of each batch that is tokenised.
 
     Raises:
-        UserError: a table that cannot be used (see `text.tables`), a split that cannot be made, a file that is not
+        UserError: a table that cannot be used (see `text.records`), a split that cannot be made, a file that is not
             ours, is damaged or was made from another source, or is to be replaced while a run writes into it; nothing
             is changed then.
     """
@@ -179,17 +172,38 @@ def _hashed(paths: Mapping[str, Path]) -> list[SourceTable]:
 
 
 def _found(task: _Task, overwrite: bool, *, add: bool = False) -> Database | None:
-    """The file, if it holds all that is asked for or that may be added; what it lacks is added whole or not at all."""
-    if not _is_usable(task, overwrite):
+    """The file, if it is made from what was given and holds all that is asked for, or what it lacks may be added.
+
+    Nothing is added unless all can be. None where there is no file, or one that may be replaced.
+    """
+    if not task.target.exists() and task.sources:
         return None
-    done = []
+    stored, done = Database(task.target), []
+    try:
+        meta = stored.meta()
+        other = _other_source(meta, task)
+        if overwrite and not other:  # whoever was told of damage gives it, and damage shows only where it is read
+            stored.check_whole()
+    except OtherVersionError:
+        if overwrite:
+            return None
+        raise
+    if other and overwrite:
+        return None
+    if other:
+        runs = len(stored.read_runs())
+        way_out = f"give another --database, or --overwrite to build it again ({runs:,} runs in it would be lost)"
+        if not task.sources:
+            names = " and ".join(name for _, name, _ in meta["sources"])
+            way_out = f"leave that out, or give the table that it was made from, {names}"
+        raise UserError(f"{task.target} {other}: {way_out}")
     with opened(task.target, write=add) as connection:
         sql = "SELECT tok_id FROM tokenizations WHERE fingerprint = ? AND settings = ?"
         tok = connection.execute(sql, task.fold_key).fetchone()
         split = connection.execute("SELECT split_id FROM splits WHERE settings = ?", (task.split_key,)).fetchone()
         if not add and not (tok and split):
             return None
-        parts = None if split else _make_split(connection, task)  # nothing is added unless all can be
+        parts = None if split else split_documents(read_split_documents(connection), task.split)
         if not tok:
             tok = (_add_tokenization(connection, task),)
             done.append(f"added rows of {task.folds.max_length} tokens to {task.target}")
@@ -199,36 +213,8 @@ def _found(task: _Task, overwrite: bool, *, add: bool = False) -> Database | Non
     return Database(task.target, tok[0], split[0], task.split, tuple(done) or (f"found all in {task.target}",))
 
 
-def _is_usable(task: _Task, overwrite: bool) -> bool:
-    """Whether there is a file, made from what was given; False where there is none, or one that may be replaced.
-
-    Raises:
-        UserError: there is another, or a damaged one, and it may not be replaced.
-    """
-    if not task.target.exists() and task.sources:
-        return False
-    try:
-        with opened(task.target) as connection:
-            found = _other_source(connection, task)
-            (runs,) = connection.execute("SELECT count(*) FROM runs").fetchone()
-            if overwrite and not found:  # whoever was told of damage gives it, and damage shows only where it is read
-                check_whole(task.target, connection)
-    except OtherVersionError:
-        if overwrite:
-            return False
-        raise
-    if found and not overwrite:
-        way_out = f"give another --database, or --overwrite to build it again ({runs:,} runs in it would be lost)"
-        if not task.sources:
-            names = " and ".join(name for _, name, _ in Database(task.target).meta()["sources"])
-            way_out = f"leave that out, or give the table that it was made from, {names}"
-        raise UserError(f"{task.target} {found}: {way_out}")
-    return not found
-
-
-def _other_source(connection: sqlite3.Connection, task: _Task) -> str:
+def _other_source(meta: Mapping[str, Any], task: _Task) -> str:
     """In what the source or the options of a file are not those that were given; "" if they are."""
-    meta = read_meta(task.target, connection)
     wanted, stored, plain = _reading(task.table), meta["options"], _reading(TableOptions())
     different = [
         name for name in wanted if wanted[name] != stored[name] and (task.sources or wanted[name] != plain[name])
@@ -256,47 +242,25 @@ def _reading(table: TableOptions) -> dict[str, Any]:
 
 
 def _build(task: _Task) -> Database:
-    _check_nobody_trains(task.target)
+    with suppress(OtherVersionError):  # no run can go on with such a file
+        for run_id, name, _, lives in Database(task.target).running() if task.target.exists() else ():
+            if lives:
+                raise UserError(
+                    f"run {run_id} ({shown(name)}) is training with {task.target}, which cannot be built again "
+                    "meanwhile: wait for its end or stop it, or give another --database"
+                )
     Folder(task.encoder, task.folds)  # refuses rows without room for text before the table is read
     with new_file(task.target) as connection:
         num_documents, num_bad = _add_tables(connection, task.sources, task.table)
-        parts = _make_split(connection, task)  # before the long work, which a split that cannot be made would waste
-        split_id = _add_split(connection, task, parts)
+        # Before the long work, which a split that cannot be made would waste.
+        split_id = _add_split(connection, task, split_documents(read_split_documents(connection), task.split))
         tok_id = _add_tokenization(connection, task)
     done = f"built {task.target}: {num_documents:,} documents, {num_bad:,} bad rows left out"
     return Database(task.target, tok_id, split_id, task.split, (done,))
 
 
-def _check_nobody_trains(target: Path) -> None:
-    """Refuse to replace a file that a run writes into, which would lose hours of it.
-
-    Raises:
-        UserError: there is one.
-    """
-    if not target.exists():
-        return
-    try:
-        with opened(target) as connection:
-            running = read_running(target, connection)
-    except OtherVersionError:
-        return  # no run can go on with it
-    for run_id, name, _, lives in running:
-        if lives:
-            raise UserError(
-                f"run {run_id} ({shown(name)}) is training with {target}, which cannot be built again meanwhile: wait "
-                "for its end or stop it, or give another --database"
-            )
-
-
 def _add_tables(connection: sqlite3.Connection, sources: Sequence[SourceTable], table: TableOptions) -> tuple[int, int]:
-    """Read tables into the documents, labels, bad rows and facts of an empty file.
-
-    Returns:
-        The number of documents and of bad rows.
-
-    Raises:
-        UserError: a table that cannot be used (see `text.tables`), or that was changed since it was hashed.
-    """
+    """Read tables into the documents, labels, bad rows and facts of an empty file; (number of documents, bad rows)."""
     repairs, counts, reasons = Counter[str](), Counter(dict.fromkeys(table.labels, 0)), Counter[str]()
     labels: list[tuple[str, ...]] = []
     with transaction(connection):
@@ -340,10 +304,6 @@ def _add_tables(connection: sqlite3.Connection, sources: Sequence[SourceTable], 
     return len(labels), reasons.total()
 
 
-def _make_split(connection: sqlite3.Connection, task: _Task) -> list[str]:
-    return split_documents(read_split_documents(connection), task.split)
-
-
 def _add_split(connection: sqlite3.Connection, task: _Task, parts: Sequence[str]) -> int:
     with transaction(connection):
         split_id = connection.execute("INSERT INTO splits(settings) VALUES (?)", (task.split_key,)).lastrowid
@@ -380,8 +340,8 @@ def _batches(connection: sqlite3.Connection) -> Iterator[list[tuple[int, str]]]:
         last = rows[-1][0]
 
 
-def _fold_rows(folder: Folder, batch: Documents) -> tuple[int, list[FoldRow]]:
-    """The number of documents, and all of their rows."""
+def _fold_rows(folder: Folder, batch: Documents) -> tuple[int, list[tuple[Any, ...]]]:
+    """The number of documents, and all of their rows (`_FOLD_COLUMNS`)."""
     folds = folder([text for _, text in batch])
     rows = [
         (doc_id, f.idx, f.n, f.char_start, f.char_end, f.ids.astype("<i4").tobytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from lmscripts.data.labelled_store import Database, FoldRows
 from lmscripts.data.steps import Batch, Ints, Made, MakeBatches, cut
 from lmscripts.errors import UserError
-from lmscripts.text.tables import PARTS
+from lmscripts.text.records import PARTS
 
 Floats = NDArray[np.float32]
 
@@ -47,37 +46,13 @@ class Part:
         return len(self.owners)
 
 
-def read_part(
-    database: Database,
-    part: str,
-    *,
-    class_weights: Floats | None = None,
-    count_documents_once: bool = True,
-) -> Part:
-    """A part of a split as it is trained or judged.
-
-    Args:
-        database: the file of the task, with the rows and the split that are meant.
-        part: train, validation or test.
-        class_weights: (K,) weight of the rows of each label, for one label a row; None weighs all alike.
-        count_documents_once: a row of a document that has k of them weighs 1/k.
-    """
-    folds = database.read_folds(part)
-    doc_ids, truth = database.read_labels(part)
-    owners = np.searchsorted(doc_ids, folds.doc_ids).astype(np.int64)
-    weights = 1.0 / np.maximum(folds.n, 1) if count_documents_once else np.ones(len(owners))
-    if class_weights is not None:
-        weights = weights * class_weights[truth.argmax(1)][owners]
-    return Part(folds, doc_ids, truth, owners, weights.astype(np.float32))
-
-
 def read_parts(
     database: Database, *, balanced: bool, multi_label: bool, count_documents_once: bool
 ) -> tuple[Part, Part, Part, Floats | None]:
-    """Rows for training, validation and testing, and the weights of statements, see `read_part`.
+    """Rows for training, validation and testing, and the weights of statements.
 
     Args:
-        database: the file of the task.
+        database: the file of the task, with the rows and the split that are meant.
         balanced: weigh rare labels up: the rows of one label each, of several (K,) the statement of having each.
         multi_label: a document may have several.
         count_documents_once: a row of a document that has k of them weighs 1/k.
@@ -85,24 +60,27 @@ def read_parts(
     Raises:
         UserError: there is nothing to train on.
     """
-    weights = balanced_weights(database.read_labels("train")[1], multi_label) if balanced else None
-    of_rows, of_statements = (None, weights) if multi_label else (weights, None)
-    settings: Any = {"class_weights": of_rows, "count_documents_once": count_documents_once}
-    train, validation, test = (read_part(database, part, **settings) for part in PARTS)
+    of_labels = balanced_weights(database.read_labels("train")[1], multi_label) if balanced else None
+    parts = []
+    for part in PARTS:
+        folds = database.read_folds(part)
+        doc_ids, truth = database.read_labels(part)
+        owners = np.searchsorted(doc_ids, folds.doc_ids).astype(np.int64)
+        weights = 1.0 / np.maximum(folds.n, 1) if count_documents_once else np.ones(len(owners))
+        if of_labels is not None and not multi_label:
+            weights = weights * of_labels[truth.argmax(1)][owners]
+        parts.append(Part(folds, doc_ids, truth, owners, weights.astype(np.float32)))
+    train, validation, test = parts
     if not train.num_rows:
         raise UserError(f"no document for training in {database.path} gives a row")
-    return train, validation, test, of_statements
+    return train, validation, test, of_labels if multi_label else None
 
 
 def balanced_weights(truth: NDArray[np.bool_], multi_label: bool) -> Floats:
     """(K,) weights that let every label count alike.
 
     One label each: D / (K x documents of the label), so that their mean over documents is 1. Several: how many
-    documents lack the label for one that has it, the weight of having it.
-
-    Args:
-        truth: (D, K) of the training part.
-        multi_label: a document may have several.
+    documents lack the label for one that has it, the weight of having it. `truth` is (D, K), of the training part.
     """
     having = np.maximum(truth.sum(0), 1)
     found = (len(truth) - having) / having if multi_label else len(truth) / (truth.shape[1] * having)

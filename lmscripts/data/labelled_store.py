@@ -23,6 +23,7 @@ import secrets
 import sqlite3
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -35,9 +36,10 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lmscripts.counters import hash_counters
-from lmscripts.data.splits import SplitDocument, SplitSettings, in_words, shown, split_report
+from lmscripts.data.splits import SplitDocument, SplitSettings, split_report
 from lmscripts.errors import UserError, naming
 from lmscripts.files import fsync
+from lmscripts.text.records import in_words, shown
 
 Ints = NDArray[np.int64]
 
@@ -81,7 +83,6 @@ _LABELS = """SELECT m.doc_id, coalesce(l.label_id, -1) FROM split_members m LEFT
 WHERE m.split_id = ? AND m.part = ?"""
 _RUNS = """SELECT r.*, t.tokenizer, t.fingerprint AS tokenizer_fingerprint, t.settings AS folding, s.settings AS split
 FROM runs r LEFT JOIN tokenizations t USING(tok_id) LEFT JOIN splits s USING(split_id) ORDER BY r.run_id"""
-_EPOCHS = "SELECT epoch, step, part, metric, value FROM epochs WHERE run_id = ? ORDER BY epoch, part, metric"
 _PREDICTIONS = """SELECT doc_id, fold_idx, probabilities, logits FROM predictions
 WHERE run_id = ? AND part = ? AND level = ? ORDER BY doc_id, fold_idx"""
 
@@ -94,12 +95,7 @@ class OtherVersionError(UserError):
 
 
 def check_ours(path: Path) -> None:
-    """Check by its first bytes that a file is one of ours and of this version; nothing is opened for writing.
-
-    Raises:
-        OtherVersionError: ours, of another version.
-        UserError: any other file.
-    """
+    """Refuse by its first bytes what is none of ours or of another version; nothing is opened for writing."""
     if not path.is_file():
         what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
         raise UserError(f"{what} (seen from {Path.cwd()})")
@@ -129,12 +125,12 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
     """A connection to one of our files, checked; what is written without a `transaction` is written at once.
 
     Raises:
-        OtherVersionError: see `check_ours`, or the file is truncated or damaged.
+        OtherVersionError: of another version, truncated or damaged.
         UserError: not ours, or the system refuses to write.
     """
     check_ours(path)
     try:
-        if _side_file(path, "journal").exists() and os.access(path, os.W_OK):
+        if path.with_name(f"{path.name}-journal").exists() and os.access(path, os.W_OK):
             _recover(path)  # which a connection for reading must not
         with closing(_connect(path, "rw" if write else "ro")) as connection:
             connection.execute("SELECT count(*) FROM meta").fetchone()
@@ -147,12 +143,8 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """What the block writes is written whole when it ends well, and not at all otherwise."""
     connection.execute("BEGIN IMMEDIATE")
-    try:
+    with connection:
         yield
-    except BaseException:
-        connection.rollback()
-        raise
-    connection.execute("COMMIT")
 
 
 def _as_sentence(path: Path, error: sqlite3.DatabaseError) -> UserError:
@@ -180,10 +172,6 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return connection
 
 
-def _side_file(path: Path, kind: str) -> Path:
-    return path.with_name(f"{path.name}-{kind}")
-
-
 def _recover(path: Path, and_then: str = "") -> None:
     """Undo what a killed writer left half done, and write into the file what it left beside it."""
     with closing(_connect(path, "rw")) as connection:
@@ -198,11 +186,8 @@ def _recover(path: Path, and_then: str = "") -> None:
 def new_file(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to an empty file with our schema that takes the place of `path` when the block ends well.
 
-    Only for the holder of `only_builder`. When the block fails, nothing is left of it; what a killed process left is
-    overwritten.
-
-    Raises:
-        UserError: SQLite cannot write it, or what is read from it in the end is not what was written.
+    Only for the holder of `only_builder`. What a killed process left is overwritten. In the end what was written is
+    read again and compared.
     """
     aside = _aside(path)
     try:
@@ -211,11 +196,9 @@ def new_file(path: Path) -> Iterator[sqlite3.Connection]:
         try:
             with closing(sqlite3.connect(aside, isolation_level=None)) as connection:
                 # Nobody sees the file before it is whole and flushed, so that it needs no journal.
-                connection.execute("PRAGMA journal_mode = OFF")
-                connection.execute("PRAGMA synchronous = OFF")
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                connection.executescript(SCHEMA)
+                connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
+                ours = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
+                connection.executescript(ours + SCHEMA)
                 yield connection
                 written = _content_hash(connection)
             _remove_side_files(path)
@@ -241,7 +224,7 @@ def _aside(path: Path) -> Path:
 
 def _remove_side_files(path: Path) -> None:
     """Remove what SQLite would play back into the file that takes the place of `path`, after it was into `path`."""
-    files = [_side_file(path, kind) for kind in ("journal", "wal", "shm")]
+    files = [path.with_name(f"{path.name}-{kind}") for kind in ("journal", "wal", "shm")]
     if path.exists() and any(file.exists() for file in files):
         try:
             _recover(path, "PRAGMA journal_mode = DELETE")
@@ -255,10 +238,8 @@ def _remove_side_files(path: Path) -> None:
 def _content_hash(connection: sqlite3.Connection) -> str:
     """Of all rows of all tables."""
     digest = hashlib.sha256()
-    tables = connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
-    for (name,) in tables:
-        for row in connection.execute(f"SELECT * FROM main.{name}"):
-            digest.update(repr(row).encode())
+    for statement in connection.iterdump():
+        digest.update(statement.encode())
     return digest.hexdigest()
 
 
@@ -269,11 +250,7 @@ _runs_here: dict[str, FileLock] = {}  # those of the runs of this process, by th
 
 @contextmanager
 def only_builder(path: Path, seconds: float = _BUILD_SECONDS) -> Iterator[None]:
-    """Let one process at a time build or extend `path`; others wait until it has finished or died.
-
-    Raises:
-        UserError: the folder cannot be written, or another process has been at it for hours.
-    """
+    """One process at a time may build or extend `path`; others wait for its end, at most for hours."""
     lock = _lock(path)
     try:
         if not path.parent.is_dir():  # which the lock would make
@@ -321,12 +298,6 @@ def remove_leftovers(path: Path) -> None:
     place = path.resolve()
     for file in place.parent.glob(f".{glob.escape(place.name)}.*.lock"):
         _is_held(FileLock(file))
-
-
-def read_running(path: Path, connection: sqlite3.Connection) -> list[tuple[int, str, str, bool]]:
-    """(number, name, model_dir, whether its process lives) of every run whose end was not written."""
-    sql = "SELECT run_id, name, model_dir, facts FROM runs WHERE status = 'running' ORDER BY run_id"
-    return [(*row, _is_held(_lock(path, str(json.loads(facts).get("key"))))) for *row, facts in connection.execute(sql)]
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------------
@@ -386,8 +357,11 @@ class Database:
 
     def meta(self) -> dict[str, Any]:
         """What the file was made from: source, sha256 of each file, [part, name, sha256] of each, options, counts."""
-        with opened(self.path) as connection:
-            return read_meta(self.path, connection)
+        values = dict(self._query("SELECT key, value FROM meta"))
+        try:
+            return {key: value if key == "source" else json.loads(value) for key, value in values.items()}
+        except (ValueError, TypeError) as error:
+            raise damaged(self.path, f"its facts are no JSON: {error}") from error
 
     def labels(self) -> list[str]:
         """Names of the labels, in the order of their ids."""
@@ -429,19 +403,27 @@ class Database:
 
     def origin(self) -> str:
         """What the file, the tokenization and the split were made from, to be compared."""
-        with opened(self.path) as connection:
-            return self._origin(connection)
-
-    def _origin(self, connection: sqlite3.Connection) -> str:
-        sql = "SELECT fingerprint, settings FROM tokenizations WHERE tok_id = ?"
-        tok = connection.execute(sql, (self.tok_id,)).fetchone()
-        split = connection.execute("SELECT settings FROM splits WHERE split_id = ?", (self.split_id,)).fetchone()
-        return as_json({"meta": read_meta(self.path, connection), "tokenization": tok, "split": split})
+        tok = self._query("SELECT fingerprint, settings FROM tokenizations WHERE tok_id = ?", self.tok_id)
+        split = self._query("SELECT settings FROM splits WHERE split_id = ?", self.split_id)
+        return as_json({"meta": self.meta(), "tokenization": tok, "split": split})
 
     def documents_without_rows(self) -> list[int]:
         """Documents of which a tokenizer makes no token (of control characters only, for example)."""
         sql = "SELECT doc_id FROM documents EXCEPT SELECT doc_id FROM folds WHERE tok_id = ? AND idx = 0 ORDER BY 1"
         return [doc_id for (doc_id,) in self._query(sql, self.tok_id)]
+
+    def check_whole(self) -> None:
+        """Read the whole file once and compare all rows with their checks, in memory that does not grow with them.
+
+        Raises:
+            OtherVersionError: a page is damaged, which shows only when it is read, or a row differs.
+        """
+        ((found,),) = self._query("PRAGMA quick_check(1)")
+        if found != "ok":
+            raise damaged(self.path, " ".join(str(found).split())[:100])
+        ((last,),) = self._query("SELECT max(fold_id) FROM folds")
+        for first in range(0, last or 0, _CHECKED_AT_ONCE):
+            _checked_rows(self.path, self._query(_ALL_FOLDS, first, first + _CHECKED_AT_ONCE))
 
     def bad_rows(self) -> list[tuple[Any, ...]]:
         """(file, line, reason, details) of every row that was left out."""
@@ -449,9 +431,9 @@ class Database:
 
     def reading_sentences(self) -> list[str]:
         """Rows that were left out, by reason and with the first lines of each, and what was put right in others."""
-        rows: dict[str, list[tuple[Any, ...]]] = {}
+        rows = defaultdict[str, list[tuple[Any, ...]]](list)
         for row in self.bad_rows():
-            rows.setdefault(row[2], []).append(row)
+            rows[row[2]].append(row)
         lines = []
         for reason, found in sorted(rows.items(), key=lambda item: -len(item[1])):
             places = ", ".join(f"{file}:{line}" for file, line, *_ in found[:_LINES])
@@ -462,10 +444,9 @@ class Database:
 
     def split_sentences(self) -> list[str]:
         """What the split gives: rows and shares of each part and class, and what to beware of."""
-        sql = "SELECT part FROM split_members WHERE split_id = ? ORDER BY doc_id"
+        parts = self._query("SELECT part FROM split_members WHERE split_id = ? ORDER BY doc_id", self.split_id)
         with opened(self.path) as connection:
-            parts = [part for (part,) in connection.execute(sql, (self.split_id,))]
-            return split_report(read_split_documents(connection), parts, self.labels())
+            return split_report(read_split_documents(connection), [part for (part,) in parts], self.labels())
 
     def sentences(self) -> list[str]:
         """What was read, and how it was split; nothing of it is longer than a person would read."""
@@ -487,10 +468,7 @@ class Database:
             return [dict(zip(names, row, strict=True)) for row in found]
 
     def read_runs(self) -> list[dict[str, Any]]:
-        """Rows of `runs`, with "tokenizer", "tokenizer_fingerprint", "folding" and "split" of what each learnt from.
-
-        "options", "facts", "folding" and "split" are dictionaries.
-        """
+        """Rows of `runs`, with "tokenizer", "tokenizer_fingerprint", "folding" and "split" of what each learnt from."""
         records = self._records(_RUNS)
         for record in records:
             for name in ("options", "facts", "folding", "split"):
@@ -502,7 +480,8 @@ class Database:
 
     def read_epochs(self, run_id: int) -> list[dict[str, Any]]:
         """Records with "epoch", "step", "part", "metric" and "value"."""
-        return self._records(_EPOCHS, run_id)
+        sql = "SELECT epoch, step, part, metric, value FROM epochs WHERE run_id = ? ORDER BY epoch, part, metric"
+        return self._records(sql, run_id)
 
     def read_test_metrics(self, run_id: int) -> dict[tuple[str, str], float]:
         """(level, metric) -> value."""
@@ -515,6 +494,11 @@ class Database:
 
     # ---- what this run gives
 
+    def running(self) -> list[tuple[int, str, str, bool]]:
+        """(number, name, model_dir, whether its process lives) of every run whose end was not written."""
+        rows = self._query("SELECT run_id, name, model_dir, facts FROM runs WHERE status = 'running' ORDER BY run_id")
+        return [(*row, _is_held(_lock(self.path, str(json.loads(facts).get("key"))))) for *row, facts in rows]
+
     def start_run(
         self,
         name: str,
@@ -526,18 +510,17 @@ class Database:
     ) -> RunKey:
         """Enter a run of this process with the status "running", and those of its `model_dir` that died as "killed".
 
-        Raises:
-            UserError: the file is not made any more of what `origin` said when the run looked what it is to learn from.
+        Refused where the file is not made any more of what `origin` said when the run looked what it is to learn from.
         """
         run = RunKey(0, secrets.token_hex(16))
         ids = (self.tok_id, self.split_id, str(model_dir), time.time())
         with self._living(run), opened(self.path, write=True) as connection, transaction(connection):
-            if origin is not None and self._origin(connection) != origin:
+            if origin is not None and self.origin() != origin:
                 raise UserError(
                     f"{self.path} was built again while this run was about to begin: nothing was written into it; "
                     "start again, or give another --database"
                 )
-            for run_id, _, folder, alive in read_running(self.path, connection):
+            for run_id, _, folder, alive in self.running():
                 if folder == str(model_dir) and not alive:
                     connection.execute("UPDATE runs SET status = 'killed' WHERE run_id = ?", (run_id,))
             values = (name, as_json(asked), as_json({**facts, "key": run.key}), *ids)
@@ -598,19 +581,10 @@ class Database:
         probabilities: NDArray[Any],
         logits: NDArray[Any],
     ) -> None:
-        """Write the predictions of a part, P of them for L labels, in place of earlier ones of the same rows.
+        """Write predictions of a part at a level ("document" or "fragment"), in place of earlier ones of the same rows.
 
-        Args:
-            run: the run.
-            part: validation or test.
-            level: document or fragment.
-            doc_ids: (P,).
-            fold_idx: (P,), number of the row within its document; None for documents.
-            probabilities: (P, L), after the temperature.
-            logits: (P, L), before.
-
-        Raises:
-            ValueError: shapes that do not go together.
+        (P,) documents and (P,) numbers of the rows within them, None for documents; (P, L) probabilities after the
+        temperature, logits before it.
         """
         places = [-1] * len(doc_ids) if fold_idx is None else fold_idx
         values = np.stack([probabilities, logits], axis=1).astype("<f4")
@@ -621,11 +595,7 @@ class Database:
         self._write(run, "INSERT OR REPLACE INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def read_places(self, run: RunKey) -> dict[int, tuple[int, str]]:
-        """(line, name) of every document, by its number, as long as the file is the one that a run learnt from.
-
-        Raises:
-            UserError: it is not.
-        """
+        """(line, name) of every document, by its number, as long as the file is the one that a run learnt from."""
         with opened(self.path) as connection:
             self._facts(connection, run)
             rows = connection.execute("SELECT doc_id, line, name FROM documents")
@@ -653,20 +623,11 @@ class Database:
         return facts
 
 
-def read_meta(path: Path, connection: sqlite3.Connection) -> dict[str, Any]:
-    """See `Database.meta`."""
-    values = dict(connection.execute("SELECT key, value FROM meta"))
-    try:
-        return {key: value if key == "source" else json.loads(value) for key, value in values.items()}
-    except (ValueError, TypeError) as error:
-        raise damaged(path, f"its facts are no JSON: {error}") from error
-
-
 def read_split_documents(connection: sqlite3.Connection) -> list[SplitDocument]:
     """What a split needs to know of all documents, in the order of their ids, which count from 0."""
-    labels: dict[int, list[int]] = {}
+    labels = defaultdict[int, list[int]](list)
     for doc_id, label_id in connection.execute("SELECT doc_id, label_id FROM document_labels"):
-        labels.setdefault(doc_id, []).append(label_id)
+        labels[doc_id].append(label_id)
     sql = "SELECT doc_id, text_hash, grp, given_part, name FROM documents ORDER BY doc_id"
     return [SplitDocument(tuple(labels.get(doc_id, ())), *facts) for doc_id, *facts in connection.execute(sql)]
 
@@ -682,11 +643,8 @@ def as_json(values: Any) -> str:
 def row_checks(numbers: Sequence[Sequence[int] | Ints], blobs: Sequence[bytes]) -> Ints:
     """(R,) a number for each of R rows that tells a changed one: a CRC of its ids, begun with a hash of its numbers.
 
-    SQLite keeps no check of its own, and a flipped bit would be read as another token.
-
-    Args:
-        numbers: (R,) each of doc_id, idx, n, char_start and char_end.
-        blobs: R, the ids.
+    These are (R,) each of doc_id, idx, n, char_start and char_end. SQLite keeps no check of its own, and a flipped bit
+    would be read as another token.
     """
     mixed = np.zeros(len(blobs), np.uint64)
     for column in numbers:
@@ -695,11 +653,7 @@ def row_checks(numbers: Sequence[Sequence[int] | Ints], blobs: Sequence[bytes]) 
 
 
 def _checked_rows(path: Path, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Ints], Sequence[bytes]]:
-    """Columns of numbers and the ids of rows (`_COLUMNS`), after each was compared with its check.
-
-    Raises:
-        OtherVersionError: a row differs.
-    """
+    """Columns of numbers and the ids of rows (`_COLUMNS`), after each was compared with its check."""
     checks, *numbers, blobs = zip(*rows) if rows else ((),) * 7
     try:
         columns = [np.fromiter(column, np.int64, len(rows)) for column in numbers]
@@ -710,17 +664,3 @@ def _checked_rows(path: Path, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Int
         first = ", ".join(str(column[wrong[0]]) for column in columns[:2])
         raise damaged(path, f"{len(wrong):,} rows are not as they were written, the first of document and row {first}")
     return columns, blobs
-
-
-def check_whole(path: Path, connection: sqlite3.Connection) -> None:
-    """Read the whole file once and compare all rows with their checks, in memory that does not grow with them.
-
-    Raises:
-        OtherVersionError: a page is damaged, which shows only when it is read, or a row differs.
-    """
-    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if found != "ok":
-        raise damaged(path, " ".join(str(found).split())[:100])
-    (last,) = connection.execute("SELECT max(fold_id) FROM folds").fetchone()
-    for first in range(0, last or 0, _CHECKED_AT_ONCE):
-        _checked_rows(path, connection.execute(_ALL_FOLDS, (first, first + _CHECKED_AT_ONCE)).fetchall())

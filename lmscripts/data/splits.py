@@ -27,14 +27,16 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from lmscripts.errors import UserError
-from lmscripts.text.tables import PARTS
+from lmscripts.text.records import PARTS, in_words, shown
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_LISTED, _LONGEST = 20, 60  # labels in a sentence, and characters of each
+_LISTED = 20  # labels in a sentence
 _FLOOR_UNITS = 4  # classes of that many units are in every part ...
 _SPARE_UNITS, _SPARE_SHARE = 10, 0.1  # ... while it exceeds its share by no more: units, or of the smallest part's rows
 
@@ -72,11 +74,11 @@ class SplitSettings:
             return 1 - validation, validation, 0.0
         given = (self.train, self.validation, self.test)
         total = sum(given)
-        shown = f"train {self.train}, validation {self.validation}, test {self.test}"
+        said = f"train {self.train}, validation {self.validation}, test {self.test}"
         if not all(math.isfinite(share) and share >= 0 for share in given) or self.train <= 0:
-            raise UserError(f"the shares of a split must be 0 or more, and more than 0 for training, not {shown}")
+            raise UserError(f"the shares of a split must be 0 or more, and more than 0 for training, not {said}")
         if not (0.99 <= total <= 1.01 or 99 <= total <= 101):
-            raise UserError(f"the shares of a split must sum to 1: {shown} sum to {total:g}")
+            raise UserError(f"the shares of a split must sum to 1: {said} sum to {total:g}")
         return self.train / total, self.validation / total, self.test / total
 
 
@@ -156,17 +158,6 @@ def _warnings(documents: Sequence[SplitDocument], parts: Sequence[str]) -> list[
     return [f"beware: {number:,} {what}" for what, number in found.items() if number]
 
 
-def in_words(names: Sequence[str]) -> str:
-    """The first names of a list, bounded, and how many more there are."""
-    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-    return ", ".join(map(shown, names[:_LISTED])) + more
-
-
-def shown(name: str) -> str:
-    """A name from a table as a line of a terminal may show it: not too long, and no control characters."""
-    return name if name.isprintable() and len(name) <= _LONGEST else f"{name!r:.{_LONGEST}}"
-
-
 def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[str]:
     if missing := sum(document.given_part is None for document in documents):
         raise UserError(
@@ -204,30 +195,24 @@ def units_of_documents(documents: Sequence[SplitDocument], use_groups: bool) -> 
 
     The name is the smallest group of the unit, or the hash of its text, so that further rows hardly ever change it.
     """
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        root = name
-        while leader[root] != root:
-            root = leader[root]
-        while leader[name] != root:
-            leader[name], name = root, leader[name]
-        return root
-
-    names = []
+    numbers: dict[str, int] = {}
+    texts, owners, held = list[int](), list[int](), list[int]()
     for document in documents:
-        text = f"text {document.text_hash.hex()}"
-        keys = [text]
+        keys = [f"text {document.text_hash.hex()}"]
         if use_groups and document.group is not None:
             keys.append(f"group {document.group}")  # sorts before "text", and so names the unit
         if document.name is not None:
             keys.append(f"titled {document.name}")  # sorts behind it
-        for key in keys:
-            leader.setdefault(key, key)
-            low, high = sorted((find(key), find(text)))
-            leader[high] = low
-        names.append(text)
-    return [find(name) for name in names]
+        texts.append(numbers.setdefault(keys[0], len(numbers)))
+        owners += texts[-1:] * len(keys)
+        held += [numbers.setdefault(key, len(numbers)) for key in keys]
+    edges = np.array((owners, held), np.int64)
+    graph = coo_array((np.ones(len(held)), edges), (len(numbers), len(numbers)))
+    units = connected_components(graph)[1].tolist() if numbers else []
+    names: dict[int, str] = {}
+    for key, unit in zip(numbers, units):
+        names[unit] = min(key, names.get(unit, key))
+    return [names[units[text]] for text in texts]
 
 
 def _order(name: str, seed: int) -> bytes:

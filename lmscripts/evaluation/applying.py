@@ -26,8 +26,7 @@ from lmscripts.errors import UserError, naming
 from lmscripts.evaluation.aggregate import calibrated, document_logits, names_of
 from lmscripts.models.classifier import ClassifierSettings, Source, label_names, padding_id
 from lmscripts.text.reading import MAX_RECORD_BYTES, check_file, format_of, kind_of, opened
-from lmscripts.text.records import BadRow, TableOptions, check_codec
-from lmscripts.text.tables import read_table
+from lmscripts.text.records import BadRow, TableOptions, check_codec, read_table
 
 EMPTY = "empty text"
 _JSON_LIST = re.compile(r"\[\s*\{")

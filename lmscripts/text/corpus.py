@@ -14,7 +14,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from lmscripts.errors import UserError
@@ -58,9 +58,6 @@ def find_files(inputs: Sequence[str], report: TextReport | None = None) -> list[
         inputs: files, patterns (`*`, `?`, `[...]`, `**`), folders (searched to any depth, sorted by name, files
             with a known suffix only), or `hub:` names, which are passed on.
         report: counts the files of folders that are left out; what begins with a dot is none.
-
-    Raises:
-        UserError: something is missing or cannot be read, or nothing is left.
     """
     found: dict[Path, None] = {}
     for name in inputs:
@@ -128,9 +125,6 @@ def plan_spans(
     Reading the lists one after the other gives the documents of the files in order, whatever `num_splits` is. A cut
     is found by seeking to its byte and reading to the next document end; only plain text files are cut inside. With
     fewer documents than splits some lists are empty.
-
-    Raises:
-        ValueError: `num_splits` is below 1.
     """
     if num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, not {num_splits}")
@@ -225,11 +219,7 @@ def read_documents(
 
 
 def is_plain(path: str, input_format: str = "") -> bool:
-    """Whether an input is plain text; a table has records.
-
-    Raises:
-        UserError: it is neither, or not UTF-8.
-    """
+    """Whether an input is plain text, not a table of records; what is neither, or not UTF-8, is refused."""
     if path.startswith(HUB):
         return False
     kind = kind_of(path, input_format)
@@ -283,11 +273,7 @@ def _lines_before(path: str, start: int) -> int:
 
 
 def table_texts(path: str, table: TableOptions, report: TextReport) -> Iterator[tuple[str, Place]]:
-    """(text as it stands, place) of the records of a table or a data set on the Hub; what is none is counted.
-
-    Raises:
-        UserError: see `read_records`; a bad record where `table.on_bad_row` is "fail".
-    """
+    """(text as it stands, place) of the records of a table or a data set on the Hub; what is none is counted."""
     if path.startswith(HUB):
         records = _hub_records(path, table.text)
     else:
@@ -295,10 +281,7 @@ def table_texts(path: str, table: TableOptions, report: TextReport) -> Iterator[
             report.count("json_lines_files", 1, path.__str__)
         records = read_records(path, table, report.changes)
     for number, fields in records:
-
-        def place(number: int = number) -> str:
-            return f"{path}:{number}"
-
+        place = partial("{}:{}".format, path, number)
         text = fields if isinstance(fields, BadRow) else fields["text"]
         if text is None or text != text or (isinstance(text, str) and is_blank(text)):  # NaN is not equal to itself
             report.count("records_without_text", 1, place)

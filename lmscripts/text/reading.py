@@ -15,7 +15,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ FORMATS = {
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
-_LINE_END = re.compile("\r\n|\r|\n")
+LINE_END = re.compile("\r\n|\r|\n")
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not of the encoding, as "surrogateescape" has them
 _SENTENCE_ENDS = tuple(mark.encode() for mark in "。．！？!?")
@@ -85,11 +85,7 @@ def check_file(path: str | Path, what: str) -> None:
 
 @contextmanager
 def opened(path: str) -> Iterator[IO[bytes]]:
-    """A file for reading bytes, unpacked according to its suffix.
-
-    Raises:
-        UserError: it is damaged or cut off, which may be seen anywhere in the block.
-    """
+    """A file for reading bytes, unpacked according to its suffix; damage may be seen anywhere in the block."""
     compression = format_of(path)[1]
     openers: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard}
     try:
@@ -111,10 +107,8 @@ def _open_zstandard(path: str, mode: str) -> IO[bytes]:
 def kind_of(path: str, given: str = "") -> str:
     """How a file is read: as `given` says, else by suffix and content: txt, csv, tsv, jsonl or parquet.
 
-    Where the first lines are JSON objects, all of the file is JSON lines whatever its name says.
-
-    Raises:
-        UserError: by its content the file is something else, which is named with the way out.
+    Where the first lines are JSON objects, all of the file is JSON lines whatever its name says. What is something else
+    by its content is refused.
     """
     kind = given or format_of(path)[0]
     if kind == "parquet":
@@ -167,11 +161,9 @@ def encodings_of(head: bytes) -> list[str]:
     """The usual encodings that read the beginning of a file without a fault."""
     fits = []
     for encoding in ("euc-jp", "cp932", "cp1252", "latin-1"):
-        try:
+        with suppress(UnicodeDecodeError):
             codecs.getincrementaldecoder(encoding)().decode(head)
-        except UnicodeDecodeError:
-            continue
-        fits.append(encoding)
+            fits.append(encoding)
     return fits
 
 
@@ -182,10 +174,8 @@ def check_utf8(path: str) -> None:
         UserError: UTF-16 or UTF-32, an older encoding, or no text; with the command that converts it.
     """
     head = head_of(path)
-    marked = mark_of(head).replace("utf-8-sig", "")
-    if marked or head.count(0) > len(head) // 5:
-        guess = marked or "utf-16le"
-        raise UserError(_not_utf8(path, f"looks like {guess.upper()} or is not text", guess))
+    encoding = mark_of(head).replace("utf-8-sig", "") or ("utf-16le" if head.count(0) > len(head) // 5 else "")
+    finding = f"looks like {encoding.upper()} or is not text"
     lines = head.split(b"\n")
     texts = [line.decode("utf-8", "replace") for line in (lines[:-1] if len(head) == _HEAD_BYTES else lines)]
     filled = [text for text in texts if text.strip()]
@@ -193,14 +183,12 @@ def check_utf8(path: str) -> None:
     foreign = sum(not character.isascii() for text in filled for character in text)
     # A few damaged bytes are repaired and counted; another encoding spoils most of what is not ASCII in many lines.
     spoilt_lines = sum("\ufffd" in text for text in filled)
-    if invalid >= 10 and spoilt_lines * 10 > len(filled) and invalid * 10 >= foreign * 3:
+    if not encoding and invalid >= 10 and spoilt_lines * 10 > len(filled) and invalid * 10 >= foreign * 3:
         fits = encodings_of(head)
-        raise UserError(_not_utf8(path, f"is not UTF-8 ({' or '.join(fits)} would read it)", fits[0]))
-
-
-def _not_utf8(path: str, finding: str, encoding: str) -> str:
-    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > {shlex.quote(path + '.utf8.txt')}"
-    return f"{path} {finding}; convert it first: {command}"
+        encoding, finding = fits[0], f"is not UTF-8 ({' or '.join(fits)} would read it)"
+    if encoding:
+        command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > {shlex.quote(path + '.utf8.txt')}"
+        raise UserError(f"{path} {finding}; convert it first: {command}")
 
 
 # ---- lines ----
@@ -223,16 +211,10 @@ class _Part(io.RawIOBase):
 
 
 def text_lines(file: IO[bytes], size: int | None = None, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, bool]]:
-    """Lines of UTF-8, ended by LF, CRLF or CR; none is ever held much beyond `limit`.
+    """Lines of UTF-8, ended by LF, CRLF or CR, of `size` bytes of a file or of all that is left of it.
 
-    Args:
-        file: opened for reading bytes, standing at the start of a line.
-        size: read that many bytes only; None reads to the end.
-        limit: bytes after which a line is cut; see `pieces`.
-
-    Yields:
-        (line, True), or (piece, False) for a piece of a line that goes on in what comes next. Bytes that are not UTF-8
-        are U+DC80 to U+DCFF.
+    Yields (line, True), or (piece, False) for a piece of a line beyond `limit` bytes that goes on in what comes next,
+    see `pieces`. Bytes that are not UTF-8 are U+DC80 to U+DCFF.
     """
     source: Any = file if size is None else io.BufferedReader(_Part(file, size), 1 << 18)
     stream = io.TextIOWrapper(source, "utf-8", errors="surrogateescape")
@@ -315,7 +297,7 @@ def clean_line(text: str, report: TextReport, place: Place, keep_spaces: bool = 
 
 def clean_lines(text: str, report: TextReport, place: Place, keep_spaces: bool = False) -> list[str]:
     """The clean lines of one record's text: those that are not blank, or with `keep_spaces` all from first to last."""
-    cut = [pieces(line, MAX_LINE_BYTES) for line in _LINE_END.split(_mended(text, report, place))]
+    cut = [pieces(line, MAX_LINE_BYTES) for line in LINE_END.split(_mended(text, report, place))]
     if num_cuts := sum(map(len, cut)) - len(cut):
         report.count("long_lines_cut", num_cuts, place)
     lines = [clean_line(piece, report, place, keep_spaces) for line in cut for piece in line]

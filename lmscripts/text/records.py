@@ -1,24 +1,36 @@
-"""The records of a csv, tsv, jsonl or parquet file as they stand there, in memory that does not grow with the file."""
+"""Tables: csv, tsv, jsonl and parquet, also compressed, read record by record in memory that does not grow.
+
+`read_records` gives what stands there, `read_table` the rows of a labelled table. A row is either good or bad, and a
+bad one is counted with its line and a reason. Nothing is dropped in silence, and nothing is guessed about a label. Text
+and labels lose the white space around them. A line of dashes under the header is taken for decoration. What makes the
+whole table doubtful (its encoding, its columns) is an error at once.
+
+A value is missing where a JSON or parquet record has none, null or NaN. In a table with several labels a row, an empty
+cell or list is the answer "none of them"; a missing one is no answer, and makes a bad row.
+"""
 
 from __future__ import annotations
 
 import codecs
 import difflib
+import functools
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
 from lmscripts.text.csv_rows import CsvRow, csv_rows
 from lmscripts.text.reading import (
+    LINE_END,
     MAX_RECORD_BYTES,
     SURROGATE,
     UNDECODED,
@@ -29,12 +41,23 @@ from lmscripts.text.reading import (
     kind_of,
     mark_of,
     opened,
+    without_faults,
 )
 
+PARTS = ("train", "validation", "test")
+_PART_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _DELIMITERS = (",", "\t", ";", "|")
-_LINE_END = re.compile("\r\n|\r|\n")
 _EXCEL_DELIMITER = re.compile(r'\s*"?sep=(.)"?\s*', re.IGNORECASE)
-RAW_CHARACTERS = 200
+_DASHES = re.compile(r"(?=.*[-=]{3})[-=_+|:,; \t]*")
+_UNDECODABLE = ("cannot be decoded", "it holds bytes that are not of the given encoding")
+_RAW_CHARACTERS = 200
+_SHOWN_CHARACTERS = 60  # of a name in a sentence
+_SHOWN_NAMES = 20
+_MOST_TO_COMPARE = 200
 
 
 @dataclass(frozen=True)
@@ -96,6 +119,9 @@ class BadRow:
     details: str
     raw: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "raw", SURROGATE.sub("\ufffd", self.raw)[:_RAW_CHARACTERS])
+
     def error(self, path: str | Path) -> UserError:
         """The row as the reason to stop."""
         return UserError(f"{path}:{self.line}: {self.reason}: {self.details} (in {self.raw!r})")
@@ -108,15 +134,17 @@ Record = tuple[int, "Fields | BadRow"]
 def read_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
     """(first line, what is read -> what stands in its column) of every record, or why it is none.
 
-    Args:
-        path: the file.
-        table: how it is read; `on_bad_row` is for the caller.
-        repairs: counts what was put right: "nul_characters", "byte_order_marks", "lines_of_dashes".
+    `on_bad_row` is for the caller. In `repairs` what was put right is counted (keys of `report.SENTENCES`).
 
     Raises:
         UserError: no such file, format, column or encoding; a damaged file, or one that is no table.
     """
-    _check_reading(table)
+    columns = list(table.columns().values())
+    if not table.text or len(set(columns)) < len(columns):
+        raise UserError(f"text, label, id, group and split must be columns of their own, not {', '.join(columns)}")
+    if table.delimiter and (len(table.delimiter) != 1 or table.delimiter in '"\r\n'):
+        raise UserError(f"the delimiter must be one character, not {table.delimiter!r:.60}")
+    check_codec(table.encoding or "utf-8")
     check_file(path, "table")
     readers = {"jsonl": _json_records, "parquet": _parquet_records}
     kind = kind_of(path, table.format)
@@ -128,7 +156,8 @@ def read_records(path: str, table: TableOptions, repairs: Counter[str]) -> Itera
         yield from _csv_records(path, kind, table, repairs)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+@functools.lru_cache(1024)  # the same label may be wrong in thousands of rows
+def nearest(name: str, known: tuple[str, ...]) -> str:
     """The known name nearest to a given one, as the end of a sentence; empty where none is near."""
     by_case = {each.strip().lower(): each for each in known}
     near = difflib.get_close_matches(name.strip().lower(), list(by_case), n=1)
@@ -136,34 +165,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_codec(encoding: str) -> None:
-    """Refuse what Python has no codec of text for.
-
-    Raises:
-        UserError: no such encoding, or a codec that turns bytes into bytes.
-    """
+    """Refuse what Python has no codec of text for, such as "hex", "zlib" and "rot13", which are codecs too."""
     try:
-        "".encode(encoding)  # "hex", "zlib" and "rot13" are codecs too, but not here
+        "".encode(encoding)
     except (LookupError, ValueError):
-        raise UserError(
-            f"there is no encoding of text {encoding!r:.60}; cp932, euc-jp or latin-1, for example"
-        ) from None
-
-
-def _check_reading(table: TableOptions) -> None:
-    columns = list(table.columns().values())
-    if not table.text or len(set(columns)) < len(columns):
-        raise UserError(f"text, label, id, group and split must be columns of their own, not {', '.join(columns)}")
-    if table.delimiter and (len(table.delimiter) != 1 or table.delimiter in '"\r\n'):
-        raise UserError(f"the delimiter must be one character, not {table.delimiter!r:.60}")
-    check_codec(table.encoding or "utf-8")
+        found = f"there is no encoding of text {encoding!r:.60}"
+        raise UserError(f"{found}; cp932, euc-jp or latin-1, for example") from None
 
 
 def _find_columns(path: str, header: Sequence[str], table: TableOptions) -> dict[str, int]:
-    """What is read -> its place in the header.
-
-    Raises:
-        UserError: a column is missing or there twice.
-    """
+    """What is read -> its place in the header, which must name each column once."""
     columns = table.columns()
     for name, column in columns.items():
         if column not in header:
@@ -174,14 +185,14 @@ def _find_columns(path: str, header: Sequence[str], table: TableOptions) -> dict
 
 
 def _no_column(path: str, name: str, column: str, header: Iterable[str]) -> UserError:
-    names = list(header)
-    shown = ", ".join(f"{each!r:.40}" for each in names[:12]) + (" ..." if len(names) > 12 else "")
+    names = tuple(header)
+    listed = ", ".join(f"{each!r:.40}" for each in names[:12]) + (" ..." if len(names) > 12 else "")
     near = nearest(column, names)
     option = {"text": "--text (--text_column for a corpus)", "label": "--label"}.get(name, f"--{name}_column")
-    way_out = f"give {option}"
+    way_out = f"{f'{near} Else ' if near else ': '}give {option}"
     if format_of(path)[0] == "txt":
         way_out += ", or --input_format txt to read its lines as they stand"
-    return UserError(f"{path} has no column {column!r}; it has {shown}{f'{near} Else ' if near else ': '}{way_out}")
+    return UserError(f"{path} has no column {column!r}; it has {listed}{way_out}")
 
 
 # ---- csv and jsonl ----
@@ -200,7 +211,7 @@ def _text_lines(path: str, table: TableOptions, repairs: Counter[str]) -> Iterat
     errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
     number = 0
     try:
-        end = _LINE_END.search(head.decode(encoding, "ignore"))
+        end = LINE_END.search(head.decode(encoding, "ignore"))
         newline = "\r" if end is not None and end.group() == "\r" else "\n"
         with opened(path) as file:
             stream = io.TextIOWrapper(file, encoding, errors=errors, newline=newline)
@@ -209,7 +220,12 @@ def _text_lines(path: str, table: TableOptions, repairs: Counter[str]) -> Iterat
                 if len(line) >= MAX_RECORD_BYTES:
                     raise UserError(f"{path}:{number}: the line is longer than 64 MiB; is it a table?")
                 if not table.encoding and (found := UNDECODED.search(line)) is not None:
-                    raise _not_decoded(path, number, line, found.start())
+                    place = len(line[: found.start()].encode("utf-8", "surrogateescape")) + 1
+                    raise UserError(
+                        f"{path}:{number}: byte {place} of the line is 0x{ord(found[0]) - 0xDC00:02X}, which is not "
+                        f"UTF-8; give --encoding with what the table is ({' or '.join(encodings_of(head_of(path)))} "
+                        "would read it), or --encoding utf-8 to leave such rows out"
+                    )
                 if line.startswith("\ufeff"):  # also where one file was put behind another
                     repairs["byte_order_marks"] += 1
                     line = line[1:]
@@ -219,15 +235,6 @@ def _text_lines(path: str, table: TableOptions, repairs: Counter[str]) -> Iterat
                 yield line
     except UnicodeError as error:
         raise UserError(f"{path}: behind line {number} it is not {encoding} ({error}); give --encoding") from error
-
-
-def _not_decoded(path: str, number: int, line: str, position: int) -> UserError:
-    place = len(line[:position].encode("utf-8", "surrogateescape")) + 1
-    fits = " or ".join(encodings_of(head_of(path)))
-    return UserError(
-        f"{path}:{number}: byte {place} of the line is 0x{ord(line[position]) - 0xDC00:02X}, which is not UTF-8; give "
-        f"--encoding with what the table is ({fits} would read it), or --encoding utf-8 to leave such rows out"
-    )
 
 
 def _csv_records(path: str, kind: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
@@ -251,39 +258,33 @@ def _csv_records(path: str, kind: str, table: TableOptions, repairs: Counter[str
     columns = _find_columns(path, header, table)
     may_be_dashes = True
     for row in rows:
-        if may_be_dashes and not row.stray_from and _is_dashes(delimiter.join(row.fields)):
+        if may_be_dashes and not row.stray_from and _DASHES.fullmatch(delimiter.join(row.fields)):
             repairs["lines_of_dashes"] += 1
         else:
             yield row.first, _csv_fields(row, header, columns, delimiter)
         may_be_dashes = False
 
 
-def _is_dashes(line: str) -> bool:
-    return not line.strip("-=_+|:,; \t") and re.search("[-=]{3}", line) is not None
-
-
 def _csv_fields(row: CsvRow, header: list[str], columns: dict[str, int], delimiter: str) -> Fields | BadRow:
     """What is read from a row, or why it is none; columns without a name at the end may be missing."""
-    fields = row.fields
-    least, most = max((place for place, name in enumerate(header, 1) if name), default=0), len(header)
+    fields, most = row.fields, len(header)
+    least = max((place for place, name in enumerate(header, 1) if name), default=0)
     raw = delimiter.join(fields)
+    number = f"{len(fields)} where the header has"
     upto = f", on the lines {row.first} to {row.last}" if row.last > row.first else ""
-
-    def bad(reason: str, details: str) -> BadRow:
-        return BadRow(row.first, reason, details, SURROGATE.sub("\ufffd", raw)[:RAW_CHARACTERS])
-
     if UNDECODED.search(raw):
-        return bad("cannot be decoded", "it holds bytes that are not of the given encoding")
-    if row.stray_from:
-        return bad("stray quote", _stray_quote(row))
-    if len(fields) < least:
-        return bad("too few fields", f"{len(fields)} where the header has {least}{upto}")
-    if any(field.strip() for field in fields[most:]):
-        way_out = f"a text with {delimiter!r} in it must stand in quotes"
-        return bad("too many fields", f"{len(fields)} where the header has {most}{upto}; {way_out}")
-    if fields[0].strip() == header[0] and [field.strip() for field in fields[:most]] == header:
-        return bad("header repeated", "it names the columns again; were tables put one behind the other?")
-    return {name: fields[place] for name, place in columns.items()}
+        fault = _UNDECODABLE
+    elif row.stray_from:
+        fault = "stray quote", _stray_quote(row)
+    elif len(fields) < least:
+        fault = "too few fields", f"{number} {least}{upto}"
+    elif any(field.strip() for field in fields[most:]):
+        fault = "too many fields", f"{number} {most}{upto}; a text with {delimiter!r} in it must stand in quotes"
+    elif fields[0].strip() == header[0] and [field.strip() for field in fields[:most]] == header:
+        fault = "header repeated", "it names the columns again; were tables put one behind the other?"
+    else:
+        return {name: fields[place] for name, place in columns.items()}
+    return BadRow(row.first, *fault, raw)
 
 
 def _stray_quote(row: CsvRow) -> str:
@@ -311,17 +312,17 @@ def _json_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iter
     for number, line in enumerate(_text_lines(path, table, repairs), 1):
         if not line.strip():
             continue
-        reason, details = "no JSON record", ""
         record: Any = None
+        fault = ("no JSON record", "")
         try:
             if UNDECODED.search(line):
-                reason, details = "cannot be decoded", "it holds bytes that are not of the given encoding"
+                fault = _UNDECODABLE
             elif not isinstance(record := json.loads(line), dict):
-                details = f"a {type(record).__name__} instead of an object"
+                fault = fault[0], f"a {type(record).__name__} instead of an object"
         except (ValueError, RecursionError) as error:
-            details = str(error) or type(error).__name__
-        if details:
-            yield number, BadRow(number, reason, details, SURROGATE.sub("\ufffd", line.strip())[:RAW_CHARACTERS])
+            fault = fault[0], str(error) or type(error).__name__
+        if fault[1]:
+            yield number, BadRow(number, *fault, line.strip())
             continue
         if missing:
             names.update(dict.fromkeys(record))
@@ -330,9 +331,6 @@ def _json_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iter
     if missing and names:
         name, column = next(iter(missing.items()))
         raise _no_column(path, name, column, names)
-
-
-# ---- parquet ----
 
 
 def _parquet_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
@@ -355,5 +353,159 @@ def _parquet_records(path: str, table: TableOptions, repairs: Counter[str]) -> I
                     number += 1
                     yield number, {name: record[column] for name, column in columns.items()}
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{path} is not a parquet file that can be read ({reason})") from error
+            raise UserError(f"{path} is not a parquet file that can be read ({shortened(error, 300)})") from error
+
+
+# ---- rows of a labelled table ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """One good row: its first line (for parquet its number) and what it holds; `part` is what the split column says.
+
+    `labels` is empty in a table without labels and, in one with several labels a row, where a row has none of them.
+    """
+
+    line: int
+    text: str
+    labels: tuple[str, ...]
+    name: str | None = None
+    group: str | None = None
+    part: str | None = None
+
+
+def read_table(path: str | Path, table: TableOptions, repairs: Counter[str] | None = None) -> Iterator[Row | BadRow]:
+    """The rows of a table in their order; see `read_records`.
+
+    Raises:
+        UserError: no such file, format, column or encoding; a damaged file; with `on_bad_row="fail"` the first bad
+            row, with file, line and values.
+    """
+    repairs = Counter() if repairs is None else repairs
+    if len(set(table.labels)) < len(table.labels) or "" in map(str.strip, table.labels):
+        raise UserError(f"the labels must differ and none may be empty: {in_words(table.labels, quoted)}")
+    known = frozenset(table.labels)
+    for line, fields in read_records(str(path), table, repairs):
+        row = fields if isinstance(fields, BadRow) else _row(line, fields, table, known, repairs)
+        if isinstance(row, BadRow) and table.on_bad_row == "fail":
+            raise row.error(path)
+        yield row
+
+
+def order_labels(counts: Counter[str], table: TableOptions) -> list[str]:
+    """The labels in the order of their ids: as given, else sorted, as numbers where all are whole numbers."""
+    if table.labels:
+        return list(table.labels)
+    if all(re.fullmatch(r"-?\d{1,15}", label) for label in counts):
+        return sorted(counts, key=lambda label: (int(label), label))
+    return sorted(counts)
+
+
+def shown(name: str) -> str:
+    """A name from a table as a line of a terminal may show it: not too long, and no control characters."""
+    return name if name.isprintable() and len(name) <= _SHOWN_CHARACTERS else quoted(name)
+
+
+def quoted(name: str) -> str:
+    """A name in quotes, of bounded length."""
+    return f"{name!r:.{_SHOWN_CHARACTERS}}"
+
+
+def in_words(names: Collection[str], show: Callable[[str], str] = shown) -> str:
+    """The first twenty names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(map(show, itertools.islice(names, _SHOWN_NAMES))) + more
+
+
+def check_classes(path: str | Path, counts: Counter[str], num_rows: int, reasons: Counter[str], column: str) -> None:
+    """Refuse a table from which nothing can be learnt: no rows, fewer than two labels, or one with fewer than two rows.
+
+    `counts` are the good rows of each label, labels that were given and never seen among them; `num_rows` all good
+    rows, `reasons` the bad ones.
+    """
+    bad = ", ".join(f"{number:,} x {reason}" for reason, number in reasons.most_common(4))
+    left_out = f"; left out: {bad}" if bad else ""
+    if not num_rows:
+        raise UserError(f"{path} has no row that can be used{left_out or ', only a header or nothing at all'}")
+    seen = [label for label, number in counts.items() if number]
+    if not seen:
+        raise UserError(f"no row of {path} has a label in {column!r}; two labels are needed{left_out}")
+    if len(seen) < 2:
+        which = "every row" if counts[seen[0]] == num_rows else "every row with a label"
+        raise UserError(f"{which} of {path} has the label {quoted(seen[0])} in {column!r}; two are needed{left_out}")
+    rare = sorted(label for label, number in counts.items() if number < 2)
+    if rare:
+        rarest = ", ".join(f"{quoted(label)} ({counts[label]})" for label in rare[:5])
+        more = f" and {len(rare) - 5:,} more" if len(rare) > 5 else ""
+        raise UserError(
+            f"{path}: these labels of {column!r} have fewer than 2 rows: {rarest}{more}; add rows, merge labels, or "
+            f"take another label column{left_out}"
+        )
+
+
+class _WrongKindError(Exception):
+    """A value that is no plain text, number or date; says what it is."""
+
+
+def _row(line: int, fields: Fields, table: TableOptions, known: frozenset[str], repairs: Counter[str]) -> Row | BadRow:
+    """A row from its fields, or what is wrong with it."""
+    values: dict[str, str] = {}
+    labels: tuple[str, ...] | None = ()
+
+    def bad(reason: str, details: str) -> BadRow:
+        return BadRow(line, reason, details, " | ".join(f"{name}={fields.get(name)!s:.80}" for name in table.columns()))
+
+    for name, column in table.columns().items():
+        value = fields.get(name)
+        try:
+            if name == "label":
+                labels = _labels(value, table.separator, repairs)
+                continue
+            values[name] = _plain(value, repairs) or ""
+            if name == "text" and values[name] and not isinstance(value, str):
+                raise _WrongKindError(f"a {type(value).__name__}")
+        except _WrongKindError as error:
+            return bad(f"{name} of the wrong kind", f"{column!r} is {error}")
+    if not values["text"]:
+        return bad("empty text", f"nothing in {table.text!r}")
+    if labels is None:
+        return bad("empty label", f"nothing in {table.label!r}")
+    if unknown := [label for label in labels if known and label not in known]:
+        # A search among many labels, or for a long one, takes too long.
+        few = len(table.labels) <= _MOST_TO_COMPARE and len(unknown[0]) <= _SHOWN_CHARACTERS
+        near = nearest(unknown[0], table.labels) if few else ""
+        return bad("unknown label", f"{quoted(unknown[0])} is not one of {in_words(table.labels, quoted)}{near}")
+    part = _PART_NAMES.get(values["split"].lower()) if table.split else None
+    if table.split and part is None:
+        return bad("unknown part", f"{quoted(values['split'])} in {table.split!r} is none of {', '.join(PARTS)}")
+    return Row(line, values["text"], labels, values.get("id") or None, values.get("group") or None, part)
+
+
+def _labels(value: Any, separator: str, repairs: Counter[str]) -> tuple[str, ...] | None:
+    """The labels of a row, each once; None where none is told."""
+    if not separator:
+        label = _plain(value, repairs)
+        return (label,) if label else None
+    parts: list[str | None]
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(part, repairs) for part in value]  # one label each, also where the separator stands in it
+        if None in parts:
+            raise _WrongKindError("a list in which a value is missing")
+    else:
+        whole = _plain(value, repairs)
+        if whole is None:
+            return None
+        parts = [part.strip() for part in whole.split(separator)]
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def _plain(value: Any, repairs: Counter[str]) -> str | None:
+    """A value as text without white space around it; None where it is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, (list, tuple, dict, bytes)):
+        raise _WrongKindError(f"a {type(value).__name__}")
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text, faults = without_faults(text)
+    repairs.update(faults)
+    return text.strip()

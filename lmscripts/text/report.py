@@ -31,10 +31,7 @@ _NUMBERS = ("files", "documents", "sentences", "characters", "bytes")
 
 @dataclass
 class TextReport:
-    """What was read, what was repaired and what was left out. Bytes are those of the kept sentences in UTF-8.
-
-    `reasons` has the bad records by reason, and in `examples` each reason has the first one with its details.
-    """
+    """Bytes are those of the kept sentences in UTF-8; `examples` has the first places of each change and reason."""
 
     num_files: int = 0
     num_documents: int = 0
@@ -48,19 +45,16 @@ class TextReport:
     def count(self, kind: str, number: int = 1, place: Place | None = None) -> None:
         """Add to one kind of repair or drop (a key of `SENTENCES`); `place` is asked for the first few only."""
         self.changes[kind] += number
-        self._show(kind, place)
+        places = self.examples.setdefault(kind, [])
+        if place is not None and len(places) < MAX_EXAMPLES:
+            places.append(place())
 
     def count_bad(self, reason: str, details: str, place: Place) -> None:
         """Add a bad record."""
         self.count("bad_records_dropped", 1, place)
         if reason not in self.reasons:
-            self._show(reason, lambda: f"{place()}: {details}")
+            self.examples[reason] = [f"{place()}: {details}"]
         self.reasons[reason] += 1
-
-    def _show(self, kind: str, place: Place | None) -> None:
-        places = self.examples.setdefault(kind, [])
-        if place is not None and len(places) < MAX_EXAMPLES:
-            places.append(place())
 
     def add_document(self, lines: list[str], num_bytes: int) -> None:
         """Count one document that is handed on; `num_bytes` are those of its lines in UTF-8."""

@@ -123,11 +123,7 @@ def _normalizer(nfkc: bool) -> Callable[[str], str]:
 
 
 def mecab_segmenter(mecab_kwargs: dict[str, Any]) -> Segmenter:
-    """The words of transformers' `MecabTokenizer(**mecab_kwargs)`, without its lower-casing.
-
-    Raises:
-        UserError: fugashi or the dictionary is missing.
-    """
+    """The words of transformers' `MecabTokenizer(**mecab_kwargs)`, without its lower-casing."""
     settings = MECAB_DEFAULTS | mecab_kwargs
     tagger, normalize = _mecab_tagger(settings), _normalizer(settings["normalize_text"])
     parse, inexact = tagger.parse, _INEXACT.search
@@ -169,9 +165,9 @@ def _mecab_tagger(settings: dict[str, Any]) -> Any:
 
 
 def mecab_facts(mecab_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are in effect and the dictionary's version; of a dictionary in a folder not its place.
+    """The settings that are in effect, without the place of a folder, and the version of the dictionary's package.
 
-    The version is that of the dictionary's package; for a folder, a hash that changes with its content.
+    For a folder the version is a hash that changes with its content.
     """
     facts = MECAB_DEFAULTS | mecab_kwargs
     option = facts["mecab_option"] or ""
@@ -179,17 +175,13 @@ def mecab_facts(mecab_kwargs: dict[str, Any]) -> dict[str, Any]:
         version = _version(facts["mecab_dic"])
     else:
         folders = [word for switch, word in itertools.pairwise(shlex.split(option)) if switch == "-d"]
-        version = _dictionary_hash(Path(folders[-1], "sys.dic")) if folders else "unknown"
+        version, system = "unknown", Path(folders[-1] if folders else "", "sys.dic")
+        if folders and system.is_file():
+            with system.open("rb") as file:
+                content = str(system.stat().st_size).encode() + file.read(1 << 20)
+            version = f"sys.dic {hashlib.sha256(content).hexdigest()[:16]}"
         option = re.sub(r"""-[dr]\s*("[^"]*"|'[^']*'|\S+)\s*""", "", option)
     return facts | {"mecab_option": option, "dictionary_version": version}
-
-
-def _dictionary_hash(system: Path) -> str:
-    if not system.is_file():
-        return "unknown"
-    with system.open("rb") as file:
-        content = str(system.stat().st_size).encode() + file.read(1 << 20)
-    return f"sys.dic {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _version(package: str) -> str:
@@ -206,9 +198,6 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
     """The words of transformers' `SudachiTokenizer(**sudachi_kwargs)`, without its lower-casing.
 
     A line beyond Sudachi's limit of 49,149 bytes, which transformers cannot segment at all, is cut at sentence ends.
-
-    Raises:
-        UserError: SudachiPy or the dictionary is missing.
     """
     settings = SUDACHI_DEFAULTS | sudachi_kwargs
     dictionary, trim = settings["sudachi_dict_type"], settings["trim_whitespace"]
