@@ -50,6 +50,7 @@ DEFAULTS = {
     "save_steps": "epoch",
 }
 DEFAULT_BATCH_SIZE, DEFAULT_EPOCHS = 2, 1000
+AS_THERE = "--{} is {}, as it was in the older trainer"
 # Its documentation sets 16 for a GPU, and such a file has to run without one too.
 PRECISIONS = {"16": "fp16_on_gpu", "16-mixed": "fp16_on_gpu", "32": "no", "32-true": "no"}
 PRECISIONS |= {"bf16": "bf16", "bf16-mixed": "bf16"}
@@ -61,59 +62,53 @@ NOT_NEEDED = {
 }
 # Ways to start processes that come to the same as `accelerate launch`, which does it here.
 LAUNCHED = ("ddp", "ddp_spawn", "ddp_cpu", "ddp_find_unused_parameters_false", "auto", "gpu", "cuda")
+_CHECKPOINTS = "--save_steps, --keep_last and --keep_every say which checkpoints there are"
+_EVALUATIONS = "--eval_every says how often, in steps or by epoch"
+_AVERAGE = "--ema_decay averages the weights"
+_GPU_IN_LOG = "memory and use of the GPU are in every log line"
 CALLBACKS_NOT_NEEDED = {
     "LearningRateMonitor": "the learning rate is in every log line",
-    "GPUStatsMonitor": "memory and use of the GPU are in every log line",
-    "DeviceStatsMonitor": "memory and use of the GPU are in every log line",
+    "GPUStatsMonitor": _GPU_IN_LOG,
+    "DeviceStatsMonitor": _GPU_IN_LOG,
 }
 CALLBACKS_INSTEAD = {
-    "ModelCheckpoint": "--save_steps, --keep_last and --keep_every say which checkpoints there are",
+    "ModelCheckpoint": _CHECKPOINTS,
     "EarlyStopping": "--stop_at_step and --max_time end a run",
     "Timer": "--max_time ends a run",
     "GradientAccumulationScheduler": "--batch_size is that of the whole run",
-    "StochasticWeightAveraging": "--ema_decay averages the weights",
+    "StochasticWeightAveraging": _AVERAGE,
 }
 # The other arguments of the Trainer: their defaults, which change nothing, and what there is instead.
 UNSUPPORTED = {
-    "checkpoint_callback": ("true", "--save_steps, --keep_last and --keep_every say which checkpoints there are"),
+    "checkpoint_callback": ("true", _CHECKPOINTS),
     "gradient_clip_algorithm": ("norm", "the norm of all gradients is clipped (--max_grad_norm)"),
-    "process_position": ("0", ""),
     "auto_select_gpus": ("false", "CUDA_VISIBLE_DEVICES chooses GPUs"),
-    "tpu_cores": ("null", ""),
-    "log_gpu_memory": ("null", "the memory of the GPU is in every log line"),
+    "log_gpu_memory": ("null", _GPU_IN_LOG),
     "progress_bar_refresh_rate": ("null", "the progress bar is shown where there is a terminal"),
     "overfit_batches": ("0.0", "give a smaller model.train_file"),
     "track_grad_norm": ("-1", "the norm of the gradient is in every log line"),
-    "check_val_every_n_epoch": ("1", "--eval_every says how often, in steps or by epoch"),
+    "check_val_every_n_epoch": ("1", _EVALUATIONS),
     "fast_dev_run": ("false", "--stop_at_step 1 tries a run out, --dry_run prints its plan"),
-    "min_epochs": ("null", ""),
-    "min_steps": ("null", ""),
     "limit_train_batches": ("1.0", "--stop_at_step ends a run early"),
     "limit_val_batches": ("1.0", "--eval_rows says on how many rows at most"),
     "limit_test_batches": ("1.0", "give a smaller model.test_file"),
-    "limit_predict_batches": ("1.0", ""),
-    "val_check_interval": ("1.0", "--eval_every says how often, in steps or by epoch"),
+    "val_check_interval": ("1.0", _EVALUATIONS),
     "flush_logs_every_n_steps": ("100", "every log line is written at once"),
-    "sync_batchnorm": ("false", ""),
     "weights_summary": ("top", "the plan says how many parameters there are"),
     "weights_save_path": ("null", "everything is saved in --model_dir"),
     "num_sanity_val_steps": ("2", "--dry_run reads everything before a run"),
-    "truncated_bptt_steps": ("null", ""),
-    "profiler": ("null", ""),
-    "benchmark": ("false", ""),
-    "reload_dataloaders_every_epoch": ("false", ""),
     "auto_lr_find": ("false", "--learning_rate has to be given"),
     "replace_sampler_ddp": ("true", "every process gets rows of its own"),
     "terminate_on_nan": ("false", "steps without a finite gradient are skipped, and five in a row end the run"),
     "auto_scale_batch_size": ("false", "--micro_batch_size has to be given"),
-    "prepare_data_per_node": ("true", ""),
     "plugins": ("null", "the file of `accelerate launch --config_file` says how processes work together"),
-    "amp_backend": ("native", ""),
-    "amp_level": ("O2", ""),
-    "move_metrics_to_cpu": ("false", ""),
-    "multiple_trainloader_mode": ("max_size_cycle", ""),
-    "stochastic_weight_avg": ("false", "--ema_decay averages the weights"),
+    "stochastic_weight_avg": ("false", _AVERAGE),
 }
+_NOTHING_INSTEAD = """process_position=0 tpu_cores=null min_epochs=null min_steps=null limit_predict_batches=1.0
+    sync_batchnorm=false truncated_bptt_steps=null profiler=null benchmark=false reload_dataloaders_every_epoch=false
+    prepare_data_per_node=true amp_backend=native amp_level=O2 move_metrics_to_cpu=false
+    multiple_trainloader_mode=max_size_cycle"""
+UNSUPPORTED |= {name: (default, "") for name, default in (pair.split("=") for pair in _NOTHING_INSTEAD.split())}
 _EPOCHS, _STEPS, _SCHEDULE = "trainer.max_epochs", "trainer.max_steps", "model.num_training_steps"
 _BATCH, _ACCUMULATE, _NODES = "model.batch_size", "trainer.accumulate_grad_batches", "trainer.num_nodes"
 _PER_MACHINE = ("trainer.gpus", "trainer.devices", "trainer.num_processes")
@@ -142,20 +137,14 @@ def translate(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     Raises:
         UserError: a value has no counterpart here or is none, or two values contradict each other.
     """
-    old = _Old(entries)
     if not any(entry.key in KEYS for entry in entries):
         return list(entries), []
+    old = _Old(entries)
     for key, (default, instead) in UNSUPPORTED.items():
-        entry = old.get(f"trainer.{key}")
-        if entry is not None and not _same(entry, default):
+        if (entry := old.get(f"trainer.{key}")) and not _same(entry, default):
             raise _refused(entry, f"only {default if default == 'null' else f'null or {default}'} is accepted", instead)
-    if (entry := old.get("trainer.resume_from_checkpoint")) is not None:
-        instead = (
-            "--pretrained_model_name_or_path goes on from a transformers folder, --do_continue from a run made here"
-        )
-        raise _refused(entry, "a checkpoint of the older trainer cannot be read", f"set it to null; {instead}")
     for key, name in RENAMED.items():
-        old.rename(key, name)
+        old.become(name, key)
     _length(old)
     _batch(old)
     _model(old)
@@ -165,10 +154,9 @@ def translate(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     if old.is_config:
         for name, value in DEFAULTS.items():
             if name != "attention_dropout" or old.own_values("attention") != ["varlen"]:  # which has none
-                old.default(name, value, f"--{name} is {value}, as it was in the older trainer")
+                old.default(name, value)
         if not old.decided(*LENGTHS):
-            said = f"--epochs is {DEFAULT_EPOCHS}, as it was in the older trainer where nothing said how long"
-            old.default("epochs", str(DEFAULT_EPOCHS), said)
+            old.default("epochs", str(DEFAULT_EPOCHS), f"{AS_THERE} where nothing said how long")
     _run(old)
     return [*old.own, *old.meant], old.notices
 
@@ -188,8 +176,8 @@ class _Old:
         self.meant: list[Entry] = []
         self.notices: list[str] = []
         self._older: dict[str, Entry] = {}
-        older = [entry for entry in entries if entry.key in KEYS]
-        for entry in map(_opened, older):
+        older = [_opened(entry) for entry in entries if entry.key in KEYS]
+        for entry in older:
             before = self._older.setdefault(entry.key, entry)  # the line comes before the file, and stays
             if before.origin == entry.origin and (before.values, before.is_list) != (entry.values, entry.is_list):
                 raise UserError(f"{entry.key} is given twice: {before.shown} and {entry.shown}; give one")
@@ -216,35 +204,30 @@ class _Old:
         """Whether one of these own options has been given, in whichever way."""
         return any(entry.key in names for entry in (*self.own, *self.meant))
 
-    def rename(self, key: str, name: str, value: str | None = None) -> None:
-        """A key is an own option under another name, and with another value where one is given."""
-        if (entry := self.get(key)) is None:
+    def become(self, name: str, *keys: str, value: str | None = None, notice: str = "") -> None:
+        """Those of the keys that were given are one own option, with the value of the only one where none is named."""
+        entries = [entry for key in keys if (entry := self.get(key))]
+        if not entries:
             return
-        if value is None:
-            check_flat(entry)
-            self.meant.append(replace(entry, key=name))
-            self.notices.append(f"{key} is now --{name}")
-        else:
-            self.combine([key], name, value, f"{key} {entry.shown} is now --{name} {value}")
-
-    def combine(self, keys: Sequence[str], name: str, value: str, notice: str) -> None:
-        """Several keys together are one own option; it stands on the line if one of them does."""
-        entries = [entry for key in keys if (entry := self.get(key)) is not None]
         place = next((entry for entry in entries if entry.origin == LINE), entries[0])
+        if value is None:
+            check_flat(place)
+            notice = f"{keys[0]} is now --{name}"
         written = " and ".join(entry.written for entry in entries)
-        self.meant.append(replace(place, key=name, values=[value], written=written))
-        self.notices.append(notice)
+        values = place.values if value is None else [value]
+        self.meant.append(replace(place, key=name, values=values, written=written))
+        self.notices.append(notice or f"{keys[0]} {place.shown} is now --{name} {value}")
 
     def drop(self, key: str, reason: str) -> None:
         """A key is not needed here."""
-        if self.get(key) is not None:
+        if self.get(key):
             self.notices.append(f"{key} has no effect: {reason}")
 
-    def default(self, name: str, value: str, notice: str) -> None:
+    def default(self, name: str, value: str, notice: str = AS_THERE) -> None:
         """An own option that was not given in any way becomes what it was in the older trainer."""
         if not self.decided(name):
             self.meant.append(Entry(name, [value], name, "default", written=value))
-            self.notices.append(notice)
+            self.notices.append(notice.format(name, value))
 
 
 def _opened(entry: Entry) -> Entry:
@@ -254,9 +237,7 @@ def _opened(entry: Entry) -> Entry:
         values = [None if text == "null" else plain_value(text) for text in values]
         is_list = len(values) == 1 and isinstance(values[0], list)
         values = values[0] if is_list else values
-    if is_list and not values:
-        values = [None]
-    entry = replace(entry, values=values, is_list=is_list)
+    entry = replace(entry, values=values or [None] * is_list, is_list=is_list)
     return replace(entry, written=f"{entry.key} {entry.shown}".rstrip())
 
 
@@ -279,7 +260,7 @@ def _length(old: _Old) -> None:
     There the schedule had a length of its own; without it the rate stayed constant after the warmup. A length on the
     line replaces those of the file; that the schedule is linear does not depend on its length.
     """
-    given = [entry for key in (_EPOCHS, _STEPS, _SCHEDULE) if (entry := old.get(key)) is not None]
+    given = [entry for key in (_EPOCHS, _STEPS, _SCHEDULE) if (entry := old.get(key))]
     on_line = [entry for entry in given if entry.origin == LINE]
     if on_line or any(own.key in LENGTHS and own.origin == LINE and own.values != ["null"] for own in old.own):
         given = on_line
@@ -289,12 +270,10 @@ def _length(old: _Old) -> None:
             f"{first.label} {_text(first)} and {second.key} {_text(second)} disagree on how long the run is, which "
             "here is one number: set one of them to null"
         )
-    if old.get(_SCHEDULE) is not None:
-        steps = str(old.whole(_SCHEDULE, 0))
-        words = f"{_SCHEDULE} {steps} is now --schedule linear"
-        old.combine([_SCHEDULE], "schedule", "linear", words)
+    notice = f"{_SCHEDULE} {old.whole(_SCHEDULE, 0)} is now --schedule linear"
+    old.become("schedule", _SCHEDULE, value="linear", notice=notice)
     for item in given:
-        old.rename(item.key, "epochs" if item.key == _EPOCHS else "max_steps")
+        old.become("epochs" if item.key == _EPOCHS else "max_steps", item.key)
 
 
 def _batch(old: _Old) -> None:
@@ -304,22 +283,20 @@ def _batch(old: _Old) -> None:
     if len(set(per_machine.values())) > 1:
         words = " and ".join(f"{key} {count}" for key, count in per_machine.items())
         raise UserError(f"{words} disagree on how many processes a machine has: set all but one to null")
-    factors = {**dict(list(per_machine.items())[:1]), _NODES: old.whole(_NODES, 1)}
-    processes = math.prod(factors.values())
-    factors = {key: n for key, n in {_ACCUMULATE: old.whole(_ACCUMULATE, 1), **factors}.items() if n > 1}
+    processes = {**dict(list(per_machine.items())[:1]), _NODES: old.whole(_NODES, 1)}
+    factors = {key: n for key, n in {_ACCUMULATE: old.whole(_ACCUMULATE, 1), **processes}.items() if n > 1}
     total = str(math.prod([rows, *factors.values()]))
-    if factors or old.get(_BATCH) is not None:
-        parts = [f"{_BATCH} {rows}{'' if old.get(_BATCH) else ' (its default)'}"]
-        words = " times ".join([*parts, *(f"{key} {n}" for key, n in factors.items())])
-        words += f" is now --batch_size {total}, the rows of a step on all processes together"
-        old.combine([_BATCH, *factors], "batch_size", total, words)
-    elif old.is_config:
-        old.default("batch_size", total, f"--batch_size is {total}, as it was in the older trainer")
-    if processes > 1:
-        old.notices.append(f"the {processes} processes are now started by `accelerate launch`")
-    old.rename(_BATCH, "micro_batch_size")
+    parts = [f"{_BATCH} {rows}{'' if old.get(_BATCH) else ' (its default)'}"]
+    words = " times ".join([*parts, *(f"{key} {n}" for key, n in factors.items())])
+    words += f" is now --batch_size {total}, the rows of a step on all processes together"
+    old.become("batch_size", _BATCH, *factors, value=total, notice=words)
+    if old.is_config:
+        old.default("batch_size", total)
+    if math.prod(processes.values()) > 1:
+        old.notices.append(f"the {math.prod(processes.values())} processes are now started by `accelerate launch`")
+    old.become("micro_batch_size", _BATCH)
     if old.own_values("batch_size") is None and old.decided("batch_size"):
-        old.default("micro_batch_size", str(rows), f"--micro_batch_size is {rows}, as it was in the older trainer")
+        old.default("micro_batch_size", str(rows))
 
 
 def _processes(entry: Entry | None) -> int:
@@ -328,11 +305,10 @@ def _processes(entry: Entry | None) -> int:
         return 1
     values = [str(value) for value in entry.values]
     if len(values) == 1 and not entry.is_list:  # there 3 was three GPUs, and [3] the GPU number 3
-        text = values[0]
-        if re.fullmatch(r"\d+", text):
-            return max(int(text), 1)
-        values = [part.strip() for part in text.split(",") if part.strip()]
-    if not values or not all(re.fullmatch(r"\d+", value) for value in values):
+        if values[0].isdecimal():
+            return max(int(values[0]), 1)
+        values = [part.strip() for part in values[0].split(",") if part.strip()]
+    if not values or not all(value.isdecimal() for value in values):
         raise UserError(
             f"{entry.label} must be a number of processes or a list of GPUs, not {entry.shown}: it is one of the "
             "factors of --batch_size"
@@ -342,33 +318,35 @@ def _processes(entry: Entry | None) -> int:
 
 def _model(old: _Old) -> None:
     """Sizes, or the model to go on from, whose sizes counted there and count here."""
-    old.rename(_FROM, "pretrained_model_name_or_path")
+    old.become("pretrained_model_name_or_path", _FROM)
     for name in SIZES:
-        if old.get(_FROM) is not None:
+        if old.get(_FROM):
             old.drop(f"model.{name}", f"{_FROM} decides the sizes")
         else:
-            old.rename(f"model.{name}", name)
+            old.become(name, f"model.{name}")
 
 
 def _machine(old: _Old) -> None:
-    """How it is computed, for how long, and what is shown of it."""
-    if (entry := old.get("trainer.precision")) is not None:
+    """How it is computed, for how long, and what is shown of it; a checkpoint to go on from is refused."""
+    if entry := old.get("trainer.resume_from_checkpoint"):
+        instead = "set it to null; --pretrained_model_name_or_path goes on from a transformers folder, --do_continue "
+        raise _refused(entry, "a checkpoint of the older trainer cannot be read", f"{instead}from a run made here")
+    if entry := old.get("trainer.precision"):
         if _text(entry) not in PRECISIONS:
             raise UserError(f"{entry.label} must be 16, 32 or bf16, not {entry.shown}")
-        old.rename("trainer.precision", "precision", PRECISIONS[_text(entry)])
-    if (entry := old.get("trainer.max_time")) is not None:
-        old.rename("trainer.max_time", "max_time", _duration(entry))
-    if (entry := old.get("trainer.logger")) is not None and not _same(entry, "true"):
+        old.become("precision", entry.key, value=PRECISIONS[_text(entry)])
+    if entry := old.get("trainer.max_time"):
+        old.become("max_time", entry.key, value=_duration(entry))
+    if (entry := old.get("trainer.logger")) and not _same(entry, "true"):
         if not _same(entry, "false"):
             raise _refused(entry, "only true and false are accepted", "--tracker chooses")
-        old.rename("trainer.logger", "tracker", "none")
+        old.become("tracker", entry.key, value="none")
     for key in ("trainer.accelerator", "trainer.distributed_backend"):
-        if (entry := old.get(key)) is not None and _text(entry) not in LAUNCHED:
+        if (entry := old.get(key)) and _text(entry) not in LAUNCHED:
             raise _refused(entry, "", "the file of `accelerate launch --config_file` says where a run takes place")
         old.drop(key, "processes are started by `accelerate launch`, each with rows of its own")
-    if (entry := old.get("trainer.callbacks")) is not None:
-        for callback in entry.values:
-            old.notices.append(_callback(entry, callback))
+    if entry := old.get("trainer.callbacks"):
+        old.notices += [_callback(entry, callback) for callback in entry.values]
 
 
 def _callback(entry: Entry, callback: Any) -> str:
@@ -401,13 +379,12 @@ def _run(old: _Old) -> None:
 
     A run that is continued has to be named.
     """
-    old.default("model_type", "gpt2-small", "--model_type is not given: gpt2-small")
+    old.default("model_type", "gpt2-small", "--{} is not given: {}")
     continues = old.own_values("do_continue")
     if continues is None or [str(value).lower() for value in continues] in (["false"], ["no"]):
-        names = [path.name for path in Path("lightning_logs").glob("version_*")]
-        used = [int(name.removeprefix("version_")) for name in names if name.removeprefix("version_").isdecimal()]
-        folder = f"lightning_logs/version_{max(used, default=-1) + 1}"
-        old.default("model_dir", folder, f"--model_dir is not given: {folder}")
+        used = [path.name.removeprefix("version_") for path in Path("lightning_logs").glob("version_*")]
+        number = max((int(text) for text in used if text.isdecimal()), default=-1) + 1
+        old.default("model_dir", f"lightning_logs/version_{number}", "--{} is not given: {}")
 
 
 def _same(entry: Entry, default: str) -> bool:

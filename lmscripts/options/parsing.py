@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO
 
 import jsonargparse
 
@@ -35,13 +35,13 @@ from lmscripts.options.yaml_text import (
     listed,
     nearest,
     normal,
+    one_value,
     read_yaml,
     shown,
     to_yaml,
 )
 
 MISSING = dataclasses.MISSING
-OptionsType = TypeVar("OptionsType")
 Names = Mapping[str, str]
 Beneath = Callable[[Mapping[str, tuple[Any, bool]], Callable[[str], dict[str, Any]]], Mapping[str, Any]]
 
@@ -85,17 +85,12 @@ def option(
         short: a letter that stands for it on the line, after one dash.
         positional: words of the line that belong to no option are its values.
     """
-    metadata: dict[str, Any] = {"help": help, "required": required or default is MISSING, "group": group}
-    metadata |= {"short": short, "positional": positional}
-    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+    metadata = {"help": help, "required": required or default is MISSING, "group": group}
+    return dataclasses.field(
+        default=default, kw_only=True, metadata={**metadata, "short": short, "positional": positional}
+    )
 
 
-@typing.overload
-def parse_options(options_class: type[OptionsType], *, more: None = None, **rest: Any) -> OptionsType: ...
-@typing.overload
-def parse_options(
-    options_class: type[OptionsType], *, more: Sequence[type[Any]], **rest: Any
-) -> tuple[OptionsType, Further]: ...
 def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None = None, **rest: Any) -> Any:
     """Options from the command line, over those of `--config file.yaml`, over the defaults.
 
@@ -132,13 +127,12 @@ def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None 
     return options if more is None else (options, further)
 
 
-def parse_options_with_origin(options_class: type[OptionsType], **rest: Any) -> tuple[OptionsType, dict[str, str]]:
+def parse_options_with_origin(options_class: type[Any], **rest: Any) -> tuple[Any, dict[str, str]]:
     """As `parse_options`, and for each option where it comes from: "command line", the file's name, or "default".
 
     With the origins a script can refuse an option that was given but would be ignored.
     """
-    options, _, origins = _parse(options_class, (), **rest)
-    return options, origins
+    return _parse(options_class, (), **rest)[::2]
 
 
 def dump_options(*options: Any) -> str:
@@ -160,7 +154,7 @@ class _Given(NamedTuple):
 
 
 def _parse(
-    options_class: type[OptionsType],
+    options_class: type[Any],
     more: Sequence[type[Any]],
     *,
     description: str,
@@ -168,7 +162,7 @@ def _parse(
     one_of: Collection[Collection[str]] = (),
     beneath: Beneath | None = None,
     **older_names: Any,
-) -> tuple[OptionsType, Further, dict[str, str]]:
+) -> tuple[Any, Further, dict[str, str]]:
     flags = _flags(options_class, *more)
     reader = _Reader(flags, **older_names)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -192,10 +186,10 @@ def _parse(
         def made(cls: type[Any]) -> Any:
             return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
-        options, own = made(options_class), {field.name for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
-        said = {name for name, item in given.items() if item.origin == LINE or item.value != flags[name].default}
-        further = Further({cls: made(cls) for cls in more}, {n: values[n] for n in flags if n in said - own})
-        return options, further, {name: given[name].origin if name in given else _DEFAULT for name in flags}
+        own = options_class.__dataclass_fields__
+        said = {n for n, item in given.items() if item.origin == LINE or item.value != flags[n].default}
+        further = Further({cls: made(cls) for cls in more}, {n: values[n] for n in flags if n in said - {*own}})
+        return made(options_class), further, {name: given[name].origin if name in given else _DEFAULT for name in flags}
     except UserError as error:
         # Under a launcher every process parses the same line; one of them speaks on each node.
         _say(f"{Path(sys.argv[0]).name}: error: {error}\n", sys.stderr, rank_variable="LOCAL_RANK")
@@ -218,12 +212,9 @@ def _flags(own: type[Any], *more: type[Any]) -> dict[str, Flag]:
             before = flags.setdefault(field.name, flag)
             if before._replace(group="") != flag._replace(group=""):
                 raise TypeError(f"{cls.__module__}.{cls.__name__}: the option {field.name} differs from another one")
-            if (
-                cls is not own
-                and before.name not in own.__dataclass_fields__
-                and heading not in before.group.split(", ")
-            ):
-                flags[field.name] = flag._replace(group=f"{before.group}, {heading}")
+            if field.name not in own.__dataclass_fields__:
+                headings = dict.fromkeys([*before.group.split(", "), heading])
+                flags[field.name] = flag._replace(group=", ".join(headings))
     return flags
 
 
@@ -261,13 +252,11 @@ class _Reader:
             group = parser.add_argument_group(heading)
             for flag in flags:
                 text = help_with_default(flag).replace("%", "%%") + (f" (also -{flag.short})" if flag.short else "")
+                metavar = f"{'CHOICE' if choices(flag.hint) else 'VALUE'}{' ...' if is_tuple(flag.hint) else ''}"
+                how: dict[str, Any] = {"type": one_value(flag.hint), "metavar": metavar}
                 if flag.hint is bool:
-                    prefix: Any = None if flag in _EVERY_SCRIPT else "no_"
-                    action = jsonargparse.ActionYesNo(no_prefix=prefix)
-                    group.add_argument(f"--{flag.name}", action=action, default=False, help=text)
-                else:
-                    metavar = f"{'CHOICE' if choices(flag.hint) else 'VALUE'}{' ...' if is_tuple(flag.hint) else ''}"
-                    group.add_argument(f"--{flag.name}", type=flag.hint, default=None, help=text, metavar=metavar)
+                    how = {"action": jsonargparse.ActionYesNo(no_prefix=None if flag in _EVERY_SCRIPT else "no_")}
+                group.add_argument(f"--{flag.name}", default=None, help=text, **how)
         return parser
 
     def help_text(self, description: str) -> str:
@@ -336,7 +325,7 @@ class _Reader:
         if name not in self.flags:
             return name not in self.own
         hint = self.flags[name].hint
-        may_be = bool not in alternatives(hint) or self._typed(hint, name, word)[0]
+        may_be = bool not in alternatives(hint) or self._typed(self.flags[name], word) is not MISSING
         return is_tuple(hint) or (not entry.values and may_be)
 
     def _by_their_names(self, entries: Iterable[Entry], known: Collection[str], dashes: str) -> list[Entry]:
@@ -396,27 +385,26 @@ class _Reader:
             raise UserError(f"{entry.label} needs a value")
         if len(raw) > 1 and not is_tuple(hint):
             raise UserError(f"{entry.label} takes one value, not {len(raw)} ({listed(raw, 'and')})")
-        for item in raw:
-            if not self._typed(hint, name, [item] if is_tuple(hint) else item)[0]:
+        values = tuple(self._typed(flag, item) for item in raw)
+        for item, value in zip(raw, values, strict=True):
+            if value is MISSING:
                 near = nearest(str(item), [str(choice) for choice in choices(hint)])
                 raise UserError(f"{entry.label} must be {describe(hint)}, not {shown(item)}{near and f'; {near}'}")
-        return self._typed(hint, name, raw if is_tuple(hint) else raw[0])[1]
+        return values if is_tuple(hint) else values[0]
 
-    def _typed(self, hint: Any, name: str, raw: Any) -> tuple[bool, Any]:
-        """(accepted, value) of what jsonargparse makes of it."""
-        kinds, written = alternatives(hint), raw if isinstance(raw, list) else [raw]
-        if None in written:
-            return False, None
+    def _typed(self, flag: Flag, text: str | None) -> Any:
+        """What jsonargparse makes of a value; MISSING where it refuses it."""
+        kinds = alternatives(flag.hint)
+        # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750.
+        if text is None or (kinds & {int, float} and ":" in text):
+            return MISSING
         if kinds <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file
-            return True, tuple(written) if isinstance(raw, list) else raw
-        if kinds & {int, float} and any(":" in str(item) for item in written):
-            return False, None  # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750
+            return text
         try:
-            value = self.parser.parse_object({name: raw}, defaults=False)[name]
+            value = self.parser.parse_object({flag.name: text}, defaults=False)[flag.name]
         except argparse.ArgumentError:
-            return False, None
-        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
-        return all(map(math.isfinite, numbers)), value
+            return MISSING
+        return MISSING if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(text: str, stream: TextIO, rank_variable: str = "RANK") -> None:

@@ -190,9 +190,15 @@ def by_group(flags: Iterable[Flag]) -> dict[str, list[Flag]]:
     return groups
 
 
+def one_value(hint: Any) -> Any:
+    """The type of one value of an option; of a tuple that of its elements."""
+    tuples = [member for member in (hint, *typing.get_args(hint)) if typing.get_origin(member) is tuple]
+    return typing.get_args(tuples[0])[0] if tuples else hint
+
+
 def is_tuple(hint: Any) -> bool:
     """Whether an option of this type takes several values."""
-    return any(typing.get_origin(member) is tuple for member in (hint, *typing.get_args(hint)))
+    return one_value(hint) is not hint
 
 
 def alternatives(hint: Any) -> set[Any]:
