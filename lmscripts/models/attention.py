@@ -43,13 +43,9 @@ def attention_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments for the forward of an encoder or decoder that isolate the segments of `batch`.
 
-    Args:
-        path: how attention is computed; for "varlen" the model must have been built by `use_attention`.
-        batch: holds "segments" (B, T) and, for "varlen", "segment_ends", see `data.packing.segment_ends`. A batch
-            without "segments" has one segment per row and no empty position: nothing needs masking, except what a
-            decoder hides by itself.
-        dtype: dtype of the queries.
-        causal: for a decoder, whose own causal mask an explicit one takes the place of.
+    A batch holds "segments" (B, T) and, for "varlen", "segment_ends", see `lmscripts.data.packing.segment_ends`. One
+    without "segments" has one segment per row and no empty position: nothing needs masking, except what a decoder hides
+    by itself, whose own causal mask an explicit one takes the place of. `dtype` is that of the queries.
     """
     if path == "varlen":
         ends = batch["segment_ends"]
@@ -76,17 +72,9 @@ def _varlen_forward(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface over the flash varlen kernel; SDPA with a mask where there is none.
 
-    Args:
-        module: a decoder's says `is_causal`.
-        query: (B, heads, T, d).
-        key: the same, or fewer heads, each for a group of queries.
-        value: as key.
-        attention_mask: not used; the segments are given by `cu_seq_lens_q`.
-        cu_seq_lens_q: see `lmscripts.data.packing.segment_ends`.
-        max_length_q: T.
-        dropout: must be 0, the kernel has none.
-        scaling: factor of the scores.
-        sliding_window: positions that a query sees on a side, its own among them; None for all.
+    `query` is (B, heads, T, d), `key` and `value` have the same shape or fewer heads, each for a group of queries;
+    `cu_seq_lens_q` says the segments, see `lmscripts.data.packing.segment_ends`, and `attention_mask` is not looked at.
+    `sliding_window` is how many positions a query sees on a side, its own among them. The kernel has no dropout.
 
     Returns:
         (B, T, heads, d), and None for the weights.
@@ -113,32 +101,15 @@ def _varlen_forward(
     return out.transpose(1, 2), None
 
 
-def attend_from(
-    module: Any, hidden: Tensor, at_slots: Tensor, slots: Tensor, mask: Tensor | None, given: dict[str, Any]
-) -> Tensor:
-    """Self-attention of BERT's encoder with queries at some positions only; keys and values at all.
+def attend_at(slots: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """(B * K, heads * d) attention with queries (B, heads, K, d) at some positions only, keys and values at all.
 
-    Args:
-        module: the self-attention module, with `query`, `key`, `value` and its sizes.
-        hidden: (B, T, H).
-        at_slots: (B * K, H) the rows of `hidden` at the slots.
-        slots: (B * K,) flat positions, K of each row in the order of the rows.
-        mask: (B, 1, T, T) additive, or None.
-        given: what else `attention_inputs` gave; with segment ends every query is computed, by the varlen kernel.
-
-    Returns:
-        (B * K, H).
+    Slots are (B * K,) flat positions, K of each row in the order of the rows. The mask is additive, (B, 1, T, T) or one
+    for all rows; None hides nothing.
     """
-    if "cu_seq_lens_q" in given:
-        everywhere: Tensor = module(hidden, mask, **given)[0]
-        return everywhere.flatten(0, 1).index_select(0, slots)
-    rows, length, _ = hidden.shape
-    heads = (module.num_attention_heads, module.attention_head_size)
-    query = module.query(at_slots).view(rows, -1, *heads).transpose(1, 2)
-    key, value = (project(hidden).view(rows, length, *heads).transpose(1, 2) for project in (module.key, module.value))
+    rows, length = key.shape[0], key.shape[2]
     if mask is not None:
         mask = mask.expand(rows, 1, length, length).flatten(0, 2).index_select(0, slots).view(rows, 1, -1, length)
-    dropout = module.dropout.p if module.training else 0.0
     out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -169,15 +140,7 @@ def choose_attention(
 ) -> AttentionPath:
     """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16, no attention dropout), else sdpa, else eager.
 
-    Args:
-        wanted: "auto", or one of the paths.
-        device: "cuda", "cpu".
-        precision: "fp16", "bf16", "no".
-        attention_dropout: of the attention weights.
-        paths: what the model has, the fastest first.
-
-    Raises:
-        UserError: the model does not have the wanted one.
+    Of the paths that a model has, the fastest first; a UserError where the wanted one is not among them.
     """
     if wanted == "auto":
         fits = device == "cuda" and precision in ("fp16", "bf16") and attention_dropout == 0

@@ -53,18 +53,9 @@ def chunked_cross_entropy(
     if positions_at_once is None:
         most, least = LOGITS_AT_ONCE.get(device, LOGITS_ON_DEVICE)
         positions_at_once = max(least, most // weight.shape[0])
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        weight,
-        bias,
-        labels,
-        weights,
-        z_loss,
-        dtype,
-        positions_at_once,
-        torch.is_grad_enabled(),  # which inside a Function always is off
-    )
-    return found
+    with_gradients = torch.is_grad_enabled()  # which inside a Function always is off
+    settings = (z_loss, dtype, positions_at_once, with_gradients)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, weights, *settings)  # type: ignore
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

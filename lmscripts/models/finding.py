@@ -39,8 +39,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """training_state.json of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return state
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 # ---- whole or damaged --------------------------------------------------------------------------------------------
@@ -73,12 +72,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def look_for_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written.
-
-    Returns:
-        The folder, None if there is none; a sentence for each damaged one passed over, and one where the checkpoint
-        has an average of its weights beside them.
-    """
+    """The newest checkpoint whose files are all as they were written, if there is one, and sentences for the user."""
     sentences: list[str] = []
     for folder in reversed(list_checkpoints(run_dir)):
         if damage := find_damage(folder):
@@ -101,15 +95,8 @@ def _average_notice(checkpoint: Path) -> list[str]:
 def find_saved(folder: Path, prefer: Literal["final", "checkpoint"] = "final") -> tuple[Path, list[str]]:
     """The model that a folder stands for: itself, or of a run its final/ or its newest whole checkpoint.
 
-    Args:
-        folder: of a model, a checkpoint or a run.
-        prefer: which of the two is taken of a run that has both.
-
-    Returns:
-        The folder, whole where it has checksums, and sentences for the user.
-
     Raises:
-        UserError: there is no such folder, or what is meant is damaged.
+        UserError: there is no such folder, or what is meant is damaged, as its checksums say.
     """
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else f"does not exist (seen from {Path.cwd()})"
@@ -142,11 +129,7 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
 
 
 def find_model(name: str) -> tuple[Path, list[str]]:
-    """As `find_saved`, also for a name on the Hub (from its cache when offline), whose cached folder is given.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """As `find_saved`, also for a name on the Hub (from its cache when offline), whose cached folder is given."""
     place = Path(name).expanduser()
     if place.exists() or not _HUB_NAME.fullmatch(name) or name.endswith(_NO_HUB_NAME):
         return find_saved(place)

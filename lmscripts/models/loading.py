@@ -40,11 +40,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def read_config(name: str | Path, architecture: Any = None) -> Any:
-    """The configuration of a saved model.
-
-    Args:
-        name: a model's folder, or a name on the Hub (from its cache when offline).
-        architecture: the class that it is for; where that is for one type of models it must be of this type.
+    """The configuration of a saved model, of the type that `architecture` is for, where that is for one.
 
     Raises:
         UserError: there is no such model, its configuration cannot be read, or it is of another type.
@@ -86,17 +82,11 @@ def load_model(
     config: Any = None,
     *,
     may_be_new: Callable[[Any, str], bool] | None = None,
-    **settings: Any,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """A model with its saved weights, in float32, which fill it and hold no more of its body than it has.
 
-    Args:
-        name: a model's folder, or a name on the Hub.
-        architecture: a class of transformers, or an Auto class.
-        config: its configuration, where it is not the one beside the weights.
-        may_be_new: says of the model and a parameter whether the weights may lack it or have it in another shape, as a
-            head for other labels. What they hold besides is then not looked at.
-        settings: further arguments of `from_pretrained`.
+    `may_be_new` says of the model and a parameter whether the weights may lack it or have it in another shape, as a
+    head for other labels. What they hold besides is then not looked at.
 
     Returns:
         The model in evaluation mode, and what transformers tells of its weights.
@@ -123,7 +113,6 @@ def load_model(
                 local_files_only=local,
                 ignore_mismatched_sizes=True,  # refused below, with the sizes
                 output_loading_info=True,
-                **settings,
             )
         except Exception as error:  # whatever damaged or foreign weights make the libraries raise
             raise UserError(
@@ -202,12 +191,7 @@ def tokenizer_beside(name: str | Path) -> Encoder | None:
 
 
 def tokenizer_of(name: str, place: Path, tokenizer_dir: str | None) -> Encoder:
-    """The tokenizer of a saved model: its own, or another one where it has none.
-
-    Args:
-        name: a folder, or a name on the Hub.
-        place: the folder, or that of the cached files.
-        tokenizer_dir: the other one.
+    """The tokenizer of a saved model with files in `place`: its own, or that of `tokenizer_dir` where it has none.
 
     Raises:
         UserError: there is none, there are two, or it cannot be loaded.
@@ -224,11 +208,7 @@ def tokenizer_of(name: str, place: Path, tokenizer_dir: str | None) -> Encoder:
 
 
 def check_vocabulary(encoder: Encoder, room: int, name: str | Path) -> None:
-    """Refuse a tokenizer with ids beyond the vocabulary of a model.
-
-    Raises:
-        UserError: it has such ids.
-    """
+    """Refuse a tokenizer with ids beyond the vocabulary of a model, which has room for so many."""
     if (highest := max(encoder.tokenizer.get_vocab().values())) >= room:
         raise UserError(
             f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {name} has {room} "
