@@ -41,16 +41,9 @@ def build(
 ) -> tuple[Models, list[str]]:
     """The models of a preset for an objective, each proved to keep documents apart (`lmscripts.models.checks`).
 
-    Args:
-        preset: sizes of the layers or names of pretrained models; layers to freeze.
-        objective: its name.
-        tokenizer: of the text, from transformers.
-        layout: of the longest rows; decides the number of positions and the special ids.
-        like: checkpoint of a run that is continued: models with pretrained weights are only shaped like its own.
-        seed: decides the initial weights, on every process alike.
-        path: how attention is computed.
-        hidden_dropout: of hidden states.
-        attention_dropout: of attention weights.
+    The layout, that of the longest rows, decides the number of positions and the special ids; the seed the initial
+    weights, on every process alike. In a run that is continued models with pretrained weights are only shaped like
+    those of its checkpoint, `like`.
 
     Returns:
         The models by subfolder, and sentences for the user.
@@ -90,7 +83,7 @@ def build(
 
 
 def recompute_activations(models: Mapping[str, PreTrainedModel]) -> None:
-    """Compute activations again for the gradient instead of keeping them; a UserError where transformers cannot."""
+    """Compute activations again for the gradient instead of keeping them; a UserError for models that cannot."""
     for model in models.values():
         if not model.supports_gradient_checkpointing:
             raise UserError(f"--activation_checkpointing: transformers does not have that for a {type(model).__name__}")

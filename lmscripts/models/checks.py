@@ -42,11 +42,8 @@ def check_isolation(family: Any, model: Any, path: AttentionPath, layout: Layout
     Raises:
         UserError: the logits differ, or the model cannot be called this way; it says what the model can.
     """
-    packing = layout.packing
-    if layout.sequence_length < 2:
-        return  # no two documents fit
-    problem = _problem(family, model, path, layout, packing)
-    if problem is None:
+    packing, fits = layout.packing, layout.sequence_length > 1  # or there are no two documents
+    if not fits or (problem := _problem(family, model, path, layout, packing)) is None:
         return
     paths = attention_paths(type(model)) if type(model)._can_set_attn_implementation() else (path,)
     nearest: list[tuple[AttentionPath, Packing]] = [(other, packing) for other in paths if other != path]

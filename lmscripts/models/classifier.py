@@ -82,8 +82,7 @@ def find_source(name: str, tokenizer_dir: str | None = None) -> Source:
     """Find a model's folder (of a run its final/) or name on the Hub, with configuration and tokenizer.
 
     Raises:
-        UserError: there is none, it has no tokenizer, the tokenizer is that of another model, or it is what a
-            classifier's training keeps for itself.
+        UserError: there is none, it has no tokenizer or another model's, or it is kept for a classifier's training.
     """
     check_no_training(name)
     place, notices = find_model(name)
@@ -148,13 +147,10 @@ def build_classifier(
     dropout: float | None = None,
     from_scratch: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model with a head for the labels.
+    """The model with a head for the labels, in training mode and float32, and sentences for the user.
 
     What is new comes from the seed. The dropout is that of hidden states, attention weights and the head; None keeps
     the model's. From scratch the architecture alone is taken.
-
-    Returns:
-        The model in training mode, in float32, and sentences for the user.
 
     Raises:
         UserError: no weights, weights that do not fill the model's body, a configuration of which no classifier can be
@@ -217,15 +213,12 @@ def read_settings(config: Any, longest: int | None) -> tuple[ClassifierSettings,
     Raises:
         UserError: what the configuration says cannot be used.
     """
-    stored = getattr(config, KEY, None)
-    multi_label = config.problem_type == "multi_label_classification"
+    stored, notices = getattr(config, KEY, None), []
     if stored is None:
-        thresholds = (0.5,) * config.num_labels if multi_label else None
-        settings = ClassifierSettings(
-            FoldSettings(max_length=min(longest or _LONGEST, _LONGEST)), thresholds=thresholds, multi_label=multi_label
-        )
-        said = f"config.json has no {KEY}: rows of {settings.folds.max_length} tokens, {settings.aggregate}, "
-        return settings, [f"{said}temperature 1{' and thresholds of 0.5' if multi_label else ''} are taken"]
+        stored = ClassifierSettings(FoldSettings(max_length=min(longest or _LONGEST, _LONGEST))).as_json()
+        stored["multi_label"] = config.problem_type == "multi_label_classification"
+        said = f"config.json has no {KEY}: rows of {stored['folds']['max_length']} tokens, {stored['aggregate']}, "
+        notices = [f"{said}temperature 1{' and thresholds of 0.5' if stored['multi_label'] else ''} are taken"]
     try:
         values = {name: stored[name] for name in ("aggregate", "temperature", "thresholds", "multi_label")}
         separator = stored.get("separator", "|")
@@ -236,7 +229,7 @@ def read_settings(config: Any, longest: int | None) -> tuple[ClassifierSettings,
         raise UserError(f"config.json: {KEY} says {problem}, which cannot be used")
     if settings.multi_label and settings.thresholds is None:
         settings = replace(settings, thresholds=(0.5,) * config.num_labels)
-    return settings, []
+    return settings, notices
 
 
 def _problem(settings: ClassifierSettings, num_labels: int, longest: int | None) -> str:

@@ -85,11 +85,10 @@ def fit(model: Any, name: str, layout: Layout) -> tuple[Any, list[str]]:
     text, length = model.config.get_text_config(decoder=True), layout.sequence_length
     # GPT-Neo lays its own window over any mask; without a mask every model does.
     windows = [getattr(text, window, None) for window in _WINDOWS]
-    short = [window for window in windows if isinstance(window, int) and not isinstance(window, bool)]
+    short = [window for window in windows if type(window) is int and 0 < window < length]
     varlen = model.config._attn_implementation == use_attention("varlen")
-    if any(0 < window < length for window in short) and (layout.packing == "isolated" or varlen):
-        shortest = min(window for window in short if window > 0)
-        raise UserError(f"{name} attends to {shortest} tokens at most: give a shorter --sequence_length")
+    if short and (layout.packing == "isolated" or varlen):
+        raise UserError(f"{name} attends to {min(short)} tokens at most: give a shorter --sequence_length")
     before, rope = longest_input(model.config), getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # once, or for each type of layers
     scaled = {kind["rope_type"] for kind in kinds if "rope_type" in kind} - {"default"}

@@ -147,23 +147,18 @@ def find_model(name: str) -> tuple[Path, list[str]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers takes the weights of a folder from; empty where there are none.
-
-    Raises:
-        UserError: they are several, and their index is damaged.
-    """
+    """The files that transformers takes the weights of a folder from, if there are any; their index must be whole."""
     for name in WEIGHTS:
         if (file := folder / name).is_file():
-            return [folder / part for part in _parts(file)] if name.endswith(".json") else [file]
-    return []
-
-
-def _parts(index: Path) -> list[str]:
-    """Names of the files that the index of weights in several files speaks of."""
+            break
+    else:
+        return []
+    if file.suffix != ".json":
+        return [file]
     try:
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        parts = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: it is no index of weights ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file} is damaged: it is no index of weights ({type(error).__name__}: {error})") from None
     if not parts or not all(isinstance(part, str) for part in parts):
-        raise UserError(f"{index} is damaged: its weight_map names no files of weights")
-    return sorted(parts)
+        raise UserError(f"{file} is damaged: its weight_map names no files of weights")
+    return [folder / part for part in sorted(parts)]

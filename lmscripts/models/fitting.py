@@ -58,9 +58,7 @@ def lengthen(model: Any, name: str, length: int) -> tuple[Any, list[str]]:
     if before is None or length <= before:
         return model, []
     try:
-        longer, learned = _rebuilt(model, name, before, length)
-    except UserError:
-        raise
+        longer, learned = _rebuilt(model, before, length)
     except Exception as error:  # an architecture of any kind
         raise too_long(name, before, shortened(error)) from error
     if learned:
@@ -77,7 +75,7 @@ def too_long(name: str, before: int, why: str) -> UserError:
     )
 
 
-def _rebuilt(model: Any, name: str, before: int, length: int) -> tuple[Any, bool]:
+def _rebuilt(model: Any, before: int, length: int) -> tuple[Any, bool]:
     """The model anew with a configuration of more positions, and whether these are learned."""
     config, weights = copy.deepcopy(model.config), model.state_dict()
     config._attn_implementation = model.config._attn_implementation
@@ -93,7 +91,7 @@ def _rebuilt(model: Any, name: str, before: int, length: int) -> tuple[Any, bool
             continue
         unused = len(saved) - before  # OPT and RoBERTa leave the first rows empty
         if tensor.ndim != 2 or tensor.shape[1:] != saved.shape[1:] or len(tensor) - unused != length or unused < 0:
-            raise too_long(name, before, f"{key} has the shape {tuple(saved.shape)}")
+            raise ValueError(f"{key} has the shape {tuple(saved.shape)}")
         weights[key], learned = repeat_positions(saved, len(tensor), unused - 1 if unused else None), True
     longer.load_state_dict(weights)
     if model.can_generate():
@@ -101,7 +99,7 @@ def _rebuilt(model: Any, name: str, before: int, length: int) -> tuple[Any, bool
     training, ids = model.training, random_ids(model, min(23, before))
     ours, theirs = (plain_logits(network.eval(), ids) for network in (longer, model))
     if not relative_difference(ours, theirs) < 1e-3:
-        raise too_long(name, before, "with more of them it gives other logits")
+        raise ValueError("with more of them it gives other logits")
     model.train(training)
     return longer.train(training), learned
 

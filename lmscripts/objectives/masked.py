@@ -74,11 +74,7 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def plan(tokenizer: Any, layout: Layout, settings: Any, **corruption: Any) -> MaskingPlan:
-    """BERT's corruption with a fixed number of slots per row, or what other fields of the plan say.
-
-    Raises:
-        UserError: the probability is not in (0, 1).
-    """
+    """BERT's corruption with a fixed number of slots per row, or what other fields of the plan say."""
     import numpy as np
 
     from lmscripts.data.masking import MaskingPlan, prediction_slots

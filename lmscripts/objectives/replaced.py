@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lmscripts.objectives import Export, masked, ratio
 from lmscripts.objectives.masked import batches, resolved, rows, slots, words
@@ -21,8 +21,6 @@ from lmscripts.options.parsing import option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmscripts.data.masking import MaskingPlan
-    from lmscripts.data.packing import Layout
     from lmscripts.objectives.module import Batch, Objective, Sums
 
 __all__ = ["batches", "resolved", "rows", "slots", "words"]
@@ -54,9 +52,8 @@ class Settings(masked.Settings):
         check_numbers(vars(self), not_negative=("generator_weight", "discriminator_weight"))
 
 
-def plan(tokenizer: Any, layout: Layout, settings: Any) -> MaskingPlan:
-    """The generator sees [MASK] or the token itself, never a random one; every slot has a number to sample with."""
-    return masked.plan(tokenizer, layout, settings, mask_share=0.85, random_share=0.0, draws=True)
+# The generator sees [MASK] or the token itself, never a random one; every slot has a number to sample with.
+plan = partial(masked.plan, mask_share=0.85, random_share=0.0, draws=True)
 
 
 def weights(settings: Settings) -> dict[str, float]:
@@ -135,4 +132,4 @@ def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
     }
 
 
-examples = partial(masked.examples, part="generator")
+examples = partial(masked.examples, part="generator")  # what it puts into masked places

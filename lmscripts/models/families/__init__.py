@@ -50,8 +50,7 @@ def family(name: str) -> Any:
 def architectures(name: str, objective: str, *, pretrained: bool = False) -> dict[str, Any]:
     """Classes of transformers by the subfolder that each is saved in, in the order in which they are built.
 
-    Raises:
-        UserError: the family has no heads for this objective.
+    Those to go on from may be others. A UserError where the family has no heads for this objective.
     """
     import transformers
 
