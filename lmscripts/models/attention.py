@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from lmscripts.errors import UserError
 
 AttentionPath = Literal["eager", "sdpa", "varlen"]
+PATHS: tuple[AttentionPath, ...] = ("varlen", "sdpa", "eager")  # the fastest first
 VARLEN = "lmscripts_varlen"
 
 
 def additive_mask(segments: Tensor, dtype: torch.dtype, causal: bool = False, window: int | None = None) -> Tensor:
     """(B, 1, T, T) mask: 0 where query and key lie in the same segment, the lowest number of `dtype` elsewhere.
 
-    Args:
-        segments: (B, T) integers; empty positions hold -1 and see each other, so no row of the softmax is empty.
-        dtype: of the queries.
-        causal: hide what comes after the query as well.
-        window: hide what is farther than so many positions from the query as well.
+    Segments are (B, T) integers; empty positions hold -1 and see each other, so no row of the softmax is empty. A
+    causal mask hides what comes after the query as well, a window what is farther from it than so many positions.
     """
     apart = segments[:, None, :, None] != segments[:, None, None, :]
     at = torch.arange(segments.shape[1], device=segments.device)
@@ -48,8 +46,7 @@ def attention_inputs(
     by itself, whose own causal mask an explicit one takes the place of. `dtype` is that of the queries.
     """
     if path == "varlen":
-        ends = batch["segment_ends"]
-        length = batch["input_ids"].shape[1]
+        ends, length = batch["segment_ends"], batch["input_ids"].shape[1]
         return {"attention_mask": None, "cu_seq_lens_q": ends, "max_length_q": length}
     if "segments" not in batch:
         return {"attention_mask": None}
@@ -117,8 +114,8 @@ def attend_at(slots: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Te
 def attention_paths(architecture: Any) -> tuple[AttentionPath, ...]:
     """The ways to compute attention that a class of transformers has, the fastest first."""
     if not architecture._supports_sdpa:
-        return ("eager",)
-    return ("varlen", "sdpa", "eager") if architecture._supports_attention_backend else ("sdpa", "eager")
+        return PATHS[2:]
+    return PATHS if architecture._supports_attention_backend else PATHS[1:]
 
 
 def use_attention(path: AttentionPath) -> str:
@@ -132,11 +129,7 @@ def use_attention(path: AttentionPath) -> str:
 
 
 def choose_attention(
-    wanted: str,
-    device: str,
-    precision: str,
-    attention_dropout: float,
-    paths: Sequence[AttentionPath] = ("varlen", "sdpa", "eager"),
+    wanted: str, device: str, precision: str, attention_dropout: float, paths: Sequence[AttentionPath] = PATHS
 ) -> AttentionPath:
     """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16, no attention dropout), else sdpa, else eager.
 
@@ -145,7 +138,7 @@ def choose_attention(
     if wanted == "auto":
         fits = device == "cuda" and precision in ("fp16", "bf16") and attention_dropout == 0
         return next(path for path in paths if path != "varlen" or fits)
-    if wanted not in ("eager", "sdpa", "varlen"):
+    if wanted not in PATHS:
         raise ValueError(f"attention must be auto, eager, sdpa or varlen, got {wanted}")
     if wanted not in paths:
         raise UserError(f"models of this type cannot compute --attention {wanted}: give {' or '.join(paths)}, or auto")

@@ -115,9 +115,7 @@ def choose_attention(
 
 
 def as_asked(preset: Preset, objective: str, *, sizes: Mapping[str, Any], **given: Any) -> Preset:
-    """The preset with what options say otherwise, of the sizes of layers and of other fields.
-
-    A width alone makes the feed-forward layers four times as wide.
+    """The preset with what options say otherwise; a width alone makes the feed-forward layers four times as wide.
 
     Raises:
         UserError: pretrained models that the family has no use for, one half of a pair, sizes that have no effect or

@@ -102,8 +102,7 @@ def check_no_training(name: str) -> None:
     The newest checkpoint is not the best one, nothing is calibrated, and LoRA's additions stand in layers of their own.
     """
     place = Path(name).expanduser().absolute()
-    is_part = checkpoint_step(place) is not None or place.name.startswith("best-")
-    run = place.parent if is_part else place
+    run = place.parent if checkpoint_step(place) is not None or place.name.startswith("best-") else place
     if any(map(_trains_classifier, [place, *list_checkpoints(run)])):
         trained = run.with_name(f"{run.name.removesuffix('_training')}_trained_model")
         raise UserError(
@@ -121,10 +120,9 @@ def _trains_classifier(checkpoint: Path) -> bool:
 
 def fold_settings(source: Source, max_length: int | None, **others: Any) -> FoldSettings:
     """Settings of folding, with the length that the model reads where none is given (at most 512); never longer."""
-    longest = source.longest
-    if max_length is not None and longest is not None and max_length > longest:
-        raise UserError(f"--max_length {max_length} is more than {source.name} reads, which is {longest} tokens")
-    return FoldSettings(max_length=max_length or min(longest or _LONGEST, _LONGEST), **others)
+    if max_length is not None and source.longest is not None and max_length > source.longest:
+        raise UserError(f"--max_length {max_length} is more than {source.name} reads, which is {source.longest} tokens")
+    return FoldSettings(max_length=max_length or min(source.longest or _LONGEST, _LONGEST), **others)
 
 
 def padding_id(encoder: Encoder) -> int:
@@ -221,8 +219,8 @@ def read_settings(config: Any, longest: int | None) -> tuple[ClassifierSettings,
         notices = [f"{said}temperature 1{' and thresholds of 0.5' if stored['multi_label'] else ''} are taken"]
     try:
         values = {name: stored[name] for name in ("aggregate", "temperature", "thresholds", "multi_label")}
-        separator = stored.get("separator", "|")
-        settings = ClassifierSettings(FoldSettings(**stored["folds"]), separator=separator, **values)
+        values["separator"] = stored.get("separator", "|")
+        settings = ClassifierSettings(FoldSettings(**stored["folds"]), **values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json: {KEY} cannot be used ({type(error).__name__}: {error})") from error
     if problem := _problem(settings, config.num_labels, longest):

@@ -47,8 +47,7 @@ def encode(
 ) -> Tensor:
     """(B, T, H) last hidden states; of a model that was narrowed (B * K, H), those at the slots, K of each row."""
     some = {} if slots is None else {"slots": slots}
-    body = model.base_model
-    found = body(input_ids=input_ids, position_ids=positions, **attention, **some)
+    found = model.base_model(input_ids=input_ids, position_ids=positions, **attention, **some)
     return found.last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -75,18 +75,16 @@ def look_for_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, if there is one, and sentences for the user."""
     sentences: list[str] = []
     for folder in reversed(list_checkpoints(run_dir)):
-        if damage := find_damage(folder):
-            sentences.append(f"{folder.name} is damaged ({damage}) and passed over")
-        else:
+        if not (damage := find_damage(folder)):
             return folder, [*sentences, *_average_notice(folder)]
+        sentences.append(f"{folder.name} is damaged ({damage}) and passed over")
     return None, sentences
 
 
 def _average_notice(checkpoint: Path) -> list[str]:
     """What to know of a checkpoint of a run that also keeps a moving average of the weights."""
-    if not (checkpoint / AVERAGE).is_file():
-        return []
-    return [f"{checkpoint} holds the weights as trained; their moving average, which was evaluated, is in final/"]
+    said = f"{checkpoint} holds the weights as trained; their moving average, which was evaluated, is in final/"
+    return [said] if (checkpoint / AVERAGE).is_file() else []
 
 
 # ---- what is meant -----------------------------------------------------------------------------------------------
@@ -116,7 +114,7 @@ def find_saved(folder: Path, prefer: Literal["final", "checkpoint"] = "final") -
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that a path names, with the state of its training: itself, or the newest whole one of a run.
+    """The whole checkpoint that a path names, with the state of its training: itself, or the newest of a run.
 
     Raises:
         UserError: it is neither, or it is damaged.
@@ -139,8 +137,7 @@ def find_model(name: str) -> tuple[Path, list[str]]:
     try:
         return Path(str(cached_file(name, "config.json"))).parent, []
     except Exception as error:  # the Hub client raises many kinds
-        offline = "HF_HUB_OFFLINE is set, so only its cache was searched"
-        reason = offline if HF_HUB_OFFLINE else shortened(error)
+        reason = "HF_HUB_OFFLINE is set, so only its cache was searched" if HF_HUB_OFFLINE else shortened(error)
         raise UserError(
             f"{name} is neither a folder (seen from {Path.cwd()}) nor a model of the Hub: {reason}"
         ) from None

@@ -7,7 +7,7 @@ tokenizer where there is none; each is a warning at most. Here each is refused w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,7 @@ def _folder(name: str | Path) -> Path:
 
 
 def load_model(
-    name: str | Path,
-    architecture: Any,
-    config: Any = None,
-    *,
-    may_be_new: Callable[[Any, str], bool] | None = None,
+    name: str | Path, architecture: Any, config: Any = None, *, may_be_new: Callable[[Any, str], bool] | None = None
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """A model with its saved weights, in float32, which fill it and hold no more of its body than it has.
 
@@ -118,16 +114,12 @@ def load_model(
             raise UserError(
                 f"{name} holds no usable weights, or none that its config.json suits ({shortened(error)})"
             ) from error
-    _check_filled(name, model, info, may_be_new)
-    if may_be_new is None:
-        _check_used(name, model, info["unexpected_keys"])
+    _check_weights(name, model, info, may_be_new)
     return model, info
 
 
-def _check_filled(
-    name: str | Path, model: Any, info: Mapping[str, Any], may_be_new: Callable[[Any, str], bool] | None
-) -> None:
-    """Raises a UserError where a part of a model would be random."""
+def _check_weights(name: str | Path, model: Any, info: Mapping[str, Any], may_be_new: Any) -> None:
+    """Refuse weights that leave a part of a model random, or hold more of its body; other heads do not matter."""
     shapes = {key: sizes for key, *sizes in info["mismatched_keys"]}
     lacking = sorted(key for key in {*info["missing_keys"], *shapes} if not (may_be_new and may_be_new(model, key)))
     if misfits := [key for key in lacking if key in shapes]:
@@ -142,12 +134,9 @@ def _check_filled(
             f"{name} (saved as {saved_as}) lacks {part} of {type(model).__name__}, {some_of(lacking)}: they would be "
             "random; take a model that was saved with them"
         )
-
-
-def _check_used(name: str | Path, model: Any, unused: Iterable[str]) -> None:
-    """Raises a UserError where weights hold more of the body of a model than it has; other heads do not matter."""
+    unused = (key for key in info["unexpected_keys"] if may_be_new is None and not key.endswith(_OLD_BUFFERS))
     own = ("encoder.", "embeddings.", *(f"{part}." for part, _ in model.base_model.named_children()))
-    inside = (key.removeprefix(f"{model.base_model_prefix}.") for key in unused if not key.endswith(_OLD_BUFFERS))
+    inside = (key.removeprefix(f"{model.base_model_prefix}.") for key in unused)
     if found := sorted(key for key in inside if key.startswith(own)):
         raise UserError(
             f"{name} holds tensors for which {type(model).__name__} has no place, {some_of(found)}: it would differ "

@@ -17,9 +17,7 @@ def add_lora(model: PreTrainedModel, rank: int) -> list[str]:
     """Freeze the body and train low-rank additions to its layers (arXiv:2106.09685), and the head as a whole.
 
     The layers are those that peft knows for the type of the model; of a type that it does not know, all linear ones.
-
-    Raises:
-        UserError: the package peft is missing, or cannot add to the model's layers.
+    Without the package, or layers that it can add to, there is a UserError.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

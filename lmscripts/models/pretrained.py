@@ -26,12 +26,9 @@ _ATTENTION_DROPOUTS += ("lsh_attention_probs_dropout_prob", "local_attention_pro
 
 
 def set_dropout(config: Any, hidden: float, attention: float) -> list[str]:
-    """Set the dropouts of a configuration of any type, under whichever names it has for them.
+    """Set the dropouts of a configuration of any type, under whichever names it has; sentences say what has no effect.
 
     Layers are never dropped as a whole, and within the feed-forward layers no more than hidden states are.
-
-    Returns:
-        Sentences for the user: what has no effect on such a model.
     """
     parts = [config, *(part for part in (getattr(config, "attn_config", None),) if part is not None)]
     sentences = []
@@ -79,11 +76,9 @@ def adopt_tokenizer(models: Sequence[Any], name_or_path: str, tokenizer: Any) ->
     theirs = tokenizer_beside(name_or_path)
     if theirs is None:
         room = len(models[0].get_input_embeddings().weight)
-        sentences = [
-            f"{name_or_path} has no tokenizer beside it: only the size of the vocabulary could be checked "
-            f"({max(tokens) + 1:,} entries, room for {room:,})"
-        ]
-        return sentences + _adopt_padding(models, name_or_path, ours.pad_id, confirmed=False)
+        said = f"{name_or_path} has no tokenizer beside it: only the size of the vocabulary could be checked "
+        said += f"({max(tokens) + 1:,} entries, room for {room:,})"
+        return [said, *_adopt_padding(models, name_or_path, ours.pad_id, confirmed=False)]
     for name in ("pad", "unk", "cls", "sep", "mask"):
         old, new = getattr(theirs, f"{name}_id"), getattr(ours, f"{name}_id")
         if old is not None and old != new:
@@ -148,11 +143,7 @@ def _start_words(models: Sequence[Any], theirs: Encoder, words: Mapping[int, str
     for tensor in {id(tensor): tensor for tensor in tables if tensor is not None}.values():  # each of them once
         for number, pieces in zip(words, known, strict=True):
             tensor[number] = tensor[pieces or ordinary].mean(0)
-    sentences = [
-        f"{len(words)} new words took the place of unused tokens; their embeddings are the mean of their pieces'"
-    ]
+    said = f"{len(words)} new words took the place of unused tokens; their embeddings are the mean of their pieces'"
     if unknown := [word for word, pieces in zip(words.values(), known, strict=True) if not pieces]:
-        sentences.append(
-            f"the model's tokenizer knows no piece of {some_of(unknown)}: there it is the mean of all words'"
-        )
-    return sentences
+        return [said, f"the model's tokenizer knows no piece of {some_of(unknown)}: there it is the mean of all words'"]
+    return [said]

@@ -253,8 +253,7 @@ def signs_of_no_training(model: PreTrainedModel, steps: int | None = None) -> tu
     matrices = [tensor.detach() for tensor in model.parameters() if tensor.ndim > 1]
     if matrices and all(map(_is_constant, matrices)):
         return f"each of its {len(matrices)} matrices holds one value, which no training leaves", ""
-    named = ((name, tensor.detach()) for name, tensor in model.named_parameters())
-    vectors = {name: tensor for name, tensor in named if tensor.ndim == 1 and tensor.numel() > 1}
+    vectors = {name: each.detach() for name, each in model.named_parameters() if each.ndim == 1 and each.numel() > 1}
     body = f"{model.base_model_prefix}."
     head = [tensor for name, tensor in vectors.items() if not name.startswith(body)]
     for part, tensors in (("every part", list(vectors.values())), ("the head", head)):

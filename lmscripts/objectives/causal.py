@@ -202,9 +202,7 @@ def document_beginnings(phase: Phase, number: int = 3, most_tokens: int = 12) ->
     return list(islice(cycle(found), number))
 
 
-def continuations(
-    model: Any, tokenizer: Any, prompts: list[NDArray[np.int64]], new_tokens: int = 40, seed: int = 0
-) -> list[str]:
+def continuations(model: Any, tokenizer: Any, prompts: list[NDArray[np.int64]]) -> list[str]:
     """How the model goes on from prompts of (n,) ids: sampled from its 50 likeliest tokens, always the same.
 
     A prompt that comes again is gone on from in another way. The random numbers outside are left alone.
@@ -212,14 +210,14 @@ def continuations(
     import torch
 
     found = []
-    longest = getattr(model.config, "max_position_embeddings", max(map(len, prompts), default=0) + new_tokens)
+    longest = getattr(model.config, "max_position_embeddings", max(map(len, prompts), default=0) + 40)
     for number, ids in enumerate(prompts):
         prompt = torch.from_numpy(ids[: longest // 2])
         inputs = prompt[None].to(next(model.parameters()).device)
         settings = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
-        settings["max_length"] = min(prompt.numel() + new_tokens, longest)
+        settings["max_length"] = min(prompt.numel() + 40, longest)
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed + number)
+            torch.manual_seed(number)
             written = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)[0].cpu()
         begun, added = (
             " ".join(str(tokenizer.decode(part, skip_special_tokens=True)).split())

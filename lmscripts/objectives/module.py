@@ -88,13 +88,8 @@ def cut(
 ) -> Made:
     """Laid out rows as batches with their counts, see `lmscripts.data.steps.cut_rows`.
 
-    Args:
-        laid_out: N rows of T tokens.
-        sizes: rows of each batch, B; they sum to N.
-        arrays: (N, ...) what is in a batch, by name; there places of a row are flat ones, and what they have is flat.
-        targets: (N, ...) what is counted, by name.
-        several: (N,) whether a row holds more than one segment.
-        most_segments: of a row, where batches need "segment_ends"; None where not.
+    Arrays, by name, are (N, ...) for N rows; in a batch, places of a row are flat ones, and what they have is flat.
+    Targets are (N, ...) what is counted. `most_segments` of a row are given where batches need "segment_ends".
     """
     in_batch = np.concatenate([np.arange(size) for size in sizes])[:, None] * laid_out.ids.shape[1]
     arrays = arrays | {name: arrays[name] + in_batch for name in _PLACES if name in arrays}

@@ -91,8 +91,7 @@ def _attend_from(module: Any, normed: Tensor, slots: Tensor, mask: Tensor | None
 def _turned(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Queries or keys turned by their positions, in float32 as transformers does it."""
     wide = states.float()
-    turned: Tensor = (wide * cosine) + (rotate_half(wide) * sine)  # type: ignore[no-untyped-call]
-    return turned.to(states.dtype)
+    return ((wide * cosine) + (rotate_half(wide) * sine)).to(states.dtype)  # type: ignore
 
 
 narrow = partial(encoder.narrow, forward=_forward_at_slots)
