@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from lmscripts.errors import UserError
 
@@ -122,8 +123,6 @@ def use_attention(path: AttentionPath) -> str:
     """The name to give as `attn_implementation` when a model is built; registers "varlen" with transformers."""
     if path != "varlen":
         return path
-    from transformers import AttentionInterface
-
     AttentionInterface.register(VARLEN, _varlen_forward)
     return VARLEN
 

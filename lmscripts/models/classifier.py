@@ -39,7 +39,6 @@ class Source:
     Attributes:
         load_from: what `from_pretrained` is given: a folder, or a name on the Hub.
         longest: tokens of its longest input; None where nothing says.
-        notices: sentences for the user.
     """
 
     name: str

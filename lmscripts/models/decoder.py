@@ -77,11 +77,7 @@ def causal_class(name: str, config: PretrainedConfig) -> Any:
 
 
 def fit(model: Any, name: str, layout: Layout) -> tuple[Any, list[str]]:
-    """A decoder with room for the longest rows of a run, see `lmscripts.models.fitting.lengthen`.
-
-    Raises:
-        UserError: it attends to less than a row, or its positions cannot be lengthened.
-    """
+    """A decoder with room for the longest rows of a run, or a UserError; see `lmscripts.models.fitting.lengthen`."""
     text, length = model.config.get_text_config(decoder=True), layout.sequence_length
     # GPT-Neo lays its own window over any mask; without a mask every model does.
     windows = [getattr(text, window, None) for window in _WINDOWS]

@@ -92,12 +92,11 @@ def _forward_at_slots(
 
 
 def flops(model: PreTrainedModel, sequence_length: int, slots: int) -> float:
-    """Floating-point operations of a training step per position.
+    """Floating-point operations of a training step per position; without slots the head looks at every position.
 
     6 per weight that a position meets, and 12 H T per layer for the attention scores (arXiv:2001.08361, section 2.1,
     with the attention term written out), T no more than a window of attention. Where logits are wanted at some
     positions only, the others meet neither the head nor, of the last layer, more than keys and values.
-    Without slots the head looks at every position.
     """
     config: Any = model.config
     width, share, stack = config.hidden_size, slots / sequence_length, stacked_layers(model)

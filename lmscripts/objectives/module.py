@@ -24,10 +24,7 @@ _PLACES = ("slots", "pair_places")
 class Objective(nn.Module):
     """The models of an objective under the names of its PARTS, and what computes its loss.
 
-    Attributes:
-        kind: module of the objective, see `lmscripts.objectives`.
-        family: module of the family, see `lmscripts.models.families`.
-        weights: loss terms and their weights.
+    `kind` is the module of the objective, `family` that of the family; `weights` are those of the terms of the loss.
     """
 
     def __init__(

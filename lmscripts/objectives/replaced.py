@@ -107,10 +107,7 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
 
 
 def sample(logits: Tensor, draws: Tensor) -> Tensor:
-    """(N,) int64 the first id of each row of (N, V) fp32 logits whose cumulative probability exceeds the draw.
-
-    Draws are (N,), uniform in [0, 1).
-    """
+    """(N,) int64 first ids in rows of (N, V) fp32 logits whose cumulative probability exceeds the draw, from [0, 1)."""
     import torch
 
     cumulative = logits.softmax(-1).cumsum_(-1)  # in place: with a large vocabulary this is the peak of memory

@@ -64,11 +64,7 @@ class Settings(masked.Settings):
 def rows(
     store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing, settings: Settings
 ) -> PairRows | None:
-    """Rows of [CLS] A [SEP] B [SEP].
-
-    Raises:
-        UserError: the tokenizer lacks a special token, or pairs that see each other were asked for.
-    """
+    """Rows of [CLS] A [SEP] B [SEP], of a tokenizer that has these; pairs never see each other."""
     from lmscripts.data.packing import Layout
     from lmscripts.data.pairs import PairSettings, open_pairs
 
