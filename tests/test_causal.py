@@ -30,7 +30,7 @@ from lmscripts.models.attention import attention_paths, use_attention
 from lmscripts.models.checks import check_isolation
 from lmscripts.models.cross_entropy import chunked_cross_entropy
 from lmscripts.models.families import gpt2
-from lmscripts.models.fitting import freeze, fuse_activations, lengthen_positions
+from lmscripts.models.fitting import freeze, fuse_activations, stacked_layers
 from lmscripts.objectives import causal
 from lmscripts.objectives.causal import boundary_ids
 from lmscripts.tokenizer.folder import copy_tokenizer
@@ -537,12 +537,12 @@ def test_a_pipeline_writes_as_much_as_a_model_of_short_rows_can_hold(tokenizer_d
 def test_layers_are_found_wherever_a_decoder_keeps_them(name):
     """OPT has them a level deeper, which ended runs after their first step."""
     model = decoder(name)
-    assert len(gpt2.layers(model)) == 2
+    assert len(stacked_layers(model)) == 2
     assert make_objective(model, "eager").flops_per_position(32, 32) > 6 * 32 * 200
     freeze(model, 1)
     assert not model.get_input_embeddings().weight.requires_grad
-    assert all(not p.requires_grad for p in gpt2.layers(model)[0].parameters())
-    assert all(p.requires_grad for p in gpt2.layers(model)[1].parameters())
+    assert all(not p.requires_grad for p in stacked_layers(model)[0].parameters())
+    assert all(p.requires_grad for p in stacked_layers(model)[1].parameters())
 
 
 # ---- fitting ----
@@ -571,7 +571,8 @@ def test_a_lengthened_gpt2_gives_the_same_logits_on_short_inputs():
     model = make_model()
     ids = torch.randint(0, 200, (2, 40))
     before = model(input_ids=ids).logits
-    assert lengthen_positions(model, 128)
+    model, notices = gpt2.fit(model, "m/x", layout_of(128))
+    assert notices == ["64 position embeddings were lengthened to 128"]
     assert torch.equal(model(input_ids=ids).logits, before)
     assert model(input_ids=torch.randint(0, 200, (1, 128))).logits.shape == (1, 128, 200)
     model.set_attn_implementation("eager")

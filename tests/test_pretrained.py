@@ -30,9 +30,10 @@ from transformers.utils import logging
 from lmscripts.errors import UserError
 from lmscripts.models.attention import use_attention
 from lmscripts.models.building import longest_pretrained
-from lmscripts.models.families import preset_keys
-from lmscripts.models.fitting import freeze, lengthen_positions
-from lmscripts.models.pretrained import adopt_tokenizer, load_pretrained, set_dropout
+from lmscripts.models.families import electra, preset_keys
+from lmscripts.models.fitting import freeze, lengthen
+from lmscripts.models.loading import load_model, read_config
+from lmscripts.models.pretrained import adopt_tokenizer, set_dropout
 from lmscripts.options.presets import load_preset
 from lmscripts.tokenizer.extension import plan_extension, write_extension
 
@@ -65,13 +66,10 @@ def save(model, folder):
 
 
 def load(folder, family="bert", attn_implementation="sdpa", hidden_dropout=0.1, attention_dropout=0.0):
-    return load_pretrained(
-        str(folder),
-        FAMILIES[family][0],
-        attn_implementation=attn_implementation,
-        hidden_dropout=hidden_dropout,
-        attention_dropout=attention_dropout,
-    )
+    config = read_config(folder, FAMILIES[family][0])
+    set_dropout(config, hidden_dropout, attention_dropout)
+    config._attn_implementation = attn_implementation
+    return load_model(folder, FAMILIES[family][0], config)[0].train()
 
 
 def logits(model, length=10):
@@ -196,10 +194,10 @@ def test_model_and_tokenizer_from_the_cache_of_the_hub(model_dir, tmp_path):
     program = """
 import sys
 from transformers import AutoTokenizer, BertForMaskedLM
-from lmscripts.models.pretrained import adopt_tokenizer, load_pretrained, set_dropout
-dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-model = load_pretrained("someone/tiny", BertForMaskedLM, attn_implementation="sdpa", **dropout)
-print(adopt_tokenizer(model, "someone/tiny", AutoTokenizer.from_pretrained(sys.argv[1])))
+from lmscripts.models.loading import load_model, read_config
+from lmscripts.models.pretrained import adopt_tokenizer
+model, _ = load_model("someone/tiny", BertForMaskedLM, read_config("someone/tiny", BertForMaskedLM))
+print(adopt_tokenizer([model], "someone/tiny", AutoTokenizer.from_pretrained(sys.argv[1])))
 """
     command = [sys.executable, "-c", program, str(model_dir)]
     environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -309,7 +307,10 @@ def test_lengthened_model_is_the_same_on_short_rows(family, tmp_path):
     model = tiny(family)
     first = 2 if family == "roberta" else 0  # rows that no text uses
     before, table = logits(model), model.base_model.embeddings.position_embeddings.weight.detach().clone()
-    assert lengthen_positions(model, 30 + first)
+    random = torch.random.get_rng_state()
+    model, notices = lengthen(model, "m/x", 30)
+    assert notices == ["12 position embeddings were lengthened to 30"]
+    assert torch.equal(torch.random.get_rng_state(), random)
     grown = model.base_model.embeddings.position_embeddings.weight
     assert torch.equal(grown[: 12 + first], table)
     for position in range(12, 30):
@@ -328,20 +329,20 @@ def test_never_shortened(family):
     model = tiny(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for number in (5, 12):
-        assert not lengthen_positions(model, number)
+        assert lengthen(model, "m/x", number) == (model, [])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.config.max_position_embeddings == (14 if family == "roberta" else 12)
 
 
 def test_shared_embeddings_stay_shared(tmp_path):
     """Generator and discriminator of a run have one module; each has its own configuration."""
-    generator, discriminator = tiny("generator"), tiny("discriminator", seed=1)
-    generator.electra.embeddings = discriminator.electra.embeddings
-    generator.tie_weights()
+    models = {"": tiny("discriminator", seed=1), "generator": tiny("generator")}
+    electra.join(models)
+    discriminator, generator = (lengthen(model, "m/x", 20)[0] for model in models.values())
+    electra.join({"": discriminator, "generator": generator})
     parameter = discriminator.electra.embeddings.position_embeddings.weight
-    assert lengthen_positions(discriminator, 20)
-    assert lengthen_positions(generator, 20)
-    assert not lengthen_positions(generator, 20)
+    assert lengthen(generator, "m/x", 20) == (generator, [])
+    assert generator.generator_lm_head.weight is discriminator.get_input_embeddings().weight
     assert generator.electra.embeddings.position_embeddings.weight is parameter
     assert (
         len(parameter) == generator.config.max_position_embeddings == discriminator.config.max_position_embeddings == 20
@@ -352,8 +353,7 @@ def test_shared_embeddings_stay_shared(tmp_path):
 
 
 def test_new_positions_are_trained():
-    model = tiny()
-    lengthen_positions(model, 20)
+    model, _ = lengthen(tiny(), "m/x", 20)
     model(torch.arange(5, 23)[None]).logits.sum().backward()
     gradient = model.bert.embeddings.position_embeddings.weight.grad
     assert gradient.shape == (20, 16)
@@ -428,7 +428,7 @@ def same(before, *models):
 def test_same_tokenizer_changes_nothing(tokenizer_dir, model_dir):
     model = load(model_dir)
     before = state(model)
-    assert adopt_tokenizer(model, str(model_dir), AutoTokenizer.from_pretrained(tokenizer_dir)) == []
+    assert adopt_tokenizer([model], str(model_dir), AutoTokenizer.from_pretrained(tokenizer_dir)) == []
     assert same(before, model)
 
 
@@ -479,7 +479,7 @@ def test_generator_and_discriminator_with_one_table(tokenizer_dir, model_dir, tm
 def test_first_loss_of_a_new_word_is_finite_and_known_text_is_as_before(tokenizer_dir, model_dir, tmp_path):
     new = extended(tokenizer_dir, tmp_path, "縄文")
     model, untouched = load(model_dir).eval(), load(model_dir).eval()
-    adopt_tokenizer(model, str(model_dir), new)
+    adopt_tokenizer([model], str(model_dir), new)
     ids = new("今日の人は知らない。", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         ours, before = model(ids).logits, untouched(ids).logits
@@ -529,7 +529,7 @@ def test_other_tokenizers_are_refused(tokenizer_dir, model_dir, tmp_path, change
     model = load(model_dir)
     before = state(model)
     with pytest.raises(UserError, match=sentence):
-        adopt_tokenizer(model, str(model_dir), copied(tokenizer_dir, tmp_path, change, **settings))
+        adopt_tokenizer([model], str(model_dir), copied(tokenizer_dir, tmp_path, change, **settings))
     assert same(before, model)
 
 
@@ -538,7 +538,7 @@ def test_a_new_word_beside_a_difference_is_refused_before_anything_changes(token
     before = state(model)
     tokenizer = copied(tokenizer_dir, tmp_path, lambda lines: swapped([*lines[:5], "素粒子", *lines[6:]]))
     with pytest.raises(UserError, match="2 ids mean other tokens"):
-        adopt_tokenizer(model, str(model_dir), tokenizer)
+        adopt_tokenizer([model], str(model_dir), tokenizer)
     assert same(before, model)
 
 
@@ -546,15 +546,15 @@ def test_other_dictionary_is_refused(tokenizer_dir, model_dir, tmp_path):
     pytest.importorskip("unidic_lite")
     tokenizer = copied(tokenizer_dir, tmp_path, mecab_kwargs={})  # what transformers takes for no dictionary
     with pytest.raises(UserError, match="mecab_dic is unidic_lite and ipadic"):
-        adopt_tokenizer(load(model_dir), str(model_dir), tokenizer)
+        adopt_tokenizer([load(model_dir)], str(model_dir), tokenizer)
 
 
 def test_padded_vocabularies_fit(tokenizer_dir, model_dir, tmp_path):
     """A table with more rows than tokens; unused tokens and words where the model's tokenizer has nothing."""
     model = tiny(vocab_size=2112)
-    assert adopt_tokenizer(model, str(model_dir), AutoTokenizer.from_pretrained(tokenizer_dir)) == []
+    assert adopt_tokenizer([model], str(model_dir), AutoTokenizer.from_pretrained(tokenizer_dir)) == []
     more = copied(tokenizer_dir, tmp_path, lambda lines: [*lines, "[unused99]", "素粒子"])
-    assert "1 new words" in adopt_tokenizer(model, str(model_dir), more)[0]
+    assert "1 new words" in adopt_tokenizer([model], str(model_dir), more)[0]
     pieces = AutoTokenizer.from_pretrained(tokenizer_dir)("素粒子", add_special_tokens=False)["input_ids"]
     table = model.get_input_embeddings().weight
     assert torch.allclose(table[2049], table[pieces].mean(0))
@@ -565,21 +565,21 @@ def test_no_tokenizer_beside_the_model(tokenizer_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     folder = save(tiny(vocab_size=2048), tmp_path / "model")
     for _ in range(2):
-        sentences = adopt_tokenizer(load(folder), str(folder), tokenizer)
+        sentences = adopt_tokenizer([load(folder)], str(folder), tokenizer)
         assert "no tokenizer beside it: only the size" in sentences[0]
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     with pytest.raises(UserError, match=r"has ids up to 2047, but the vocabulary of .* has 64 entries"):
-        adopt_tokenizer(tiny(), str(folder), tokenizer)
+        adopt_tokenizer([tiny()], str(folder), tokenizer)
     other = tiny(vocab_size=2048, pad_token_id=3)
     with pytest.raises(UserError, match=r"padding token has the id 0, but config.json of .* says 3"):
-        adopt_tokenizer(other, str(folder), tokenizer)
+        adopt_tokenizer([other], str(folder), tokenizer)
 
 
 def test_padding_id_of_the_configuration(tokenizer_dir, model_dir):
     """With [PAD] elsewhere than the configuration says, another token's embedding never gets a gradient."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     model = tiny(vocab_size=2048, pad_token_id=3)
-    assert "took id 3 for padding; it is id 0" in adopt_tokenizer(model, str(model_dir), tokenizer)[0]
+    assert "took id 3 for padding; it is id 0" in adopt_tokenizer([model], str(model_dir), tokenizer)[0]
     assert model.config.pad_token_id == 0
     model.bert(torch.tensor([[0, 3, 7, 8]])).last_hidden_state[0, 2].sum().backward()
     gradient = model.get_input_embeddings().weight.grad
@@ -587,7 +587,7 @@ def test_padding_id_of_the_configuration(tokenizer_dir, model_dir):
     assert not gradient[0].any()
     roberta = tiny("roberta", vocab_size=2048)  # its positions begin behind the padding id
     with pytest.raises(UserError, match=r"padding token has the id 0, but config.json of .* says 1"):
-        adopt_tokenizer(roberta, str(model_dir), tokenizer)
+        adopt_tokenizer([roberta], str(model_dir), tokenizer)
 
 
 def test_damaged_tokenizer_is_not_taken_for_none(tokenizer_dir, model_dir, tmp_path):
@@ -595,7 +595,7 @@ def test_damaged_tokenizer_is_not_taken_for_none(tokenizer_dir, model_dir, tmp_p
     shutil.copytree(model_dir, folder)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"holds no tokenizer that AutoTokenizer can load"):
-        adopt_tokenizer(load(model_dir), str(folder), AutoTokenizer.from_pretrained(tokenizer_dir))
+        adopt_tokenizer([load(model_dir)], str(folder), AutoTokenizer.from_pretrained(tokenizer_dir))
 
 
 def test_fast_tokenizers(tmp_path):
@@ -610,11 +610,11 @@ def test_fast_tokenizers(tmp_path):
     edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     model = load(folder)
     new = extended(folder, tmp_path, "Cats")
-    assert "1 new words" in adopt_tokenizer(model, str(folder), new)[0]
+    assert "1 new words" in adopt_tokenizer([model], str(folder), new)[0]
     table = model.get_input_embeddings().weight
     assert torch.allclose(table[5], table[[7, 8]].mean(0))
     with pytest.raises(UserError, match=r"normalizer.lowercase is false and true"):
-        adopt_tokenizer(model, str(folder), AutoTokenizer.from_pretrained(tmp_path / "cased"))
+        adopt_tokenizer([model], str(folder), AutoTokenizer.from_pretrained(tmp_path / "cased"))
 
 
 # ---- rows ----
@@ -642,4 +642,4 @@ def test_japanese_and_fast_are_told_apart(tokenizer_dir, model_dir):
 
     fast = BertTokenizer.from_pretrained(tokenizer_dir)
     with pytest.raises(UserError, match=r"tokenizer is of tokenizer.json and BertJapaneseTokenizer"):
-        adopt_tokenizer(load(model_dir), str(model_dir), fast)
+        adopt_tokenizer([load(model_dir)], str(model_dir), fast)

@@ -259,6 +259,15 @@ def test_what_was_saved_as_something_else_is_refused_by_name(tmp_path, architect
         open_model(str(folder))
 
 
+def test_an_objective_without_scores_is_named(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model", model=perturbed(BertForSequenceClassification(BertConfig(**SIZES))))
+    judged = {"judged": {"": "BertForSequenceClassification"}}
+    monkeypatch.setattr(saved_models.family("bert"), "heads", saved_models.family("bert").heads | judged)
+    with pytest.raises(UserError, match="was trained on the objective judged, which has no scores of a text"):
+        open_model(str(folder))
+    assert open_model(str(write_model(tmp_path / "other"))).objective == "masked"
+
+
 def test_what_brings_the_whole_head_is_taken_whatever_its_name(tmp_path):
     for name, model in {
         "pretraining": perturbed(BertForPreTraining(BertConfig(**SIZES))),

@@ -21,7 +21,7 @@ from lmscripts.models.attention import AttentionPath
 from lmscripts.models.checks import check_isolation, drops_something
 from lmscripts.models.families import architectures, family, preset_keys
 from lmscripts.models.finding import CHECKSUMS, find_damage
-from lmscripts.models.loading import read_config
+from lmscripts.models.loading import load_model, read_config
 from lmscripts.options.presets import Preset, default_parameter_file, disagreements, load_preset
 
 Models = dict[str, PreTrainedModel]
@@ -41,50 +41,43 @@ def build(
 ) -> tuple[Models, list[str]]:
     """The models of a preset for an objective, each proved to keep documents apart (`lmscripts.models.checks`).
 
-    Args:
-        preset: sizes of the layers or names of pretrained models; layers to freeze.
-        objective: its name.
-        tokenizer: of the text, from transformers.
-        layout: of the longest rows; decides the number of positions and the special ids.
-        like: checkpoint of a run that is continued: models with pretrained weights are only shaped like its own.
-        seed: decides the initial weights, on every process alike.
-        path: how attention is computed.
-        hidden_dropout: of the hidden states.
-        attention_dropout: of the attention weights.
+    The layout, that of the longest rows, decides the number of positions and the special ids; the seed the initial
+    weights, on every process alike. In a run that is continued models with pretrained weights are only shaped like
+    those of its checkpoint, `like`.
 
     Returns:
         The models by subfolder, and sentences for the user.
 
     Raises:
-        UserError: a pretrained model cannot be loaded, does not fit the tokenizer or the rows, or would not keep
-            documents apart; too many layers to freeze.
+        UserError: a pretrained model is damaged or does not fit, documents see each other, too few layers to freeze.
     """
-    settings: dict[str, Any] = {"hidden_dropout": hidden_dropout, "attention_dropout": attention_dropout}
-    settings["attn_implementation"] = attention.use_attention(path)
-    names, module = pretrained_names(preset), family(preset.family)
-    heads = architectures(preset.family, objective, pretrained=bool(names))
+    names, module, models, notices = pretrained_names(preset), family(preset.family), Models(), list[str]()
+    going_on = bool(names) and like is None
     torch.manual_seed(seed)
-    notices: list[str] = []
-    if names and like is not None:
-        models = {part: _shaped(head, like / part, settings) for part, head in heads.items()}
-    elif names:
-        models, notices = _load(names, heads, tokenizer, layout, module, settings)
-    else:
-        configs = {part: module.config(preset, len(tokenizer), layout, part) for part in heads}
-        models = {part: head(_with_settings(configs[part], settings)) for part, head in heads.items()}
+    for part, head in architectures(preset.family, objective, pretrained=bool(names)).items():
+        if names:
+            config = read_config(names[part] if like is None else like / part, head)
+        else:
+            config = module.config(preset, len(tokenizer), layout, part)
+        without_effect = pretrained.set_dropout(config, hidden_dropout, attention_dropout)
+        config._attn_implementation = attention.use_attention(path)
+        models[part] = _load(names[part], head, config) if going_on else _shaped(head, config)
+        notices += without_effect if going_on else []
+    if going_on:
+        notices += _fit(models, names, tokenizer, layout, module)
     module.join(models)
     bodies = {id(model.base_model): part for part, model in reversed(models.items())}  # heads may share one
     for part, model in models.items():
         fitting.fuse_activations(model)
         if preset.frozen_layers >= 0:
-            frozen = fitting.freeze(model, preset.frozen_layers, module.layers(model))
+            frozen = fitting.freeze(model, preset.frozen_layers)
             parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
             notices.append(f"{frozen:,} parameters of {part or 'the model'} are frozen: {parts}")
         notices += module.adopt(model, layout, like and like / part)
         if part not in bodies.values():
             continue
         check_isolation(module, model, path, layout)
-        if names and like is None and hidden_dropout and not drops_something(module, model, path):
+        if going_on and hidden_dropout and not drops_something(module, model, path):
             notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {model.config.model_type}")
     return models, list(dict.fromkeys(notices))
 
@@ -100,11 +93,7 @@ def read_preset(parameter_file: str | None, name: str) -> tuple[Preset, Any]:
 
 
 def recompute_activations(models: Mapping[str, PreTrainedModel]) -> None:
-    """Let each layer compute its activations again for the gradient instead of keeping them.
-
-    Raises:
-        UserError: transformers cannot do that for a model.
-    """
+    """Compute activations again for the gradient instead of keeping them; a UserError for models that cannot."""
     for model in models.values():
         if not model.supports_gradient_checkpointing:
             raise UserError(f"--activation_checkpointing: transformers does not have that for a {type(model).__name__}")
@@ -121,16 +110,7 @@ def choose_attention(
     attention_dropout: float,
     like: Path | None = None,
 ) -> AttentionPath:
-    """How attention is computed, see `lmscripts.models.attention.choose_attention`.
-
-    Args:
-        preset: may name a pretrained decoder of any type.
-        objective: its name.
-        wanted: "auto", or one of the paths.
-        device: "cuda", "cpu".
-        precision: "fp16", "bf16", "no".
-        attention_dropout: of the attention weights.
-        like: checkpoint of a run that is continued.
+    """See `lmscripts.models.attention.choose_attention`; a pretrained decoder, or the checkpoint `like`, has any type.
 
     Raises:
         UserError: the models do not have the wanted one, or transformers has no causal model of this type.
@@ -145,13 +125,7 @@ def choose_attention(
 
 
 def as_asked(preset: Preset, objective: str, *, sizes: Mapping[str, Any], **given: Any) -> Preset:
-    """The preset with what options say otherwise.
-
-    Args:
-        preset: from the parameter file.
-        objective: its name.
-        sizes: of the layers, by fields of the preset; a width alone makes the feed-forward layers four times as wide.
-        given: other fields of the preset.
+    """The preset with what options say otherwise; a width alone makes the feed-forward layers four times as wide.
 
     Raises:
         UserError: pretrained models that the family has no use for, one half of a pair, sizes that have no effect or
@@ -166,9 +140,9 @@ def as_asked(preset: Preset, objective: str, *, sizes: Mapping[str, Any], **give
         )
     if names and names.keys() != parts.keys():
         raise UserError("ELECTRA goes on from a pretrained generator and a pretrained discriminator: give both")
+    if names and sizes:
+        raise UserError(f"the sizes are those of {names['']}: leave out those that are given")
     if names:
-        if sizes:
-            raise UserError(f"the sizes are those of {names['']}: leave out those that are given")
         return preset
     preset = replace(preset, **sizes)
     if "hidden_size" in sizes and "ffn_size" not in sizes:
@@ -184,11 +158,7 @@ def as_asked(preset: Preset, objective: str, *, sizes: Mapping[str, Any], **give
 
 
 def longest_pretrained(preset: Preset) -> int | None:
-    """Tokens that the pretrained model of a preset can read at once; None for one that does not say it.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+    """Tokens that the pretrained model of a preset can read at once; None for one that does not say it."""
     return fitting.longest_input(read_config(pretrained_names(preset)[""]))
 
 
@@ -208,45 +178,31 @@ def num_parameters(models: Mapping[str, PreTrainedModel]) -> int:
     return sum(p.numel() for p in {id(p): p for model in models.values() for p in model.parameters()}.values())
 
 
-def _shaped(head: Any, folder: Path, settings: dict[str, Any]) -> PreTrainedModel:
-    """A model as in a checkpoint, whose weights are to be loaded later."""
+def _shaped(head: Any, config: Any) -> PreTrainedModel:
+    """A new model, or one in the shape of a checkpoint whose weights are loaded later."""
     make: Any = head.from_config if head is AutoModelForCausalLM else head
-    model: PreTrainedModel = make(_with_settings(read_config(folder, head), settings))
+    return make(config)  # type: ignore[no-any-return]
+
+
+def _load(name: str, head: Any, config: Any) -> PreTrainedModel:
+    if (Path(name) / CHECKSUMS).is_file() and (damage := find_damage(Path(name))):
+        raise UserError(f"the pretrained model {name} is damaged: {damage}")
+    model = load_model(name, head, config)[0]
+    model.train()  # transformers hands it out with its dropout switched off
     return model
 
 
-def _with_settings(config: Any, settings: dict[str, Any]) -> Any:
-    pretrained.set_dropout(config, settings["hidden_dropout"], settings["attention_dropout"])
-    config._attn_implementation = settings["attn_implementation"]
-    return config
-
-
-def _load(
-    names: dict[str, str], heads: dict[str, Any], tokenizer: Any, layout: Layout, module: Any, settings: dict[str, Any]
-) -> tuple[Models, list[str]]:
-    """Pretrained models with room for the rows, the tokenizer looked at; what shares its embeddings is joined."""
-    for name in names.values():
-        if (Path(name) / CHECKSUMS).is_file() and (damage := find_damage(Path(name))):
-            raise UserError(f"the pretrained model {name} is damaged: {damage}")
-    models: Models = {part: pretrained.load_pretrained(names[part], head, **settings) for part, head in heads.items()}
-    notices = _check_pair(models, names) if len(models) > 1 else []
-    module.join(models)
+def _fit(models: Models, names: Mapping[str, str], tokenizer: Any, layout: Layout, module: Any) -> list[str]:
+    """Make room for the rows, join what shares its embeddings, look at the tokenizer; sentences for the user."""
+    notices: list[str] = []
+    tables = [model.base_model.get_submodule("embeddings").state_dict() for model in models.values() if len(models) > 1]
+    for part, theirs in zip(models, tables, strict=False):
+        if any(theirs[name].shape != tensor.shape for name, tensor in tables[0].items()):
+            raise UserError(f"{names[part]} and {names['']} have embeddings of other shapes: no ELECTRA pair")
+        if any(not theirs[name].equal(tensor) for name, tensor in tables[0].items()):
+            notices.append(f"the embeddings of {names[part]} differ: those of {names['']} are taken for both")
     for part, model in models.items():
         models[part], said = module.fit(model, names[part], layout)
         notices += said
-        dropouts = settings["hidden_dropout"], settings["attention_dropout"]
-        notices += pretrained.set_dropout(models[part].config, *dropouts)  # as they are; it says what has no effect
-    notices += pretrained.adopt_tokenizer([*models.values()], names[""], tokenizer)
-    return models, notices
-
-
-def _check_pair(models: Models, names: dict[str, str]) -> list[str]:
-    """Refuse two models whose embeddings cannot be one; says where they will be."""
-    (first, theirs), (second, ours) = (
-        (names[part], models[part].base_model.get_submodule("embeddings").state_dict()) for part in ("generator", "")
-    )
-    if any(theirs[name].shape != tensor.shape for name, tensor in ours.items()):
-        raise UserError(f"{first} and {second} have embeddings of other shapes: no ELECTRA pair")
-    if all(torch.equal(theirs[name], tensor) for name, tensor in ours.items()):
-        return []
-    return [f"the embeddings of {first} differ: those of {second} are taken for both"]
+    module.join(models)
+    return notices + pretrained.adopt_tokenizer([*models.values()], names[""], tokenizer)

@@ -37,12 +37,8 @@ class Source:
     """A model to begin with, found and looked at; nothing of it is loaded yet.
 
     Attributes:
-        name: as it was given.
         load_from: what `from_pretrained` is given: a folder, or a name on the Hub.
-        config: its configuration.
-        encoder: its tokenizer.
         longest: tokens of its longest input; None where nothing says.
-        notices: sentences for the user.
     """
 
     name: str
@@ -85,8 +81,7 @@ def find_source(name: str, tokenizer_dir: str | None = None) -> Source:
     """Find a model's folder (of a run its final/) or name on the Hub, with configuration and tokenizer.
 
     Raises:
-        UserError: there is none, it has no tokenizer, the tokenizer is that of another model, or it is what a
-            classifier's training keeps for itself.
+        UserError: there is none, it has no tokenizer or another model's, or it is kept for a classifier's training.
     """
     check_no_training(name)
     place, notices = find_model(name)
@@ -95,20 +90,18 @@ def find_source(name: str, tokenizer_dir: str | None = None) -> Source:
     encoder = tokenizer_of(load_from, place, tokenizer_dir)
     if (size := getattr(config, "vocab_size", None)) is not None:
         check_vocabulary(encoder, size, place)
-    return Source(name, load_from, config, encoder, _longest(config, encoder), notices)
+    said = int(encoder.tokenizer.model_max_length)
+    lengths = [length for length in (longest_input(config), said if 0 < said < 10**9 else None) if length is not None]
+    return Source(name, load_from, config, encoder, min(lengths, default=None), notices)
 
 
 def check_no_training(name: str) -> None:
     """Refuse the folder of a classifier's training and what lies in it, which look like a classifier and are none.
 
     The newest checkpoint is not the best one, nothing is calibrated, and LoRA's additions stand in layers of their own.
-
-    Raises:
-        UserError: it is one; with the folder of the trained model that belongs to it.
     """
     place = Path(name).expanduser().absolute()
-    is_part = checkpoint_step(place) is not None or place.name.startswith("best-")
-    run = place.parent if is_part else place
+    run = place.parent if checkpoint_step(place) is not None or place.name.startswith("best-") else place
     if any(map(_trains_classifier, [place, *list_checkpoints(run)])):
         trained = run.with_name(f"{run.name.removesuffix('_training')}_trained_model")
         raise UserError(
@@ -124,31 +117,15 @@ def _trains_classifier(checkpoint: Path) -> bool:
     return False
 
 
-def _longest(config: Any, encoder: Encoder) -> int | None:
-    """Tokens of the longest input by the position embeddings and by what the tokenizer says."""
-    said = int(encoder.tokenizer.model_max_length)
-    found = (longest_input(config), said if 0 < said < 10**9 else None)
-    return min((length for length in found if length is not None), default=None)
-
-
 def fold_settings(source: Source, max_length: int | None, **others: Any) -> FoldSettings:
-    """Settings of folding, with the length that the model reads where none is given, at most 512.
-
-    Raises:
-        UserError: rows would be longer than the model's longest input.
-    """
-    longest = source.longest
-    if max_length is not None and longest is not None and max_length > longest:
-        raise UserError(f"--max_length {max_length} is more than {source.name} reads, which is {longest} tokens")
-    return FoldSettings(max_length=max_length or min(longest or _LONGEST, _LONGEST), **others)
+    """Settings of folding, with the length that the model reads where none is given (at most 512); never longer."""
+    if max_length is not None and source.longest is not None and max_length > source.longest:
+        raise UserError(f"--max_length {max_length} is more than {source.name} reads, which is {source.longest} tokens")
+    return FoldSettings(max_length=max_length or min(source.longest or _LONGEST, _LONGEST), **others)
 
 
 def padding_id(encoder: Encoder) -> int:
-    """The token that rows are filled up with; the end-of-text token where a tokenizer has none for it.
-
-    Raises:
-        UserError: it has neither.
-    """
+    """The token that rows are filled up with; that of the end of a text, or a UserError, where there is none for it."""
     found = encoder.pad_id if encoder.pad_id is not None else encoder.tokenizer.eos_token_id
     if found is None:
         raise UserError(f"the tokenizer {encoder.folder} has neither a padding nor an end-of-text token to fill rows")
@@ -167,24 +144,16 @@ def build_classifier(
     dropout: float | None = None,
     from_scratch: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model with a head for the labels.
+    """The model with a head for the labels, in training mode and float32, and sentences for the user.
 
-    Args:
-        source: the model to begin with.
-        labels: names of the K labels.
-        settings: written into its configuration.
-        seed: of what is new.
-        dropout: of hidden states, attention weights and the head; None keeps the model's.
-        from_scratch: take its architecture alone, with fresh weights.
-
-    Returns:
-        The model in training mode, in float32, and sentences for the user.
+    What is new comes from the seed. The dropout is that of hidden states, attention weights and the head; None keeps
+    the model's. From scratch the architecture alone is taken.
 
     Raises:
         UserError: no weights, weights that do not fill the model's body, a configuration of which no classifier can be
             made, or a model that padding confuses.
     """
-    config, notices = source.config, []
+    config, auto = source.config, AutoModelForSequenceClassification
     had = [config.id2label.get(number) for number in range(len(labels))], config.num_labels
     is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
     config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
@@ -197,38 +166,26 @@ def build_classifier(
             if hasattr(config, name):
                 setattr(config, name, dropout)
     torch.manual_seed(seed)
-    fresh = _fresh(source, config)
-    if from_scratch:
-        check_padding(fresh, source.encoder, config.pad_token_id, source.longest)
-        return fresh.train(), [f"the model has the architecture of {source.name}, and fresh weights"]
-    model, missing = _load(source, config)
-    same = had == (list(labels), len(labels))
-    new = set(missing)
-    if is_classifier and not same:
-        new |= {name for name, _ in fresh.named_parameters() if not in_body(model, name)}
-    with torch.no_grad():
-        for name in new:
-            model.get_parameter(name).copy_(fresh.get_parameter(name))
-    if new:
-        notices.append(f"the head for {len(labels)} labels is new: {', '.join(sorted(new))}")
-    else:
-        notices.append(f"the head of {source.name} was made for the same labels, and is taken over")
-    check_padding(model, source.encoder, config.pad_token_id, source.longest)
-    return model.train(), notices
-
-
-def _fresh(source: Source, config: Any) -> PreTrainedModel:
-    """The model with fresh weights."""
-    auto: Any = AutoModelForSequenceClassification
     try:
-        model: PreTrainedModel = auto.from_config(config)
-    except ValueError as error:
-        raise UserError(f"transformers has no classifier of the type {config.model_type} ({source.name})") from error
-    except Exception as error:  # whatever a configuration that lacks something makes the model raise
+        fresh = auto.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # of a type without classifiers, or of a configuration that lacks something
         raise UserError(
-            f"no classifier can be made as config.json of {source.name} says ({shortened(error)})"
+            f"transformers makes no classifier of the type {config.model_type} as config.json of {source.name} has it "
+            f"({shortened(error)})"
         ) from error
-    return model
+    if from_scratch:
+        model, said = fresh, f"the model has the architecture of {source.name}, and fresh weights"
+    else:
+        model, new = _load(source, config)
+        if is_classifier and had != (list(labels), len(labels)):
+            new |= {name for name, _ in fresh.named_parameters() if not in_body(model, name)}
+        with torch.no_grad():
+            for name in new:
+                model.get_parameter(name).copy_(fresh.get_parameter(name))
+        said = f"the head for {len(labels)} labels is new: {', '.join(sorted(new))}"
+        said = said if new else f"the head of {source.name} was made for the same labels, and is taken over"
+    check_padding(model, source.encoder, config.pad_token_id, source.longest)
+    return model.train(), [said]
 
 
 def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
@@ -240,11 +197,8 @@ def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
 
 def in_body(model: PreTrainedModel, name: str) -> bool:
     """Whether a parameter belongs to the part that a language model brings along, and not to the head."""
-    return name.startswith(f"{model.base_model_prefix}.") and not _serves_head(model, name)
-
-
-def _serves_head(model: PreTrainedModel, name: str) -> bool:
-    return name.removeprefix(f"{model.base_model_prefix}.").startswith(_ALSO_NEW)
+    inside = name.removeprefix(f"{model.base_model_prefix}.")
+    return inside != name and not inside.startswith(_ALSO_NEW)
 
 
 # ---- a classifier's own folder -----------------------------------------------------------------------------------
@@ -256,52 +210,44 @@ def read_settings(config: Any, longest: int | None) -> tuple[ClassifierSettings,
     Raises:
         UserError: what the configuration says cannot be used.
     """
-    stored = getattr(config, KEY, None)
-    multi_label = config.problem_type == "multi_label_classification"
+    stored, notices = getattr(config, KEY, None), []
     if stored is None:
-        thresholds = (0.5,) * config.num_labels if multi_label else None
-        settings = ClassifierSettings(
-            FoldSettings(max_length=min(longest or _LONGEST, _LONGEST)), thresholds=thresholds, multi_label=multi_label
-        )
-        said = f"config.json has no {KEY}: rows of {settings.folds.max_length} tokens, {settings.aggregate}, "
-        return settings, [f"{said}temperature 1{' and thresholds of 0.5' if multi_label else ''} are taken"]
+        stored = ClassifierSettings(FoldSettings(max_length=min(longest or _LONGEST, _LONGEST))).as_json()
+        stored["multi_label"] = config.problem_type == "multi_label_classification"
+        said = f"config.json has no {KEY}: rows of {stored['folds']['max_length']} tokens, {stored['aggregate']}, "
+        notices = [f"{said}temperature 1{' and thresholds of 0.5' if stored['multi_label'] else ''} are taken"]
     try:
         values = {name: stored[name] for name in ("aggregate", "temperature", "thresholds", "multi_label")}
-        separator = stored.get("separator", "|")
-        settings = ClassifierSettings(FoldSettings(**stored["folds"]), separator=separator, **values)
+        values["separator"] = stored.get("separator", "|")
+        settings = ClassifierSettings(FoldSettings(**stored["folds"]), **values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json: {KEY} cannot be used ({type(error).__name__}: {error})") from error
     if problem := _problem(settings, config.num_labels, longest):
         raise UserError(f"config.json: {KEY} says {problem}, which cannot be used")
     if settings.multi_label and settings.thresholds is None:
         settings = replace(settings, thresholds=(0.5,) * config.num_labels)
-    return settings, []
+    return settings, notices
 
 
 def _problem(settings: ClassifierSettings, num_labels: int, longest: int | None) -> str:
     """The first setting that cannot be used, in words; empty where all can. Any type may have come from JSON."""
     folds, thresholds = settings.folds, settings.thresholds
-    for field in fields(FoldSettings):
-        value = getattr(folds, field.name)
-        allowed = (int, type(None)) if field.name == "most_folds" else (type(field.default),)
-        if type(value) not in allowed:
-            return f"{field.name} {value!r:.60}"
+    kinds = {field.name: (type(field.default),) for field in fields(FoldSettings)} | {"most_folds": (int, type(None))}
+    fits = {name: type(getattr(folds, name)) in allowed for name, allowed in kinds.items()}
+    fits["aggregate"] = settings.aggregate in AGGREGATES
+    fits["temperature"] = _is_number(settings.temperature) and settings.temperature > 0
+    fits["multi_label"] = isinstance(settings.multi_label, bool)
+    fits["separator"] = isinstance(settings.separator, str) and bool(settings.separator)
+    if wrong := [name for name, fit in fits.items() if not fit]:
+        return f"{wrong[0]} {(vars(folds) | vars(settings))[wrong[0]]!r:.60}"
     if longest is not None and folds.max_length > longest:
         return f"rows of {folds.max_length} tokens, while the model reads {longest}"
-    if settings.aggregate not in AGGREGATES:
-        return f"aggregate {settings.aggregate!r:.60}"
-    if not (_is_number(settings.temperature) and settings.temperature > 0):
-        return f"temperature {settings.temperature!r:.60}"
-    if not isinstance(settings.multi_label, bool):
-        return f"multi_label {settings.multi_label!r:.60}"
-    if not (isinstance(settings.separator, str) and settings.separator):
-        return f"separator {settings.separator!r:.60}"
     if thresholds is None:
         return ""
     if not (settings.multi_label and isinstance(thresholds, (list, tuple)) and len(thresholds) == num_labels):
         return f"thresholds {thresholds!r:.60} with multi_label {settings.multi_label} and {num_labels} labels"
-    wrong = [each for each in thresholds if not (_is_number(each) and 0 <= each <= 1)]
-    return f"a threshold of {wrong[0]!r:.60}" if wrong else ""
+    beyond = [each for each in thresholds if not (_is_number(each) and 0 <= each <= 1)]
+    return f"a threshold of {beyond[0]!r:.60}" if beyond else ""
 
 
 def _is_number(value: Any) -> bool:
@@ -314,10 +260,7 @@ def label_names(config: Any) -> list[str]:
 
 
 def open_classifier(name: str) -> tuple[PreTrainedModel, Source, ClassifierSettings, list[str]]:
-    """A saved classifier in evaluation mode, with its tokenizer and its settings.
-
-    Returns:
-        The model, where it comes from, its settings, and sentences for the user.
+    """A saved classifier in evaluation mode, its origin, its settings, and sentences for the user.
 
     Raises:
         UserError: it is no classifier, or its head is missing.

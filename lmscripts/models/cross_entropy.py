@@ -32,16 +32,10 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over N positions: of the loss, of its two parts, and of right predictions.
 
-    Args:
-        hidden: (N, H) last hidden states.
-        weight: (V, H) output matrix.
-        bias: (V,) or None.
-        labels: (N,) int64.
-        weights: (N,) fp32; where it is 0 the label may be any id.
-        z_loss: factor of the square of the logarithm of the partition function, which is added to every loss so that
-            logits do not drift (arXiv:2204.02311, section 5).
-        positions_at_once: whose logits are held at a time, in fp32 and once more in the precision of the matrix
-            product; None takes what suits the device.
+    Hidden states are (N, H), the output matrix (V, H), the bias (V,), labels (N,) int64 and weights (N,) fp32; where
+    one is 0 the label may be any id. `z_loss` is the factor of the square of the logarithm of the partition function,
+    which is added to every loss so that logits do not drift (arXiv:2204.02311, section 5). Logits of so many positions
+    at once are held in fp32 and once more in the precision of the matrix product; None takes what suits the device.
 
     Returns:
         () fp32 each: the sum of weight x (cross-entropy + z_loss x log(Z)^2), which gradients flow through; the sum of
@@ -53,18 +47,9 @@ def chunked_cross_entropy(
     if positions_at_once is None:
         most, least = LOGITS_AT_ONCE.get(device, LOGITS_ON_DEVICE)
         positions_at_once = max(least, most // weight.shape[0])
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        weight,
-        bias,
-        labels,
-        weights,
-        z_loss,
-        dtype,
-        positions_at_once,
-        torch.is_grad_enabled(),  # which inside a Function always is off
-    )
-    return found
+    with_gradients = torch.is_grad_enabled()  # which inside a Function always is off
+    settings = (z_loss, dtype, positions_at_once, with_gradients)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, weights, *settings)  # type: ignore
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -39,8 +39,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """training_state.json of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return state
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 # ---- whole or damaged --------------------------------------------------------------------------------------------
@@ -73,26 +72,19 @@ def find_damage(folder: Path) -> str | None:
 
 
 def look_for_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written.
-
-    Returns:
-        The folder, None if there is none; a sentence for each damaged one passed over, and one where the checkpoint
-        has an average of its weights beside them.
-    """
+    """The newest checkpoint whose files are all as they were written, if there is one, and sentences for the user."""
     sentences: list[str] = []
     for folder in reversed(list_checkpoints(run_dir)):
-        if damage := find_damage(folder):
-            sentences.append(f"{folder.name} is damaged ({damage}) and passed over")
-        else:
+        if not (damage := find_damage(folder)):
             return folder, [*sentences, *_average_notice(folder)]
+        sentences.append(f"{folder.name} is damaged ({damage}) and passed over")
     return None, sentences
 
 
 def _average_notice(checkpoint: Path) -> list[str]:
     """What to know of a checkpoint of a run that also keeps a moving average of the weights."""
-    if not (checkpoint / AVERAGE).is_file():
-        return []
-    return [f"{checkpoint} holds the weights as trained; their moving average, which was evaluated, is in final/"]
+    said = f"{checkpoint} holds the weights as trained; their moving average, which was evaluated, is in final/"
+    return [said] if (checkpoint / AVERAGE).is_file() else []
 
 
 # ---- what is meant -----------------------------------------------------------------------------------------------
@@ -101,15 +93,8 @@ def _average_notice(checkpoint: Path) -> list[str]:
 def find_saved(folder: Path, prefer: Literal["final", "checkpoint"] = "final") -> tuple[Path, list[str]]:
     """The model that a folder stands for: itself, or of a run its final/ or its newest whole checkpoint.
 
-    Args:
-        folder: of a model, a checkpoint or a run.
-        prefer: which of the two is taken of a run that has both.
-
-    Returns:
-        The folder, whole where it has checksums, and sentences for the user.
-
     Raises:
-        UserError: there is no such folder, or what is meant is damaged.
+        UserError: there is no such folder, or what is meant is damaged, as its checksums say.
     """
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else f"does not exist (seen from {Path.cwd()})"
@@ -129,7 +114,7 @@ def find_saved(folder: Path, prefer: Literal["final", "checkpoint"] = "final") -
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that a path names, with the state of its training: itself, or the newest whole one of a run.
+    """The whole checkpoint that a path names, with the state of its training: itself, or the newest of a run.
 
     Raises:
         UserError: it is neither, or it is damaged.
@@ -142,11 +127,7 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
 
 
 def find_model(name: str) -> tuple[Path, list[str]]:
-    """As `find_saved`, also for a name on the Hub (from its cache when offline), whose cached folder is given.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """As `find_saved`, also for a name on the Hub (from its cache when offline), whose cached folder is given."""
     place = Path(name).expanduser()
     if place.exists() or not _HUB_NAME.fullmatch(name) or name.endswith(_NO_HUB_NAME):
         return find_saved(place)
@@ -156,31 +137,25 @@ def find_model(name: str) -> tuple[Path, list[str]]:
     try:
         return Path(str(cached_file(name, "config.json"))).parent, []
     except Exception as error:  # the Hub client raises many kinds
-        offline = "HF_HUB_OFFLINE is set, so only its cache was searched"
-        reason = offline if HF_HUB_OFFLINE else shortened(error)
+        reason = "HF_HUB_OFFLINE is set, so only its cache was searched" if HF_HUB_OFFLINE else shortened(error)
         raise UserError(
             f"{name} is neither a folder (seen from {Path.cwd()}) nor a model of the Hub: {reason}"
         ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers takes the weights of a folder from; empty where there are none.
-
-    Raises:
-        UserError: they are several, and their index is damaged.
-    """
+    """The files that transformers takes the weights of a folder from, if there are any; their index must be whole."""
     for name in WEIGHTS:
         if (file := folder / name).is_file():
-            return [folder / part for part in _parts(file)] if name.endswith(".json") else [file]
-    return []
-
-
-def _parts(index: Path) -> list[str]:
-    """Names of the files that the index of weights in several files speaks of."""
+            break
+    else:
+        return []
+    if file.suffix != ".json":
+        return [file]
     try:
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        parts = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: it is no index of weights ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file} is damaged: it is no index of weights ({type(error).__name__}: {error})") from None
     if not parts or not all(isinstance(part, str) for part in parts):
-        raise UserError(f"{index} is damaged: its weight_map names no files of weights")
-    return sorted(parts)
+        raise UserError(f"{file} is damaged: its weight_map names no files of weights")
+    return [folder / part for part in sorted(parts)]

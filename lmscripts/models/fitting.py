@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,22 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
+from lmscripts.models.checks import plain_logits, random_ids, relative_difference
 
 # ---- positions ----
 
 LENGTHS = ("max_position_embeddings", "max_seq_len", "context_length")
 # Types whose positions are counted from the padding id + 1: they read so many tokens fewer than they have places for.
-OFFSET_POSITIONS = (
-    "roberta",
-    "camembert",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "roberta-prelayernorm",
-    "longformer",
-    "xmod",
-    "data2vec-text",
-)
+OFFSET_POSITIONS: tuple[str, ...] = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert")
+OFFSET_POSITIONS += ("longformer", "xmod", "data2vec-text")
 
 
 def longest_input(config: Any) -> int | None:
@@ -40,47 +34,74 @@ def longest_input(config: Any) -> int | None:
 def repeat_positions(rows: Tensor, total: int, padding_id: int | None) -> Tensor:
     """(total, H) position embeddings: the (P, H) learned ones, then the same again from the first of the text on.
 
-    Args:
-        rows: (P, H), P at most `total`.
-        total: how many there shall be.
-        padding_id: positions of RoBERTa begin behind it, and up to there nothing was learned; None for other models.
+    Positions of RoBERTa begin behind the padding id, and up to there nothing was learned; it is None for other models.
     """
     learned = rows[0 if padding_id is None else padding_id + 1 :]
     return torch.cat([rows, learned.repeat(-(-(total - len(rows)) // len(learned)), 1)])[:total]
 
 
-def lengthen_positions(model: PreTrainedModel, num_positions: int) -> bool:
-    """Give a model room for longer rows, before an optimizer knows its parameters; it is never shortened.
+def lengthen(model: Any, name: str, length: int) -> tuple[Any, list[str]]:
+    """A model with room for longer rows, built anew so that every table and mask that depends on it is right.
 
-    The new position embeddings repeat the learned ones from the first on (arXiv:2004.05150, section 5), so that text
-    beyond the learned length starts from what was learned about near neighbours. What the model says about rows that
-    fitted before does not change by a bit.
-
-    Args:
-        model: BERT, RoBERTa, ELECTRA or GPT-2. Of two models that share their embeddings, each has to be given: the
-            configuration belongs to one model.
-        num_positions: rows of the table of positions; for RoBERTa with the pad_token_id + 1 rows that no text uses.
+    Learned positions repeat from the first on (arXiv:2004.05150, section 5), so that text beyond the learned length
+    starts from what was learned about near neighbours; computed ones go on. What the model says about rows that fitted
+    before stays the same.
 
     Returns:
-        Whether anything was changed.
+        The model, or one that reads `length` tokens, special ones included, and shares no part with another model; and
+        sentences for the user.
+
+    Raises:
+        UserError: its positions cannot be lengthened.
     """
-    name = position_table(model)
-    if name is None:
-        return False  # positions are computed, not learned
-    owner: Any = model.get_submodule(name.rpartition(".")[0])
-    table: Any = model.get_submodule(name)
-    rows = table.num_embeddings
-    total = max(rows, num_positions)
-    if total == rows == model.config.max_position_embeddings:
-        return False
-    table.weight.data = repeat_positions(table.weight.detach(), total, table.padding_idx)  # whoever shares it
-    table.num_embeddings = total
-    if hasattr(owner, "position_ids"):
-        device = owner.position_ids.device
-        owner.position_ids = torch.arange(total, device=device).expand(1, -1)
-        owner.token_type_ids = torch.zeros(1, total, dtype=torch.long, device=device)
-    model.config.max_position_embeddings = total
-    return True
+    before = longest_input(model.config)
+    if before is None or length <= before:
+        return model, []
+    try:
+        longer, learned = _rebuilt(model, before, length)
+    except Exception as error:  # an architecture of any kind
+        raise too_long(name, before, shortened(error)) from error
+    if learned:
+        return longer, [f"{before:,} position embeddings were lengthened to {length:,}"]
+    said = f"{name} speaks of {before:,} positions; as they are computed, rows may be longer: config.json says "
+    return longer, [f"{said}{length:,} now"]
+
+
+def too_long(name: str, before: int, why: str) -> UserError:
+    """The sentence about positions that stay as they are."""
+    return UserError(
+        f"{name} has {before} positions, which cannot be lengthened ({why}): give a --sequence_length of at most "
+        f"{before}"
+    )
+
+
+def _rebuilt(model: Any, before: int, length: int) -> tuple[Any, bool]:
+    """The model anew with a configuration of more positions, and whether these are learned."""
+    config, weights = copy.deepcopy(model.config), model.state_dict()
+    config._attn_implementation = model.config._attn_implementation
+    text = config.get_text_config(decoder=True)
+    key = next(key for key in LENGTHS if isinstance(getattr(text, key, None), int))
+    setattr(text, key, getattr(text, key) + length - before)
+    with torch.random.fork_rng(devices=[]):
+        longer: Any = type(model)(config)
+    learned = False
+    for key, tensor in longer.state_dict().items():
+        saved = weights[key]
+        if tensor.shape == saved.shape:
+            continue
+        unused = len(saved) - before  # OPT and RoBERTa leave the first rows empty
+        if tensor.ndim != 2 or tensor.shape[1:] != saved.shape[1:] or len(tensor) - unused != length or unused < 0:
+            raise ValueError(f"{key} has the shape {tuple(saved.shape)}")
+        weights[key], learned = repeat_positions(saved, len(tensor), unused - 1 if unused else None), True
+    longer.load_state_dict(weights)
+    if model.can_generate():
+        longer.generation_config = model.generation_config
+    training, ids = model.training, random_ids(model, min(23, before))
+    ours, theirs = (plain_logits(network.eval(), ids) for network in (longer, model))
+    if not relative_difference(ours, theirs) < 1e-3:
+        raise ValueError("with more of them it gives other logits")
+    model.train(training)
+    return longer.train(training), learned
 
 
 def position_table(model: PreTrainedModel) -> str | None:
@@ -112,10 +133,7 @@ def stacked_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of an encoder or decoder, wherever it keeps them.
 
     They are the first list of modules that have parts themselves (unlike a list of projections), and of such lists one
-    that is as long as the configuration says (unlike the experts within a layer).
-
-    Raises:
-        UserError: the model has no such list.
+    that is as long as the configuration says (unlike the experts within a layer). Without any there is a UserError.
     """
     base: Any = model.base_model
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module)]
@@ -126,16 +144,10 @@ def stacked_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next((found for found in lists if len(found) == number), lists[0])
 
 
-def freeze(model: PreTrainedModel, num_layers: int, layers: nn.ModuleList | None = None) -> int:
-    """Keep the embeddings and the first layers as they are.
+def freeze(model: PreTrainedModel, num_layers: int) -> int:
+    """Keep the embeddings, with their LayerNorm and projection, and the first layers as they are; -1 keeps nothing.
 
-    ELECTRA's projection of the embeddings counts as embeddings. A head that is tied to the word embeddings keeps its
-    matrix too; its bias and transform are trained.
-
-    Args:
-        model: BERT, RoBERTa, ELECTRA or a decoder.
-        num_layers: -1 freezes nothing, 0 the embeddings, n the embeddings and the first n layers.
-        layers: of the model; None looks for them.
+    A head that is tied to the word embeddings keeps its matrix too; its bias and transform are trained.
 
     Returns:
         Number of frozen parameters; those that two models share are counted for each of them.
@@ -144,7 +156,7 @@ def freeze(model: PreTrainedModel, num_layers: int, layers: nn.ModuleList | None
         UserError: the model has fewer layers, or the number is below -1.
     """
     base: Any = model.base_model
-    layers = stacked_layers(model) if layers is None else layers
+    layers = stacked_layers(model)
     if not -1 <= num_layers <= len(layers):
         raise UserError(
             f"frozen-layers is {num_layers}, but the model has {len(layers)} layers: give -1 to {len(layers)}"
@@ -153,9 +165,8 @@ def freeze(model: PreTrainedModel, num_layers: int, layers: nn.ModuleList | None
         return 0
     inside = {id(module) for module in layers.modules()}
     frozen: list[nn.Module] = [m for m in base.modules() if isinstance(m, nn.Embedding) and id(m) not in inside]
-    frozen += [base.embeddings] if hasattr(base, "embeddings") else []  # with their LayerNorm
+    frozen += [part for name, part in base.named_children() if name.startswith("embeddings")]
     frozen += layers[:num_layers]
-    frozen += [base.embeddings_project] if hasattr(base, "embeddings_project") else []
     parameters = {id(parameter): parameter for part in frozen for parameter in part.parameters()}
     for parameter in parameters.values():
         parameter.requires_grad_(False)

@@ -7,7 +7,7 @@ tokenizer where there is none; each is a warning at most. Here each is refused w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def read_config(name: str | Path, architecture: Any = None) -> Any:
-    """The configuration of a saved model.
-
-    Args:
-        name: a model's folder, or a name on the Hub (from its cache when offline).
-        architecture: the class that it is for; where that is for one type of models it must be of this type.
+    """The configuration of a saved model, of the type that `architecture` is for, where that is for one.
 
     Raises:
         UserError: there is no such model, its configuration cannot be read, or it is of another type.
@@ -81,22 +77,12 @@ def _folder(name: str | Path) -> Path:
 
 
 def load_model(
-    name: str | Path,
-    architecture: Any,
-    config: Any = None,
-    *,
-    may_be_new: Callable[[Any, str], bool] | None = None,
-    **settings: Any,
+    name: str | Path, architecture: Any, config: Any = None, *, may_be_new: Callable[[Any, str], bool] | None = None
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """A model with its saved weights, in float32, which fill it and hold no more of its body than it has.
 
-    Args:
-        name: a model's folder, or a name on the Hub.
-        architecture: a class of transformers, or an Auto class.
-        config: its configuration, where it is not the one beside the weights.
-        may_be_new: says of the model and a parameter whether the weights may lack it or have it in another shape, as a
-            head for other labels. What they hold besides is then not looked at.
-        settings: further arguments of `from_pretrained`.
+    `may_be_new` says of the model and a parameter whether the weights may lack it or have it in another shape, as a
+    head for other labels. What they hold besides is then not looked at.
 
     Returns:
         The model in evaluation mode, and what transformers tells of its weights.
@@ -123,22 +109,17 @@ def load_model(
                 local_files_only=local,
                 ignore_mismatched_sizes=True,  # refused below, with the sizes
                 output_loading_info=True,
-                **settings,
             )
         except Exception as error:  # whatever damaged or foreign weights make the libraries raise
             raise UserError(
                 f"{name} holds no usable weights, or none that its config.json suits ({shortened(error)})"
             ) from error
-    _check_filled(name, model, info, may_be_new)
-    if may_be_new is None:
-        _check_used(name, model, info["unexpected_keys"])
+    _check_weights(name, model, info, may_be_new)
     return model, info
 
 
-def _check_filled(
-    name: str | Path, model: Any, info: Mapping[str, Any], may_be_new: Callable[[Any, str], bool] | None
-) -> None:
-    """Raises a UserError where a part of a model would be random."""
+def _check_weights(name: str | Path, model: Any, info: Mapping[str, Any], may_be_new: Any) -> None:
+    """Refuse weights that leave a part of a model random, or hold more of its body; other heads do not matter."""
     shapes = {key: sizes for key, *sizes in info["mismatched_keys"]}
     lacking = sorted(key for key in {*info["missing_keys"], *shapes} if not (may_be_new and may_be_new(model, key)))
     if misfits := [key for key in lacking if key in shapes]:
@@ -153,12 +134,9 @@ def _check_filled(
             f"{name} (saved as {saved_as}) lacks {part} of {type(model).__name__}, {some_of(lacking)}: they would be "
             "random; take a model that was saved with them"
         )
-
-
-def _check_used(name: str | Path, model: Any, unused: Iterable[str]) -> None:
-    """Raises a UserError where weights hold more of the body of a model than it has; other heads do not matter."""
+    unused = (key for key in info["unexpected_keys"] if may_be_new is None and not key.endswith(_OLD_BUFFERS))
     own = ("encoder.", "embeddings.", *(f"{part}." for part, _ in model.base_model.named_children()))
-    inside = (key.removeprefix(f"{model.base_model_prefix}.") for key in unused if not key.endswith(_OLD_BUFFERS))
+    inside = (key.removeprefix(f"{model.base_model_prefix}.") for key in unused)
     if found := sorted(key for key in inside if key.startswith(own)):
         raise UserError(
             f"{name} holds tensors for which {type(model).__name__} has no place, {some_of(found)}: it would differ "
@@ -202,12 +180,7 @@ def tokenizer_beside(name: str | Path) -> Encoder | None:
 
 
 def tokenizer_of(name: str, place: Path, tokenizer_dir: str | None) -> Encoder:
-    """The tokenizer of a saved model: its own, or another one where it has none.
-
-    Args:
-        name: a folder, or a name on the Hub.
-        place: the folder, or that of the cached files.
-        tokenizer_dir: the other one.
+    """The tokenizer of a saved model with files in `place`: its own, or that of `tokenizer_dir` where it has none.
 
     Raises:
         UserError: there is none, there are two, or it cannot be loaded.
@@ -224,11 +197,7 @@ def tokenizer_of(name: str, place: Path, tokenizer_dir: str | None) -> Encoder:
 
 
 def check_vocabulary(encoder: Encoder, room: int, name: str | Path) -> None:
-    """Refuse a tokenizer with ids beyond the vocabulary of a model.
-
-    Raises:
-        UserError: it has such ids.
-    """
+    """Refuse a tokenizer with ids beyond the vocabulary of a model, which has room for so many."""
     if (highest := max(encoder.tokenizer.get_vocab().values())) >= room:
         raise UserError(
             f"the tokenizer {encoder.folder} has ids up to {highest}, but the vocabulary of {name} has {room} "

@@ -17,9 +17,7 @@ def add_lora(model: PreTrainedModel, rank: int) -> list[str]:
     """Freeze the body and train low-rank additions to its layers (arXiv:2106.09685), and the head as a whole.
 
     The layers are those that peft knows for the type of the model; of a type that it does not know, all linear ones.
-
-    Raises:
-        UserError: the package peft is missing, or cannot add to the model's layers.
+    Without the package, or layers that it can add to, there is a UserError.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -27,7 +25,9 @@ def add_lora(model: PreTrainedModel, rank: int) -> list[str]:
     except ImportError:
         raise UserError("--lora_rank needs the package peft: pip install peft") from None
     head = {name for name, _ in model.named_parameters() if not in_body(model, name)}
-    layers = None if model.config.model_type in KNOWN else linear_layers(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    known = model.config.model_type in KNOWN
+    layers = None if known else [name for name in linear if in_body(model, f"{name}.weight")]
     try:
         settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
         inject_adapter_in_model(settings, model)
@@ -40,18 +40,8 @@ def add_lora(model: PreTrainedModel, rank: int) -> list[str]:
     return [f"LoRA of rank {rank}{where}: {trained:,} of {model.num_parameters():,} weights are trained"]
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers of a model's body."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
-    return [name for name, _ in layers if in_body(model, f"{name}.weight")]
-
-
 def merge_lora(model: PreTrainedModel) -> None:
-    """Add the low-rank additions to the layers for good, so that the model is again as transformers knows it.
-
-    Args:
-        model: with additions or without; without any nothing happens.
-    """
+    """Add the low-rank additions, if there are any, to the layers, so that the model is as transformers knows it."""
     if not any("lora_" in name for name, _ in model.named_parameters()):
         return
     from peft.tuners.lora import LoraLayer

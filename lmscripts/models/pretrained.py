@@ -7,65 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError
-from lmscripts.models.loading import check_vocabulary, load_model, read_config, some_of, tokenizer_beside
+from lmscripts.models.fitting import OFFSET_POSITIONS
+from lmscripts.models.loading import check_vocabulary, some_of, tokenizer_beside
 from lmscripts.tokenizer.encoder import Encoder, segmentation_difference
 
-_SPECIAL = ("pad", "unk", "cls", "sep", "mask")
 # What the configurations of transformers call them, decoders included.
 _HIDDEN_DROPOUTS: tuple[str, ...] = ("hidden_dropout_prob", "hidden_dropout", "dropout", "dropout_p", "mlp_dropout")
 _HIDDEN_DROPOUTS += ("resid_pdrop", "embd_pdrop", "emb_pdrop", "resid_dropout", "embed_dropout")
 _HIDDEN_DROPOUTS += ("residual_dropout", "embedding_dropout")
 _ATTENTION_DROPOUTS: tuple[str, ...] = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
 _ATTENTION_DROPOUTS += ("lsh_attention_probs_dropout_prob", "local_attention_probs_dropout_prob")
-_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
-# ---- loading ----
-
-
-def load_pretrained(
-    name_or_path: str,
-    architecture: type[PreTrainedModel],
-    *,
-    attn_implementation: str,
-    hidden_dropout: float,
-    attention_dropout: float,
-) -> PreTrainedModel:
-    """A model whole and in training mode like a freshly built one, see `lmscripts.models.loading.load_model`.
-
-    Args:
-        name_or_path: a folder that `save_pretrained` wrote, or a name on the Hub (from its cache when offline).
-        architecture: a class of transformers, or AutoModelForCausalLM for a decoder of any type.
-        attn_implementation: from `lmscripts.models.attention.use_attention`.
-        hidden_dropout: of the hidden states, whatever the saved configuration says.
-        attention_dropout: of the attention weights, likewise.
-
-    Raises:
-        UserError: there is no such model, it is of another type, or its weights are not all of it.
-    """
-    config = read_config(name_or_path, architecture)
-    set_dropout(config, hidden_dropout, attention_dropout)
-    model, _ = load_model(name_or_path, architecture, config, attn_implementation=attn_implementation)
-    model.train()  # transformers hands it out with its dropout switched off
-    return model
+# ---- dropout ----
 
 
 def set_dropout(config: Any, hidden: float, attention: float) -> list[str]:
-    """Set the dropouts of a configuration under whichever names its family has for them.
+    """Set the dropouts of a configuration of any type, under whichever names it has; sentences say what has no effect.
 
     Layers are never dropped as a whole, and within the feed-forward layers no more than hidden states are.
-
-    Args:
-        config: of a model of any type; it is changed.
-        hidden: of the hidden states.
-        attention: of the attention weights.
-
-    Returns:
-        Sentences for the user: what has no effect on such a model.
     """
     parts = [config, *(part for part in (getattr(config, "attn_config", None),) if part is not None)]
     sentences = []
@@ -73,7 +35,8 @@ def set_dropout(config: Any, hidden: float, attention: float) -> list[str]:
         found = [_set_number(part, name, value) for part in parts for name in names]
         if value and not any(found):
             sentences.append(f"--{kind}_dropout {value} has no effect on a {config.model_type}")
-    for name, most in {"activation_dropout": hidden, **dict.fromkeys(_LAYER_DROPS, 0.0)}.items():
+    layers = dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0)
+    for name, most in {"activation_dropout": hidden, **layers}.items():
         if (getattr(config, name, None) or 0.0) > most:
             setattr(config, name, most)
     return sentences
@@ -95,39 +58,32 @@ def _set_number(config: Any, name: str, value: float) -> bool:
 # ---- tokenizer ----
 
 
-def adopt_tokenizer(
-    models: PreTrainedModel | Sequence[PreTrainedModel], name_or_path: str, tokenizer: Any
-) -> list[str]:
+def adopt_tokenizer(models: Sequence[Any], name_or_path: str, tokenizer: Any) -> list[str]:
     """Check that a run's tokenizer is the one that the model was trained with, or that one with new words.
 
     Every token must have the id it had. New words may stand where the model's tokenizer has an unused token or
     none; their embeddings (and output rows and biases) become the mean of those of the pieces that the model's
-    tokenizer gives for the word. Nothing is changed unless all of it fits.
-
-    Args:
-        models: the model, or generator and discriminator.
-        name_or_path: where the model and its tokenizer come from; for ELECTRA the discriminator's.
-        tokenizer: the run's, from transformers.
-
-    Returns:
-        Sentences for the user; none when the tokenizers agree.
+    tokenizer gives for the word. Nothing is changed unless all of it fits. Returns sentences for the user.
 
     Raises:
         UserError: the tokenizers differ in any other way, or the model has no room for the vocabulary.
     """
-    models = [models] if isinstance(models, PreTrainedModel) else list(models)
     ours = Encoder(Path(tokenizer.name_or_path), tokenizer)
     tokens: dict[int, str] = {number: token for token, number in tokenizer.get_vocab().items()}
     for model in models:
-        check_vocabulary(ours, len(_word_table(model)), name_or_path)
+        check_vocabulary(ours, len(model.get_input_embeddings().weight), name_or_path)
     theirs = tokenizer_beside(name_or_path)
     if theirs is None:
-        sentences = [
-            f"{name_or_path} has no tokenizer beside it: only the size of the vocabulary could be checked "
-            f"({max(tokens) + 1:,} entries, room for {len(_word_table(models[0])):,})"
-        ]
-        return sentences + _adopt_padding(models, name_or_path, ours.pad_id, confirmed=False)
-    _check_special(theirs, ours, name_or_path)
+        room = len(models[0].get_input_embeddings().weight)
+        said = f"{name_or_path} has no tokenizer beside it: only the size of the vocabulary could be checked "
+        said += f"({max(tokens) + 1:,} entries, room for {room:,})"
+        return [said, *_adopt_padding(models, name_or_path, ours.pad_id, confirmed=False)]
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        old, new = getattr(theirs, f"{name}_id"), getattr(ours, f"{name}_id")
+        if old is not None and old != new:
+            raise UserError(
+                f"the {name} token has the id {new} in the tokenizer {ours.folder}, but {old} in that of {name_or_path}"
+            )
     if difference := segmentation_difference(ours.tokenizer, theirs.tokenizer):
         raise UserError(
             f"the tokenizer {ours.folder} cuts text in another way than that of {name_or_path}: {difference}"
@@ -137,62 +93,42 @@ def adopt_tokenizer(
     return sentences + _start_words(models, theirs, words)
 
 
-def _check_special(theirs: Encoder, ours: Encoder, name_or_path: str) -> None:
-    for name in _SPECIAL:
-        old, new = getattr(theirs, f"{name}_id"), getattr(ours, f"{name}_id")
-        if old is not None and old != new:
-            raise UserError(
-                f"the {name} token has the id {new} in the tokenizer {ours.folder}, but {old} in that of {name_or_path}"
-            )
-
-
 def _new_words(theirs: Encoder, tokens: Mapping[int, str], ours: Encoder, name_or_path: str) -> dict[int, str]:
     """Our words where the model's tokenizer has an unused token or none; refuses every other difference."""
     old: dict[int, str] = {number: token for token, number in theirs.tokenizer.get_vocab().items()}
-    free, unused = set(theirs.reserved_ids), set(ours.reserved_ids)
-    words: dict[int, str] = {}
-    different = []
-    for number in sorted({*old, *tokens}):
-        before, now = old.get(number), tokens.get(number)
-        if before == now or ((before is None or number in free) and (now is None or number in unused)):
-            continue
-        if now is not None and number not in unused and (before is None or number in free):
-            words[number] = now
-        else:
-            different.append(number)
-    if different:
+    free = {number for number in tokens if number not in old} | set(theirs.reserved_ids)
+    unused = {number for number in old if number not in tokens} | set(ours.reserved_ids)
+    changed = [number for number in sorted({*old, *tokens}) if old.get(number) != tokens.get(number)]
+    if different := [number for number in changed if number not in free]:
         first = different[0]
         raise UserError(
             f"the tokenizer {ours.folder} is not that of {name_or_path}: {len(different):,} ids mean other tokens, "
             f"first id {first}: {tokens.get(first, 'nothing')!r} instead of {old.get(first, 'nothing')!r}"
         )
-    return words
+    return {number: tokens[number] for number in changed if number not in unused}
 
 
-def _adopt_padding(
-    models: Sequence[PreTrainedModel], name_or_path: str, pad_id: int | None, confirmed: bool
-) -> list[str]:
+def _adopt_padding(models: Sequence[Any], name_or_path: str, pad_id: int | None, confirmed: bool) -> list[str]:
     """Make the configuration name the padding token, where both tokenizers say that it names another one.
 
     Models from before 2023 had [PAD] elsewhere than at id 0 and a configuration that said 0: the embedding there, of
-    [UNK], was never trained. RoBERTa's positions depend on the id, so there it must be right.
+    [UNK], was never trained. Where positions depend on the id it must be right.
     """
     masked = [model for model in models if not model.can_generate()]  # a decoder meets no padding before its text
     wrong = [model for model in masked if model.config.pad_token_id != pad_id]
     if not wrong:
         return []
     saved = wrong[0].config.pad_token_id
-    if pad_id is None or not confirmed or any(model.config.model_type == "roberta" for model in wrong):
+    if pad_id is None or not confirmed or any(model.config.model_type in OFFSET_POSITIONS for model in wrong):
         raise UserError(f"the padding token has the id {pad_id}, but config.json of {name_or_path} says {saved}")
     for model in wrong:
         model.config.pad_token_id = pad_id
-        embeddings: Any = model.get_input_embeddings()
-        embeddings.padding_idx = pad_id  # the row that gets no gradient
+        model.get_input_embeddings().padding_idx = pad_id  # the row that gets no gradient
     return [f"config.json of {name_or_path} took id {saved} for padding; it is id {pad_id}, as both tokenizers say"]
 
 
 @torch.no_grad()
-def _start_words(models: Sequence[PreTrainedModel], theirs: Encoder, words: Mapping[int, str]) -> list[str]:
+def _start_words(models: Sequence[Any], theirs: Encoder, words: Mapping[int, str]) -> list[str]:
     """Set the rows of new words to the mean of their pieces', or of all words' where no piece is known."""
     if not words:
         return []
@@ -200,31 +136,13 @@ def _start_words(models: Sequence[PreTrainedModel], theirs: Encoder, words: Mapp
     known = [[number for number in row.tolist() if number != theirs.unk_id] for row in rows]
     not_words = {*theirs.special_ids, *theirs.reserved_ids}
     ordinary = sorted(set(theirs.tokenizer.get_vocab().values()) - not_words)
-    for tensor in _tables(models):
+    tables: list[Any] = [model.get_input_embeddings().weight for model in models]
+    heads = (model.get_output_embeddings() for model in models)
+    tables += [tensor for head in heads if head is not None for tensor in (head.weight, head.bias)]
+    for tensor in {id(tensor): tensor for tensor in tables if tensor is not None}.values():  # each of them once
         for number, pieces in zip(words, known, strict=True):
             tensor[number] = tensor[pieces or ordinary].mean(0)
-    sentences = [
-        f"{len(words)} new words took the place of unused tokens; their embeddings are the mean of their pieces'"
-    ]
+    said = f"{len(words)} new words took the place of unused tokens; their embeddings are the mean of their pieces'"
     if unknown := [word for word, pieces in zip(words.values(), known, strict=True) if not pieces]:
-        sentences.append(
-            f"the model's tokenizer knows no piece of {some_of(unknown)}: there it is the mean of all words'"
-        )
-    return sentences
-
-
-def _word_table(model: PreTrainedModel) -> Tensor:
-    """(V, H) input embeddings."""
-    embeddings: Any = model.get_input_embeddings()
-    table: Tensor = embeddings.weight
-    return table
-
-
-def _tables(models: Sequence[PreTrainedModel]) -> list[Tensor]:
-    """What has an entry for each token, without repetition: input embeddings, output embeddings, output biases."""
-    tables: dict[int, Tensor] = {}
-    for model in models:
-        output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        found = [_word_table(model), *([output.weight, output.bias] if output is not None else [])]
-        tables |= {id(tensor): tensor for tensor in found if tensor is not None}
-    return list(tables.values())
+        return [said, f"the model's tokenizer knows no piece of {some_of(unknown)}: there it is the mean of all words'"]
+    return [said]

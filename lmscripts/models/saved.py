@@ -8,29 +8,29 @@ bare body, and a model that sees what it is to predict has a wonderful perplexit
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lmscripts.errors import UserError, shortened
+from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.models import decoder
-from lmscripts.models.families import family, names
+from lmscripts.models.checks import check_looks_back
+from lmscripts.models.families import architectures, family, names
 from lmscripts.models.finding import STATE, checkpoint_step, find_model, read_state, weight_files
 from lmscripts.models.fitting import OFFSET_POSITIONS, longest_input
 from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
-from lmscripts.models.untrained import signs_of_no_training
 from lmscripts.tokenizer.encoder import Encoder
 
 # As causal models are called: GPT2DoubleHeadsModel has the head as well, and files of 2023 say LLaMAForCausalLM.
 _CAUSAL_NAME = re.compile(r"(ForCausalLM|LMHeadModel|WithLMHead|DoubleHeadsModel)$")
-_ROUNDING = 3e-5  # of the highest logit; looking ahead changes a fresh model by 5e-4, a trained one by far more
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,12 @@ class SavedModel:
 
     Attributes:
         name: as it was given, and for the folder of a run what was taken of it.
-        objective: name of what it predicts, see `lmscripts.objectives`.
         family: module with the functions that run it, see `lmscripts.models.families`.
-        model_type: of its configuration.
         models: in evaluation mode, by subfolder.
-        encoder: its tokenizer.
         weights: sha256 by file.
         step: optimizer steps done; None where nothing says.
         untrained: why it counts as never trained; empty for a trained model.
         longest: tokens of its longest input with special tokens; None where its configuration says none.
-        notices: sentences for the user.
     """
 
     name: str
@@ -72,7 +68,7 @@ def open_model(
     Args:
         name: see `lmscripts.models.finding.find_model`.
         objectives: what it may predict.
-        generator_dir: ELECTRA: the generator, where it is not in the subfolder generator/.
+        generator_dir: of ELECTRA, where it is not in the subfolder generator/.
         tokenizer_dir: the tokenizer, where the model's folder has none.
 
     Raises:
@@ -83,29 +79,34 @@ def open_model(
     hub = not Path(name).expanduser().is_dir()
     config = read_config(place)
     module, objective = what_it_predicts(place, config, objectives)
-    heads = {"": config_head(config)} if objective == "causal" else module.heads[objective]
+    heads = {"": AutoModelForCausalLM} if objective == "causal" else architectures(config.model_type, objective)
     folders = {"": (name if hub else str(place))}
     for part in (part for part in heads if part):
         folders[part] = str(_other_half(place, part, generator_dir))
         notices = [*notices, *([f"the {part} is {folders[part]}"] if generator_dir else [])]
     if generator_dir is not None and len(heads) == 1:
         raise UserError(f"--generator_dir {generator_dir} has no effect: {place} is no discriminator of ELECTRA")
-    models = {part: _load(folders[part], heads[part]) for part in heads}
+    models = {
+        part: load_model(folders[part], head, read_config(folders[part], head))[0] for part, head in heads.items()
+    }
     lengths = [length for model in models.values() if (length := longest_input(model.config)) is not None]
     encoder = tokenizer_of(folders[""], place, tokenizer_dir)
-    _check_vocabulary(models, encoder, place)
+    rooms = {part: _room(model) for part, model in models.items()}
+    for part, room in rooms.items():
+        check_vocabulary(encoder, room, place / part)
+        if room != rooms[""]:
+            raise UserError(
+                f"the {part} has {room} entries in its vocabulary, the discriminator {rooms['']}: they are no pair"
+            )
     notices += _check_special_ids(models, encoder, objective, place, chosen=tokenizer_dir is not None)
     if objective == "causal":
         check_looks_back(models[""], _ordinary_ids(models[""], encoder), min(lengths, default=None), place)
-    weights: dict[str, str] = {}
-    for part, folder in folders.items():
-        files = weight_files(Path(folder) if part else place)
-        weights |= {str(Path(part, file.name)): file_sha256(file) for file in files}
+    files = {part: weight_files(Path(folder) if part else place) for part, folder in folders.items()}
     step, untrained = _state(place)
     for part, model in models.items():
-        signs, what = signs_of_no_training(model, step), part or "the model"
-        untrained += [f"{what}: {why}" for why in signs.untrained]
-        notices += [f"it cannot be told whether {what} was trained: {why}" for why in signs.doubts]
+        never, doubt = signs_of_no_training(model, step)
+        untrained += [f"{part or 'the model'}: {never}"] if never else []
+        notices += [f"it cannot be told whether {part or 'the model'} was trained: {doubt}"] if doubt else []
     return SavedModel(
         name=name if place == Path(name).expanduser() or hub else f"{name} ({place.name})",
         objective=objective,
@@ -113,7 +114,7 @@ def open_model(
         model_type=str(config.model_type),
         models=models,
         encoder=encoder,
-        weights=weights,
+        weights={str(Path(part, file.name)): file_sha256(file) for part in files for file in files[part]},
         step=step,
         untrained=untrained,
         longest=min(lengths, default=None),
@@ -136,6 +137,9 @@ def what_it_predicts(place: Path, config: Any, objectives: Collection[str]) -> t
         module = family(model_type)
         heads = {objective: head for objective, head in module.heads.items() if objective in objectives}
         by_name = [objective for objective, head in heads.items() if head[""] in saved_as]
+        for other, head in module.heads.items():  # which may bring along the head of one that is scored
+            if other not in heads and head[""] in saved_as and not getattr(transformers, head[""])._tied_weights_keys:
+                raise UserError(f"{place} was trained on the objective {other}, which has no scores of a text")
         objective = by_name[0] if by_name else module.default_objective
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         module, objective = decoder, "causal"
@@ -147,65 +151,15 @@ def what_it_predicts(place: Path, config: Any, objectives: Collection[str]) -> t
         flag = " with is_decoder" if getattr(config, "is_decoder", False) else ""
         raise UserError(
             f"{place} was saved as {', '.join(map(str, saved_as))}{flag}, and that is not what is scored of the type "
-            f"{model_type}: architectures in config.json has to name {config_head(config)}; masked language models are "
-            f"evaluated of the types {_masked_types()}"
+            f"{model_type}: architectures in config.json has to name "
+            f"{decoder.causal_class(model_type, config).__name__}; masked language models are evaluated of the types "
+            f"{_masked_types()}"
         )
     return module, objective
 
 
-def config_head(config: Any) -> str:
-    """Name of the class that AutoModelForCausalLM takes for a configuration."""
-    return str(decoder.causal_class(config.model_type, config).__name__)
-
-
 def _masked_types() -> str:
     return ", ".join(name for name in names() if "causal" not in family(name).heads)
-
-
-@torch.no_grad()
-def check_looks_back(model: PreTrainedModel, ids: Iterable[int], longest: int | None, place: Path) -> None:
-    """Prove that no logit of a causal model depends on a later token.
-
-    Two rows of random tokens are read twice, the second time with one token changed: the last, and one in the middle.
-    Before it nothing may change but by rounding. What depends on how many tokens of a batch go one way (mixtures of
-    experts) rounds differently at most, because no model of transformers drops tokens there when it is evaluated.
-
-    Args:
-        model: in evaluation mode.
-        ids: of ordinary tokens.
-        longest: tokens that the model reads; None where nothing says.
-        place: its folder, for the sentence.
-
-    Raises:
-        UserError: it looks ahead, or it cannot be run on token ids alone.
-    """
-    ordinary = torch.tensor(sorted(ids))
-    length = min(24, longest or 24)
-    if len(ordinary) < 2 or length < 2:
-        raise UserError(f"{place} reads {length} tokens of {len(ordinary)} kinds: too few to score")
-    drawn = torch.randint(len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))
-    changed, places = drawn.clone(), [length - 1, length // 2]
-    for row, at in enumerate(places):
-        changed[row, at] = (drawn[row, at] + 1) % len(ordinary)
-    logits = []
-    try:
-        for rows in (drawn, changed):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # a few draw random numbers even in evaluation mode (Reformer's hashes)
-                logits.append(model(input_ids=ordinary[rows].to(model.device), use_cache=False).logits.float())
-    except Exception as error:  # an architecture of any kind
-        raise UserError(
-            f"{place}: a {type(model).__name__} cannot be run on tokens alone ({shortened(error)})"
-        ) from error
-    before, after = logits
-    moved = max(float((before - after)[row, :at].abs().max()) for row, at in enumerate(places))
-    moved /= float(before.abs().max()) or 1.0
-    if moved > _ROUNDING:
-        raise UserError(
-            f"{place} looks ahead: a later token changes the logits before it, by {moved:.1e} of the highest, so a "
-            f"{type(model).__name__} with this configuration is no causal language model and its perplexity would mean "
-            "nothing"
-        )
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -224,22 +178,6 @@ def _other_half(place: Path, part: str, generator_dir: str | None) -> Path:
             "--generator_dir"
         )
     return find_model(generator_dir)[0]
-
-
-def _load(folder: str, head: str) -> PreTrainedModel:
-    architecture: Any = AutoModelForCausalLM if _CAUSAL_NAME.search(head) else getattr(transformers, head)
-    return load_model(folder, architecture, read_config(folder, architecture))[0]
-
-
-def _check_vocabulary(models: dict[str, PreTrainedModel], encoder: Encoder, place: Path) -> None:
-    rooms = {part: _room(model) for part, model in models.items()}
-    for part, room in rooms.items():
-        check_vocabulary(encoder, room, place / part)
-    if len(set(rooms.values())) > 1:
-        raise UserError(
-            f"the generator has {rooms['generator']} entries in its vocabulary, the discriminator {rooms['']}: they "
-            "are no pair"
-        )
 
 
 def _check_special_ids(
@@ -274,10 +212,9 @@ def _check_special_ids(
     return list(dict.fromkeys(notices))
 
 
-def _room(model: PreTrainedModel) -> int:
+def _room(model: Any) -> int:
     """Entries of the vocabulary that the model has embeddings for."""
-    embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.weight.shape[0])
+    return len(model.get_input_embeddings().weight)
 
 
 def _ordinary_ids(model: PreTrainedModel, encoder: Encoder) -> set[int]:
@@ -297,3 +234,43 @@ def _state(place: Path) -> tuple[int | None, list[str]]:
     step = int(progress["step"])
     begun_anew = step == 0 and not progress.get("origin")  # else the weights are those of an earlier training
     return step, [f"{STATE} says step 0"] if begun_anew else []
+
+
+# ---- was it trained ------------------------------------------------------------------------------------------------
+
+
+def signs_of_no_training(model: PreTrainedModel, steps: int | None = None) -> tuple[str, str]:
+    """Why a model counts as never trained, all of it or its head, and why that cannot be told; empty where not so.
+
+    Gains of normalisations begin as ones and biases as zeros, and the first optimizer step moves them. Matrices begin
+    with random numbers and prove nothing, so a model without gains and biases, or with random ones, is never named. One
+    whose gains and biases were all frozen while its matrices were trained looks as a fresh one does, and is named
+    unless its steps are on record.
+
+    A doubt it is where steps of training are on record, and where weights were saved in half precision and only gains
+    could have moved: there 1 stays 1 under small steps.
+    """
+    matrices = [tensor.detach() for tensor in model.parameters() if tensor.ndim > 1]
+    if matrices and all(map(_is_constant, matrices)):
+        return f"each of its {len(matrices)} matrices holds one value, which no training leaves", ""
+    vectors = {name: each.detach() for name, each in model.named_parameters() if each.ndim == 1 and each.numel() > 1}
+    body = f"{model.base_model_prefix}."
+    head = [tensor for name, tensor in vectors.items() if not name.startswith(body)]
+    for part, tensors in (("every part", list(vectors.values())), ("the head", head)):
+        if not tensors or not all(_is_constant(tensor) and float(tensor[0]) in (0.0, 1.0) for tensor in tensors):
+            continue
+        why = f"{part} is as freshly initialised: {len(tensors)} biases and gains of normalisations have not moved"
+        if steps:
+            counted = f"{steps:,} steps of training are" if steps > 1 else "1 step of training is"
+            return "", f"{why}, although {counted} on record"
+        some = matrices[0].reshape(-1)[:4096] if matrices else torch.full((1,), 1e-9)
+        half = any(torch.equal(some.to(precision).to(some), some) for precision in (torch.bfloat16, torch.float16))
+        if half and all(bool(tensor.any()) for tensor in tensors):
+            return "", f"{why}, but in half precision small steps would not show"
+        return why, ""
+    return "", ""
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    values = tensor.reshape(-1)
+    return bool((values[:1000] == values[0]).all()) and bool((values == values[0]).all())

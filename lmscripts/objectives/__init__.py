@@ -12,10 +12,11 @@ them they can be trained on; begin with a copy of `causal.py`. In each file the 
     KIND        its name in results of evaluate_lm.py, where it has another there
     SCORES      how a text is scored: "windows", "masks"; not there where evaluate_lm.py cannot
     rows        (store, part, tokenizer, sequence_length, packing, settings) -> rows, None for an empty part
-    batches     (source, rows, epochs, seed, sizes, plan, with_ends) -> batches, from `lmscripts.data.steps.cut_rows`,
-                with counts: the targets of each term of `weights`, and "tokens". What is random depends on seed, epoch
-                and row only (`lmscripts.counters`). Floating-point tensors of a batch are what its targets count: an
-                idle process gets them zeroed
+    batches     (source, rows, epochs, seed, sizes, plan, with_ends) -> batches of `sizes` rows with their counts, from
+                `lmscripts.objectives.module.cut`; `rows` (N,) says which, `epochs` (N,) in which epoch, `with_ends`
+                asks for "segment_ends". What is random depends on seed, epoch and row only (`lmscripts.counters`).
+                Counts: the targets of each term of `weights`, and real (text) "tokens". Floating-point tensors of a
+                batch are what its targets count: an idle process gets them zeroed
     plan        (tokenizer, layout, settings) -> what is fixed for all rows, such as how they are masked
     slots       (plan, layout) -> prediction slots of a row, 0 if the head looks at every position
     words       (plan, source) -> what is predicted, for people
@@ -51,7 +52,6 @@ class Export:
     """A folder that a finished run leaves.
 
     Attributes:
-        name: what it is.
         subfolder: of final/ and of every checkpoint; "" for the folder itself.
         auto: class of transformers that loads it.
         task: name of its task in transformers' pipeline; empty for none.
@@ -65,32 +65,25 @@ class Export:
     use: str
 
 
+def ratio(part: float, whole: float) -> float:
+    """A share or a mean; of nothing it is 0."""
+    return part / max(1.0, whole)
+
+
 def names() -> tuple[str, ...]:
     """Objectives of pretraining."""
     return tuple(sorted(module.name for module in iter_modules(__path__) if module.name not in _NO_OBJECTIVES))
 
 
 def objective(name: str) -> Any:
-    """The module of an objective.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """The module of an objective; a UserError where there is none of that name."""
     if name not in names():
         raise UserError(f"there is no --objective {name}: choose among {', '.join(names())}")
     return import_module(f"{__name__}.{name}")
 
 
 def trained(name: str, family: Any, models: Mapping[str, Any], attention: str, settings: Any) -> Objective:
-    """The module that is trained, see `lmscripts.objectives.module`.
-
-    Args:
-        name: of the objective.
-        family: module of the family.
-        models: by subfolder.
-        attention: how attention is computed.
-        settings: of the objective.
-    """
+    """The module that is trained on an objective of this name, see `lmscripts.objectives.module`."""
     from lmscripts.objectives.module import Objective
 
     return Objective(objective(name), family, models, attention, settings)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmscripts.errors import UserError
-from lmscripts.objectives import Export
+from lmscripts.objectives import Export, ratio
 from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
 
@@ -31,18 +31,11 @@ if TYPE_CHECKING:
 TITLE = "a causal model"
 SCORES = "windows"
 PARTS = {"": "model"}
-EXPORTS = (
-    Export(
-        "model",
-        "",
-        "AutoModelForCausalLM",
-        "text-generation",
-        """from transformers import pipeline
+_USE = """from transformers import pipeline
 
 model = pipeline("text-generation", model="PATH")
-print(model("...", do_sample=True, top_k=50, max_new_tokens=40)[0]["generated_text"])""",
-    ),
-)
+print(model("...", do_sample=True, top_k=50, max_new_tokens=40)[0]["generated_text"])"""
+EXPORTS = (Export("model", "", "AutoModelForCausalLM", "text-generation", _USE),)
 
 
 @dataclass(frozen=True)
@@ -66,11 +59,7 @@ def resolved(settings: Settings, preset: Preset) -> Settings:
 def rows(
     store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing, settings: Any
 ) -> StreamRows | None:
-    """The text as one stream; None for an empty part.
-
-    Raises:
-        UserError: the tokenizer has nothing that separates documents.
-    """
+    """The text as one stream, of a tokenizer that can separate documents; None for an empty part."""
     from lmscripts.data.packing import Layout
     from lmscripts.data.stream import open_stream
 
@@ -82,10 +71,7 @@ def rows(
 def boundary_ids(tokenizer: Any) -> tuple[int, int]:
     """Ids of what stands before the first token of a document and of what is predicted after its last.
 
-    Begin: bos, else eos, else cls. End: eos, else sep. In GPT-2's own tokenizer both are <|endoftext|>.
-
-    Raises:
-        UserError: the tokenizer has none of them.
+    Begin: bos, else eos, else cls. End: eos, else sep; a UserError without them. GPT-2's own are both <|endoftext|>.
     """
     begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id]
     end = [tokenizer.eos_token_id, tokenizer.sep_token_id]
@@ -121,25 +107,16 @@ def batches(
     plan: None,
     with_ends: bool = False,
 ) -> Made:
-    """Rows of a stream laid out, all at once, then cut into batches; epochs and seed decide nothing here.
-
-    Args:
-        source: of the rows.
-        rows: (N,) which rows.
-        epochs: (N,).
-        seed: not used.
-        sizes: rows of each batch, B; they sum to N.
-        plan: None.
-        with_ends: give "segment_ends" as well, see `lmscripts.data.steps.cut_rows`.
+    """Rows of a stream; seed and epochs decide nothing.
 
     Returns:
         For each batch: input_ids (B, T) int32, labels (B * T,) int64 and weights (B * T,) fp32, 0 where a position is
-        empty; and what `cut_rows` gives. Its counts: targets of the term "clm", the "bytes" of text that they stand
-        for, and real (text) "tokens".
+        empty; and what `cut_rows` gives. Its counts: targets of the term "clm", and the "bytes" of text that they
+        stand for.
     """
     import numpy as np
 
-    from lmscripts.data.steps import cut_rows
+    from lmscripts.objectives.module import cut
 
     laid_out = source.read(rows)
     if laid_out.targets is None:
@@ -148,14 +125,9 @@ def batches(
     arrays: dict[str, NDArray[Any]] = {"input_ids": laid_out.ids, "labels": laid_out.targets.astype(np.int64)}
     arrays["weights"] = real.astype(np.float32)
     several = np.any(laid_out.segments > 0, axis=1)  # what is empty comes last, where nothing sees it
-    made, begin = [], 0
-    for batch in cut_rows(laid_out, sizes, arrays, several, source.most_segments if with_ends else None):
-        part = slice(begin, begin + len(batch["input_ids"]))
-        begin = part.stop
-        batch |= {name: batch[name].reshape(-1) for name in ("labels", "weights")}
-        counts = {"clm": float(real[part].sum()), "tokens": float(laid_out.content[part].sum())}
-        made.append((batch, counts | {"bytes": counts["clm"] * source.bytes_per_target}))
-    return made
+    counted = {"clm": real, "tokens": laid_out.content}
+    made = cut(laid_out, sizes, arrays, counted, several, source.most_segments if with_ends else None)
+    return [(batch, counts | {"bytes": counts["clm"] * source.bytes_per_target}) for batch, counts in made]
 
 
 # ---- loss --------------------------------------------------------------------------------------------------------
@@ -171,15 +143,10 @@ def prepare(trained: Objective) -> None:
 
 
 def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
-    """Sums over the targets of a batch.
+    """Sums over the targets of a batch, () fp32 each.
 
-    Args:
-        trained: the models; `lmscripts.models.checks.check_isolation` has been asked.
-        batch: from `batches`.
-
-    Returns:
-        () fp32 each. "clm": sum of cross-entropies and of the terms of the z-loss; "clm_entropy" and "clm_penalty": of
-        either alone; in eval mode "clm_correct": right predictions.
+    "clm": of cross-entropies and of the terms of the z-loss; "clm_entropy" and "clm_penalty": of either alone; in eval
+    mode "clm_correct": right predictions.
     """
     from lmscripts.models.cross_entropy import chunked_cross_entropy
 
@@ -196,14 +163,13 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
 
 def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
     """Cross-entropy per target, perplexity, bits per byte of the text as read; where counted, right ones."""
-    targets = max(1.0, counts["clm"])
-    loss = sums["clm_entropy"] / targets
+    loss = ratio(sums["clm_entropy"], counts["clm"])
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    found["bits_per_text_byte"] = sums["clm_entropy"] / math.log(2) / max(1.0, counts["bytes"])
+    found["bits_per_text_byte"] = ratio(sums["clm_entropy"] / math.log(2), counts["bytes"])
     if trained.settings.z_loss:
-        found["z_loss"] = sums["clm_penalty"] / targets
+        found["z_loss"] = ratio(sums["clm_penalty"], counts["clm"])
     if "clm_correct" in sums:
-        found["accuracy"] = sums["clm_correct"] / targets
+        found["accuracy"] = ratio(sums["clm_correct"], counts["clm"])
     return found
 
 
@@ -216,15 +182,9 @@ def examples(models: Mapping[str, Any], tokenizer: Any, phase: Phase) -> list[st
 
 
 def document_beginnings(phase: Phase, number: int = 3, most_tokens: int = 12) -> list[NDArray[np.int64]]:
-    """How documents begin: held-out ones, then those of the training text; again from the first where there are fewer.
+    """(n,) ids of how documents begin: held-out ones, then those of the training text; again where there are fewer.
 
-    Args:
-        phase: its rows.
-        number: of beginnings, P.
-        most_tokens: tokens of each, the begin token among them; never more than half of the document.
-
-    Returns:
-        P arrays of (n,) ids.
+    Of each no more than half is taken, and no more than `most_tokens`, the begin token among them.
     """
     from itertools import cycle, islice
 
@@ -242,29 +202,22 @@ def document_beginnings(phase: Phase, number: int = 3, most_tokens: int = 12) ->
     return list(islice(cycle(found), number))
 
 
-def continuations(
-    model: Any, tokenizer: Any, prompts: list[NDArray[np.int64]], new_tokens: int = 40, seed: int = 0
-) -> list[str]:
-    """How the model goes on from each prompt: sampled from its 50 likeliest tokens, always the same.
+def continuations(model: Any, tokenizer: Any, prompts: list[NDArray[np.int64]]) -> list[str]:
+    """How the model goes on from prompts of (n,) ids: sampled from its 50 likeliest tokens, always the same.
 
-    Args:
-        model: a causal language model from transformers.
-        tokenizer: of the model.
-        prompts: ids; a prompt that comes again is gone on from in another way.
-        new_tokens: tokens to sample, at most.
-        seed: of the sampling; the state of the generators outside is left alone.
+    A prompt that comes again is gone on from in another way. The random numbers outside are left alone.
     """
     import torch
 
     found = []
-    longest = getattr(model.config, "max_position_embeddings", max(map(len, prompts), default=0) + new_tokens)
+    longest = getattr(model.config, "max_position_embeddings", max(map(len, prompts), default=0) + 40)
     for number, ids in enumerate(prompts):
         prompt = torch.from_numpy(ids[: longest // 2])
         inputs = prompt[None].to(next(model.parameters()).device)
         settings = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
-        settings["max_length"] = min(prompt.numel() + new_tokens, longest)
+        settings["max_length"] = min(prompt.numel() + 40, longest)
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed + number)
+            torch.manual_seed(number)
             written = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)[0].cpu()
         begun, added = (
             " ".join(str(tokenizer.decode(part, skip_special_tokens=True)).split())

@@ -6,7 +6,7 @@ It is no objective of pretraining: its rows come from a labelled table, see `lms
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -54,11 +54,8 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
 
 def logits(trained: Objective, batch: Batch) -> Tensor:
     """(B, K) in float32."""
-    output: Any = trained.get_submodule("classifier")(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    )
-    found: Tensor = output.logits.float()
-    return found
+    output = trained.get_submodule("classifier")(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output.logits.float()  # type: ignore[no-any-return]
 
 
 def row_losses(trained: Objective, logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmscripts.errors import UserError
-from lmscripts.objectives import Export
+from lmscripts.objectives import Export, ratio
 from lmscripts.options.parsing import option
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lmscripts.data.masking import MaskingPlan
     from lmscripts.data.packing import Layout, PackedRows, Packing, Rows
+    from lmscripts.data.pairs import PairRows
     from lmscripts.data.steps import Made, Phase
     from lmscripts.data.token_store import TokenStore
     from lmscripts.objectives.module import Batch, Objective, Sums
@@ -25,15 +26,8 @@ if TYPE_CHECKING:
 TITLE = "a masked language model"
 SCORES = "masks"
 PARTS = {"": "model"}
-EXPORTS = (
-    Export(
-        "model",
-        "",
-        "AutoModelForMaskedLM",
-        "fill-mask",
-        'from transformers import pipeline\n\nmodel = pipeline("fill-mask", model="PATH")',
-    ),
-)
+_USE = 'from transformers import pipeline\n\nmodel = pipeline("fill-mask", model="PATH")'
+EXPORTS = (Export("model", "", "AutoModelForMaskedLM", "fill-mask", _USE),)
 
 
 @dataclass(frozen=True)
@@ -64,11 +58,7 @@ def resolved(settings: Any, preset: Preset) -> Any:
 def rows(
     store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing, settings: Any
 ) -> PackedRows | None:
-    """Packed rows of [CLS] text [SEP].
-
-    Raises:
-        UserError: the tokenizer lacks a special token.
-    """
+    """Packed rows of [CLS] text [SEP], of a tokenizer that has these."""
     from lmscripts.data.packing import Layout, open_rows
 
     ids = special_ids(tokenizer)
@@ -76,11 +66,7 @@ def rows(
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of the special tokens that masked rows need: pad, cls, sep and mask.
-
-    Raises:
-        UserError: the tokenizer lacks one.
-    """
+    """Ids of the special tokens that masked rows need, pad, cls, sep and mask; a UserError where one is missing."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask")}
     if missing := [name for name, number in ids.items() if number is None]:
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no {missing[0]} token, which this objective needs")
@@ -88,17 +74,7 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def plan(tokenizer: Any, layout: Layout, settings: Any, **corruption: Any) -> MaskingPlan:
-    """BERT's corruption with a fixed number of slots per row.
-
-    Args:
-        tokenizer: from transformers.
-        layout: of the rows.
-        settings: resolved, with one probability.
-        corruption: other fields of the plan.
-
-    Raises:
-        UserError: the probability is not in (0, 1).
-    """
+    """BERT's corruption with a fixed number of slots per row, or what other fields of the plan say."""
     import numpy as np
 
     from lmscripts.data.masking import MaskingPlan, prediction_slots
@@ -132,80 +108,39 @@ def words(plan: MaskingPlan, source: Any) -> str:
 
 
 def batches(
-    source: PackedRows,
+    source: PackedRows | PairRows,
     rows: NDArray[np.int64],
     epochs: NDArray[np.int64],
     seed: int,
     sizes: list[int],
     plan: MaskingPlan,
     with_ends: bool = False,
+    read: tuple[Rows, Mapping[str, NDArray[Any]]] | None = None,
 ) -> Made:
-    """Mask rows and lay them out, all at once, then cut them into batches.
-
-    Args:
-        source: of the rows.
-        rows: (N,) which rows.
-        epochs: (N,) in which epoch; number, epoch and seed decide the masks.
-        seed: of the masks.
-        sizes: rows of each batch, B; they sum to N.
-        plan: how to mask, with K slots per row.
-        with_ends: give "segment_ends" as well, see `lmscripts.data.steps.cut_rows`.
-
-    Returns:
-        See `masked_batches`.
-    """
-    from lmscripts.counters import stream_key
-    from lmscripts.data.masking import row_keys
-
-    keys = row_keys(stream_key(seed, 0x3A5C), epochs, rows)
-    return masked_batches(source.read(rows), keys, sizes, plan, source.most_segments if with_ends else None)
-
-
-def masked_batches(
-    laid_out: Rows,
-    keys: NDArray[np.uint64],
-    sizes: list[int],
-    plan: MaskingPlan,
-    most_segments: int | None,
-    more: Mapping[str, NDArray[Any]] | None = None,
-) -> Made:
-    """Laid out rows, masked and cut into batches.
-
-    Args:
-        laid_out: N rows of T tokens.
-        keys: (N,) of the masks, from `lmscripts.data.masking.row_keys`.
-        sizes: rows of each batch, B; they sum to N.
-        plan: how to mask, with K slots per row.
-        most_segments: see `lmscripts.data.steps.cut_rows`.
-        more: (N, ...) what else is in a batch, by name.
+    """Rows masked by seed, epoch and number; or `read`, these rows laid out and what else (N, ...) is in a batch.
 
     Returns:
         For each batch: input_ids (B, T) int32, slots (B * K,) int64 flat positions, labels (B * K,) int64, weights
         (B * K,) fp32, and draws (B * K,) fp32 with row_weights (B,) fp32 if the plan asks for them; and what
-        `cut_rows` gives. Its counts: targets of the terms "mlm" and "rtd", and real (text) "tokens".
+        `cut_rows` gives. Its counts: targets of the terms "mlm" and "rtd".
     """
     import numpy as np
 
-    from lmscripts.data.masking import mask_rows
-    from lmscripts.data.steps import cut_rows
+    from lmscripts.counters import stream_key
+    from lmscripts.data.masking import mask_rows, row_keys
+    from lmscripts.objectives.module import cut
 
+    laid_out, more = read or (source.read(rows), {})
+    keys = row_keys(stream_key(seed, 0x3A5C), epochs, rows)
     masks = mask_rows(laid_out.ids, laid_out.content, laid_out.word_starts, keys, plan)
-    in_batch = np.concatenate([np.arange(size) for size in sizes])[:, None]
-    arrays = {"input_ids": masks.input_ids, "slots": masks.positions + in_batch * laid_out.ids.shape[1], **(more or {})}
+    arrays = {"input_ids": masks.input_ids, "slots": masks.positions, **more}
     arrays |= {"labels": masks.labels.astype(np.int64), "weights": masks.weights}
+    counted: dict[str, NDArray[Any]] = {"mlm": masks.weights, "tokens": laid_out.content}
     if masks.draws is not None:
         arrays |= {"draws": masks.draws, "row_weights": np.ones(len(masks.weights), np.float32)}
+        counted["rtd"] = laid_out.segments >= 0
     several = laid_out.segments[:, -1] != 0  # else one segment fills the row
-    made, begin = [], 0
-    for batch in cut_rows(laid_out, sizes, arrays, several, most_segments):
-        part = slice(begin, begin + len(batch["input_ids"]))
-        begin = part.stop
-        batch |= {name: batch[name].reshape(-1) for name in ("slots", "labels", "weights", "draws") if name in batch}
-        counts = {"mlm": float(masks.weights[part].sum()), "tokens": float(laid_out.content[part].sum())}
-        if masks.draws is not None:
-            counts["rtd"] = float((laid_out.segments[part] >= 0).sum())
-        made.append((batch, counts))
-    return made
+    return cut(laid_out, sizes, arrays, counted, several, source.most_segments if with_ends else None)
 
 
 # ---- loss --------------------------------------------------------------------------------------------------------
@@ -222,19 +157,15 @@ def prepare(trained: Objective) -> None:
 
 
 def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
-    """Sums over the used prediction slots of a batch.
+    """See `slot_sums`."""
+    model: Any = trained.model
+    return slot_sums(trained, trained.logits_at_slots(model, batch, trained.attention_inputs(model, batch)), batch)
 
-    Args:
-        trained: the models.
-        batch: from `batches`.
 
-    Returns:
-        "mlm": () fp32 sum of cross-entropies. In eval mode also "mlm_correct": () number of right predictions.
-    """
+def slot_sums(trained: Objective, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Over the used slots "mlm", () fp32 sum of cross-entropies, and in eval mode "mlm_correct", right predictions."""
     from torch.nn.functional import cross_entropy
 
-    model: Any = trained.model
-    logits = trained.logits_at_slots(model, batch, trained.attention_inputs(model, batch))
     losses = cross_entropy(logits, batch["labels"], reduction="none")
     sums = {"mlm": (losses * batch["weights"]).sum()}
     if not trained.training:
@@ -244,39 +175,22 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
 
 def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
     """Loss per masked token; where it was counted, the share of right predictions."""
-    from lmscripts.objectives.module import ratio
-
     found = {"loss": ratio(sums["mlm"], counts["mlm"])}
     if "mlm_correct" in sums:
         found["accuracy"] = ratio(sums["mlm_correct"], counts["mlm"])
     return found
 
 
-def examples(models: Mapping[str, Any], tokenizer: Any, phase: Phase) -> list[str]:
-    """For the beginnings of held-out rows, the model's three best answers for one of their words."""
-    return fill_mask_examples(models[""], tokenizer, phase)
-
-
-def fill_mask_examples(
-    model: Any, tokenizer: Any, phase: Phase, most_rows: int = 3, most_tokens: int = 40
-) -> list[str]:
-    """For the first segment of each row, the model's three best answers for one of its words.
-
-    Args:
-        model: a masked language model from transformers.
-        tokenizer: of the model.
-        phase: its rows; held-out ones if there are any.
-        most_rows: rows to show.
-        most_tokens: tokens of each row to show.
-    """
+def examples(models: Mapping[str, Any], tokenizer: Any, phase: Phase, part: str = "") -> list[str]:
+    """For the beginnings of three held-out rows, the three best answers of a masked model for one of their words."""
     import numpy as np
     import torch
 
-    source, found = phase.held_out or phase.train, []
+    model, source, found = models[part], phase.held_out or phase.train, []
     device, layout = next(model.parameters()).device, source.layout
-    rows = source.read(np.arange(min(most_rows, source.num_rows)))
+    rows = source.read(np.arange(min(3, source.num_rows)))
     for ids, content, segments in zip(rows.ids, rows.content, rows.segments, strict=True):
-        text = [int(i) for i in ids[content & (segments == 0)][:most_tokens]]
+        text = [int(i) for i in ids[content & (segments == 0)][:40]]
         if len(text) < 5:
             continue
         place = len(text) // 2

@@ -5,34 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmscripts.data.packing import Rows
+from lmscripts.data.steps import Made, cut_rows
 from lmscripts.models.attention import AttentionPath
 
 Batch = dict[str, Tensor]
 Sums = Mapping[str, float]
+_FLAT = ("slots", "labels", "weights", "draws", "pair_labels", "pair_weights")
+_PLACES = ("slots", "pair_places")
 
 
 class Objective(nn.Module):
     """The models of an objective under the names of its PARTS, and what computes its loss.
 
-    Attributes:
-        kind: module of the objective, see `lmscripts.objectives`.
-        family: module of the family, see `lmscripts.models.families`.
-        attention: how attention is computed.
-        settings: of the objective.
-        weights: loss terms and their weights.
+    `kind` is the module of the objective, `family` that of the family; `weights` are those of the terms of the loss.
     """
 
     def __init__(
         self, kind: Any, family: Any, models: Mapping[str, PreTrainedModel], attention: AttentionPath, settings: Any
     ) -> None:
         super().__init__()
-        self._parts = {subfolder: name for subfolder, name in kind.PARTS.items() if subfolder in models}
-        for subfolder, name in self._parts.items():
-            setattr(self, name, models[subfolder])
+        for subfolder, name in kind.PARTS.items():
+            if subfolder in models:
+                setattr(self, name, models[subfolder])
         self.kind, self.family, self.settings = kind, family, settings
         self.attention: AttentionPath = attention
         self.weights: dict[str, float] = kind.weights(settings)
@@ -41,27 +42,21 @@ class Objective(nn.Module):
     @property
     def models(self) -> dict[str, PreTrainedModel]:
         """What is saved, by subfolder, the model's own folder first."""
-        return {subfolder: getattr(self, self._parts[subfolder]) for subfolder in sorted(self._parts)}
+        parts = sorted(self.kind.PARTS.items())
+        return {subfolder: getattr(self, name) for subfolder, name in parts if hasattr(self, name)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the targets of a batch, see the objective."""
-        found: dict[str, Tensor] = self.kind.forward(self, batch)
-        return found
+        return self.kind.forward(self, batch)  # type: ignore[no-any-return]
 
     def loss(self, sums: Mapping[str, Tensor], targets: Sums) -> Tensor:
-        """() the weighted sum of the terms, each divided by its targets.
-
-        Args:
-            sums: of the terms over one batch.
-            targets: of the terms over everything that the optimizer step averages.
-        """
+        """() the weighted sum of the terms of a batch, each divided by its targets in all of the optimizer step."""
         terms = self.weights.items()
         return torch.stack([sums[term] * (weight / (targets[term] or 1.0)) for term, weight in terms]).sum()
 
     def metrics(self, sums: Sums, counts: Sums) -> dict[str, float]:
         """Named numbers from sums of `forward` and counts of targets."""
-        found: dict[str, float] = self.kind.metrics(self, sums, counts)
-        return found
+        return self.kind.metrics(self, sums, counts)  # type: ignore[no-any-return]
 
     def flops_per_position(self, sequence_length: int, slots: int) -> float:
         """Operations of a training step per position."""
@@ -72,16 +67,33 @@ class Objective(nn.Module):
         """What keeps the documents of a batch apart in a model."""
         device = batch["input_ids"].device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        found: dict[str, Any] = self.family.attention(model, self.attention, batch, dtype)
-        return found
+        return self.family.attention(model, self.attention, batch, dtype)  # type: ignore[no-any-return]
 
     def logits_at_slots(self, model: PreTrainedModel, batch: Batch, attention: dict[str, Any]) -> Tensor:
         """(B * K, V) fp32 logits at the prediction slots."""
         hidden = self.family.encode(model, batch["input_ids"], batch["position_ids"], attention, batch["slots"])
-        logits: Tensor = self.family.predict(model, hidden).float()
-        return logits
+        return self.family.predict(model, hidden).float()  # type: ignore[no-any-return]
 
 
-def ratio(part: float, whole: float) -> float:
-    """A share or a mean; of nothing it is 0."""
-    return part / max(1.0, whole)
+def cut(
+    laid_out: Rows,
+    sizes: list[int],
+    arrays: dict[str, NDArray[Any]],
+    targets: dict[str, NDArray[Any]],
+    several: NDArray[np.bool_],
+    most_segments: int | None,
+) -> Made:
+    """Laid out rows as batches with their counts, see `lmscripts.data.steps.cut_rows`.
+
+    Arrays, by name, are (N, ...) for N rows; in a batch, places of a row are flat ones, and what they have is flat.
+    Targets are (N, ...) what is counted. `most_segments` of a row are given where batches need "segment_ends".
+    """
+    in_batch = np.concatenate([np.arange(size) for size in sizes])[:, None] * laid_out.ids.shape[1]
+    arrays = arrays | {name: arrays[name] + in_batch for name in _PLACES if name in arrays}
+    made, begin = [], 0
+    for batch in cut_rows(laid_out, sizes, arrays, several, most_segments):
+        part = slice(begin, begin + len(batch["input_ids"]))
+        begin = part.stop
+        batch |= {name: batch[name].reshape(-1) for name in _FLAT if name in batch}
+        made.append((batch, {name: float(each[part].sum()) for name, each in targets.items()}))
+    return made

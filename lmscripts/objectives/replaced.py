@@ -9,11 +9,11 @@ but the number is a hash of (seed, epoch, row, position), so the shape of the cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from lmscripts.objectives import Export, masked
+from lmscripts.objectives import Export, masked, ratio
 from lmscripts.objectives.masked import batches, resolved, rows, slots, words
 from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
@@ -21,9 +21,6 @@ from lmscripts.options.parsing import option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmscripts.data.masking import MaskingPlan
-    from lmscripts.data.packing import Layout
-    from lmscripts.data.steps import Phase
     from lmscripts.objectives.module import Batch, Objective, Sums
 
 __all__ = ["batches", "resolved", "rows", "slots", "words"]
@@ -32,24 +29,14 @@ TITLE = "ELECTRA's pair"
 KIND = "electra"  # as results were written before objectives had names
 SCORES = "masks"
 PARTS = {"generator": "generator", "": "discriminator"}
-EXPORTS = (
-    Export(
-        "discriminator",
-        "",
-        "AutoModelForPreTraining",
-        "",
-        """from transformers import AutoModelForPreTraining
+_USE = """from transformers import AutoModelForPreTraining
 
 # A logit for each token, above 0 where it thinks that the token was replaced. This is the half to fine-tune.
-discriminator = AutoModelForPreTraining.from_pretrained("PATH")""",
-    ),
-    Export(
-        "generator",
-        "generator",
-        "AutoModelForMaskedLM",
-        "fill-mask",
-        'from transformers import pipeline\n\ngenerator = pipeline("fill-mask", model="PATH")',
-    ),
+discriminator = AutoModelForPreTraining.from_pretrained("PATH")"""
+_USE_GENERATOR = 'from transformers import pipeline\n\ngenerator = pipeline("fill-mask", model="PATH")'
+EXPORTS = (
+    Export("discriminator", "", "AutoModelForPreTraining", "", _USE),
+    Export("generator", "generator", "AutoModelForMaskedLM", "fill-mask", _USE_GENERATOR),
 )
 
 
@@ -65,9 +52,8 @@ class Settings(masked.Settings):
         check_numbers(vars(self), not_negative=("generator_weight", "discriminator_weight"))
 
 
-def plan(tokenizer: Any, layout: Layout, settings: Any) -> MaskingPlan:
-    """The generator sees [MASK] or the token itself, never a random one; every slot has a number to sample with."""
-    return masked.plan(tokenizer, layout, settings, mask_share=0.85, random_share=0.0, draws=True)
+# The generator sees [MASK] or the token itself, never a random one; every slot has a number to sample with.
+plan = partial(masked.plan, mask_share=0.85, random_share=0.0, draws=True)
 
 
 def weights(settings: Settings) -> dict[str, float]:
@@ -82,16 +68,11 @@ def prepare(trained: Objective) -> None:
 
 
 def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
-    """Sums over the masked slots (generator) and over all positions that are not empty (discriminator).
+    """Sums over the masked slots (generator) and over all positions that are not empty (discriminator), () fp32 each.
 
-    Args:
-        trained: the models.
-        batch: from `batches`, with "draws".
-
-    Returns:
-        () fp32 each. "mlm": sum of cross-entropies; "mlm_correct": right predictions; "rtd": sum of binary
-        cross-entropies; "rtd_correct": right decisions; "rtd_replaced": positions with label 1; "rtd_flagged":
-        positions that were called replaced; "rtd_hits": both at once.
+    "mlm": of cross-entropies; "mlm_correct": right predictions; "rtd": of binary cross-entropies; "rtd_correct": right
+    decisions; "rtd_replaced": positions with label 1; "rtd_flagged": positions that were called replaced; "rtd_hits":
+    both at once.
     """
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -102,7 +83,12 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
     losses = cross_entropy(logits, batch["labels"], reduction="none")
     used = batch["weights"] > 0
     with torch.no_grad():
-        seen, replaced = replace_tokens(batch, sample(logits, batch["draws"]))
+        sampled, ids = sample(logits, batch["draws"]), batch["input_ids"].reshape(-1)
+        # Unused slots all point at the row's first position, which is never masked: there they change nothing.
+        seen = ids.scatter(0, batch["slots"], torch.where(used, sampled.to(ids.dtype), ids[batch["slots"]]))
+        changed = (sampled != batch["labels"]) & used
+        replaced = torch.zeros_like(ids, dtype=torch.bool).scatter(0, batch["slots"], changed)
+        seen, replaced = seen.view_as(batch["input_ids"]), replaced.view_as(batch["input_ids"])
     hidden = trained.family.encode(discriminator, seen, batch["position_ids"], attention)
     scores = trained.family.predict(discriminator, hidden).float()
     real = batch["segments"] >= 0 if "segments" in batch else torch.ones_like(replaced)
@@ -121,15 +107,7 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
 
 
 def sample(logits: Tensor, draws: Tensor) -> Tensor:
-    """One id for each row of logits, by inverting the cumulative distribution.
-
-    Args:
-        logits: (N, V) fp32.
-        draws: (N,) uniform in [0, 1).
-
-    Returns:
-        (N,) int64: the first id whose cumulative probability exceeds the draw.
-    """
+    """(N,) int64 first ids in rows of (N, V) fp32 logits whose cumulative probability exceeds the draw, from [0, 1)."""
     import torch
 
     cumulative = logits.softmax(-1).cumsum_(-1)  # in place: with a large vocabulary this is the peak of memory
@@ -137,32 +115,8 @@ def sample(logits: Tensor, draws: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
 
 
-def replace_tokens(batch: Batch, sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """What the discriminator sees: the original text with the samples at the masked positions.
-
-    Args:
-        batch: with the masked "input_ids", "slots", "labels" and "weights"; unused slots point at the row's first
-            position, which is never masked.
-        sampled: (B * K,) ids.
-
-    Returns:
-        (B, T) ids, and (B, T) bool: True where a token differs from the original.
-    """
-    import torch
-
-    ids, slots, used = batch["input_ids"], batch["slots"], batch["weights"] > 0
-    flat = ids.reshape(-1)
-    seen = flat.scatter(0, slots, torch.where(used, sampled.to(flat.dtype), flat[slots]))
-    changed = (sampled != batch["labels"]) & used
-    # Unused slots all write False at a position that no used slot has.
-    replaced = torch.zeros_like(flat, dtype=torch.bool).scatter(0, slots, changed)
-    return seen.view_as(ids), replaced.view_as(ids)
-
-
 def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
     """Weighted loss; loss and accuracy of both halves; precision and recall of the discriminator's finds."""
-    from lmscripts.objectives.module import ratio
-
     mlm, rtd = ratio(sums["mlm"], counts["mlm"]), ratio(sums["rtd"], counts["rtd"])
     return {
         "loss": trained.weights["mlm"] * mlm + trained.weights["rtd"] * rtd,
@@ -175,6 +129,4 @@ def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
     }
 
 
-def examples(models: Mapping[str, Any], tokenizer: Any, phase: Phase) -> list[str]:
-    """What the generator puts into masked places."""
-    return masked.fill_mask_examples(models["generator"], tokenizer, phase)
+examples = partial(masked.examples, part="generator")  # what it puts into masked places

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmscripts.errors import UserError
-from lmscripts.objectives import Export, masked
+from lmscripts.objectives import Export, masked, ratio
 from lmscripts.objectives.masked import examples, plan, prepare, resolved, slots
 from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
@@ -31,28 +31,18 @@ __all__ = ["examples", "plan", "prepare", "resolved", "slots"]
 
 TITLE = "a masked language model that judges pairs"
 PARTS = {"": "model", "pairs": "pair_model"}
-EXPORTS = (
-    Export(
-        "model",
-        "",
-        "AutoModelForPreTraining",
-        "fill-mask",
-        """from transformers import AutoModelForPreTraining, pipeline
+_USE = """from transformers import AutoModelForPreTraining, pipeline
 
 model = pipeline("fill-mask", model="PATH")
 # Of a BERT also with the scores of pairs, seq_relationship_logits; the second says "not what came next".
-pairs = AutoModelForPreTraining.from_pretrained("PATH")""",
-    ),
-    Export(
-        "head for pairs",
-        "pairs",
-        "AutoModelForSequenceClassification",
-        "",
-        """from transformers import AutoModelForSequenceClassification
+pairs = AutoModelForPreTraining.from_pretrained("PATH")"""
+_USE_PAIRS = """from transformers import AutoModelForSequenceClassification
 
 # The second label says "not what came next".
-pairs = AutoModelForSequenceClassification.from_pretrained("PATH")""",
-    ),
+pairs = AutoModelForSequenceClassification.from_pretrained("PATH")"""
+EXPORTS = (
+    Export("model", "", "AutoModelForPreTraining", "fill-mask", _USE),
+    Export("head for pairs", "pairs", "AutoModelForSequenceClassification", "", _USE_PAIRS),
 )
 
 
@@ -74,11 +64,7 @@ class Settings(masked.Settings):
 def rows(
     store: TokenStore, part: str, tokenizer: Any, sequence_length: int, packing: Packing, settings: Settings
 ) -> PairRows | None:
-    """Rows of [CLS] A [SEP] B [SEP].
-
-    Raises:
-        UserError: the tokenizer lacks a special token, or pairs that see each other were asked for.
-    """
+    """Rows of [CLS] A [SEP] B [SEP], of a tokenizer that has these; pairs never see each other."""
     from lmscripts.data.packing import Layout
     from lmscripts.data.pairs import PairSettings, open_pairs
 
@@ -115,20 +101,8 @@ def batches(
         In each batch also token_types (B, T) int64, pair_places (B, Q) int64 flat positions, pair_labels (B * Q,) int64
         and pair_weights (B * Q,) fp32; among the counts the targets of the term "pairs".
     """
-    import numpy as np
-
-    from lmscripts.counters import stream_key
-    from lmscripts.data.masking import row_keys
-
-    laid_out, pairs = source.read_pairs(rows)
-    in_batch = np.concatenate([np.arange(size) for size in sizes])[:, None]
-    pairs["pair_places"] = pairs["pair_places"] + in_batch * source.layout.sequence_length
-    keys = row_keys(stream_key(seed, 0x3A5C), epochs, rows)
-    made = masked.masked_batches(laid_out, keys, sizes, plan, source.most_segments if with_ends else None, pairs)
-    for batch, counts in made:
-        batch |= {name: batch[name].reshape(-1) for name in ("pair_labels", "pair_weights")}
-        counts["pairs"] = float(batch["pair_weights"].sum())
-    return made
+    made = masked.batches(source, rows, epochs, seed, sizes, plan, with_ends, source.read_pairs(rows))
+    return [(batch, counts | {"pairs": float(batch["pair_weights"].sum())}) for batch, counts in made]
 
 
 def weights(settings: Settings) -> dict[str, float]:
@@ -137,15 +111,9 @@ def weights(settings: Settings) -> dict[str, float]:
 
 
 def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
-    """Sums over the used prediction slots and over the pairs of a batch.
+    """Sums over the used prediction slots and over the pairs of a batch, () fp32 each.
 
-    Args:
-        trained: the models.
-        batch: from `batches`.
-
-    Returns:
-        () fp32 each. "mlm" and "pairs": sums of cross-entropies; "pairs_correct": right answers; in eval mode also
-        "mlm_correct".
+    "mlm" and "pairs": of cross-entropies; "pairs_correct": right answers; in eval mode also "mlm_correct".
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -162,20 +130,14 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
     )
     logits = trained.family.predict(model, masked_states.flatten(0, 1)).float()
     scores = trained.family.pair_scores(trained.models, pair_states.flatten(0, 1)).float()
-    sums = {
-        "mlm": (cross_entropy(logits, batch["labels"], reduction="none") * batch["weights"]).sum(),
+    return masked.slot_sums(trained, logits, batch) | {
         "pairs": (cross_entropy(scores, labels, reduction="none") * batch["pair_weights"]).sum(),
         "pairs_correct": ((scores.argmax(-1) == labels) * batch["pair_weights"]).sum(),
     }
-    if not trained.training:
-        sums["mlm_correct"] = ((logits.argmax(-1) == batch["labels"]) * batch["weights"]).sum()
-    return sums
 
 
 def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
     """Weighted loss; loss of both terms; share of right answers for pairs and, where counted, for masked tokens."""
-    from lmscripts.objectives.module import ratio
-
     terms = {term: ratio(sums[term], counts[term]) for term in ("mlm", "pairs")}
     found = {"loss": sum(weight * terms[term] for term, weight in trained.weights.items())}
     found |= {"masked_loss": terms["mlm"], "pair_loss": terms["pairs"]}

@@ -14,7 +14,6 @@ takes most of it from `lmscripts.models.encoder`, a decoder from `lmscripts.mode
     join               (models) -> None: lets models of one training share what they share
     fit                (model, name, layout) -> (model, sentences): room for the rows
     adopt              (model, layout, like) -> sentences: ids of the rows into the configuration
-    layers             (model) -> the stacked layers, of which the first can be frozen
     attention          (model, path, batch, dtype) -> arguments of `encode` that keep documents apart
     encode             (model, input_ids, positions, attention, slots) -> last hidden states, (B, T, H); of a model that
                        was narrowed (N, H), those at the slots
@@ -42,11 +41,7 @@ def names() -> tuple[str, ...]:
 
 
 def family(name: str) -> Any:
-    """The module of a family.
-
-    Raises:
-        UserError: it is not built.
-    """
+    """The module of a family; a UserError where none is built."""
     if name not in names():
         raise UserError(f"models of the family {name} cannot be trained yet, only {', '.join(names())}")
     return import_module(f"{__name__}.{name}")
@@ -55,13 +50,7 @@ def family(name: str) -> Any:
 def architectures(name: str, objective: str, *, pretrained: bool = False) -> dict[str, Any]:
     """Classes of transformers by the subfolder that each is saved in, in the order in which they are built.
 
-    Args:
-        name: of the family.
-        objective: name of the objective.
-        pretrained: of models to go on from.
-
-    Raises:
-        UserError: the family has no heads for this objective.
+    Those to go on from may be others. A UserError where the family has no heads for this objective.
     """
     import transformers
 

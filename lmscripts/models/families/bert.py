@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import BertConfig
 
-from lmscripts.data.packing import Layout
-from lmscripts.models.encoder import adopt, attention, encode, fit, flops, join, layers, narrow
-from lmscripts.options.presets import FamilyKeys, Preset
+from lmscripts.models import encoder
+from lmscripts.models.encoder import adopt, attention, encode, fit, flops, join, narrow
+from lmscripts.options.presets import FamilyKeys
 
-__all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "layers", "narrow"]
+__all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "narrow"]
 
 heads = {"masked": {"": "BertForMaskedLM"}, "sentence_pairs": {"": "BertForPreTraining"}}
 preset_keys = FamilyKeys()
 pretrained_heads = heads
 default_objective = "masked"
 defaults: dict[str, float] = {}
-
-
-def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> BertConfig:
-    """Configuration of a new model; the dropouts are set by `lmscripts.models.building`."""
-    return BertConfig(
-        **preset.layer_sizes(),
-        max_position_embeddings=layout.sequence_length,
-        vocab_size=vocab_size,
-        pad_token_id=layout.pad_id,
-    )
+config = partial(encoder.config, BertConfig)
 
 
 def predict(model: Any, hidden: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import ElectraConfig, PreTrainedModel
 
 from lmscripts.data.packing import Layout
-from lmscripts.models.encoder import adopt, attention, encode, fit, layers, narrow
-from lmscripts.models.encoder import flops as flops_of_encoder
+from lmscripts.models import encoder
+from lmscripts.models.encoder import adopt, attention, encode, fit, narrow
 from lmscripts.options.presets import FamilyKeys, Preset
 
-__all__ = ["adopt", "attention", "encode", "fit", "layers", "narrow"]
+__all__ = ["adopt", "attention", "encode", "fit", "narrow"]
 
 heads = {
     "replaced": {"": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"},
@@ -33,14 +33,9 @@ default_objective = "replaced"
 defaults: dict[str, float] = {}
 
 
-def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> ElectraConfig:
+def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> Any:
     """Configuration of a new discriminator, or of the generator: widths and heads times `generator-size`."""
-    found = ElectraConfig(
-        **preset.layer_sizes() | {"embedding_size": preset.embedding_size},
-        max_position_embeddings=layout.sequence_length,
-        vocab_size=vocab_size,
-        pad_token_id=layout.pad_id,
-    )
+    found = encoder.config(ElectraConfig, preset, vocab_size, layout, embedding_size=preset.embedding_size)
     for name in ("hidden_size", "num_attention_heads", "intermediate_size") if part == "generator" else ():
         setattr(found, name, int((preset.generator_fraction or 1) * getattr(found, name)))
     return found
@@ -63,4 +58,4 @@ def predict(model: Any, hidden: Tensor) -> Tensor:
 
 def flops(model: PreTrainedModel, sequence_length: int, slots: int) -> float:
     """See `lmscripts.models.encoder.flops`; the discriminator looks at every position."""
-    return flops_of_encoder(model, sequence_length, 0 if hasattr(model, "discriminator_predictions") else slots)
+    return encoder.flops(model, sequence_length, 0 if hasattr(model, "discriminator_predictions") else slots)

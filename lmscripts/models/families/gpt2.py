@@ -8,10 +8,10 @@ from __future__ import annotations
 from transformers import GPT2Config
 
 from lmscripts.data.packing import Layout
-from lmscripts.models.decoder import adopt, attention, encode, fit, flops, join, layers, narrow, predict
+from lmscripts.models.decoder import adopt, attention, encode, fit, flops, join, narrow, predict
 from lmscripts.options.presets import FamilyKeys, Preset
 
-__all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "layers", "narrow", "predict"]
+__all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "narrow", "predict"]
 
 heads = {"causal": {"": "GPT2LMHeadModel"}}
 preset_keys = FamilyKeys()

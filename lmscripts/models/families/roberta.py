@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, RobertaConfig
+from transformers import RobertaConfig
 
 from lmscripts.data.packing import Layout
 from lmscripts.models import encoder
-from lmscripts.models.encoder import adopt, attention, flops, layers, narrow
+from lmscripts.models.encoder import adopt, attention, fit, flops, narrow
 from lmscripts.options.presets import FamilyKeys, Preset
 
-__all__ = ["adopt", "attention", "flops", "layers", "narrow"]
+__all__ = ["adopt", "attention", "fit", "flops", "narrow"]
 
 heads = {
     "masked": {"": "RobertaForMaskedLM"},
@@ -26,13 +26,14 @@ default_objective = "masked"
 defaults = {"beta2": 0.98}  # section 3.1
 
 
-def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> RobertaConfig:
-    """Configuration of a new model; the dropouts are set by `lmscripts.models.building`."""
-    return RobertaConfig(
-        **preset.layer_sizes(),
-        max_position_embeddings=_positions(layout),
-        vocab_size=vocab_size,
-        pad_token_id=layout.pad_id,
+def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> Any:
+    """Configuration of a new model, see `lmscripts.models.encoder.config`."""
+    return encoder.config(
+        RobertaConfig,
+        preset,
+        vocab_size,
+        layout,
+        max_position_embeddings=layout.sequence_length + layout.pad_id + 1,  # those up to the padding id stay unused
         bos_token_id=layout.begin_id,
         eos_token_id=layout.end_id,
         type_vocab_size=1,
@@ -43,11 +44,6 @@ def join(models: Mapping[str, Any]) -> None:
     """Put the head for pairs on the body of the language model."""
     if "pairs" in models:
         models["pairs"].roberta = models[""].roberta
-
-
-def fit(model: PreTrainedModel, name: str, layout: Layout) -> tuple[PreTrainedModel, list[str]]:
-    """See `lmscripts.models.encoder.fit`."""
-    return encoder.fit(model, name, layout, _positions(layout))
 
 
 def encode(
@@ -65,8 +61,3 @@ def predict(model: Any, hidden: Tensor) -> Tensor:
 def pair_scores(models: Mapping[str, Any], hidden: Tensor) -> Tensor:
     """(N, 2) scores of N pairs by the (N, H) hidden states at their [CLS]; the second says "not what came next"."""
     return models["pairs"].classifier(hidden[:, None])  # type: ignore[no-any-return]
-
-
-def _positions(layout: Layout) -> int:
-    """Position embeddings that rows need; those up to the padding id are never used."""
-    return layout.sequence_length + layout.pad_id + 1
