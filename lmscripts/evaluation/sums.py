@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,21 @@ Progress = Callable[[int, int], None]  # passes done, passes in all
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
 
+def no_progress(done: int, passes: int) -> None:
+    """Say nothing."""
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 def measure_batches(
     accelerator: Accelerator,
     num_batches: int,
     measure: Callable[[int], torch.Tensor],
-    stop_requested: Callable[[], bool] = lambda: False,
-    progress: Progress = lambda done, passes: None,
+    stop_requested: Callable[[], bool] = never,
+    progress: Progress = no_progress,
 ) -> torch.Tensor | None:
     """What numbered batches measure, bitwise the same for any number of processes.
 
@@ -79,20 +89,12 @@ def sum_over_batches(
     accelerator: Accelerator,
     num_batches: int,
     measure: Callable[[int], Mapping[str, float | torch.Tensor]],
-    stop_requested: Callable[[], bool] = lambda: False,
-    progress: Progress = lambda done, passes: None,
+    stop_requested: Callable[[], bool] = never,
+    progress: Progress = no_progress,
 ) -> dict[str, float] | None:
-    """Sums by name of what numbered batches measure, added in their order; see `measure_batches`.
+    """Sums of what `measure` names, always in the same order, without gradients; see `measure_batches`.
 
-    Args:
-        accelerator: the running processes.
-        num_batches: number of batches.
-        measure: named numbers of the batch with this number, always in the same order.
-        stop_requested: asked on each process after each pass.
-        progress: called after each pass.
-
-    Returns:
-        Empty without batches; None when a process was asked to stop before the end.
+    Batches are added in their order. Empty without batches; None when a process was asked to stop before the end.
     """
     names = list[str]()
 
@@ -103,7 +105,8 @@ def sum_over_batches(
 
     if num_batches == 0:
         return {}
-    found = measure_batches(accelerator, num_batches, numbers, stop_requested, progress)
+    with torch.no_grad(), accelerator.autocast():
+        found = measure_batches(accelerator, num_batches, numbers, stop_requested, progress)
     if found is None:
         return None
     totals = dict.fromkeys(names, 0.0)
@@ -131,9 +134,9 @@ def evaluate(
     make_batch: MakeBatch,
     num_rows: int,
     micro_batch_size: int,
-    stop_requested: Callable[[], bool] = lambda: False,
-    progress: Progress = lambda done, passes: None,
-) -> dict[str, float] | None:
+    stop_requested: Callable[[], bool] = never,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, float] | None, dict[str, float]]:
     """What the objective measures on held-out rows, bitwise the same for any number of processes.
 
     Args:
@@ -146,25 +149,9 @@ def evaluate(
         progress: called after each pass.
 
     Returns:
-        The objective's metrics, empty without a single target; None when a process was asked to stop before the end.
+        The objective's metrics, empty without a single target, and the counts of its targets; None in place of the
+        metrics when a process was asked to stop before the end.
     """
-    totals = sums_and_counts(accelerator, objective, make_batch, num_rows, micro_batch_size, stop_requested, progress)
-    if totals is None:
-        return None
-    sums, counts = totals
-    return objective.metrics(sums, counts) if counts.get(next(iter(objective.weights))) else {}
-
-
-def sums_and_counts(
-    accelerator: Accelerator,
-    objective: Objective,
-    make_batch: MakeBatch,
-    num_rows: int,
-    micro_batch_size: int,
-    stop_requested: Callable[[], bool] = lambda: False,
-    progress: Progress = lambda done, passes: None,
-) -> tuple[dict[str, float], dict[str, float]] | None:
-    """As `evaluate`, but what the metrics are made of: the objective's sums, and the counts of its targets."""
 
     def measure(number: int) -> dict[str, float | torch.Tensor]:
         begin = number * micro_batch_size
@@ -172,16 +159,16 @@ def sums_and_counts(
         found = objective(to_device(batch, accelerator.device))
         return {f"sum {name}": value for name, value in found.items()} | {f"count {n}": v for n, v in counts.items()}
 
-    with judging(objective), accelerator.autocast():
+    with judging(objective):
         num_batches = -(-num_rows // micro_batch_size)
         totals = sum_over_batches(accelerator, num_batches, measure, stop_requested, progress)
     if totals is None:
-        return None
+        return None, {}
     sums, counts = (
         {name.removeprefix(kind): value for name, value in totals.items() if name.startswith(kind)}
         for kind in ("sum ", "count ")
     )
-    return sums, counts
+    return (objective.metrics(sums, counts) if counts.get(next(iter(objective.weights))) else {}), counts
 
 
 # ---- text --------------------------------------------------------------------------------------------------------
@@ -212,7 +199,7 @@ def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bo
         raise UserError(f"{useless[0]} has no effect: only .txt files are given, which have no columns")
     if document_per_line and not any(are_text):
         raise UserError("--document_per_line has no effect: no .txt file is given, and a record is a document")
-    sizes, report = raw_text_bytes(files, table), TextReport()
+    sizes, report = [raw_text_bytes(path, table) for path in files], TextReport()
     spans = [Span(str(path)) for path in files]
     if next(read_documents(spans, report, table, document_per_line=document_per_line), None) is None:
         told = "; ".join(["not one line that is not empty", *report.sentences()[1:]])
@@ -224,30 +211,21 @@ def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bo
     return facts
 
 
-def raw_text_bytes(files: Sequence[Path], table: TableOptions) -> list[int]:
-    """Bytes of the text of each file as it is, before anything is cleaned or dropped.
+def raw_text_bytes(path: Path, table: TableOptions) -> int:
+    """Bytes of the text of a file as it is, before anything is cleaned or dropped.
 
     Of plain text all bytes of the file, decompressed; of tables the UTF-8 bytes of the text column.
 
     Raises:
         UserError: a data set on the Hub, whose bytes nobody can count twice, or a damaged file.
     """
-    sizes = []
-    for path in map(str, files):
-        if path.startswith(HUB):
-            raise UserError(
-                f"{path} is a stream from the Hub, which may change: save it as a file and evaluate on that"
-            )
-        size = 0
-        if is_plain(path, table.format):
-            with opened(path) as file:
-                while block := file.read(1 << 20):
-                    size += len(block)
-        else:
-            for text, _ in table_texts(path, table, TextReport()):
-                size += len(text.encode("utf-8", "surrogatepass"))
-        sizes.append(size)
-    return sizes
+    name = str(path)
+    if name.startswith(HUB):
+        raise UserError(f"{name} is a stream from the Hub, which may change: save it as a file and evaluate on that")
+    if not is_plain(name, table.format):
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text, _ in table_texts(name, table, TextReport()))
+    with opened(name) as file:
+        return sum(map(len, iter(partial(file.read, 1 << 20), b"")))
 
 
 @contextmanager
