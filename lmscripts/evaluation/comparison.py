@@ -48,7 +48,7 @@ class Run:
     """A run and its data.
 
     Attributes:
-        file: the database.
+        database: what it was read from, with its tokenization and split.
         record: its row in `runs`, "options" and "facts" as dictionaries, and so "folding" and "split"; "tokenizer".
         meta: what the database says about the table it was made from.
         labels: names of the K labels.
@@ -60,7 +60,7 @@ class Run:
         stored_metrics: (level, metric) -> what the run itself wrote down.
     """
 
-    file: Path
+    database: Database
     record: dict[str, Any]
     meta: dict[str, Any]
     labels: tuple[str, ...]
@@ -72,7 +72,7 @@ class Run:
     stored_metrics: dict[tuple[str, str], float]
 
     def __str__(self) -> str:
-        return f"run {self.record['run_id']} in {self.file}"
+        return f"run {self.record['run_id']} in {self.database.path}"
 
 
 def read_results(path: Path, run_id: int | None = None, flag: str = "--run") -> Run:
@@ -125,8 +125,15 @@ def read_run(file: Path, run_id: int | None = None) -> Run:
         UserError: the file is not a database of ours, it has no such finished run, or the run has no predictions.
     """
     stored = Database(file, 0, 0)
-    meta, labels = stored.meta(), tuple(stored.labels())
-    record = _find(stored.read_runs(), file, run_id)
+    meta, labels, runs = stored.meta(), tuple(stored.labels()), stored.read_runs()
+    finished = {run["run_id"]: run for run in runs if run["status"] in FINISHED}
+    if run_id is not None and run_id not in finished:
+        status = next((f"is {run['status']}" for run in runs if run["run_id"] == run_id), "is not there")
+        known = ", ".join(map(str, finished)) or "none"
+        raise UserError(f"run {run_id} in {file} {status}; finished runs: {known}")
+    if not finished:
+        raise UserError(f"{file} holds {len(runs)} runs, none of them finished")
+    record = finished[max(finished) if run_id is None else run_id]
     stored, number = replace(stored, tok_id=record["tok_id"], split_id=record["split_id"]), record["run_id"]
     rows = {(part, level): stored.read_predictions(number, part, level) for part in PARTS for level in LEVELS}
     epochs, stored_metrics = stored.read_epochs(number), stored.read_test_metrics(number)
@@ -141,21 +148,7 @@ def read_run(file: Path, run_id: int | None = None) -> Run:
     if ("test", "document") not in predictions:
         raise UserError(f"run {number} in {file} has no predictions for test documents")
     several = bool(meta["multi_label"])
-    return Run(file, record, meta, labels, several, parts, part_truth, predictions, epochs, stored_metrics)
-
-
-def _stored(run: Run) -> Database:
-    return Database(run.file, run.record["tok_id"], run.record["split_id"])
-
-
-def read_texts(run: Run, doc_ids: Sequence[int] | Integers) -> list[str]:
-    """Texts of documents, in the given order."""
-    return _stored(run).read_texts(list(doc_ids))
-
-
-def read_places(run: Run, doc_id: int) -> dict[str, Any]:
-    """Where a document stood: "file", "line", "name", "text", "spans" {fragment number: (char_start, char_end)}."""
-    return _stored(run).read_document(doc_id)
+    return Run(stored, record, meta, labels, several, parts, part_truth, predictions, epochs, stored_metrics)
 
 
 def units_of(run: Run, doc_ids: Sequence[int] | Integers) -> Integers:
@@ -163,7 +156,7 @@ def units_of(run: Run, doc_ids: Sequence[int] | Integers) -> Integers:
 
     A sample of documents must not take it apart either.
     """
-    with opened(run.file) as connection:
+    with opened(run.database.path) as connection:
         documents = read_split_documents(connection)
     numbers = dict[str, int]()
     names = units_of_documents([documents[int(doc_id)] for doc_id in doc_ids], use_groups=True)
@@ -187,17 +180,16 @@ def places_of_same(first: Run, second: Run) -> Integers:
     for run in (first, second):
         test = run.predictions["test", "document"]
         truth = test.truth[:, [run.labels.index(name) for name in first.labels]]
-        texts = (text.encode("utf-8", "surrogatepass") for text in read_texts(run, test.doc_ids))
-        hashes = [hashlib.sha256(text).digest() for text in texts]
-        keys.append([(text, tuple(np.flatnonzero(row))) for text, row in zip(hashes, truth, strict=True)])
+        texts = (text.encode("utf-8", "surrogatepass") for text in run.database.read_texts(test.doc_ids))
+        hashed = (hashlib.sha256(text).digest() for text in texts)
+        keys.append([(text, tuple(np.flatnonzero(row))) for text, row in zip(hashed, truth, strict=True)])
     orders = [sorted(range(len(own)), key=own.__getitem__) for own in keys]
     own, others = ([key[place] for place in order] for key, order in zip(keys, orders, strict=True))
-    hashed = [[text for text, _ in rows] for rows in (own, others)]
-    if hashed[0] != hashed[1]:
+    mine, theirs = ([text for text, _ in rows] for rows in (own, others))
+    if mine != theirs:
         raise UserError(
             f"{first} was tested on {len(own):,} documents, {second} on {len(others):,}, and "
-            f"{len(set(hashed[0]) & set(hashed[1])):,} are the same: only runs on the same test documents can be "
-            "compared"
+            f"{len({*mine} & {*theirs}):,} are the same: only runs on the same test documents can be compared"
         )
     if own != others:
         raise UserError(f"{first} and {second} were tested on the same texts with other labels: not comparable")
@@ -209,36 +201,20 @@ def places_of_same(first: Run, second: Run) -> Integers:
 def mcnemar(first_right: Flags, second_right: Flags) -> dict[str, Any]:
     """McNemar's exact test: are the documents that only one of two classifiers gets right shared out evenly?
 
-    Args:
-        first_right: (D,) whether the first classifier is right.
-        second_right: (D,) whether the second one is.
-
-    Returns:
-        "only_first", "only_second", "both", "neither", and "p", the two-sided probability of a split at least as
-        uneven if both were equally good (binomial; Dietterich 1998, section 3.1, in its exact form).
+    Given is of (D,) documents whether each is right. "only_first", "only_second", "both", "neither", and "p", the
+    two-sided probability of a split at least as uneven if both were equally good (binomial; Dietterich 1998, section
+    3.1, in its exact form).
     """
     from scipy.stats import binomtest
 
-    first, second = np.asarray(first_right, np.bool_), np.asarray(second_right, np.bool_)
-    cases = {"only_first": first & ~second, "only_second": second & ~first, "both": first & second}
-    counts = {name: int(rows.sum()) for name, rows in (cases | {"neither": ~first & ~second}).items()}
+    cases = {"only_first": first_right & ~second_right, "only_second": second_right & ~first_right}
+    cases |= {"both": first_right & second_right, "neither": ~first_right & ~second_right}
+    counts = {name: int(rows.sum()) for name, rows in cases.items()}
     differing = counts["only_first"] + counts["only_second"]
     return {**counts, "p": float(binomtest(counts["only_first"], differing).pvalue) if differing else 1.0}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
-
-
-def _find(runs: Sequence[dict[str, Any]], file: Path, run_id: int | None) -> dict[str, Any]:
-    """The row of a finished run."""
-    finished = {run["run_id"]: run for run in runs if run["status"] in FINISHED}
-    if run_id is not None and run_id not in finished:
-        status = next((f"is {run['status']}" for run in runs if run["run_id"] == run_id), "is not there")
-        known = ", ".join(map(str, finished)) or "none"
-        raise UserError(f"run {run_id} in {file} {status}; finished runs: {known}")
-    if not finished:
-        raise UserError(f"{file} holds {len(runs)} runs, none of them finished")
-    return finished[max(finished) if run_id is None else run_id]
 
 
 def _predictions(what: str, rows: Sequence[tuple[Any, ...]], documents: Integers, truth: Flags) -> Predictions:

@@ -145,13 +145,12 @@ def interval(values: Floats, coverage: float = 0.95) -> list[float] | None:
 
 def confusion_matrix(truth: NDArray[Any], decided: NDArray[Any], num_labels: int) -> Integers:
     """(K, K) rows by true label (line) and decided label (column), of (N,) label numbers each."""
-    cells = np.asarray(truth, dtype=np.int64) * num_labels + np.asarray(decided, dtype=np.int64)
-    return np.bincount(cells, minlength=num_labels**2).reshape(num_labels, num_labels).astype(np.int64)
+    return np.bincount(truth * num_labels + decided, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def by_row(matrix: Integers) -> Floats:
     """(K, K) shares of each line of a confusion matrix; NaN in the line of a label that never occurs."""
-    return _ratio(matrix.astype(np.float64), matrix.sum(1, keepdims=True).astype(np.float64))
+    return _ratio(matrix, matrix.sum(1, keepdims=True))
 
 
 def plain(value: Any) -> Any:
@@ -170,13 +169,7 @@ def measured(
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Everything about some decisions in values for JSON, and the resampled values of the overall numbers.
 
-    Args:
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-        units: (N,) the unit of each row, as in `resampled_tally`.
-        multi_label: a row may have several labels, or none.
-        resamples: samples of units behind each interval.
-        seed: of the samples.
+    Truth, decisions, units and samples of units are those of `resampled_tally`.
 
     Returns:
         {"units", "rows", "metrics": {name: {"value", "interval"}}, "per_label": [...]} and {name: (R,)}. Intervals
@@ -208,11 +201,8 @@ def differences(
 ) -> dict[str, Any]:
     """First minus second of overall numbers, with paired intervals: both sides on the same samples of units.
 
-    Args:
-        first: "metrics" of `measured`.
-        second: the same of another classifier, on units numbered alike, with the same seed and number of samples.
-        first_samples: what `measured` returned beside it.
-        second_samples: likewise.
+    Each side is "metrics" of `measured` and what it returned beside it, on units numbered alike, with the same seed
+    and number of samples.
     """
     found = {}
     for name, own in first.items():
@@ -226,13 +216,7 @@ def surest_mistakes(probabilities: Floats, truth: Flags, decided: Flags, multi_l
     """(row, label) of the rows whose labels are not all right, the surest mistake first.
 
     With one label a row, the label that was wrongly given. With several, the label about which the classifier was
-    surest and wrong: given with a high probability, or missed (the row has it) with a low one.
-
-    Args:
-        probabilities: (N, K).
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-        multi_label: a row may have several labels, or none.
+    surest and wrong: given with a high probability, or missed (the row has it) with a low one. All are (N, K).
     """
     sure = np.where(decided & ~truth, probabilities, -1.0)
     if multi_label:
@@ -260,11 +244,11 @@ def _as_tally(sums: Floats) -> Tally:
     return Tally(support, predicted, hits, sums[..., -2], sums[..., -1])
 
 
-def _ratio(over: Floats, under: Floats) -> Floats:
+def _ratio(over: NDArray[Any], under: NDArray[Any]) -> Floats:
     over, under = np.broadcast_arrays(np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64))
     return np.asarray(np.divide(over, under, out=np.full(over.shape, np.nan), where=under > 0))
 
 
 def _mean_of_defined(values: Floats) -> Floats:
     defined = ~np.isnan(values)
-    return _ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1).astype(np.float64))
+    return _ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1))

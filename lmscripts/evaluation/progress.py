@@ -81,16 +81,7 @@ def load_best(accelerator: Accelerator, objective: Objective, run_dir: Path, epo
 
 
 def check_metric(metric: str, default: str, validation: Part, multi_label: bool) -> list[str]:
-    """Whether the validation part can say which epoch is the best; asked before training.
-
-    Args:
-        metric: that is to say it.
-        default: the metric that is taken when none is asked for.
-        validation: the validation part.
-        multi_label: a document may have several labels.
-
-    Returns:
-        A sentence where it cannot, so that the last weights will be taken.
+    """A sentence where the validation part cannot say by a metric which epoch is the best; asked before training.
 
     Raises:
         UserError: another metric than the default was asked for and there is no validation part.
@@ -131,19 +122,8 @@ def open_run(
 ) -> RunKey:
     """Enter a run into the database, or find it there when it is continued.
 
-    A row with the number of the run may be another's, where the database was built anew since: the key tells.
-
-    Args:
-        database: the file of the task.
-        progress: of the run, from its checkpoint if there is one.
-        name: of the run.
-        model_dir: folder of its model, which no other process may be writing.
-        asked: name to value of the options.
-        facts: whatever else is known of it.
-        origin: what the task was made from when it was opened.
-
-    Returns:
-        Its number and its key.
+    A row with the number of the run may be another's, where the database was built anew since: the key tells. What is
+    `asked` are the options; `origin` is what the task was made from when it was opened, see `Database.start_run`.
 
     Raises:
         UserError: the database was built anew from something else since.
@@ -180,20 +160,11 @@ def close_epoch(
     answers: RowAnswers | None,
     settings: ClassifierSettings,
 ) -> dict[str, Any]:
-    """Write an epoch into the database; called by the main process.
+    """Write an epoch, numbered from 1, into the database; called by the main process.
 
     Where a document may have several labels it is judged with temperature and thresholds fitted on the validation
-    part, as the model would be exported after this epoch: with others, another epoch would be the best.
-
-    Args:
-        database: the file of the task.
-        run: which of its runs.
-        epoch: its number, from 1.
-        step: steps done.
-        trained: metrics of its training rows, as they were met.
-        validation: the validation part.
-        answers: the model's answers to it; None without one.
-        settings: of the classifier, before calibration.
+    part, as the model would be exported after this epoch: with others, another epoch would be the best. `trained` are
+    the metrics of its training rows, as they were met; the settings are those before calibration.
 
     Returns:
         Its record for the statistics: "epoch", "step", "train" and "validation" metrics.
@@ -219,11 +190,10 @@ def _write_epoch(database: Database, run: RunKey, record: Mapping[str, Any]) -> 
 
 def epoch_in_words(record: Mapping[str, Any], metric: str, say: Callable[[Mapping[str, float]], str]) -> str:
     """A line on an epoch: training, validation, and the metric by which the best epoch is found."""
-    words = [f"epoch {record['epoch']}: training {say(record['train'])}"]
+    words = f"epoch {record['epoch']}: training {say(record['train'])}"
     if found := record["validation"]:
         shown = {name: found[name] for name in ("loss", "accuracy", "subset_accuracy") if name in found}
-        chosen = (
-            "" if metric in shown or found.get(metric) is None else f", {metric.replace('_', ' ')} {found[metric]:.4f}"
-        )
-        words.append(f"validation {say(shown)}{chosen}")
-    return "; ".join(words)
+        words += f"; validation {say(shown)}"
+        if metric not in shown and found.get(metric) is not None:
+            words += f", {metric.replace('_', ' ')} {found[metric]:.4f}"
+    return words

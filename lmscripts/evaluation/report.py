@@ -20,7 +20,7 @@ import numpy as np
 from markupsafe import Markup
 
 from lmscripts.evaluation.charts import MOST_LABELS_IN_MATRIX
-from lmscripts.evaluation.comparison import Run, read_places
+from lmscripts.evaluation.comparison import Run
 from lmscripts.evaluation.metrics import Flags, plain, surest_mistakes
 
 Numbers = Mapping[str, Any]
@@ -45,25 +45,20 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 def csv_text(rows: Sequence[Sequence[Any]], spreadsheet_safe: bool = False, *, begins_file: bool = True) -> str:
     """Rows as CSV, exactly as they are: what a program reads from it is what was written.
 
-    Args:
-        rows: of cells.
-        spreadsheet_safe: for who opens it in a spreadsheet: a byte order mark at the beginning of the file, and an
-            apostrophe before text that would be a formula there (numbers in text, such as "-1.5", stay).
-        begins_file: these are the first rows of it.
+    Safe for a spreadsheet is an apostrophe before text that would be a formula there (numbers in text, such as "-1.5",
+    stay), and a byte order mark where these rows begin the file.
     """
     lines = ["\ufeff"] if spreadsheet_safe and begins_file else []
     for row in rows:
         text = io.StringIO()  # of its own for each row: "\r" is put into quotes only if it ends the lines
-        csv.writer(text, lineterminator="\r\n").writerow(
-            [_no_formula(cell) for cell in row] if spreadsheet_safe else row
-        )
+        cells = [f"'{cell}" if spreadsheet_safe and _is_formula(cell) else cell for cell in row]
+        csv.writer(text, lineterminator="\r\n").writerow(cells)
         lines.append(f"{text.getvalue()[:-2]}\n")
     return "".join(lines)
 
 
-def _no_formula(cell: Any) -> Any:
-    is_formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
-    return f"'{cell}" if is_formula else cell
+def _is_formula(cell: Any) -> bool:
+    return isinstance(cell, str) and bool(_FORMULA.match(cell)) and not _NUMBER.fullmatch(cell)
 
 
 def confusion_table(numbers: Numbers) -> list[list[Any]]:
@@ -88,19 +83,14 @@ def wrong_table(numbers: Numbers) -> list[list[Any]]:
 
 
 def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Test documents whose labels are wrong, the surest mistake first.
-
-    Args:
-        run: with predictions of test documents.
-        decided: (N, K) labels that they were given.
-        most_shown: mistakes that are returned with their text.
+    """Test documents whose labels are wrong by those that (N, K) they were given, the surest mistake first.
 
     Returns:
         All of them in values for JSON: "doc_id", "true" and "predicted" (names of labels), "label" (the one that is
         most wrong) and whether it was "missed", its "probability", that of the true label where there is one
         ("true_probability"), "fragments" (probability of `label` in each) and "decisive", the fragment that speaks
         most for the mistake. And some for the page, the first of every confusion before the second of any ("rank"),
-        with what `read_places` says and the "span" of the decisive fragment.
+        with what `Database.read_document` says and the "span" of the decisive fragment.
     """
     found, fragments = run.predictions["test", "document"], run.predictions.get(("test", "fragment"))
     every, folds = list[dict[str, Any]](), list[int]()
@@ -125,7 +115,7 @@ def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[
         seen[kind] += 1
     shown = []
     for number in sorted(range(len(every)), key=ranks.__getitem__)[:most_shown]:
-        place = read_places(run, every[number]["doc_id"])
+        place = run.database.read_document(every[number]["doc_id"])
         shown.append({**every[number], **place, "span": place["spans"].get(folds[number]), "rank": ranks[number]})
     return every, shown
 
@@ -134,13 +124,7 @@ def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[
 
 
 def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) -> str:
-    """The whole page.
-
-    Args:
-        numbers: what `scripts/analyze_results.py` writes as JSON.
-        charts: name -> SVG.
-        wrong: the second of what `find_mistakes` gives.
-    """
+    """The whole page, from what `scripts/analyze_results.py` writes as JSON, SVGs by name, and mistakes to be shown."""
     level, names = numbers["levels"][numbers["level"]], numbers["labels"]
     shares = level.get("confusion_by_row")
     pairs = [(n, t, p) for t, row in enumerate(level.get("confusion", ())) for p, n in enumerate(row) if n and t != p]
@@ -148,17 +132,8 @@ def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) 
     confusions = [(names[true], names[given], n, shares[true][given]) for n, true, given in pairs]
     known = {("loss" not in record["metric"], record["metric"], record["part"]) for record in numbers["epochs"]}
     columns = [(part, metric) for _, metric, part in sorted(known)]
-    rivals, title = list(numbers["baselines"]), _title(numbers["run"])
-    if other := numbers["comparison"]:
-        name = f"{_title(other['run'])} ({other['database']})"
-        rivals.append({"name": name, "metrics": other["second"], **other})
     here = {**numbers, "charts": charts, "wrong": wrong, "found": level, "confusions": confusions, "columns": columns}
-    here |= {"rivals": rivals, "title": title}
     return environment().get_template("report.html").render(here)
-
-
-def _title(run: Numbers) -> str:
-    return f"Run {run['run_id']}" + (f": {run['name']}" if run["name"] else "")
 
 
 def environment() -> jinja2.Environment:
@@ -173,7 +148,7 @@ def environment() -> jinja2.Environment:
     )
     found.globals |= {"most_labels": MOST_LABELS_IN_MATRIX, "longest": _LONGEST_TEXT, "zip": zip}
     found.globals |= {"shown": _shown, "between": _between, "excerpts": _excerpts, "percent": percent}
-    found.filters |= {"flat": _flat, "metric": METRICS.__getitem__, "plural": "{}s".format}
+    found.filters |= {"flat": _flat, "metric": METRICS.__getitem__}
     found.tests["holding"] = lambda text, pattern: re.search(pattern, text) is not None
     return found
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from lmscripts.data.labelled_rows import Part
 from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
-from lmscripts.evaluation.aggregate import names_of
-from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, judge
+from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, decided, judge, names_of
 from lmscripts.evaluation.metrics import plain
 from lmscripts.evaluation.progress import ClassifierProgress, value_of
 from lmscripts.evaluation.report import csv_text, visible
@@ -100,34 +99,27 @@ def write_tables(
 ) -> None:
     """Predictions of a part's documents, every one of them once and in order, and of their rows.
 
-    Args:
-        files: what is written.
-        places: line and name of every document.
-        part: the documents.
-        judged: what the model says of them.
-        labels: names of the K labels.
-        settings: of the classifier, after calibration.
+    `places` are line and name of every document; the settings are those after calibration.
     """
-    thresholds = None if settings.thresholds is None else np.array(settings.thresholds)
     head = ["document", "line", "name", "true_label", "predicted_label", *(f"probability of {each}" for each in labels)]
     doc_ids, between = part.doc_ids.tolist(), settings.separator
-    truth = [between.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
+    truth = list(map(between.join, names_of(part.truth, labels)))
 
-    def rows(documents: Iterable[int], probabilities: Any, *others: Any) -> Iterator[list[Any]]:
-        named = names_of(probabilities, labels, thresholds)
-        for place, found, values, *more in zip(documents, named, probabilities, *others, strict=True):
+    def write(file: Path, documents: Iterable[int], probabilities: Any, **more: Sequence[int]) -> None:
+        rows: list[list[Any]] = [[*head, *more]]
+        named = names_of(decided(probabilities, settings), labels)
+        for place, found, values, *others in zip(documents, named, probabilities, *more.values(), strict=True):
             shown = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
-            yield [doc_ids[place], *places[doc_ids[place]], truth[place], between.join(found), *shown, *more]
+            rows.append([doc_ids[place], *places[doc_ids[place]], truth[place], between.join(found), *shown, *others])
+        write_text(file, csv_text(rows, files.spreadsheet_safe))
 
     everywhere = np.full(part.truth.shape, np.nan)
     everywhere[judged.places] = judged.probabilities
     counts = np.bincount(part.owners, minlength=len(doc_ids)).tolist()
-    table = [[*head, "fragments"], *rows(range(len(doc_ids)), everywhere, counts)]
-    write_text(files.predictions, csv_text(table, files.spreadsheet_safe))
-    spans = (each.tolist() for each in (part.folds.idx, part.folds.char_start, part.folds.char_end))
-    pieces = rows(part.owners, judged.fragment_probabilities, *spans)
-    table = [[*head, "fragment", "char_start", "char_end"], *pieces]
-    write_text(files.fragments, csv_text(table, files.spreadsheet_safe))
+    write(files.predictions, range(len(doc_ids)), everywhere, fragments=counts)
+    columns = {"fragment": part.folds.idx, "char_start": part.folds.char_start, "char_end": part.folds.char_end}
+    more = {name: column.tolist() for name, column in columns.items()}
+    write(files.fragments, part.owners, judged.fragment_probabilities, **more)
 
 
 def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tested: Judged | None) -> str:
@@ -188,17 +180,8 @@ def finish(
 ) -> list[str]:
     """Calibrate, judge, write everything; called by the main process.
 
-    Args:
-        files: what is written.
-        database: likewise.
-        progress: of the run at its end.
-        settings: of the classifier, before calibration.
-        model: the best one.
-        beside: writes the tokenizer beside it.
-        facts: of the run, for the database.
-        began_with: name of the model that it was made from.
-        options_yaml: the options that repeat the run.
-        parts: "validation" and "test", and what the model answers.
+    The settings are those before calibration. The model is the best one, made from that which `began_with` names;
+    `beside` writes the tokenizer beside it. `parts` are "validation" and "test", and what the model answers.
 
     Returns:
         Sentences for the user.
@@ -209,10 +192,19 @@ def finish(
     run, labels = progress.entry, label_names(model.config)
     places = database.read_places(run)
     files.remove_leftovers()
-    settings, said = _calibrated(*parts["validation"], settings, len(labels))
-    answered = [(name, part, found) for name, (part, found) in parts.items() if found is not None]
-    tested = {name: _judged(database, run, name, part, found, settings) for name, part, found in answered}.get("test")
-    if tested is not None:
+    if (answers := parts["validation"][1]) is not None:
+        settings, said = calibrate(answers, parts["validation"][0], settings)
+    else:
+        said = ["there is no validation part: the model is not calibrated"]
+        settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
+    judged = dict[str, Judged]()
+    for name, (part, answers) in parts.items():
+        if answers is not None:
+            found = judged[name] = judge(answers, part, settings)
+            documents, rows = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
+            database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
+            database.write_predictions(run, name, "fragment", *rows, found.fragment_probabilities, answers.logits)
+    if (tested := judged.get("test")) is not None:
         for level in ("document", "fragment"):
             database.write_test_metrics(run, level, getattr(tested, level))
         write_tables(files, places, parts["test"][0], tested, labels, settings)
@@ -221,28 +213,18 @@ def finish(
     place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
     about = {"run": run.run_id, "database": place, **facts}
     write_text(files.statistics, statistics_text(about, progress.history, tested))
-    rows: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
-    rows |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
-    rows |= {"temperature": f"{settings.temperature:.4f}"}
-    rows["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
+    told: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
+    told |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
+    told |= {"temperature": f"{settings.temperature:.4f}"}
+    told["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
-        (aside / "README.md").write_text(card_text(files.name, rows, tested, options_yaml), encoding="utf-8")
+        (aside / "README.md").write_text(card_text(files.name, told, tested, options_yaml), encoding="utf-8")
     database.end_run(run, "done", facts)
     return [*said, *_told(files, database.path, run, tested)]
-
-
-def _calibrated(
-    part: Part, answers: RowAnswers | None, settings: ClassifierSettings, num_labels: int
-) -> tuple[ClassifierSettings, list[str]]:
-    """Settings as the model is exported with, and a sentence where they are not fitted."""
-    if answers is not None:
-        return calibrate(answers, part, settings)
-    settings = replace(settings, thresholds=(0.5,) * num_labels if settings.multi_label else None)
-    return settings, ["there is no validation part: the model is not calibrated"]
 
 
 def _told(files: ResultFiles, database: Path, run: RunKey, tested: Judged | None) -> list[str]:
@@ -253,14 +235,3 @@ def _told(files: ResultFiles, database: Path, run: RunKey, tested: Judged | None
     numbers = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
     report = f"for a report: python scripts/analyze_results.py {database} --run {run.run_id}"
     return [model, f"the predictions are in {files.predictions}", f"test documents: {numbers}", report]
-
-
-def _judged(
-    database: Database, run: RunKey, name: str, part: Part, answers: RowAnswers, settings: ClassifierSettings
-) -> Judged:
-    """A part judged, with its predictions in the database, those of documents and those of rows."""
-    found = judge(answers, part, settings)
-    documents, fragments = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
-    database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
-    database.write_predictions(run, name, "fragment", *fragments, found.fragment_probabilities, answers.logits)
-    return found
