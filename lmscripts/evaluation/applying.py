@@ -18,10 +18,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from lmscripts.data.folding import Fold, Folder
+from lmscripts.data.folding import Folder
 from lmscripts.data.labelled_rows import by_length, padded
 from lmscripts.data.steps import to_device
 from lmscripts.errors import UserError, naming
@@ -31,7 +30,6 @@ from lmscripts.text.reading import MAX_RECORD_BYTES, check_file, format_of, kind
 from lmscripts.text.records import BadRow, TableOptions, check_codec
 from lmscripts.text.tables import read_table
 
-EMPTY = "empty text"
 _JSON_LIST = re.compile(r"\[\s*\{")
 _OF_KIND = {  # options that say how an input is read -> the kinds of input for which they do
     "text": ("csv", "tsv", "jsonl", "parquet"),
@@ -54,20 +52,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a classifier says of a text.
-
-    Attributes:
-        text: the text.
-        labels: names of those it is given; empty where nothing can be said.
-        probabilities: of each label; empty likewise.
-        num_fragments: rows that it was folded into.
-        note: why nothing is said.
-    """
+    """What a classifier says of a text; without labels and probabilities, and with a note, where it says nothing."""
 
     text: Text
     labels: list[str]
     probabilities: list[float]
-    num_fragments: int
+    num_fragments: int  # rows that it was folded into
     note: str
 
 
@@ -75,12 +65,7 @@ class Answer:
 
 
 def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -> None:
-    """Refuse options that would be ignored for this kind of input.
-
-    Args:
-        path: the file; "-" is standard input.
-        kind: what it is said to be; None goes by its name.
-        given: options of how it is read that are not as by default.
+    """Refuse options on how an input is read that would be ignored for its kind, which None takes from its name.
 
     Raises:
         UserError: naming the option and the kind; or an encoding that there is not.
@@ -97,14 +82,11 @@ def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -
 
 
 def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
-    """Texts of a file in their order, none left out.
+    """Texts of a file, also a compressed one, or of standard input ("-") in their order, none left out.
 
-    Args:
-        path: the file, also compressed; "-" is standard input.
-        kind: "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by its name and content; of
-            standard input it takes lines of text as they come, unless the first of them looks like the beginning of a
-            table. A table on standard input is stored before its first text, as its reader looks at it twice.
-        table: how a table is read, with an empty `label`.
+    The kind is "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by the file's name and content;
+    standard input is lines of text as they come then, unless the first looks like the beginning of a table. A table on
+    standard input is stored before its first text, as its reader looks at it twice.
 
     Raises:
         UserError: there is no such file or column, or it is damaged; or nothing says that standard input is a table.
@@ -212,26 +194,19 @@ class Classifier:
         rows = [(owner, fold) for owner, each in enumerate(folds) for fold in each]
         owners = np.array([owner for owner, _ in rows], np.int64)
         lengths = np.array([len(fold.ids) for _, fold in rows], np.int64)
-        logits = self._logits([fold for _, fold in rows], lengths)
-        settings = self.settings
+        logits, settings = np.zeros((len(rows), len(self.labels))), self.settings
+        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            for places in by_length(lengths, self._batch_size):
+                batch = to_device(padded([rows[place][1].ids for place in places], self._pad_id), self._device)
+                output: Any = self.model(**batch)
+                logits[places] = output.logits.float().cpu().numpy()
         probabilities = calibrated(document_logits(logits, owners, len(texts), lengths, settings), settings)
         given = names_of(decided(probabilities, settings), self.labels)
         answers = []
         for text, each, labels, values in zip(texts, folds, given, probabilities, strict=True):
-            why = "" if each else text.note or ("no token in it" if text.text else EMPTY)
+            why = "" if each else text.note or ("no token in it" if text.text else "empty text")
             answers.append(Answer(text, labels, values.tolist() if each else [], len(each), why))
         return answers
-
-    def _logits(self, folds: Sequence[Fold], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(R, K) logits of rows."""
-        logits = np.zeros((len(folds), len(self.labels)))
-        kind = self._device.type
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self._autocast):
-            for rows in by_length(lengths, self._batch_size):
-                batch = to_device(padded([folds[row].ids for row in rows], self._pad_id), self._device)
-                output: Any = self.model(**batch)
-                logits[rows] = output.logits.float().cpu().numpy()
-        return logits
 
 
 def in_batches(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:

@@ -39,11 +39,7 @@ Chart = tuple[Markup, bytes]  # SVG, PNG
 
 
 def draw_all(numbers: Mapping[str, Any]) -> tuple[dict[str, Markup], dict[str, bytes]]:
-    """Every chart that the numbers of a report allow: name -> HTML (an SVG, as a rule), name -> PNG.
-
-    Args:
-        numbers: what `scripts/analyze_results.py` writes as JSON.
-    """
+    """Every chart that the numbers of a report allow: name -> HTML (an SVG, as a rule), name -> PNG."""
     curve, what = numbers["coverage_curve"], f"{numbers['level']}s"
     charts = {"training": draw_training(numbers["epochs"])}
     charts["calibration"] = draw_calibration(numbers["calibration"]["before"], numbers["calibration"]["after"])
@@ -59,11 +55,7 @@ def draw_all(numbers: Mapping[str, Any]) -> tuple[dict[str, Markup], dict[str, b
 
 
 def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Losses and scores per epoch; None without any.
-
-    Args:
-        epochs: records with "epoch", "part", "metric" and "value"; what is within -1 and 1 and no loss is a score.
-    """
+    """Losses and scores (what is within -1 and 1 and no loss) per epoch; None without any."""
     from matplotlib.ticker import MaxNLocator
 
     usable = [record for record in epochs if record["value"] is not None and "rate" not in record["metric"]]
@@ -92,9 +84,7 @@ def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
 def draw_calibration(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Chart:
     """Share that is right against confidence, with the number of statements per bin below.
 
-    Args:
-        before: {"bins": [{"low", "high", "count", "confidence", "accuracy"}], "ece"} without the temperature.
-        after: the same of the stored probabilities.
+    Given is what `calibration.judged` says without the temperature, where logits were kept, and as stored.
     """
 
     def paint(axes: Any) -> None:
@@ -117,13 +107,7 @@ def draw_calibration(before: Mapping[str, Any] | None, after: Mapping[str, Any])
 
 
 def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float], what: str) -> Chart:
-    """Share that is right among the surest, against their share of all.
-
-    Args:
-        coverage: rising shares of documents that are decided.
-        accuracy: share of those that is right.
-        what: the rows, in the plural.
-    """
+    """Share that is right among the surest, against their rising share of all; `what` names them in the plural."""
 
     def paint(axes: Any) -> None:
         axes[0].plot(coverage, accuracy, color=BLUE, drawstyle="steps-post" if len(coverage) < 60 else "default")
@@ -138,12 +122,8 @@ def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float], what: st
 def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: str) -> bytes:
     """Counts and shares of each true label as PNG; of many labels only colours, and of very many only their numbers.
 
-    For few labels a page has room for a table, in which the names are whole and the numbers can be copied.
-
-    Args:
-        matrix: (K, K) counts, a line per true label.
-        names: of the labels.
-        what: the rows, in the plural.
+    For few labels a page has room for a table, in which the names are whole and the numbers can be copied. The matrix
+    has (K, K) counts, a line per true label; `what` names in the plural what is counted.
     """
     counts, number = np.asarray(matrix), len(names)
     percent = 100 * by_row(counts)

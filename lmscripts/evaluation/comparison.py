@@ -26,62 +26,40 @@ PARTS, LEVELS = ("train", "validation", "test"), ("document", "fragment")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run said about N documents or fragments of K labels.
+    """What a run said about N documents or fragments of K labels."""
 
-    Attributes:
-        doc_ids: (N,) rising.
-        fold_idx: (N,) number of the fragment in its document; -1 for documents.
-        probabilities: (N, K) after the temperature.
-        logits: (N, K) before it; None when they were not kept.
-        truth: (N, K) labels of the documents.
-    """
-
-    doc_ids: Integers
-    fold_idx: Integers
-    probabilities: Floats
-    logits: Floats | None
-    truth: Flags
+    doc_ids: Integers  # (N,) rising
+    fold_idx: Integers  # (N,) number of the fragment in its document; -1 for documents
+    probabilities: Floats  # (N, K) after the temperature
+    logits: Floats | None  # (N, K) before it; None when they were not kept
+    truth: Flags  # (N, K) labels of the documents
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and its data.
+    """A run and its data: D documents of a part, K labels."""
 
-    Attributes:
-        database: what it was read from, with its tokenization and split.
-        record: its row in `runs`, "options" and "facts" as dictionaries, and so "folding" and "split"; "tokenizer".
-        meta: what the database says about the table it was made from.
-        labels: names of the K labels.
-        multi_label: a document may have several labels, or none.
-        parts: part -> (D,) documents.
-        part_truth: part -> (D, K) their labels.
-        predictions: (part, level) -> predictions, where there are any.
-        epochs: records with epoch, step, part, metric and value.
-        stored_metrics: (level, metric) -> what the run itself wrote down.
-    """
-
-    database: Database
+    database: Database  # what it was read from, with its tokenization and split
+    # Its row in `runs`, "options" and "facts" as dictionaries, and so "folding" and "split"; "tokenizer".
     record: dict[str, Any]
-    meta: dict[str, Any]
-    labels: tuple[str, ...]
-    multi_label: bool
-    parts: dict[str, Integers]
-    part_truth: dict[str, Flags]
-    predictions: dict[tuple[str, str], Predictions]
-    epochs: list[dict[str, Any]]
-    stored_metrics: dict[tuple[str, str], float]
+    meta: dict[str, Any]  # what the database says about the table it was made from
+    labels: tuple[str, ...]  # their names
+    multi_label: bool  # a document may have several labels, or none
+    parts: dict[str, Integers]  # part -> (D,) documents
+    part_truth: dict[str, Flags]  # part -> (D, K) their labels
+    predictions: dict[tuple[str, str], Predictions]  # (part, level) -> predictions, where there are any
+    epochs: list[dict[str, Any]]  # records with epoch, step, part, metric and value
+    stored_metrics: dict[tuple[str, str], float]  # (level, metric) -> what the run itself wrote down
 
     def __str__(self) -> str:
         return f"run {self.record['run_id']} in {self.database.path}"
 
 
 def read_results(path: Path, run_id: int | None = None, flag: str = "--run") -> Run:
-    """The run that a file is about: a database, or what a run left beside it.
+    """The run that a file is about: a database, or statistics or predictions of a run, found by the statistics.
 
-    Args:
-        path: a database; or the statistics or predictions of a run, of which the statistics name run and database.
-        run_id: number of the run; None takes what the statistics say, or the newest finished run of a database.
-        flag: the option that gives the number, for the sentence.
+    Without a number it is the one that the statistics name, or the newest finished run of a database; `flag` is the
+    option that gives the number.
 
     Raises:
         UserError: as `read_run`; or statistics that are not there, name no run, another one than is asked for, or one

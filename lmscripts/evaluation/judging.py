@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from lmscripts.data.labelled_rows import Part, by_length, collate
@@ -22,11 +23,7 @@ from lmscripts.evaluation.metrics import Flags, Floats, Integers
 from lmscripts.evaluation.sums import judging, measure_batches, never
 from lmscripts.models.classifier import ClassifierSettings
 from lmscripts.objectives import labels
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from lmscripts.objectives.module import Objective
+from lmscripts.objectives.module import Objective
 
 _LEAST = 1e-9
 
@@ -41,20 +38,12 @@ class RowAnswers:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model says of the documents of a part. D documents, F of which have rows.
+    """What a model says of the documents of a part, F of which have rows, and its metrics of documents and of rows."""
 
-    Attributes:
-        places: (F,) places of the documents that have rows in the part's `doc_ids`.
-        logits: (F, K), before the temperature.
-        probabilities: (F, K), after it.
-        fragment_probabilities: (R, K), after it.
-        document, fragment: metrics of the documents and of the rows.
-    """
-
-    places: Integers
-    logits: Floats
-    probabilities: Floats
-    fragment_probabilities: Floats
+    places: Integers  # (F,) of the documents that have rows, in the part's `doc_ids`
+    logits: Floats  # (F, K), before the temperature
+    probabilities: Floats  # (F, K), after it
+    fragment_probabilities: Floats  # (R, K), after it
     document: dict[str, float]
     fragment: dict[str, float]
 
@@ -187,8 +176,9 @@ def judge(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> Judg
         "unweighted_loss": _likelihood(uncalibrated, truth_of_rows, settings),
     }
     document = losses | {"document_loss": _likelihood(probabilities, truth, settings)}
-    document |= _shares(truth, probabilities, settings)
-    return Judged(places, logits, probabilities, of_rows, document, losses | _shares(truth_of_rows, of_rows, settings))
+    document |= _shares(truth, decided(probabilities, settings), settings.multi_label)
+    fragment = losses | _shares(truth_of_rows, decided(of_rows, settings), settings.multi_label)
+    return Judged(places, logits, probabilities, of_rows, document, fragment)
 
 
 def calibrate(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> tuple[ClassifierSettings, list[str]]:
@@ -216,7 +206,7 @@ def calibrate(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> 
 def best_shares(part: Part, multi_label: bool) -> dict[str, float]:
     """What the shares among a part's metrics are when all its documents are right; NaN for what it cannot tell."""
     truth = part.truth[np.unique(part.owners)]
-    return _overall(truth, truth, multi_label)
+    return _shares(truth, truth, multi_label)
 
 
 def _likelihood(probabilities: Floats, truth: Flags, settings: ClassifierSettings) -> float:
@@ -226,10 +216,6 @@ def _likelihood(probabilities: Floats, truth: Flags, settings: ClassifierSetting
     return calibration.negative_log_likelihood(probabilities, truth.argmax(1))
 
 
-def _shares(truth: Flags, probabilities: Floats, settings: ClassifierSettings) -> dict[str, float]:
-    return _overall(truth, decided(probabilities, settings), settings.multi_label)
-
-
-def _overall(truth: Flags, given: Flags, multi_label: bool) -> dict[str, float]:
+def _shares(truth: Flags, given: Flags, multi_label: bool) -> dict[str, float]:
     found = metrics.overall(metrics.tally(truth, given), multi_label)
     return {name: float(value) for name, value in found.items()}

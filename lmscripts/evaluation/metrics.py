@@ -25,21 +25,13 @@ _CELLS_AT_ONCE = 4_000_000  # counts of resamples times units that are in memory
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of some rows, or with a leading axis of R resamples of them.
+    """Counts of some rows, or with a leading axis of R resamples of them."""
 
-    Attributes:
-        support: (..., K) rows that have the label.
-        predicted: (..., K) rows that were given it.
-        hits: (..., K) rows of which both is true.
-        exact: (...,) rows whose labels are all right.
-        rows: (...,) rows.
-    """
-
-    support: Floats
-    predicted: Floats
-    hits: Floats
-    exact: Floats
-    rows: Floats
+    support: Floats  # (..., K) rows that have the label
+    predicted: Floats  # (..., K) rows that were given it
+    hits: Floats  # (..., K) rows of which both is true
+    exact: Floats  # (...,) rows whose labels are all right
+    rows: Floats  # (...,) rows
 
 
 def one_hot(labels: NDArray[Any], num_labels: int) -> Flags:

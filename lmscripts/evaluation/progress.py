@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from lmscripts.data.labelled_rows import Part
@@ -17,32 +18,20 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import RowAnswers, best_shares, calibrate, judge
 from lmscripts.evaluation.metrics import plain
 from lmscripts.models.classifier import ClassifierSettings
+from lmscripts.objectives.module import Objective
 from lmscripts.training.resume import load_weights
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from lmscripts.objectives.module import Objective
 
 
 @dataclass
 class ClassifierProgress:
-    """The classifier's part of `lmscripts.training.state.TrainingState`.
+    """The classifier's part of `lmscripts.training.state.TrainingState`."""
 
-    Attributes:
-        run_id: its number in the database.
-        key: drawn at random when it was entered there; another run may have its number in another database.
-        best_epoch: the epoch with the best validation metric, from 1; 0 before there is one.
-        best_value: that metric.
-        history: a record for each epoch, for the statistics.
-        epoch_sums, epoch_counts: of the objective since the epoch began, over all processes.
-    """
-
-    run_id: int = 0
-    key: str = ""
-    best_epoch: int = 0
-    best_value: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    run_id: int = 0  # its number in the database
+    key: str = ""  # drawn at random when it was entered there; another run may have its number in another database
+    best_epoch: int = 0  # the epoch with the best validation metric, from 1; 0 before there is one
+    best_value: float | None = None  # that metric
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each epoch, for the statistics
+    # Of the objective since the epoch began, over all processes.
     epoch_sums: dict[str, float] = field(default_factory=dict)
     epoch_counts: dict[str, float] = field(default_factory=dict)
 

@@ -61,13 +61,17 @@ def _is_formula(cell: Any) -> bool:
     return isinstance(cell, str) and bool(_FORMULA.match(cell)) and not _NUMBER.fullmatch(cell)
 
 
+def _cells(numbers: Numbers) -> list[tuple[int, int, int, float]]:
+    """(count, true label, predicted label, share of the true label) of every pair of labels that occurs."""
+    level = numbers["levels"][numbers["level"]]
+    lines = enumerate(zip(level.get("confusion", ()), level.get("confusion_by_row", ()), strict=True))
+    return [(n, true, given, shares[given]) for true, (ns, shares) in lines for given, n in enumerate(ns) if n]
+
+
 def confusion_table(numbers: Numbers) -> list[list[Any]]:
     """Every pair of true and predicted label that occurs, however many labels there are."""
-    level, names = numbers["levels"][numbers["level"]], numbers["labels"]
-    rows: list[list[Any]] = [["true", "predicted", f"{numbers['level']}s", "share of the true label"]]
-    for line, (counts, shares) in enumerate(zip(level["confusion"], level["confusion_by_row"], strict=True)):
-        rows += [[names[line], names[column], n, f"{shares[column]:.6f}"] for column, n in enumerate(counts) if n]
-    return rows
+    names, head = numbers["labels"], ["true", "predicted", f"{numbers['level']}s", "share of the true label"]
+    return [head, *([names[true], names[given], n, f"{share:.6f}"] for n, true, given, share in _cells(numbers))]
 
 
 def wrong_table(numbers: Numbers) -> list[list[Any]]:
@@ -125,14 +129,10 @@ def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[
 
 def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) -> str:
     """The whole page, from what `scripts/analyze_results.py` writes as JSON, SVGs by name, and mistakes to be shown."""
-    level, names = numbers["levels"][numbers["level"]], numbers["labels"]
-    shares = level.get("confusion_by_row")
-    pairs = [(n, t, p) for t, row in enumerate(level.get("confusion", ())) for p, n in enumerate(row) if n and t != p]
-    pairs = sorted(pairs, key=lambda pair: (-pair[0], pair))[:10]
-    confusions = [(names[true], names[given], n, shares[true][given]) for n, true, given in pairs]
+    wrongly = sorted((cell for cell in _cells(numbers) if cell[1] != cell[2]), key=lambda cell: (-cell[0], cell))
     known = {("loss" not in record["metric"], record["metric"], record["part"]) for record in numbers["epochs"]}
     columns = [(part, metric) for _, metric, part in sorted(known)]
-    here = {**numbers, "charts": charts, "wrong": wrong, "found": level, "confusions": confusions, "columns": columns}
+    here = {**numbers, "charts": charts, "wrong": wrong, "confusions": wrongly[:10], "columns": columns}
     return environment().get_template("report.html").render(here)
 
 
@@ -188,9 +188,9 @@ def _with_interval(name: str, found: Numbers, signed: bool = False) -> str:
 
 
 def _shown(name: str, value: float | None, signed: bool = False) -> str:
-    if value is None or not signed:
-        return f"{value:.3f}" if name == "mcc" and value is not None else percent(value)
-    return f"{value:+.3f}" if name == "mcc" else f"{100 * value:+.1f}"
+    if value is None or (name != "mcc" and not signed):
+        return percent(value)
+    return f"{value:{'+' if signed else ''}.3f}" if name == "mcc" else f"{100 * value:+.1f}"
 
 
 def _between(name: str, found: Numbers, signed: bool = False) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from lmscripts.data.labelled_rows import Part
-from lmscripts.data.labelled_store import Database, RunKey
+from lmscripts.data.labelled_store import Database
 from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, decided, judge, names_of
 from lmscripts.evaluation.metrics import plain
@@ -44,23 +44,15 @@ table as the training documents: how well it does on other text was not measured
 
 
 class ResultFiles:
-    """What a run leaves, all with one beginning of their names.
-
-    Attributes:
-        name: that beginning.
-        training: folder of checkpoints, log and options.
-        model: folder of the trained model.
-        predictions, fragments: tables of the test documents and of their rows.
-        statistics: numbers of every epoch and of the test part.
-        spreadsheet_safe: how tables are written, see `csv_text`.
-    """
+    """What a run leaves, all with one beginning of their names; tables are written as `csv_text` says."""
 
     def __init__(self, folder: Path, name: str, spreadsheet_safe: bool = False) -> None:
         self.name, self.spreadsheet_safe = name, spreadsheet_safe
-        self.training, self.model = (folder / f"{name}_{what}" for what in ("training", "trained_model"))
-        tables = (folder / f"{name}_testset_{what}.csv" for what in ("predictions", "fragments"))
-        self.predictions, self.fragments = tables
-        self.statistics = folder / f"{name}_train_test_stats.json"
+        self.training = folder / f"{name}_training"  # folder of checkpoints, log and options
+        self.model = folder / f"{name}_trained_model"
+        self.predictions = folder / f"{name}_testset_predictions.csv"
+        self.fragments = folder / f"{name}_testset_fragments.csv"  # the rows of the same documents
+        self.statistics = folder / f"{name}_train_test_stats.json"  # numbers of every epoch and of the test part
 
     def check_free(self, do_continue: bool) -> None:
         """Refuse to write over another run's results.
@@ -144,23 +136,17 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
     return json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def card_text(title: str, rows: Mapping[str, Any], tested: Judged | None, options_yaml: str) -> str:
+def card_text(title: str, rows: Mapping[str, Any], options_yaml: str) -> str:
     """Model card: what it was made from and how right it is, in the words of this run."""
-    measured = {} if tested is None else {name: _shown(value) for name, value in tested.document.items()}
-    measured = {f"test documents: {name.replace('_', ' ')}": value for name, value in measured.items()}
     return model_card(
         visible(title),
-        {name: visible(str(value)) for name, value in {**rows, **measured}.items()},
+        {name: visible(str(value)) for name, value in rows.items()},
         options_yaml,
         began="Trained to give texts the labels below.",
         use=_USED,
         limits=_LIMITS,
         task="text-classification",
     )
-
-
-def _shown(value: float) -> str:
-    return f"{value:.4f}" if np.isfinite(value) else "undefined"
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------------
@@ -219,19 +205,21 @@ def finish(
     told |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
     told |= {"temperature": f"{settings.temperature:.4f}"}
     told["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
+    found_of_test = {} if tested is None else tested.document
+    shown = {
+        name.replace("_", " "): f"{value:.4f}" if np.isfinite(value) else "undefined"
+        for name, value in found_of_test.items()
+    }
+    told |= {f"test documents: {name}": value for name, value in shown.items()}
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
-        (aside / "README.md").write_text(card_text(files.name, told, tested, options_yaml), encoding="utf-8")
+        (aside / "README.md").write_text(card_text(files.name, told, options_yaml), encoding="utf-8")
     database.end_run(run, "done", facts)
-    return [*said, *_told(files, database.path, run, tested)]
-
-
-def _told(files: ResultFiles, database: Path, run: RunKey, tested: Judged | None) -> list[str]:
-    """Where everything is."""
-    model = f"the model is in {files.model}"
+    where = f"the model is in {files.model}"
     if tested is None:
-        return ["there is no test part: nothing is said about other texts, and there is nothing to report", model]
-    numbers = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
-    report = f"for a report: python scripts/analyze_results.py {database} --run {run.run_id}"
-    return [model, f"the predictions are in {files.predictions}", f"test documents: {numbers}", report]
+        silent = "there is no test part: nothing is said about other texts, and there is nothing to report"
+        return [*said, silent, where]
+    numbers = ", ".join(f"{name} {value}" for name, value in shown.items())
+    report = f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"
+    return [*said, where, f"the predictions are in {files.predictions}", f"test documents: {numbers}", report]

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,11 +29,7 @@ from lmscripts.data.windows import slide, window_rows
 from lmscripts.errors import UserError
 from lmscripts.evaluation.sums import Progress, evaluate, no_progress, sum_over_batches
 from lmscripts.models import decoder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from lmscripts.objectives.module import Objective
+from lmscripts.objectives.module import Objective
 
 LOGITS_AT_ONCE = 1 << 26
 

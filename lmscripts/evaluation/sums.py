@@ -9,29 +9,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from lmscripts.data.preparation import Source, prepare_beside
 from lmscripts.data.steps import Batch, to_device
 from lmscripts.data.token_store import TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
+from lmscripts.objectives.module import Objective
 from lmscripts.text.corpus import HUB, Span, is_plain, read_documents, table_texts
 from lmscripts.text.reading import format_of, opened
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import TextReport
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from numpy.typing import NDArray
-
-    from lmscripts.objectives.module import Objective
-
-    # Rows of the given numbers as a batch with its counts.
-    MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
+# Rows of the given numbers as a batch with its counts.
+MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
 Progress = Callable[[int, int], None]  # passes done, passes in all
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
@@ -175,12 +172,7 @@ def evaluate(
 
 
 def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bool) -> list[dict[str, Any]]:
-    """Name, bytes (see `raw_text_bytes`) and sha256 of each file of a text.
-
-    Args:
-        files: from `find_files`.
-        table: how tables and JSON lines are read.
-        document_per_line: whether .txt files were said to hold one document a line.
+    """Name, bytes (see `raw_text_bytes`) and sha256 of each file of a text, from `find_files`.
 
     Raises:
         UserError: a file that is given twice, an option without effect on these files, or not one document.
