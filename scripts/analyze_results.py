@@ -147,7 +147,7 @@ def numbers_of(run: Run, decided: dict[str, Any], options: Options) -> tuple[dic
     def versus(given: Any) -> dict[str, Any]:
         """Other decisions on the same documents and the same samples of them, and what this run is better by."""
         judged, drawn = measured(test.truth, given, units, *settings)
-        gaps = differences(levels["document"]["metrics"], judged["metrics"], samples["document"], drawn)
+        gaps = differences((levels["document"], samples["document"]), (judged, drawn))
         right = ((one == test.truth).all(1) for one in (decided["document"], given))
         return {"metrics": judged["metrics"], "difference": gaps, "mcnemar": mcnemar(*right)}
 

@@ -18,7 +18,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from lmscripts.data.folding import Folder
 from lmscripts.data.labelled_rows import by_length, padded
@@ -163,30 +162,22 @@ def _lines(stream: IO[bytes], encoding: str, *read: bytes) -> Iterator[Text]:
 # ---- answering ---------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Classifier:
-    """A saved classifier with all that it needs to answer."""
+    """A saved classifier, see `lmscripts.models.classifier.open_classifier`, with all that it needs to answer."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        source: Source,
-        settings: ClassifierSettings,
-        *,
-        batch_size: int,
-        device: torch.device,
-        autocast: bool = False,
-    ) -> None:
-        """Put the model on the device; the first three are from `lmscripts.models.classifier.open_classifier`.
+    model: Any
+    source: Source
+    settings: ClassifierSettings
+    batch_size: int  # rows of a forward pass
+    device: torch.device
+    autocast: bool = False  # compute in bfloat16
 
-        A forward pass has `batch_size` rows; `autocast` computes in bfloat16.
-        """
-        on_device: Any = model
-        self.model = on_device.to(device)
-        self.labels = label_names(model.config)
-        self.settings = settings
-        self._folder = Folder(source.encoder, settings.folds)
-        self._pad_id = padding_id(source.encoder)
-        self._batch_size, self._device, self._autocast = batch_size, device, autocast
+    def __post_init__(self) -> None:
+        """Put the model on the device."""
+        self.model.to(self.device)
+        self.labels = label_names(self.model.config)
+        self._folder, self._pad_id = Folder(self.source.encoder, self.settings.folds), padding_id(self.source.encoder)
 
     def answer(self, texts: Sequence[Text]) -> list[Answer]:
         """Answers to texts, in their order."""
@@ -195,11 +186,10 @@ class Classifier:
         owners = np.array([owner for owner, _ in rows], np.int64)
         lengths = np.array([len(fold.ids) for _, fold in rows], np.int64)
         logits, settings = np.zeros((len(rows), len(self.labels))), self.settings
-        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            for places in by_length(lengths, self._batch_size):
-                batch = to_device(padded([rows[place][1].ids for place in places], self._pad_id), self._device)
-                output: Any = self.model(**batch)
-                logits[places] = output.logits.float().cpu().numpy()
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            for places in by_length(lengths, self.batch_size):
+                batch = to_device(padded([rows[place][1].ids for place in places], self._pad_id), self.device)
+                logits[places] = self.model(**batch).logits.float().cpu().numpy()
         probabilities = calibrated(document_logits(logits, owners, len(texts), lengths, settings), settings)
         given = names_of(decided(probabilities, settings), self.labels)
         answers = []

@@ -114,7 +114,19 @@ def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any]) -> Floats
     if flags.ndim != 2:
         raise UserError(f"thresholds are for several labels a row: labels must be rows x labels, not {flags.shape}")
     values, flags = _checked(probabilities, flags, "probabilities"), flags.astype(np.bool_)
-    return np.array([_threshold(values[:, k], flags[:, k]) for k in range(values.shape[1])])
+    found = np.full(values.shape[1], _USUAL)
+    for label in np.flatnonzero(flags.any(0)):
+        order = np.argsort(-values[:, label], kind="stable")
+        falling, given = values[order, label], np.arange(1, len(values) + 1)
+        scores = 2 * np.cumsum(flags[order, label]) / (given + flags[:, label].sum())
+        # After the last of equal probabilities only: a threshold cannot stand between equals.
+        ends = np.append(falling[1:] < falling[:-1], True)
+        below = np.append(falling[1:], 0.0)
+        # The interval (below, value] gives the same decisions; the usual threshold is best where it lies within.
+        midway = np.where((below < _USUAL) & (falling >= _USUAL), _USUAL, (falling + below) / 2)
+        best = midway[ends][scores[ends] >= scores[ends].max() - 1e-12]
+        found[label] = best[np.abs(best - _USUAL).argmin()]
+    return found
 
 
 def choose_thresholds(recorded: Any, labels: Sequence[str], validation: tuple[Any, Any] | None) -> tuple[Floats, str]:
@@ -136,24 +148,6 @@ def decisions(probabilities: NDArray[Any], thresholds: NDArray[Any] | None) -> F
     """(N, K) labels given: all that reach their thresholds, or without thresholds the likeliest alone."""
     values = np.asarray(probabilities)
     return one_hot(values.argmax(1), values.shape[1]) if thresholds is None else np.asarray(values >= thresholds)
-
-
-def _threshold(values: Floats, flags: Flags) -> float:
-    positives = int(flags.sum())
-    if not positives:
-        return _USUAL
-    order = np.argsort(-values, kind="stable")
-    falling = values[order]
-    given = np.arange(1, len(values) + 1)
-    scores = 2 * np.cumsum(flags[order]) / (given + positives)
-    # After the last of equal probabilities only: a threshold cannot stand between equals.
-    ends = np.append(falling[1:] < falling[:-1], True)
-    below = np.append(falling[1:], 0.0)
-    # The interval (below, value] gives the same decisions; the usual threshold is best where it lies within.
-    midway = np.where((below < _USUAL) & (falling >= _USUAL), _USUAL, (falling + below) / 2)
-    candidates, scores = midway[ends], scores[ends]
-    best = candidates[scores >= scores.max() - 1e-12]
-    return float(best[np.abs(best - _USUAL).argmin()])
 
 
 def coverage_accuracy(confidence: NDArray[Any], right: NDArray[Any]) -> tuple[Floats, Floats, Floats]:

@@ -71,10 +71,12 @@ def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
                         (r["epoch"], r["value"]) for r in usable if (r["metric"], r["part"]) == (name, part)
                     )
                     alone = {"train": ORANGE, "validation": BLUE, "test": GREEN}[part], part
-                    color, title = alone if len(names) == 1 else (_COLORS[number % 6], f"{part} {_words(name)}")
+                    several = _COLORS[number % 6], f"{part} {name}".replace("_", " ")
+                    color, title = alone if len(names) == 1 else several
                     if points:
                         panel.plot(*zip(*points), style, marker="o", markersize=4, color=color, label=title)
-            panel.set(xlabel="epoch", ylabel=_words(names[0]) if len(names) == 1 and label == "score" else label)
+            shown = names[0].replace("_", " ") if len(names) == 1 and label == "score" else label
+            panel.set(xlabel="epoch", ylabel=shown)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.legend()
 
@@ -150,7 +152,10 @@ def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: 
 
 
 def _chart(name: str, size: tuple[float, float], paint: Callable[[Any], None], **panels: Any) -> Chart:
-    """Draws a figure of some panels in both ways; the same figure always gives the same bytes."""
+    """A figure of some panels in both ways; the same one always has the same bytes.
+
+    The SVG can stand in a page beside others: it has no prologue, no clashing ids, and the colours of the page.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -159,15 +164,16 @@ def _chart(name: str, size: tuple[float, float], paint: Callable[[Any], None], *
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.subplots(squeeze=False, **panels).ravel())
-        figure.savefig(
-            vector, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(vector, format="svg", transparent=True, metadata=none)
         figure.savefig(raster, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return Markup(_inline(vector.getvalue().decode("utf-8"), name)), raster.getvalue()
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+    svg = vector.getvalue().decode("utf-8")
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
+    opening = f'<svg role="img" aria-label="{name}" viewBox="0 0 {width} {height}" '
+    opening += f'style="max-width:{1.25 * float(width):.0f}px">'
+    svg = opening + re.split("<svg [^>]*>", svg)[1]
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor").strip()
+    return Markup(svg), raster.getvalue()
 
 
 def _drawable(names: Sequence[str]) -> list[str]:
@@ -187,12 +193,3 @@ def _installed_fonts() -> list[str]:
 
     known = {font.name for font in font_manager.fontManager.ttflist}
     return [name for name in _FONTS.split(",") if name in known]
-
-
-def _inline(svg: str, name: str) -> str:
-    """An SVG that can stand in a page beside others: no prologue, no clashing ids, the colours of the page."""
-    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
-    opening = f'<svg role="img" aria-label="{name}" viewBox="0 0 {width} {height}" '
-    opening += f'style="max-width:{1.25 * float(width):.0f}px">'
-    svg = opening + re.split("<svg [^>]*>", svg)[1]
-    return re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor").strip()

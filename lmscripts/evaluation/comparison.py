@@ -113,20 +113,41 @@ def read_run(file: Path, run_id: int | None = None) -> Run:
         raise UserError(f"{file} holds {len(runs)} runs, none of them finished")
     record = finished[max(finished) if run_id is None else run_id]
     stored, number = replace(stored, tok_id=record["tok_id"], split_id=record["split_id"]), record["run_id"]
-    rows = {(part, level): stored.read_predictions(number, part, level) for part in PARTS for level in LEVELS}
-    epochs, stored_metrics = stored.read_epochs(number), stored.read_test_metrics(number)
     parts, part_truth = dict[str, Integers](), dict[str, Flags]()
+    predictions = dict[tuple[str, str], Predictions]()
     for part in PARTS:
         parts[part], part_truth[part] = stored.read_labels(part)
-    predictions = {
-        (part, level): _predictions(f"run {number}, {part} {level}s", found, parts[part], part_truth[part])
-        for (part, level), found in rows.items()
-        if found
-    }
+        for level in LEVELS:
+            if rows := stored.read_predictions(number, part, level):
+                what = f"run {number}, {part} {level}s"
+                predictions[part, level] = _predictions(what, rows, parts[part], part_truth[part])
     if ("test", "document") not in predictions:
         raise UserError(f"run {number} in {file} has no predictions for test documents")
-    several = bool(meta["multi_label"])
-    return Run(stored, record, meta, labels, several, parts, part_truth, predictions, epochs, stored_metrics)
+    several, epochs, metrics = bool(meta["multi_label"]), stored.read_epochs(number), stored.read_test_metrics(number)
+    return Run(stored, record, meta, labels, several, parts, part_truth, predictions, epochs, metrics)
+
+
+def _predictions(what: str, rows: Sequence[tuple[Any, ...]], documents: Integers, truth: Flags) -> Predictions:
+    """Rows of `predictions` as arrays, with the labels of their documents: (D,) documents and (D, K) labels."""
+    doc_ids, fold_idx, blobs, raw_logits = zip(*rows, strict=True)
+    kept = None not in raw_logits
+    logits = _floats(raw_logits, truth.shape[1], f"{what}: logits") if kept else None
+    probabilities = _floats(blobs, truth.shape[1], f"{what}: probabilities")
+    ids = np.array(doc_ids, np.int64)
+    if len(strange := np.setdiff1d(ids, documents)):
+        raise UserError(f"{what}: document {strange[0]} is not in that part of the split")
+    return Predictions(ids, np.array(fold_idx, np.int64), probabilities, logits, truth[np.searchsorted(documents, ids)])
+
+
+def _floats(blobs: Sequence[bytes], num_labels: int, what: str) -> Floats:
+    for blob in blobs:
+        if not isinstance(blob, bytes) or len(blob) != 4 * num_labels:
+            found = f"{len(blob) / 4:g} numbers" if isinstance(blob, bytes) else repr(blob)
+            raise UserError(f"{what} must be {num_labels} numbers, one for each label in the database, not {found}")
+    values = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, num_labels).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"{what} hold {int((~np.isfinite(values)).sum())} values that are not finite numbers")
+    return values
 
 
 def units_of(run: Run, doc_ids: Sequence[int] | Integers) -> Integers:
@@ -179,7 +200,7 @@ def places_of_same(first: Run, second: Run) -> Integers:
 def mcnemar(first_right: Flags, second_right: Flags) -> dict[str, Any]:
     """McNemar's exact test: are the documents that only one of two classifiers gets right shared out evenly?
 
-    Given is of (D,) documents whether each is right. "only_first", "only_second", "both", "neither", and "p", the
+    By (D,) whether each is right, "only_first", "only_second", "both" and "neither" count documents, and "p" is the
     two-sided probability of a split at least as uneven if both were equally good (binomial; Dietterich 1998, section
     3.1, in its exact form).
     """
@@ -190,29 +211,3 @@ def mcnemar(first_right: Flags, second_right: Flags) -> dict[str, Any]:
     counts = {name: int(rows.sum()) for name, rows in cases.items()}
     differing = counts["only_first"] + counts["only_second"]
     return {**counts, "p": float(binomtest(counts["only_first"], differing).pvalue) if differing else 1.0}
-
-
-# ---- reading -----------------------------------------------------------------------------------------------------
-
-
-def _predictions(what: str, rows: Sequence[tuple[Any, ...]], documents: Integers, truth: Flags) -> Predictions:
-    """Rows of `predictions` as arrays, with the labels of their documents: (D,) documents and (D, K) labels."""
-    doc_ids, fold_idx, blobs, raw_logits = zip(*rows, strict=True)
-    kept = None not in raw_logits
-    logits = _floats(raw_logits, truth.shape[1], f"{what}: logits") if kept else None
-    probabilities = _floats(blobs, truth.shape[1], f"{what}: probabilities")
-    ids = np.array(doc_ids, np.int64)
-    if len(strange := np.setdiff1d(ids, documents)):
-        raise UserError(f"{what}: document {strange[0]} is not in that part of the split")
-    return Predictions(ids, np.array(fold_idx, np.int64), probabilities, logits, truth[np.searchsorted(documents, ids)])
-
-
-def _floats(blobs: Sequence[bytes], num_labels: int, what: str) -> Floats:
-    for blob in blobs:
-        if not isinstance(blob, bytes) or len(blob) != 4 * num_labels:
-            found = f"{len(blob) / 4:g} numbers" if isinstance(blob, bytes) else f"{blob!r}"
-            raise UserError(f"{what} must be {num_labels} numbers, one for each label in the database, not {found}")
-    values = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, num_labels).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise UserError(f"{what} hold {int((~np.isfinite(values)).sum())} values that are not finite numbers")
-    return values

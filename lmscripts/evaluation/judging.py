@@ -64,12 +64,7 @@ def document_logits(
     - "token_weighted": the mean of the probabilities, a row counting by the tokens that the model read in it: those
       of an overlap, which it read twice, count in both rows, and the special ones count too.
 
-    Args:
-        logits: (R, K) of the rows.
-        owners: (R,) the document of each row.
-        num_documents: D.
-        num_tokens: (R,) tokens of the rows.
-        settings: of the classifier.
+    `owners` are (R,) the document of each row, `num_tokens` (R,) its tokens.
     """
     values, how = np.asarray(logits, dtype=np.float64), settings.aggregate
     weights = np.asarray(num_tokens, np.float64) if how == "token_weighted" else np.ones(len(values))

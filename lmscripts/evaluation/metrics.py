@@ -19,6 +19,7 @@ from lmscripts.errors import UserError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Measured = tuple[dict[str, Any], dict[str, Floats]]  # see `measured`
 
 _CELLS_AT_ONCE = 4_000_000  # counts of resamples times units that are in memory at once: 32 MB
 
@@ -54,18 +55,12 @@ def tally(truth: Flags, decided: Flags) -> Tally:
 
 
 def resampled_tally(truth: Flags, decided: Flags, units: NDArray[Any], resamples: int = 2000, seed: int = 0) -> Tally:
-    """Counts of R samples of as many units, drawn with replacement (Efron's bootstrap).
+    """Counts of resamples of as many of the (N,) units of the rows, drawn with replacement (Efron's bootstrap).
 
-    Rows of one unit are drawn together: the fragments of a text are alike, and so are the texts of an author, and
-    intervals that took them for independent would be too narrow. Which units are drawn depends on seed and number of
-    units alone, so that two classifiers on the same units (numbered alike) are compared on the same samples.
-
-    Args:
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-        units: (N,) the unit of each row: its document, or what the split kept together with it.
-        resamples: R.
-        seed: of the draws.
+    Rows of one unit (a document, or what the split kept together with it) are drawn together: the fragments of a text
+    are alike, and so are the texts of an author, and intervals that took them for independent would be too narrow.
+    Which units are drawn depends on seed and number of units alone, so that two classifiers on the same units (numbered
+    alike) are compared on the same samples.
     """
     from scipy.sparse import csr_matrix
 
@@ -125,13 +120,9 @@ def per_label(counts: Tally) -> dict[str, Floats]:
     }
 
 
-def interval(values: Floats, coverage: float = 0.95) -> list[float] | None:
-    """The middle of (R,) resampled values: percentile interval.
-
-    Samples in which the number is undefined are left out; None where no sample defines it.
-    """
-    defined = values[~np.isnan(values)]
-    tail = 50 * (1 - coverage)
+def interval(values: Floats) -> list[float] | None:
+    """The middle 95 % of (R,) resampled values that are defined: percentile interval; None where none is."""
+    defined, tail = values[~np.isnan(values)], 50 * (1 - 0.95)
     return [float(bound) for bound in np.percentile(defined, [tail, 100 - tail])] if len(defined) else None
 
 
@@ -158,7 +149,7 @@ def plain(value: Any) -> Any:
 
 def measured(
     truth: Flags, decided: Flags, units: NDArray[Any], multi_label: bool, resamples: int = 2000, seed: int = 0
-) -> tuple[dict[str, Any], dict[str, Floats]]:
+) -> Measured:
     """Everything about some decisions in values for JSON, and the resampled values of the overall numbers.
 
     Truth, decisions, units and samples of units are those of `resampled_tally`.
@@ -185,21 +176,15 @@ def measured(
     return {"units": number, "rows": len(truth), "metrics": metrics, "per_label": labels}, samples
 
 
-def differences(
-    first: Mapping[str, Any],
-    second: Mapping[str, Any],
-    first_samples: Mapping[str, Floats],
-    second_samples: Mapping[str, Floats],
-) -> dict[str, Any]:
+def differences(first: Measured, second: Measured) -> dict[str, Any]:
     """First minus second of overall numbers, with paired intervals: both sides on the same samples of units.
 
-    Each side is "metrics" of `measured` and what it returned beside it, on units numbered alike, with the same seed
-    and number of samples.
+    Both have been `measured` on units numbered alike, with the same seed and number of samples.
     """
     found = {}
-    for name, own in first.items():
-        values = own["value"], second[name]["value"]
-        bounds = own["interval"] and interval(first_samples[name] - second_samples[name])
+    for name, own in first[0]["metrics"].items():
+        values = own["value"], second[0]["metrics"][name]["value"]
+        bounds = own["interval"] and interval(first[1][name] - second[1][name])
         found[name] = {"value": None if None in values else values[0] - values[1], "interval": bounds}
     return found
 

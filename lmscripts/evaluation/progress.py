@@ -130,10 +130,8 @@ def failing(database: Database, run: RunKey, is_main: bool) -> Iterator[None]:
     """Write "failed" into the database if the block ends with an error; the end of the process is none."""
     try:
         yield
-    except SystemExit:
-        raise
-    except BaseException:
-        if is_main:
+    except BaseException as error:
+        if is_main and not isinstance(error, SystemExit):
             with suppress(UserError, OSError):  # the error itself is what has to be shown
                 database.end_run(run, "failed")
         raise

@@ -49,20 +49,15 @@ def measure_batches(
     stop_requested: Callable[[], bool] = never,
     progress: Progress = no_progress,
 ) -> torch.Tensor | None:
-    """What numbered batches measure, bitwise the same for any number of processes.
+    """What numbered batches (at least one) measure, bitwise the same for any number of processes.
 
-    Batch n is measured by process n % world. After each pass one all-reduce carries what all have measured, in which a
-    process fills its own row only: adding zeros is exact, so every process then has the numbers of every batch.
+    Batch n is measured by process n % world, as W numbers; what is in it must not depend on the processes. After each
+    pass one all-reduce carries what all have measured, in which a process fills its own row only: adding zeros is
+    exact, so every process then has the numbers of every batch.
 
     Every process makes the same number of passes, the last time with a batch that does not count if it has none left,
-    so that a sharded model stays aligned and a request to stop is seen by all after the same pass.
-
-    Args:
-        accelerator: the running processes.
-        num_batches: N, at least one.
-        measure: (W,) numbers of the batch with this number; what is in the batch must not depend on the processes.
-        stop_requested: asked on each process after each pass.
-        progress: called after each pass.
+    so that a sharded model stays aligned and a request to stop is seen by all after the same pass. After each pass
+    `stop_requested` is asked and `progress` called on each process.
 
     Returns:
         (N, W) float64 (float32 where the device has none); None when a process was asked to stop before the end.
@@ -85,15 +80,15 @@ def measure_batches(
 def sum_over_batches(
     accelerator: Accelerator,
     num_batches: int,
-    measure: Callable[[int], Mapping[str, float | torch.Tensor]],
+    measure: Callable[[int], Mapping[Any, float | torch.Tensor]],
     stop_requested: Callable[[], bool] = never,
     progress: Progress = no_progress,
-) -> dict[str, float] | None:
+) -> dict[Any, float] | None:
     """Sums of what `measure` names, always in the same order, without gradients; see `measure_batches`.
 
     Batches are added in their order. Empty without batches; None when a process was asked to stop before the end.
     """
-    names = list[str]()
+    names = list[Any]()
 
     def numbers(batch: int) -> torch.Tensor:
         measured = measure(batch)
@@ -136,35 +131,26 @@ def evaluate(
 ) -> tuple[dict[str, float] | None, dict[str, float]]:
     """What the objective measures on held-out rows, bitwise the same for any number of processes.
 
-    Args:
-        accelerator: the running processes.
-        objective: the module, in any mode; it is left in the mode it had.
-        make_batch: builds the batch of given row numbers, always with the same masks.
-        num_rows: rows of the held-out part.
-        micro_batch_size: rows per forward pass.
-        stop_requested: asked on each process after each pass.
-        progress: called after each pass.
+    The objective may be in any mode and is left in it; `make_batch` has to give rows the same masks always. For the
+    rest see `measure_batches`.
 
     Returns:
         The objective's metrics, empty without a single target, and the counts of its targets; None in place of the
         metrics when a process was asked to stop before the end.
     """
 
-    def measure(number: int) -> dict[str, float | torch.Tensor]:
+    def measure(number: int) -> dict[tuple[str, str], float | torch.Tensor]:
         begin = number * micro_batch_size
         batch, counts = make_batch(np.arange(begin, min(num_rows, begin + micro_batch_size)))
         found = objective(to_device(batch, accelerator.device))
-        return {f"sum {name}": value for name, value in found.items()} | {f"count {n}": v for n, v in counts.items()}
+        return {("sum", name): v for name, v in found.items()} | {("count", name): v for name, v in counts.items()}
 
     with judging(objective):
         num_batches = -(-num_rows // micro_batch_size)
         totals = sum_over_batches(accelerator, num_batches, measure, stop_requested, progress)
     if totals is None:
         return None, {}
-    sums, counts = (
-        {name.removeprefix(kind): value for name, value in totals.items() if name.startswith(kind)}
-        for kind in ("sum ", "count ")
-    )
+    sums, counts = ({name: v for (what, name), v in totals.items() if what == kind} for kind in ("sum", "count"))
     return (objective.metrics(sums, counts) if counts.get(next(iter(objective.weights))) else {}), counts
 
 
