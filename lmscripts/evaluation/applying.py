@@ -30,13 +30,9 @@ from lmscripts.text.records import BadRow, TableOptions, check_codec
 from lmscripts.text.tables import read_table
 
 _JSON_LIST = re.compile(r"\[\s*\{")
-_OF_KIND = {  # options that say how an input is read -> the kinds of input for which they do
-    "text": ("csv", "tsv", "jsonl", "parquet"),
-    "id_column": ("csv", "tsv", "jsonl", "parquet"),
-    "delimiter": ("csv", "tsv"),
-    "quotes": ("csv", "tsv"),
-    "encoding": ("csv", "tsv", "jsonl", "txt"),
-}
+_TABLES: tuple[str, ...] = ("csv", "tsv", "jsonl", "parquet")
+_OF_KIND = {"text": _TABLES, "id_column": _TABLES}  # an option on reading -> the kinds of input it is for
+_OF_KIND |= {"delimiter": ("csv", "tsv"), "quotes": ("csv", "tsv"), "encoding": ("csv", "tsv", "jsonl", "txt")}
 
 
 @dataclass(frozen=True)
@@ -197,9 +193,3 @@ class Classifier:
             why = "" if each else text.note or ("no token in it" if text.text else "empty text")
             answers.append(Answer(text, labels, values.tolist() if each else [], len(each), why))
         return answers
-
-
-def in_batches(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
-    """Texts by the hundred, as they come."""
-    while batch := list(itertools.islice(texts, size)):
-        yield batch

@@ -65,18 +65,15 @@ def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
 
     def paint(axes: Any) -> None:
         for panel, (names, label) in zip(axes, panels, strict=True):
+            alone = len(names) == 1
             for number, name in enumerate(names):
-                for part, style in (("train", ":"), ("validation", "-"), ("test", "--")):
-                    points = sorted(
-                        (r["epoch"], r["value"]) for r in usable if (r["metric"], r["part"]) == (name, part)
-                    )
-                    alone = {"train": ORANGE, "validation": BLUE, "test": GREEN}[part], part
-                    several = _COLORS[number % 6], f"{part} {name}".replace("_", " ")
-                    color, title = alone if len(names) == 1 else several
-                    if points:
-                        panel.plot(*zip(*points), style, marker="o", markersize=4, color=color, label=title)
-            shown = names[0].replace("_", " ") if len(names) == 1 and label == "score" else label
-            panel.set(xlabel="epoch", ylabel=shown)
+                for part, style, own in (("train", ":", ORANGE), ("validation", "-", BLUE), ("test", "--", GREEN)):
+                    found = (r for r in usable if (r["metric"], r["part"]) == (name, part))
+                    if points := sorted((r["epoch"], r["value"]) for r in found):
+                        title = part if alone else f"{part} {name}".replace("_", " ")
+                        look = {"marker": "o", "markersize": 4, "color": own if alone else _COLORS[number % 6]}
+                        panel.plot(*zip(*points), style, label=title, **look)
+            panel.set(xlabel="epoch", ylabel=names[0].replace("_", " ") if alone and label == "score" else label)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.legend()
 

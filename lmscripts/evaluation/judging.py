@@ -20,7 +20,7 @@ from lmscripts.data.steps import to_device
 from lmscripts.errors import UserError
 from lmscripts.evaluation import calibration, metrics
 from lmscripts.evaluation.metrics import Flags, Floats, Integers
-from lmscripts.evaluation.sums import judging, measure_batches, never
+from lmscripts.evaluation.sums import judging, measure_batches
 from lmscripts.models.classifier import ClassifierSettings
 from lmscripts.objectives import labels
 from lmscripts.objectives.module import Objective
@@ -114,7 +114,7 @@ def answer_rows(
     part: Part,
     batch_size: int,
     pad_id: int,
-    stop_requested: Callable[[], bool] = never,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> RowAnswers | None:
     """The model's answers to all rows of a part; every process calls it and gets the same.
 

@@ -39,7 +39,7 @@ _FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-# ---- CSV ---------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------------
 
 
 def csv_text(rows: Sequence[Sequence[Any]], spreadsheet_safe: bool = False, *, begins_file: bool = True) -> str:
@@ -81,9 +81,6 @@ def wrong_table(numbers: Numbers) -> list[list[Any]]:
     names, between = [*names, "decisive"], numbers["run"]["options"].get("separator") or "|"
     joined = ({**found, **{name: between.join(found[name]) for name in names[1:3]}} for found in numbers["wrong"])
     return [names, *([found[name] for name in names] for found in joined)]
-
-
-# ---- mistakes ----------------------------------------------------------------------------------------------------
 
 
 def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

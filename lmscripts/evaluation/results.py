@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from lmscripts.data.labelled_rows import Part
-from lmscripts.data.labelled_store import Database
+from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, decided, judge, names_of
 from lmscripts.evaluation.metrics import plain
@@ -119,19 +119,17 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
 
     The keys "Training", "Testing" and the names with capitals are those of an older tool whose readers expect them.
     """
-    testing: dict[str, Any] = {}
+    testing, epochs = dict[str, Any](), []
     if tested is not None:
         older = {"Test Loss": "loss", "Test Accuracy": "accuracy", "Matthews corrcoef": "mcc"}
         testing = {old: tested.document[new] for old, new in older.items() if new in tested.document}
         testing |= {"document": tested.document, "fragment": tested.fragment}
-    epochs = []
     for record in history:
-        older = {"Training Loss": record["train"].get("loss"), "Training Accuracy": record["train"].get("accuracy")}
-        found = record["validation"]
+        trained, found = record["train"], record["validation"]
+        shown = {"Training Loss": trained.get("loss"), "Training Accuracy": trained.get("accuracy")}
         if found:
-            older["Validation Loss"] = found["loss"]
-            older["Validation Accuracy"] = value_of(found, "accuracy")
-        epochs.append({"epoch": record["epoch"], **older, **record})
+            shown |= {"Validation Loss": found["loss"], "Validation Accuracy": value_of(found, "accuracy")}
+        epochs.append({"epoch": record["epoch"], **shown, **record})
     values = plain({"format": 1, **facts, "Training": epochs, "Testing": testing})
     return json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
@@ -183,16 +181,7 @@ def finish(
     else:
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-    judged = dict[str, Judged]()
-    for name, (part, answers) in parts.items():
-        if answers is not None:
-            found = judged[name] = judge(answers, part, settings)
-            documents, rows = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
-            database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
-            database.write_predictions(run, name, "fragment", *rows, found.fragment_probabilities, answers.logits)
-    if (tested := judged.get("test")) is not None:
-        for level in ("document", "fragment"):
-            database.write_test_metrics(run, level, getattr(tested, level))
+    if (tested := _judged(database, run, parts, settings).get("test")) is not None:
         write_tables(files, places, parts["test"][0], tested, labels, settings)
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts["best_epoch"] = progress.best_epoch
@@ -205,11 +194,8 @@ def finish(
     told |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
     told |= {"temperature": f"{settings.temperature:.4f}"}
     told["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
-    found_of_test = {} if tested is None else tested.document
-    shown = {
-        name.replace("_", " "): f"{value:.4f}" if np.isfinite(value) else "undefined"
-        for name, value in found_of_test.items()
-    }
+    numbers = plain({} if tested is None else tested.document)
+    shown = {name.replace("_", " "): "undefined" if v is None else f"{v:.4f}" for name, v in numbers.items()}
     told |= {f"test documents: {name}": value for name, value in shown.items()}
     with replaced_folder(files.model) as aside:
         beside(aside)
@@ -220,6 +206,23 @@ def finish(
     if tested is None:
         silent = "there is no test part: nothing is said about other texts, and there is nothing to report"
         return [*said, silent, where]
-    numbers = ", ".join(f"{name} {value}" for name, value in shown.items())
-    report = f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"
-    return [*said, where, f"the predictions are in {files.predictions}", f"test documents: {numbers}", report]
+    said += [where, f"the predictions are in {files.predictions}"]
+    said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
+    return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
+
+
+def _judged(
+    database: Database, run: RunKey, parts: Mapping[str, tuple[Part, RowAnswers | None]], settings: ClassifierSettings
+) -> dict[str, Judged]:
+    """Parts that were answered, judged; with their predictions, and metrics of the test part, in the database."""
+    judged = dict[str, Judged]()
+    for name, (part, answers) in parts.items():
+        if answers is not None:
+            found = judged[name] = judge(answers, part, settings)
+            documents, rows = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
+            database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
+            database.write_predictions(run, name, "fragment", *rows, found.fragment_probabilities, answers.logits)
+            if name == "test":
+                database.write_test_metrics(run, "document", found.document)
+                database.write_test_metrics(run, "fragment", found.fragment)
+    return judged

@@ -27,7 +27,7 @@ from lmscripts.data.steps import fixed_batch
 from lmscripts.data.token_store import Part
 from lmscripts.data.windows import slide, window_rows
 from lmscripts.errors import UserError
-from lmscripts.evaluation.sums import Progress, evaluate, no_progress, sum_over_batches
+from lmscripts.evaluation.sums import Progress, evaluate, sum_over_batches
 from lmscripts.models import decoder
 from lmscripts.objectives.module import Objective
 
@@ -70,7 +70,7 @@ def score_causal(
     stride: int,
     batch_size: int,
     unknown_id: int = -1,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, passes: None,
 ) -> dict[str, float]:
     """Score every token and the end of every document of a part of a store, each once, each document by itself.
 
@@ -135,7 +135,7 @@ def has_separate_head(model: Any) -> bool:
     return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
-# ---- masked: every token masked once -----------------------------------------------------------------------------
+# ---- masked ------------------------------------------------------------------------------------------------------
 
 
 def _cut(part: Part, most_tokens: int, most_documents: int | None) -> tuple[Ints, Ints]:
@@ -173,7 +173,7 @@ def score_pseudo(
     batch_size: int,
     most_documents: int | None = None,
     unknown_id: int = -1,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, passes: None,
 ) -> dict[str, float]:
     """Pseudo-log-likelihood (arXiv:1910.14659, section 2.3): every token is masked once and predicted from all others.
 
@@ -210,9 +210,6 @@ def score_pseudo(
     return sum_over_batches(accelerator, len(batches), measure, progress=progress) or {}
 
 
-# ---- masked: the rows and masks of training ----------------------------------------------------------------------
-
-
 def score_masks(
     accelerator: Accelerator,
     objective: Objective,
@@ -221,7 +218,7 @@ def score_masks(
     *,
     batch_size: int,
     unknown_id: int = -1,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, passes: None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What an objective with masks measures on all rows of a text, masked as the held-out rows of a training run are.
 

@@ -33,21 +33,12 @@ Progress = Callable[[int, int], None]  # passes done, passes in all
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
 
-def no_progress(done: int, passes: int) -> None:
-    """Say nothing."""
-
-
-def never() -> bool:
-    """Nobody asks to stop."""
-    return False
-
-
 def measure_batches(
     accelerator: Accelerator,
     num_batches: int,
     measure: Callable[[int], torch.Tensor],
-    stop_requested: Callable[[], bool] = never,
-    progress: Progress = no_progress,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
 ) -> torch.Tensor | None:
     """What numbered batches (at least one) measure, bitwise the same for any number of processes.
 
@@ -81,8 +72,8 @@ def sum_over_batches(
     accelerator: Accelerator,
     num_batches: int,
     measure: Callable[[int], Mapping[Any, float | torch.Tensor]],
-    stop_requested: Callable[[], bool] = never,
-    progress: Progress = no_progress,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
 ) -> dict[Any, float] | None:
     """Sums of what `measure` names, always in the same order, without gradients; see `measure_batches`.
 
@@ -126,8 +117,8 @@ def evaluate(
     make_batch: MakeBatch,
     num_rows: int,
     micro_batch_size: int,
-    stop_requested: Callable[[], bool] = never,
-    progress: Progress = no_progress,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda done, passes: None,
 ) -> tuple[dict[str, float] | None, dict[str, float]]:
     """What the objective measures on held-out rows, bitwise the same for any number of processes.
 
