@@ -50,7 +50,10 @@ def unknown_id(tokenizer: Any) -> int:
 
 
 def per_target(totals: dict[str, float], **sizes: int) -> dict[str, float]:
-    """Loss, perplexity and accuracy per target of `score_causal` or `score_pseudo`; bits per byte by name of sizes."""
+    """Loss, perplexity and accuracy per target of `score_causal` or `score_pseudo`, and bits per byte.
+
+    The sizes are bytes of the text, each under the name of the bits per byte that it gives.
+    """
     loss, bits = totals["nats"] / totals["targets"], totals["nats"] / math.log(2)
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     found |= {name: bits / size for name, size in sizes.items()}
