@@ -68,12 +68,14 @@ def analyze(options: Options) -> None:
 
     files = [Path(name) for name in options.input_file]
     run, other = comparison.read_results(files[0], options.run), None
+    file = run.database.path
     if len(files) > 1 or options.other_run is not None:
-        place = files[1] if len(files) > 1 else run.file
+        place = files[1] if len(files) > 1 else file
         other = comparison.read_results(place, options.other_run, "--other_run")
-        if (other.file.resolve(), other.record["run_id"]) == (run.file.resolve(), run.record["run_id"]):
-            raise UserError(f"both are run {run.record['run_id']} of {run.file}: choose another with --other_run")
-    folder = Path(options.output_dir) if options.output_dir else run.file.with_name(f"{run.file.stem}_report")
+        same_file = other.database.path.resolve() == file.resolve()
+        if same_file and other.record["run_id"] == run.record["run_id"]:
+            raise UserError(f"both are run {run.record['run_id']} of {file}: choose another with --other_run")
+    folder = Path(options.output_dir) if options.output_dir else file.with_name(f"{file.stem}_report")
 
     notices: list[str] = []
     decided, thresholds = decide(run, notices)
@@ -145,7 +147,7 @@ def numbers_of(run: Run, decided: dict[str, Any], options: Options) -> tuple[dic
     def versus(given: Any) -> dict[str, Any]:
         """Other decisions on the same documents and the same samples of them, and what this run is better by."""
         judged, drawn = measured(test.truth, given, units, *settings)
-        gaps = differences(levels["document"]["metrics"], judged["metrics"], samples["document"], drawn)
+        gaps = differences((levels["document"], samples["document"]), (judged, drawn))
         right = ((one == test.truth).all(1) for one in (decided["document"], given))
         return {"metrics": judged["metrics"], "difference": gaps, "mcnemar": mcnemar(*right)}
 
@@ -154,7 +156,7 @@ def numbers_of(run: Run, decided: dict[str, Any], options: Options) -> tuple[dic
     shown = {name: datetime.fromtimestamp(at).astimezone().isoformat(" ", "seconds") for name, at in times.items()}
     return {
         "format": 2,
-        "database": run.file.name,
+        "database": run.database.path.name,
         "run": plain({**run.record, **shown}),
         "data": {name: str(n) if name.startswith("num_") else n for name, n in plain(run.meta).items()},  # older way
         "labels": list(run.labels),
@@ -255,7 +257,7 @@ def add_comparison(numbers: dict[str, Any], versus: Versus, run: Run, other: Run
     given = run.record["options"], other.record["options"]
     changed = [[name, *(str(one.get(name, "–")) for one in given)] for name in sorted({*given[0], *given[1]})]
     numbers["comparison"] = {
-        "database": other.file.name,
+        "database": other.database.path.name,
         "run": {name: plain(other.record[name]) for name in ("run_id", "name", "options", "facts")},
         "first": numbers["levels"]["document"]["metrics"],
         "second": found["metrics"],

@@ -247,7 +247,8 @@ def score_causal(
     totals = scoring.score_causal(accelerator, saved.models[""], part, boundary_ids(tokenizer), **settings)
     found = {name: int(totals[name]) for name in ("targets", "windows")}
     found["unknown_tokens"] = int(totals["unknown"])
-    metrics = scoring.per_text(totals, int(counts["raw_bytes"]), int(counts["text_bytes"]))
+    sizes = {"bits_per_byte": int(counts["raw_bytes"]), "bits_per_text_byte": int(counts["text_bytes"])}
+    metrics = scoring.per_target(totals, **sizes)
     return metrics | {"unknown_share": totals["unknown"] / totals["targets"]}, found
 
 
@@ -276,7 +277,7 @@ def score_masked(
         objective.eval()
         model = (objective.family, saved.models[""])
         totals = scoring.score_pseudo(accelerator, *model, part, special_ids(tokenizer), **sizes)
-        metrics |= scoring.pseudo_metrics(totals)
+        metrics |= {f"pseudo_{name}": value for name, value in scoring.per_target(totals).items()}
         found |= {"pseudo_tokens": int(totals["targets"]), "pseudo_unknown_tokens": int(totals["unknown"])}
     return metrics, found
 

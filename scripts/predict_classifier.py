@@ -78,7 +78,7 @@ def predict(options: Options) -> None:
     import torch
     from transformers import logging
 
-    from lmscripts.evaluation.applying import Classifier, check_input_options, in_batches, read_texts
+    from lmscripts.evaluation.applying import Classifier, check_input_options, read_texts
     from lmscripts.evaluation.report import csv_text
     from lmscripts.models.classifier import open_classifier
     from lmscripts.text.records import TableOptions
@@ -87,7 +87,8 @@ def predict(options: Options) -> None:
     names = {"id": options.id_column, "delimiter": options.delimiter, "encoding": options.encoding}
     names = {name: value or "" for name, value in names.items()}
     table = TableOptions(options.text, label="", quotes=options.quotes, **names)
-    batches = in_batches(read_texts(options.input_file, options.input_format or "", table), options.texts_at_once)
+    texts = read_texts(options.input_file, options.input_format or "", table)
+    batches = iter(lambda: list(itertools.islice(texts, options.texts_at_once)), [])
     batches = itertools.chain([next(batches, [])], batches)  # a mistake in the input is said before anything is written
     if options.input_file == "-" and options.input_format is None:
         print("standard input is read as lines of text: give --input_format if it is a table", file=sys.stderr)
@@ -104,8 +105,8 @@ def predict(options: Options) -> None:
         if not is_json:
             columns = [*head(with_names), *(f"probability of {label}" for label in classifier.labels)]
             file.write(csv_text([columns], options.spreadsheet_safe))
-        for texts in batches:
-            answers = classifier.answer(texts)
+        for batch in batches:
+            answers = classifier.answer(batch)
             for answer in answers:
                 if is_json:
                     file.write(as_json(answer, classifier.labels))

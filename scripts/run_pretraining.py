@@ -540,7 +540,7 @@ def stopped_while_evaluating(
     judged = run.average.module if run.average else run.objective
     held_out = (phase.eval_batch, phase.num_eval_rows, phase.micro_batch_size)
     with meter.paused():
-        result = evaluate(run.accelerator, judged, *held_out, stop_asked)
+        result, _ = evaluate(run.accelerator, judged, *held_out, stop_asked)
     state.evaluated_step = state.evaluated_step if result is None else state.step
     if result:
         report(state.step, {f"eval_{name}": v for name, v in result.items()}, f"held-out {log.in_words(result)}")

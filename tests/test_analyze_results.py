@@ -177,7 +177,7 @@ def test_the_fragment_that_decided_is_shown(analysed):
     run = comparison.read_run(file, 1)
     first = next(wrong for wrong in numbers["wrong"] if len(wrong["fragments"]) > 1)
     assert first["fragments"][first["decisive"]] == max(first["fragments"])
-    place = comparison.read_places(run, first["doc_id"])
+    place = run.database.read_document(first["doc_id"])
     start, end = place["spans"][first["decisive"]]
     page = Page((folder / "run_1_and_2.html").read_text(encoding="utf-8"))
     assert place["text"][start:end] in page.text
@@ -203,7 +203,7 @@ def test_results_of_a_run_lead_to_that_run_wherever_they_lie(tmp_path):
         *write_results(tmp_path / "old", "older", run=1, database=str(file)),
     ):
         assert comparison.read_results(path).record["name"] == "first"
-        assert comparison.read_results(path, 1).file == file
+        assert comparison.read_results(path, 1).database.path == file
         with pytest.raises(UserError, match=r"is of run 1, but --run asks for 2"):
             comparison.read_results(path, 2)
     arguments = ("--no_baselines", "--output_dir", tmp_path / "report", "--level", "fragment")

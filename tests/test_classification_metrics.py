@@ -176,7 +176,7 @@ def test_paired_differences_are_narrower_than_unpaired():
         metrics.measured(metrics.one_hot(truth, 3), metrics.one_hot(one, 3), documents, False)
         for one in (better, decided)
     ]
-    gap = metrics.differences(judged[0][0]["metrics"], judged[1][0]["metrics"], judged[0][1], judged[1][1])["accuracy"]
+    gap = metrics.differences(*judged)["accuracy"]
     assert gap["value"] == pytest.approx(20 / 500)
     assert gap["interval"][0] > 0
     own = judged[0][0]["metrics"]["accuracy"]["interval"]

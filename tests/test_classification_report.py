@@ -159,7 +159,7 @@ def test_a_run_is_read_as_it_was_written(database):
     assert run.record["options"]["epochs"] == 3
     assert (run.record["tokenizer"], run.record["split"]["seed"]) == ("tokenizers/ipadic", 3631)
     assert not run.multi_label
-    assert comparison.read_texts(run, [3, 1])[1] == sentences(60)[1]
+    assert run.database.read_texts([3, 1])[1] == sentences(60)[1]
     assert database.read_bytes() == before
 
 
@@ -242,8 +242,8 @@ def test_documents_are_found_again_in_another_database(tmp_path):
     file = write_database(tmp_path / "b.sqlite", [texts[n] for n in order], other, names)
     second = comparison.read_run(file)
     places = comparison.places_of_same(first, second)
-    own = comparison.read_texts(first, first.predictions["test", "document"].doc_ids)
-    assert comparison.read_texts(second, second.predictions["test", "document"].doc_ids[places]) == own
+    own = first.database.read_texts(first.predictions["test", "document"].doc_ids)
+    assert second.database.read_texts(second.predictions["test", "document"].doc_ids[places]) == own
 
 
 def test_units_are_what_a_split_keeps_together(database):

@@ -29,8 +29,7 @@ from lmscripts.data.splits import SplitSettings
 from lmscripts.data.steps import ByLength, step_batches
 from lmscripts.errors import UserError
 from lmscripts.evaluation import progress, results
-from lmscripts.evaluation.aggregate import document_logits
-from lmscripts.evaluation.judging import RowAnswers, calibrate, judge
+from lmscripts.evaluation.judging import RowAnswers, calibrate, document_logits, judge
 from lmscripts.evaluation.results import ResultFiles, card_text, write_tables
 from lmscripts.models.classifier import (
     AGGREGATES,
@@ -434,7 +433,8 @@ def test_documents_count_once_and_padding_is_never_attended():
 def test_aggregates_by_their_definition(how, multi_label):
     logits, owners = np.random.default_rng(1).normal(size=(5, 3)), np.array([0, 0, 2, 2, 2])
     tokens = np.array([5, 1, 2, 2, 9])
-    found = document_logits(logits, owners, 3, how, multi_label, tokens)
+    settings = ClassifierSettings(FoldSettings(), how, multi_label=multi_label)
+    found = document_logits(logits, owners, 3, tokens, settings)
     assert np.isnan(found[1]).all()
     squash = torch.sigmoid if multi_label else lambda values: values.softmax(-1)
     rows = torch.from_numpy(logits)
@@ -662,7 +662,7 @@ def test_what_a_killed_process_left_beside_the_results_goes_and_nothing_else(tmp
 
 def test_a_card_shows_names_as_they_are(tmp_path):
     hostile = "<script>alert(1)</script> a|b *c* [d](e) `f` \\"
-    card = card_text("x <b>", {"labels": hostile}, None, "label: |\n  ```\n  <img>\n")
+    card = card_text("x <b>", {"labels": hostile}, "label: |\n  ```\n  <img>\n")
     (row,) = (line for line in card.splitlines() if line.startswith("| labels"))
     assert not set("<>*`[]\\") & set(row)
     assert html.unescape(row) == f"| labels | {hostile} |"

@@ -10,33 +10,28 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
-from lmscripts.data.folding import Fold, Folder
+from lmscripts.data.folding import Folder
 from lmscripts.data.labelled_rows import by_length, padded
 from lmscripts.data.steps import to_device
 from lmscripts.errors import UserError, naming
-from lmscripts.evaluation.aggregate import calibrated, document_logits, names_of
+from lmscripts.evaluation.judging import calibrated, decided, document_logits, names_of
 from lmscripts.models.classifier import ClassifierSettings, Source, label_names, padding_id
 from lmscripts.text.reading import MAX_RECORD_BYTES, check_file, format_of, kind_of, opened
 from lmscripts.text.records import BadRow, TableOptions, check_codec, read_table
 
-EMPTY = "empty text"
 _JSON_LIST = re.compile(r"\[\s*\{")
-_OF_KIND = {  # options that say how an input is read -> the kinds of input for which they do
-    "text": ("csv", "tsv", "jsonl", "parquet"),
-    "id_column": ("csv", "tsv", "jsonl", "parquet"),
-    "delimiter": ("csv", "tsv"),
-    "quotes": ("csv", "tsv"),
-    "encoding": ("csv", "tsv", "jsonl", "txt"),
-}
+_TABLES: tuple[str, ...] = ("csv", "tsv", "jsonl", "parquet")
+_OF_KIND = {"text": _TABLES, "id_column": _TABLES}  # an option on reading -> the kinds of input it is for
+_OF_KIND |= {"delimiter": ("csv", "tsv"), "quotes": ("csv", "tsv"), "encoding": ("csv", "tsv", "jsonl", "txt")}
 
 
 @dataclass(frozen=True)
@@ -51,20 +46,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a classifier says of a text.
-
-    Attributes:
-        text: the text.
-        labels: names of those it is given; empty where nothing can be said.
-        probabilities: of each label; empty likewise.
-        num_fragments: rows that it was folded into.
-        note: why nothing is said.
-    """
+    """What a classifier says of a text; without labels and probabilities, and with a note, where it says nothing."""
 
     text: Text
     labels: list[str]
     probabilities: list[float]
-    num_fragments: int
+    num_fragments: int  # rows that it was folded into
     note: str
 
 
@@ -72,12 +59,7 @@ class Answer:
 
 
 def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -> None:
-    """Refuse options that would be ignored for this kind of input.
-
-    Args:
-        path: the file; "-" is standard input.
-        kind: what it is said to be; None goes by its name.
-        given: options of how it is read that are not as by default.
+    """Refuse options on how an input is read that would be ignored for its kind, which None takes from its name.
 
     Raises:
         UserError: naming the option and the kind; or an encoding that there is not.
@@ -94,101 +76,74 @@ def check_input_options(path: str, kind: str | None, given: Mapping[str, Any]) -
 
 
 def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
-    """Texts of a file in their order, none left out.
+    """Texts of a file, also a compressed one, or of standard input ("-") in their order, none left out.
 
-    Args:
-        path: the file, also compressed; "-" is standard input.
-        kind: "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by its name and content; of
-            standard input it takes lines of text, unless the first of them looks like the beginning of a table. A table
-            on standard input is read to its end before the first text.
-        table: how a table is read, with an empty `label`.
+    The kind is "txt" (one text a line), "csv", "tsv", "jsonl" or "parquet". Empty goes by the file's name and content;
+    standard input is lines of text as they come then, unless the first looks like the beginning of a table. A table on
+    standard input is stored before its first text, as its reader looks at it twice.
 
     Raises:
         UserError: there is no such file or column, or it is damaged; or nothing says that standard input is a table.
     """
-    if path == "-":
-        yield from _standard_input(sys.stdin.buffer, kind, table)
-        return
-    check_file(path, "input")
-    if kind_of(path, kind) == "txt":
+    if path != "-":
+        check_file(path, "input")
+        if kind_of(path, kind) != "txt":
+            yield from _rows(path, kind, table)
+            return
         with opened(path) as file:
             yield from _lines(file, table.encoding)
+    elif kind in ("", "txt"):
+        first = sys.stdin.buffer.readline(MAX_RECORD_BYTES + 1)
+        if not kind:
+            _check_no_table(first.decode(table.encoding or "utf-8", "replace").removeprefix("\ufeff").strip(), table)
+        yield from _lines(sys.stdin.buffer, table.encoding, first)
     else:
-        yield from _rows(path, kind, table)
+        with tempfile.TemporaryDirectory() as folder:
+            stored = Path(folder) / f"standard_input.{kind}"
+            with naming(stored), open(stored, "wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
+            try:
+                yield from _rows(str(stored), kind, table)
+            except UserError as error:
+                raise UserError(str(error).replace(str(stored), "standard input")) from error
 
 
 def _rows(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
     given: Any = kind
     for row in read_table(path, replace(table, format=given)):
-        if isinstance(row, BadRow):
-            yield Text(row.line, None, "", row.reason)
-        else:
-            yield Text(row.line, row.name, row.text)
+        yield Text(row.line, None, "", row.reason) if isinstance(row, BadRow) else Text(row.line, row.name, row.text)
 
 
-def _standard_input(stream: BinaryIO, kind: str, table: TableOptions) -> Iterator[Text]:
-    """Lines of text as they come, or the rows of a table, which is stored first, as its reader looks at it twice."""
-    if kind in ("", "txt"):
-        first = stream.readline(MAX_RECORD_BYTES + 1)
-        if not kind:
-            _check_no_table(first, table)
-        yield from _lines(stream, table.encoding, first)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        stored = Path(folder) / f"standard_input.{kind}"
-        with naming(stored), open(stored, "wb") as file:
-            shutil.copyfileobj(stream, file, 1 << 20)
-        try:
-            yield from _rows(str(stored), kind, table)
-        except UserError as error:
-            raise UserError(str(error).replace(str(stored), "standard input")) from error
-
-
-def _check_no_table(line: bytes, table: TableOptions) -> None:
+def _check_no_table(text: str, table: TableOptions) -> None:
     """Refuse to take for a text what begins a table: a JSON record, a list of them, a header with the texts' column.
 
     Raises:
         UserError: saying how it is read as the table that it seems to be.
     """
-    text = line.decode(table.encoding or "utf-8", "replace").removeprefix("\ufeff").strip()
-    as_lines = "or --input_format txt to take each line for a text"
+    kind, said, column = "", "", table.text
     if _JSON_LIST.match(text):
-        raise UserError(
-            f"standard input begins like a JSON list: give a record a line and --input_format jsonl, {as_lines}"
-        )
-    kind, column = _table_begun(text, table)
+        kind, said = "a JSON list", "a record a line and --input_format jsonl"
+    elif text.startswith("{"):
+        with suppress(ValueError, RecursionError):
+            kind = "jsonl" if isinstance(json.loads(text), dict) else ""
+    else:
+        for mark, form in ((",", "csv"), (";", "csv"), ("|", "csv"), ("\t", "tsv")):
+            names = [field.strip(" \"'") for field in text.split(mark)]
+            alike = [name for name in names if name.casefold() == table.text.casefold()]
+            if alike and not kind:
+                kind, column = form, table.text if table.text in alike else alike[0]
     if kind:
         named = "" if column == table.text else f" --text {shlex.quote(column)}"
+        said = said or f"--input_format {kind}{named} to read it as a table"
         raise UserError(
-            f"standard input begins like {kind}: give --input_format {kind}{named} to read it as a table, {as_lines}"
+            f"standard input begins like {kind}: give {said}, or --input_format txt to take each line for a text"
         )
 
 
-def _table_begun(text: str, table: TableOptions) -> tuple[str, str]:
-    """The kind of table that begins with a line, and the column of its texts as it is spelt there; or nothing."""
-    if text.startswith("{"):
-        try:
-            return ("jsonl" if isinstance(json.loads(text), dict) else ""), table.text
-        except (ValueError, RecursionError):
-            return "", ""
-    found: dict[str, str] = {}
-    for mark in ",\t;|":
-        names = [field.strip(" \"'") for field in text.split(mark)]
-        alike = [name for name in names if name.casefold() == table.text.casefold()]
-        if alike:
-            found[mark] = table.text if table.text in alike else alike[0]
-    if not found:
-        return "", ""
-    return "tsv" if list(found) == ["\t"] else "csv", next(iter(found.values()))
-
-
-def _lines(stream: Any, encoding: str, first: bytes | None = None) -> Iterator[Text]:
+def _lines(stream: IO[bytes], encoding: str, *read: bytes) -> Iterator[Text]:
     """Lines of a stream, of which the first may have been read already."""
-    source: BinaryIO = stream
-    for number in itertools.count(1):
-        line = first if number == 1 and first is not None else source.readline(MAX_RECORD_BYTES + 1)
-        if not line:
-            return
+    lines = itertools.chain(filter(None, read), iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""))
+    for number, line in enumerate(lines, 1):
         if len(line) > MAX_RECORD_BYTES:
             raise UserError(f"line {number} of the input has more than {MAX_RECORD_BYTES:,} bytes")
         try:
@@ -202,36 +157,22 @@ def _lines(stream: Any, encoding: str, first: bytes | None = None) -> Iterator[T
 # ---- answering ---------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Classifier:
-    """A saved classifier with all that it needs to answer."""
+    """A saved classifier, see `lmscripts.models.classifier.open_classifier`, with all that it needs to answer."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        source: Source,
-        settings: ClassifierSettings,
-        *,
-        batch_size: int,
-        device: torch.device,
-        autocast: bool = False,
-    ) -> None:
-        """Put the model on the device.
+    model: Any
+    source: Source
+    settings: ClassifierSettings
+    batch_size: int  # rows of a forward pass
+    device: torch.device
+    autocast: bool = False  # compute in bfloat16
 
-        Args:
-            model: from `lmscripts.models.classifier.open_classifier`.
-            source: likewise.
-            settings: likewise.
-            batch_size: rows of a forward pass.
-            device: where it computes.
-            autocast: compute in bfloat16.
-        """
-        on_device: Any = model
-        self.model = on_device.to(device)
-        self.labels = label_names(model.config)
-        self.settings = settings
-        self._folder = Folder(source.encoder, settings.folds)
-        self._pad_id = padding_id(source.encoder)
-        self._batch_size, self._device, self._autocast = batch_size, device, autocast
+    def __post_init__(self) -> None:
+        """Put the model on the device."""
+        self.model.to(self.device)
+        self.labels = label_names(self.model.config)
+        self._folder, self._pad_id = Folder(self.source.encoder, self.settings.folds), padding_id(self.source.encoder)
 
     def answer(self, texts: Sequence[Text]) -> list[Answer]:
         """Answers to texts, in their order."""
@@ -239,31 +180,15 @@ class Classifier:
         rows = [(owner, fold) for owner, each in enumerate(folds) for fold in each]
         owners = np.array([owner for owner, _ in rows], np.int64)
         lengths = np.array([len(fold.ids) for _, fold in rows], np.int64)
-        logits = self._logits([fold for _, fold in rows], lengths)
-        settings = self.settings
-        found = document_logits(logits, owners, len(texts), settings.aggregate, settings.multi_label, lengths)
-        probabilities = calibrated(found, settings.multi_label, settings.temperature)
-        thresholds = np.array(settings.thresholds) if settings.thresholds is not None else None
-        given = names_of(probabilities, self.labels, thresholds)
+        logits, settings = np.zeros((len(rows), len(self.labels))), self.settings
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            for places in by_length(lengths, self.batch_size):
+                batch = to_device(padded([rows[place][1].ids for place in places], self._pad_id), self.device)
+                logits[places] = self.model(**batch).logits.float().cpu().numpy()
+        probabilities = calibrated(document_logits(logits, owners, len(texts), lengths, settings), settings)
+        given = names_of(decided(probabilities, settings), self.labels)
         answers = []
         for text, each, labels, values in zip(texts, folds, given, probabilities, strict=True):
-            why = "" if each else text.note or ("no token in it" if text.text else EMPTY)
+            why = "" if each else text.note or ("no token in it" if text.text else "empty text")
             answers.append(Answer(text, labels, values.tolist() if each else [], len(each), why))
         return answers
-
-    def _logits(self, folds: Sequence[Fold], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(R, K) logits of rows."""
-        logits = np.zeros((len(folds), len(self.labels)))
-        kind = self._device.type
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self._autocast):
-            for rows in by_length(lengths, self._batch_size):
-                batch = to_device(padded([folds[row].ids for row in rows], self._pad_id), self._device)
-                output: Any = self.model(**batch)
-                logits[rows] = output.logits.float().cpu().numpy()
-        return logits
-
-
-def in_batches(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
-    """Texts by the hundred, as they come."""
-    while batch := list(itertools.islice(texts, size)):
-        yield batch

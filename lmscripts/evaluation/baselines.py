@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscripts.evaluation.comparison import Run, read_texts
+from lmscripts.evaluation.comparison import Run
 from lmscripts.evaluation.metrics import Flags, one_hot
 
 _BUCKETS = 2**20
@@ -33,17 +33,8 @@ def tfidf_decisions(
     """Decisions of logistic regression on TF-IDF of n-grams: what a model has to beat to be worth its cost.
 
     N-grams (characters 2 to 4, or words 1 to 2) are counted in 2**20 buckets of a hash, so memory does not grow with
-    the vocabulary; those that occur in one training document are left out. Nothing is fitted on other documents.
-
-    Args:
-        train_texts: of the training part.
-        train: (D, K) their labels.
-        texts: to decide on.
-        words: n-grams of words instead of characters.
-        multi_label: decide on every label by itself.
-
-    Returns:
-        (len(texts), K)
+    the vocabulary; those that occur in one training document are left out. Nothing is fitted on other documents than
+    the training texts, whose labels are (D, K). With several labels a row, every label is decided by itself.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
@@ -74,19 +65,16 @@ def tfidf_decisions(
 def baseline_decisions(run: Run, most_documents: int, seed: int) -> tuple[dict[str, Flags], int]:
     """Decisions of TF-IDF and logistic regression on a run's split for its test documents.
 
-    Args:
-        run: a run whose split has a training part.
-        most_documents: training documents to fit on at most; of more, a sample.
-        seed: of the sample.
+    They are fitted on the training part, or on a sample of `most_documents` from it.
 
     Returns:
-        {name: (D, K)}, with words only where text has spaces; and the number of training documents.
+        {name: (D, K)}, with words only where text has spaces; and the number of training documents that were seen.
     """
     train, truth = run.parts["train"], run.part_truth["train"]
     if len(train) > most_documents:
         kept = np.sort(np.random.default_rng(seed).choice(len(train), most_documents, replace=False))
         train, truth = train[kept], truth[kept]
-    seen, texts = read_texts(run, train), read_texts(run, run.predictions["test", "document"].doc_ids)
+    seen, texts = map(run.database.read_texts, (train, run.predictions["test", "document"].doc_ids))
     found = {}
     for words in (False, True) if has_spaces(seen) else (False,):
         name = f"TF-IDF of {'words' if words else 'characters'}"

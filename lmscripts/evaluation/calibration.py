@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscripts.errors import UserError
-from lmscripts.evaluation.metrics import one_hot, plain
+from lmscripts.evaluation.metrics import Flags, Floats, one_hot, plain
 
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
-
-TEMPERATURE_BOUNDS = (0.05, 20.0)
+TEMPERATURE_BOUNDS = 0.05, 20.0  # when every label is right with room to spare, the optimum would be 0
+_USUAL = 0.5  # the threshold where nothing says another
+_BINS = 15
 
 
 def probabilities_of(logits: NDArray[Any], multi_label: bool, temperature: float = 1.0) -> Floats:
@@ -30,18 +29,11 @@ def probabilities_of(logits: NDArray[Any], multi_label: bool, temperature: float
     return np.asarray(expit(scaled) if multi_label else softmax(scaled, axis=1))
 
 
-def fit_temperature(
-    logits: NDArray[Any], labels: NDArray[Any], bounds: tuple[float, float] = TEMPERATURE_BOUNDS
-) -> float:
-    """The temperature T > 0 for which softmax(logits / T) has the least negative log-likelihood.
+def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """The temperature T > 0 for which the probabilities of (N, K) logits have the least negative log-likelihood.
 
     arXiv:1706.04599, section 4.2, with a bisection instead of L-BFGS: the likelihood is convex in 1/T, so the sign of
     its slope says on which side the optimum lies. It never changes which label is largest.
-
-    Args:
-        logits: (N, K) of the validation part.
-        labels: (N,) label numbers, or (N, K) flags for sigmoids.
-        bounds: least and largest T. When every label is right with room to spare, the optimum would be 0.
 
     Raises:
         UserError: no rows, other shapes, or logits that are not finite.
@@ -55,14 +47,14 @@ def fit_temperature(
         expected = probabilities_of(values, labels.ndim == 2, 1 / inverse)
         return float(((expected - wanted) * values).sum() / len(values))
 
-    low, high = 1 / bounds[1], 1 / bounds[0]
+    low, high = 1 / TEMPERATURE_BOUNDS[1], 1 / TEMPERATURE_BOUNDS[0]
     at_low, at_high = slope(low), slope(high)
     if at_low == at_high == 0.0:
         return 1.0  # the logits say nothing, so no temperature is better than another
     if at_high <= 0:
-        return bounds[0]
+        return TEMPERATURE_BOUNDS[0]
     if at_low >= 0:
-        return bounds[1]
+        return TEMPERATURE_BOUNDS[1]
     for _ in range(60):
         middle = float(np.sqrt(low * high))
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
@@ -79,13 +71,11 @@ def negative_log_likelihood(probabilities: NDArray[Any], labels: NDArray[Any]) -
     return float(-np.where(labels, np.log(values), np.log(against)).sum(1).mean())
 
 
-def judged(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> dict[str, Any]:
+def judged(probabilities: NDArray[Any], labels: NDArray[Any]) -> dict[str, Any]:
     """Confidence against truth, in values for JSON.
 
-    Args:
-        probabilities: (N, K).
-        labels: (N,) label numbers: the statements are the N largest probabilities. (N, K) flags: all N x K.
-        bins: number of bins of equal width; a bin has its upper limit, the first one also 0.
+    Of (N,) label numbers the statements are the N largest probabilities, of (N, K) flags all. There are 15 bins of
+    equal width; a bin has its upper limit, the first one also 0.
 
     Returns:
         "ece", the expected calibration error, which is the mean gap between how sure and how right (arXiv:1706.04599,
@@ -100,27 +90,22 @@ def judged(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) ->
         confidence, came_true = values.max(1), values.argmax(1) == labels
     else:
         confidence, came_true = values.ravel(), labels.astype(np.bool_).ravel()
-    edges = np.linspace(0, 1, bins + 1)
-    places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    count = np.bincount(places, minlength=bins)
-    sums = [np.bincount(places, weights=part, minlength=bins) for part in (confidence, came_true)]
-    means = [np.divide(part, count, out=np.full(bins, np.nan), where=count > 0) for part in sums]
+    edges = np.linspace(0, 1, _BINS + 1)
+    places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, _BINS - 1)
+    count = np.bincount(places, minlength=_BINS)
+    sums = [np.bincount(places, weights=part, minlength=_BINS) for part in (confidence, came_true)]
+    means = [np.divide(part, count, out=np.full(_BINS, np.nan), where=count > 0) for part in sums]
     error = np.nansum(np.abs(means[0] - means[1]) * count) / count.sum()
     names = ("low", "high", "count", "confidence", "accuracy")
     rows = [dict(zip(names, row, strict=True)) for row in zip(edges[:-1], edges[1:], count, *means, strict=True)]
     return {"ece": float(error), "nll": negative_log_likelihood(values, labels), "bins": plain(rows)}
 
 
-def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any], default: float = 0.5) -> Floats:
+def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any]) -> Floats:
     """(K,) thresholds with the best F1 of each label; a row gets the label if its probability is at least that.
 
-    A threshold lies midway between two neighbouring probabilities. Among equally good ones the nearest to `default` is
-    taken; a label that no row has keeps the default, because nothing can be learnt about it.
-
-    Args:
-        probabilities: (N, K) of the validation part.
-        labels: (N, K) flags.
-        default: the threshold where the rows do not say.
+    A threshold lies midway between two neighbouring probabilities. Among equally good ones the nearest to one half is
+    taken; a label that no row has keeps that, because nothing can be learnt about it.
 
     Raises:
         UserError: no rows, other shapes, or probabilities that are not finite.
@@ -129,26 +114,33 @@ def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any], default: 
     if flags.ndim != 2:
         raise UserError(f"thresholds are for several labels a row: labels must be rows x labels, not {flags.shape}")
     values, flags = _checked(probabilities, flags, "probabilities"), flags.astype(np.bool_)
-    return np.array([_threshold(values[:, k], flags[:, k], default) for k in range(values.shape[1])])
+    found = np.full(values.shape[1], _USUAL)
+    for label in np.flatnonzero(flags.any(0)):
+        order = np.argsort(-values[:, label], kind="stable")
+        falling, given = values[order, label], np.arange(1, len(values) + 1)
+        scores = 2 * np.cumsum(flags[order, label]) / (given + flags[:, label].sum())
+        # After the last of equal probabilities only: a threshold cannot stand between equals.
+        ends = np.append(falling[1:] < falling[:-1], True)
+        below = np.append(falling[1:], 0.0)
+        # The interval (below, value] gives the same decisions; the usual threshold is best where it lies within.
+        midway = np.where((below < _USUAL) & (falling >= _USUAL), _USUAL, (falling + below) / 2)
+        best = midway[ends][scores[ends] >= scores[ends].max() - 1e-12]
+        found[label] = best[np.abs(best - _USUAL).argmin()]
+    return found
 
 
 def choose_thresholds(recorded: Any, labels: Sequence[str], validation: tuple[Any, Any] | None) -> tuple[Floats, str]:
-    """Thresholds of a run: its own, else tuned on its validation part, else one half.
+    """(K,) thresholds of a run, and a sentence where they are not its own.
 
-    Args:
-        recorded: what the run wrote down: a list in the order of the labels, or {name: threshold}, or None.
-        labels: names of the K labels.
-        validation: (N, K) probabilities and flags, if there are any.
-
-    Returns:
-        (K,) thresholds, and a sentence where they are not the run's own.
+    They are what it `recorded` (a list in the order of the labels, or {name: threshold}), else tuned on (N, K)
+    probabilities and flags of its validation part, else one half.
     """
     own = [recorded.get(label) for label in labels] if isinstance(recorded, Mapping) else recorded
     if isinstance(own, list) and len(own) == len(labels) and all(isinstance(one, (int, float)) for one in own):
         return np.array(own, dtype=np.float64), ""
     if validation is None:
         text = "The run recorded neither thresholds nor validation predictions: 0.5 was taken for all labels."
-        return np.full(len(labels), 0.5), text
+        return np.full(len(labels), _USUAL), text
     return tune_thresholds(*validation), "The run recorded no thresholds: they were tuned on its validation documents."
 
 
@@ -158,35 +150,12 @@ def decisions(probabilities: NDArray[Any], thresholds: NDArray[Any] | None) -> F
     return one_hot(values.argmax(1), values.shape[1]) if thresholds is None else np.asarray(values >= thresholds)
 
 
-def _threshold(values: Floats, flags: Flags, default: float) -> float:
-    positives = int(flags.sum())
-    if not positives:
-        return default
-    order = np.argsort(-values, kind="stable")
-    falling = values[order]
-    given = np.arange(1, len(values) + 1)
-    scores = 2 * np.cumsum(flags[order]) / (given + positives)
-    # After the last of equal probabilities only: a threshold cannot stand between equals.
-    ends = np.append(falling[1:] < falling[:-1], True)
-    below = np.append(falling[1:], 0.0)
-    # The interval (below, value] gives the same decisions; the default itself is best where it lies within.
-    midway = np.where((below < default) & (default <= falling), default, (falling + below) / 2)
-    candidates, scores = midway[ends], scores[ends]
-    best = candidates[scores >= scores.max() - 1e-12]
-    return float(best[np.abs(best - default).argmin()])
-
-
 def coverage_accuracy(confidence: NDArray[Any], right: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
     """What is gained by leaving the least sure rows to a human.
 
-    Rows of equal confidence are taken or left together, since no threshold tells them apart.
-
-    Args:
-        confidence: (N,) of the decisions.
-        right: (N,) whether they are.
-
-    Returns:
-        Share of rows that are decided, rising; share of those that is right; confidence of the least sure of them.
+    Rows of equal confidence are taken or left together, since no threshold tells them apart. Of the confidence of (N,)
+    decisions, and whether each is right: the share of rows that are decided, rising; the share of those that is right;
+    the confidence of the least sure of them.
     """
     order = np.argsort(-np.asarray(confidence), kind="stable")
     falling, number = np.asarray(confidence)[order], np.arange(1, len(order) + 1)
@@ -196,12 +165,7 @@ def coverage_accuracy(confidence: NDArray[Any], right: NDArray[Any]) -> tuple[Fl
 
 
 def coverage_points(probabilities: NDArray[Any], labels: NDArray[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Accuracy when at least all, 95, 90, 80, 70, 50 % of the rows are decided, and the curve, for JSON.
-
-    Args:
-        probabilities: (N, K).
-        labels: (N,) label numbers.
-    """
+    """Accuracy when at least all, 95, 90, 80, 70, 50 % of the rows are decided, and the curve, for JSON."""
     values = _checked(probabilities, labels, "probabilities")
     share, accuracy, confidence = coverage_accuracy(values.max(1), values.argmax(1) == labels)
     points = []

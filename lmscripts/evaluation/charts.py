@@ -39,11 +39,7 @@ Chart = tuple[Markup, bytes]  # SVG, PNG
 
 
 def draw_all(numbers: Mapping[str, Any]) -> tuple[dict[str, Markup], dict[str, bytes]]:
-    """Every chart that the numbers of a report allow: name -> HTML (an SVG, as a rule), name -> PNG.
-
-    Args:
-        numbers: what `scripts/analyze_results.py` writes as JSON.
-    """
+    """Every chart that the numbers of a report allow: name -> HTML (an SVG, as a rule), name -> PNG."""
     curve, what = numbers["coverage_curve"], f"{numbers['level']}s"
     charts = {"training": draw_training(numbers["epochs"])}
     charts["calibration"] = draw_calibration(numbers["calibration"]["before"], numbers["calibration"]["after"])
@@ -59,11 +55,7 @@ def draw_all(numbers: Mapping[str, Any]) -> tuple[dict[str, Markup], dict[str, b
 
 
 def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Losses and scores per epoch; None without any.
-
-    Args:
-        epochs: records with "epoch", "part", "metric" and "value"; what is within -1 and 1 and no loss is a score.
-    """
+    """Losses and scores (what is within -1 and 1 and no loss) per epoch; None without any."""
     from matplotlib.ticker import MaxNLocator
 
     usable = [record for record in epochs if record["value"] is not None and "rate" not in record["metric"]]
@@ -73,16 +65,15 @@ def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
 
     def paint(axes: Any) -> None:
         for panel, (names, label) in zip(axes, panels, strict=True):
+            alone = len(names) == 1
             for number, name in enumerate(names):
-                for part, style in (("train", ":"), ("validation", "-"), ("test", "--")):
-                    points = sorted(
-                        (r["epoch"], r["value"]) for r in usable if (r["metric"], r["part"]) == (name, part)
-                    )
-                    alone = {"train": ORANGE, "validation": BLUE, "test": GREEN}[part], part
-                    color, title = alone if len(names) == 1 else (_COLORS[number % 6], f"{part} {_words(name)}")
-                    if points:
-                        panel.plot(*zip(*points), style, marker="o", markersize=4, color=color, label=title)
-            panel.set(xlabel="epoch", ylabel=_words(names[0]) if len(names) == 1 and label == "score" else label)
+                for part, style, own in (("train", ":", ORANGE), ("validation", "-", BLUE), ("test", "--", GREEN)):
+                    found = (r for r in usable if (r["metric"], r["part"]) == (name, part))
+                    if points := sorted((r["epoch"], r["value"]) for r in found):
+                        title = part if alone else f"{part} {name}".replace("_", " ")
+                        look = {"marker": "o", "markersize": 4, "color": own if alone else _COLORS[number % 6]}
+                        panel.plot(*zip(*points), style, label=title, **look)
+            panel.set(xlabel="epoch", ylabel=names[0].replace("_", " ") if alone and label == "score" else label)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.legend()
 
@@ -92,9 +83,7 @@ def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
 def draw_calibration(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Chart:
     """Share that is right against confidence, with the number of statements per bin below.
 
-    Args:
-        before: {"bins": [{"low", "high", "count", "confidence", "accuracy"}], "ece"} without the temperature.
-        after: the same of the stored probabilities.
+    Given is what `calibration.judged` says without the temperature, where logits were kept, and as stored.
     """
 
     def paint(axes: Any) -> None:
@@ -117,13 +106,7 @@ def draw_calibration(before: Mapping[str, Any] | None, after: Mapping[str, Any])
 
 
 def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float], what: str) -> Chart:
-    """Share that is right among the surest, against their share of all.
-
-    Args:
-        coverage: rising shares of documents that are decided.
-        accuracy: share of those that is right.
-        what: the rows, in the plural.
-    """
+    """Share that is right among the surest, against their rising share of all; `what` names them in the plural."""
 
     def paint(axes: Any) -> None:
         axes[0].plot(coverage, accuracy, color=BLUE, drawstyle="steps-post" if len(coverage) < 60 else "default")
@@ -138,12 +121,8 @@ def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float], what: st
 def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: str) -> bytes:
     """Counts and shares of each true label as PNG; of many labels only colours, and of very many only their numbers.
 
-    For few labels a page has room for a table, in which the names are whole and the numbers can be copied.
-
-    Args:
-        matrix: (K, K) counts, a line per true label.
-        names: of the labels.
-        what: the rows, in the plural.
+    For few labels a page has room for a table, in which the names are whole and the numbers can be copied. The matrix
+    has (K, K) counts, a line per true label; `what` names in the plural what is counted.
     """
     counts, number = np.asarray(matrix), len(names)
     percent = 100 * by_row(counts)
@@ -170,7 +149,10 @@ def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: 
 
 
 def _chart(name: str, size: tuple[float, float], paint: Callable[[Any], None], **panels: Any) -> Chart:
-    """Draws a figure of some panels in both ways; the same figure always gives the same bytes."""
+    """A figure of some panels in both ways; the same one always has the same bytes.
+
+    The SVG can stand in a page beside others: it has no prologue, no clashing ids, and the colours of the page.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -179,15 +161,16 @@ def _chart(name: str, size: tuple[float, float], paint: Callable[[Any], None], *
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.subplots(squeeze=False, **panels).ravel())
-        figure.savefig(
-            vector, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(vector, format="svg", transparent=True, metadata=none)
         figure.savefig(raster, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return Markup(_inline(vector.getvalue().decode("utf-8"), name)), raster.getvalue()
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+    svg = vector.getvalue().decode("utf-8")
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
+    opening = f'<svg role="img" aria-label="{name}" viewBox="0 0 {width} {height}" '
+    opening += f'style="max-width:{1.25 * float(width):.0f}px">'
+    svg = opening + re.split("<svg [^>]*>", svg)[1]
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor").strip()
+    return Markup(svg), raster.getvalue()
 
 
 def _drawable(names: Sequence[str]) -> list[str]:
@@ -207,12 +190,3 @@ def _installed_fonts() -> list[str]:
 
     known = {font.name for font in font_manager.fontManager.ttflist}
     return [name for name in _FONTS.split(",") if name in known]
-
-
-def _inline(svg: str, name: str) -> str:
-    """An SVG that can stand in a page beside others: no prologue, no clashing ids, the colours of the page."""
-    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
-    opening = f'<svg role="img" aria-label="{name}" viewBox="0 0 {width} {height}" '
-    opening += f'style="max-width:{1.25 * float(width):.0f}px">'
-    svg = opening + re.split("<svg [^>]*>", svg)[1]
-    return re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor").strip()

@@ -26,62 +26,40 @@ PARTS, LEVELS = ("train", "validation", "test"), ("document", "fragment")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run said about N documents or fragments of K labels.
+    """What a run said about N documents or fragments of K labels."""
 
-    Attributes:
-        doc_ids: (N,) rising.
-        fold_idx: (N,) number of the fragment in its document; -1 for documents.
-        probabilities: (N, K) after the temperature.
-        logits: (N, K) before it; None when they were not kept.
-        truth: (N, K) labels of the documents.
-    """
-
-    doc_ids: Integers
-    fold_idx: Integers
-    probabilities: Floats
-    logits: Floats | None
-    truth: Flags
+    doc_ids: Integers  # (N,) rising
+    fold_idx: Integers  # (N,) number of the fragment in its document; -1 for documents
+    probabilities: Floats  # (N, K) after the temperature
+    logits: Floats | None  # (N, K) before it; None when they were not kept
+    truth: Flags  # (N, K) labels of the documents
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and its data.
+    """A run and its data: D documents of a part, K labels."""
 
-    Attributes:
-        file: the database.
-        record: its row in `runs`, "options" and "facts" as dictionaries, and so "folding" and "split"; "tokenizer".
-        meta: what the database says about the table it was made from.
-        labels: names of the K labels.
-        multi_label: a document may have several labels, or none.
-        parts: part -> (D,) documents.
-        part_truth: part -> (D, K) their labels.
-        predictions: (part, level) -> predictions, where there are any.
-        epochs: records with epoch, step, part, metric and value.
-        stored_metrics: (level, metric) -> what the run itself wrote down.
-    """
-
-    file: Path
+    database: Database  # what it was read from, with its tokenization and split
+    # Its row in `runs`, "options" and "facts" as dictionaries, and so "folding" and "split"; "tokenizer".
     record: dict[str, Any]
-    meta: dict[str, Any]
-    labels: tuple[str, ...]
-    multi_label: bool
-    parts: dict[str, Integers]
-    part_truth: dict[str, Flags]
-    predictions: dict[tuple[str, str], Predictions]
-    epochs: list[dict[str, Any]]
-    stored_metrics: dict[tuple[str, str], float]
+    meta: dict[str, Any]  # what the database says about the table it was made from
+    labels: tuple[str, ...]  # their names
+    multi_label: bool  # a document may have several labels, or none
+    parts: dict[str, Integers]  # part -> (D,) documents
+    part_truth: dict[str, Flags]  # part -> (D, K) their labels
+    predictions: dict[tuple[str, str], Predictions]  # (part, level) -> predictions, where there are any
+    epochs: list[dict[str, Any]]  # records with epoch, step, part, metric and value
+    stored_metrics: dict[tuple[str, str], float]  # (level, metric) -> what the run itself wrote down
 
     def __str__(self) -> str:
-        return f"run {self.record['run_id']} in {self.file}"
+        return f"run {self.record['run_id']} in {self.database.path}"
 
 
 def read_results(path: Path, run_id: int | None = None, flag: str = "--run") -> Run:
-    """The run that a file is about: a database, or what a run left beside it.
+    """The run that a file is about: a database, or statistics or predictions of a run, found by the statistics.
 
-    Args:
-        path: a database; or the statistics or predictions of a run, of which the statistics name run and database.
-        run_id: number of the run; None takes what the statistics say, or the newest finished run of a database.
-        flag: the option that gives the number, for the sentence.
+    Without a number it is the one that the statistics name, or the newest finished run of a database; `flag` is the
+    option that gives the number.
 
     Raises:
         UserError: as `read_run`; or statistics that are not there, name no run, another one than is asked for, or one
@@ -125,37 +103,51 @@ def read_run(file: Path, run_id: int | None = None) -> Run:
         UserError: the file is not a database of ours, it has no such finished run, or the run has no predictions.
     """
     stored = Database(file, 0, 0)
-    meta, labels = stored.meta(), tuple(stored.labels())
-    record = _find(stored.read_runs(), file, run_id)
+    meta, labels, runs = stored.meta(), tuple(stored.labels()), stored.read_runs()
+    finished = {run["run_id"]: run for run in runs if run["status"] in FINISHED}
+    if run_id is not None and run_id not in finished:
+        status = next((f"is {run['status']}" for run in runs if run["run_id"] == run_id), "is not there")
+        known = ", ".join(map(str, finished)) or "none"
+        raise UserError(f"run {run_id} in {file} {status}; finished runs: {known}")
+    if not finished:
+        raise UserError(f"{file} holds {len(runs)} runs, none of them finished")
+    record = finished[max(finished) if run_id is None else run_id]
     stored, number = replace(stored, tok_id=record["tok_id"], split_id=record["split_id"]), record["run_id"]
-    rows = {(part, level): stored.read_predictions(number, part, level) for part in PARTS for level in LEVELS}
-    epochs, stored_metrics = stored.read_epochs(number), stored.read_test_metrics(number)
     parts, part_truth = dict[str, Integers](), dict[str, Flags]()
+    predictions = dict[tuple[str, str], Predictions]()
     for part in PARTS:
         parts[part], part_truth[part] = stored.read_labels(part)
-    predictions = {
-        (part, level): _predictions(f"run {number}, {part} {level}s", found, parts[part], part_truth[part])
-        for (part, level), found in rows.items()
-        if found
-    }
+        for level in LEVELS:
+            if rows := stored.read_predictions(number, part, level):
+                what = f"run {number}, {part} {level}s"
+                predictions[part, level] = _predictions(what, rows, parts[part], part_truth[part])
     if ("test", "document") not in predictions:
         raise UserError(f"run {number} in {file} has no predictions for test documents")
-    several = bool(meta["multi_label"])
-    return Run(file, record, meta, labels, several, parts, part_truth, predictions, epochs, stored_metrics)
+    several, epochs, metrics = bool(meta["multi_label"]), stored.read_epochs(number), stored.read_test_metrics(number)
+    return Run(stored, record, meta, labels, several, parts, part_truth, predictions, epochs, metrics)
 
 
-def _stored(run: Run) -> Database:
-    return Database(run.file, run.record["tok_id"], run.record["split_id"])
+def _predictions(what: str, rows: Sequence[tuple[Any, ...]], documents: Integers, truth: Flags) -> Predictions:
+    """Rows of `predictions` as arrays, with the labels of their documents: (D,) documents and (D, K) labels."""
+    doc_ids, fold_idx, blobs, raw_logits = zip(*rows, strict=True)
+    kept = None not in raw_logits
+    logits = _floats(raw_logits, truth.shape[1], f"{what}: logits") if kept else None
+    probabilities = _floats(blobs, truth.shape[1], f"{what}: probabilities")
+    ids = np.array(doc_ids, np.int64)
+    if len(strange := np.setdiff1d(ids, documents)):
+        raise UserError(f"{what}: document {strange[0]} is not in that part of the split")
+    return Predictions(ids, np.array(fold_idx, np.int64), probabilities, logits, truth[np.searchsorted(documents, ids)])
 
 
-def read_texts(run: Run, doc_ids: Sequence[int] | Integers) -> list[str]:
-    """Texts of documents, in the given order."""
-    return _stored(run).read_texts(list(doc_ids))
-
-
-def read_places(run: Run, doc_id: int) -> dict[str, Any]:
-    """Where a document stood: "file", "line", "name", "text", "spans" {fragment number: (char_start, char_end)}."""
-    return _stored(run).read_document(doc_id)
+def _floats(blobs: Sequence[bytes], num_labels: int, what: str) -> Floats:
+    for blob in blobs:
+        if not isinstance(blob, bytes) or len(blob) != 4 * num_labels:
+            found = f"{len(blob) / 4:g} numbers" if isinstance(blob, bytes) else repr(blob)
+            raise UserError(f"{what} must be {num_labels} numbers, one for each label in the database, not {found}")
+    values = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, num_labels).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"{what} hold {int((~np.isfinite(values)).sum())} values that are not finite numbers")
+    return values
 
 
 def units_of(run: Run, doc_ids: Sequence[int] | Integers) -> Integers:
@@ -163,7 +155,7 @@ def units_of(run: Run, doc_ids: Sequence[int] | Integers) -> Integers:
 
     A sample of documents must not take it apart either.
     """
-    with opened(run.file) as connection:
+    with opened(run.database.path) as connection:
         documents = read_split_documents(connection)
     numbers = dict[str, int]()
     names = units_of_documents([documents[int(doc_id)] for doc_id in doc_ids], use_groups=True)
@@ -187,17 +179,16 @@ def places_of_same(first: Run, second: Run) -> Integers:
     for run in (first, second):
         test = run.predictions["test", "document"]
         truth = test.truth[:, [run.labels.index(name) for name in first.labels]]
-        texts = (text.encode("utf-8", "surrogatepass") for text in read_texts(run, test.doc_ids))
-        hashes = [hashlib.sha256(text).digest() for text in texts]
-        keys.append([(text, tuple(np.flatnonzero(row))) for text, row in zip(hashes, truth, strict=True)])
+        texts = (text.encode("utf-8", "surrogatepass") for text in run.database.read_texts(test.doc_ids))
+        hashed = (hashlib.sha256(text).digest() for text in texts)
+        keys.append([(text, tuple(np.flatnonzero(row))) for text, row in zip(hashed, truth, strict=True)])
     orders = [sorted(range(len(own)), key=own.__getitem__) for own in keys]
     own, others = ([key[place] for place in order] for key, order in zip(keys, orders, strict=True))
-    hashed = [[text for text, _ in rows] for rows in (own, others)]
-    if hashed[0] != hashed[1]:
+    mine, theirs = ([text for text, _ in rows] for rows in (own, others))
+    if mine != theirs:
         raise UserError(
             f"{first} was tested on {len(own):,} documents, {second} on {len(others):,}, and "
-            f"{len(set(hashed[0]) & set(hashed[1])):,} are the same: only runs on the same test documents can be "
-            "compared"
+            f"{len({*mine} & {*theirs}):,} are the same: only runs on the same test documents can be compared"
         )
     if own != others:
         raise UserError(f"{first} and {second} were tested on the same texts with other labels: not comparable")
@@ -209,56 +200,14 @@ def places_of_same(first: Run, second: Run) -> Integers:
 def mcnemar(first_right: Flags, second_right: Flags) -> dict[str, Any]:
     """McNemar's exact test: are the documents that only one of two classifiers gets right shared out evenly?
 
-    Args:
-        first_right: (D,) whether the first classifier is right.
-        second_right: (D,) whether the second one is.
-
-    Returns:
-        "only_first", "only_second", "both", "neither", and "p", the two-sided probability of a split at least as
-        uneven if both were equally good (binomial; Dietterich 1998, section 3.1, in its exact form).
+    By (D,) whether each is right, "only_first", "only_second", "both" and "neither" count documents, and "p" is the
+    two-sided probability of a split at least as uneven if both were equally good (binomial; Dietterich 1998, section
+    3.1, in its exact form).
     """
     from scipy.stats import binomtest
 
-    first, second = np.asarray(first_right, np.bool_), np.asarray(second_right, np.bool_)
-    cases = {"only_first": first & ~second, "only_second": second & ~first, "both": first & second}
-    counts = {name: int(rows.sum()) for name, rows in (cases | {"neither": ~first & ~second}).items()}
+    cases = {"only_first": first_right & ~second_right, "only_second": second_right & ~first_right}
+    cases |= {"both": first_right & second_right, "neither": ~first_right & ~second_right}
+    counts = {name: int(rows.sum()) for name, rows in cases.items()}
     differing = counts["only_first"] + counts["only_second"]
     return {**counts, "p": float(binomtest(counts["only_first"], differing).pvalue) if differing else 1.0}
-
-
-# ---- reading -----------------------------------------------------------------------------------------------------
-
-
-def _find(runs: Sequence[dict[str, Any]], file: Path, run_id: int | None) -> dict[str, Any]:
-    """The row of a finished run."""
-    finished = {run["run_id"]: run for run in runs if run["status"] in FINISHED}
-    if run_id is not None and run_id not in finished:
-        status = next((f"is {run['status']}" for run in runs if run["run_id"] == run_id), "is not there")
-        known = ", ".join(map(str, finished)) or "none"
-        raise UserError(f"run {run_id} in {file} {status}; finished runs: {known}")
-    if not finished:
-        raise UserError(f"{file} holds {len(runs)} runs, none of them finished")
-    return finished[max(finished) if run_id is None else run_id]
-
-
-def _predictions(what: str, rows: Sequence[tuple[Any, ...]], documents: Integers, truth: Flags) -> Predictions:
-    """Rows of `predictions` as arrays, with the labels of their documents: (D,) documents and (D, K) labels."""
-    doc_ids, fold_idx, blobs, raw_logits = zip(*rows, strict=True)
-    kept = None not in raw_logits
-    logits = _floats(raw_logits, truth.shape[1], f"{what}: logits") if kept else None
-    probabilities = _floats(blobs, truth.shape[1], f"{what}: probabilities")
-    ids = np.array(doc_ids, np.int64)
-    if len(strange := np.setdiff1d(ids, documents)):
-        raise UserError(f"{what}: document {strange[0]} is not in that part of the split")
-    return Predictions(ids, np.array(fold_idx, np.int64), probabilities, logits, truth[np.searchsorted(documents, ids)])
-
-
-def _floats(blobs: Sequence[bytes], num_labels: int, what: str) -> Floats:
-    for blob in blobs:
-        if not isinstance(blob, bytes) or len(blob) != 4 * num_labels:
-            found = f"{len(blob) / 4:g} numbers" if isinstance(blob, bytes) else f"{blob!r}"
-            raise UserError(f"{what} must be {num_labels} numbers, one for each label in the database, not {found}")
-    values = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, num_labels).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise UserError(f"{what} hold {int((~np.isfinite(values)).sum())} values that are not finite numbers")
-    return values

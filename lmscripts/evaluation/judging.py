@@ -1,29 +1,31 @@
-"""Judging a classifier on a part of a split: logits of every row from all processes, then metrics of its documents."""
+"""Judging a classifier: logits of rows from all processes, then one answer for each document, then metrics.
+
+Probabilities are a softmax where a document has one label and sigmoids where it may have several. What is combined as
+probabilities is given back as logits (their logarithm, or log odds), so that a temperature can be applied to it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from lmscripts.data.labelled_rows import Part, by_length, collate
 from lmscripts.data.steps import to_device
 from lmscripts.errors import UserError
-from lmscripts.evaluation import aggregate, calibration, metrics
+from lmscripts.evaluation import calibration, metrics
+from lmscripts.evaluation.metrics import Flags, Floats, Integers
 from lmscripts.evaluation.sums import judging, measure_batches
 from lmscripts.models.classifier import ClassifierSettings
 from lmscripts.objectives import labels
+from lmscripts.objectives.module import Objective
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from lmscripts.objectives.module import Objective
-
-Floats = NDArray[np.float64]
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,74 @@ class RowAnswers:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model says of the documents of a part. D documents, F of which have rows.
+    """What a model says of the documents of a part, F of which have rows, and its metrics of documents and of rows."""
 
-    Attributes:
-        places: (F,) places of the documents that have rows in the part's `doc_ids`.
-        logits: (F, K), before the temperature.
-        probabilities: (F, K), after it.
-        fragment_probabilities: (R, K), after it.
-        document, fragment: metrics of the documents and of the rows.
-    """
-
-    places: NDArray[np.int64]
-    logits: Floats
-    probabilities: Floats
-    fragment_probabilities: Floats
+    places: Integers  # (F,) of the documents that have rows, in the part's `doc_ids`
+    logits: Floats  # (F, K), before the temperature
+    probabilities: Floats  # (F, K), after it
+    fragment_probabilities: Floats  # (R, K), after it
     document: dict[str, float]
     fragment: dict[str, float]
+
+
+# ---- from rows to documents --------------------------------------------------------------------------------------
+
+
+def document_logits(
+    logits: NDArray[Any], owners: Integers, num_documents: int, num_tokens: NDArray[Any], settings: ClassifierSettings
+) -> Floats:
+    """(D, K) logits of documents from the (R, K) of their rows; NaN for a document without rows.
+
+    Combined as `settings.aggregate` says:
+
+    - "mean_probabilities": the mean of the rows' probabilities.
+    - "mean_logits": the mean of the rows' logits.
+    - "max": for each label the highest probability of any row; with one label each, divided by their sum.
+    - "token_weighted": the mean of the probabilities, a row counting by the tokens that the model read in it: those
+      of an overlap, which it read twice, count in both rows, and the special ones count too.
+
+    `owners` are (R,) the document of each row, `num_tokens` (R,) its tokens.
+    """
+    values, how = np.asarray(logits, dtype=np.float64), settings.aggregate
+    weights = np.asarray(num_tokens, np.float64) if how == "token_weighted" else np.ones(len(values))
+    combined = values if how == "mean_logits" else calibration.probabilities_of(values, settings.multi_label)
+    shape = num_documents, values.shape[1]
+    if how == "max":
+        found = np.full(shape, -np.inf)
+        np.maximum.at(found, owners, combined)
+        found[np.isneginf(found)] = np.nan
+    else:
+        sums, totals = np.zeros(shape), np.zeros(num_documents)
+        np.add.at(sums, owners, combined * weights[:, None])
+        np.add.at(totals, owners, weights)
+        found = np.divide(sums, totals[:, None], out=np.full(shape, np.nan), where=totals[:, None] > 0)
+    if how == "mean_logits":
+        return np.asarray(found)
+    if settings.multi_label:
+        bounded = np.clip(found, _LEAST, 1 - _LEAST)
+        return np.asarray(np.log(bounded) - np.log1p(-bounded))
+    bounded = np.maximum(found, _LEAST)
+    return np.asarray(np.log(bounded / bounded.sum(1, keepdims=True)))
+
+
+def calibrated(logits: Floats, settings: ClassifierSettings) -> Floats:
+    """(N, K) probabilities after the temperature, as precise as they are stored (float32); NaN stays NaN."""
+    found = calibration.probabilities_of(logits, settings.multi_label, settings.temperature)
+    return found.astype(np.float32).astype(np.float64)
+
+
+def decided(probabilities: Floats, settings: ClassifierSettings) -> Flags:
+    """(N, K) labels given; none where the probabilities are NaN."""
+    thresholds = np.array(settings.thresholds or (0.5,) * probabilities.shape[1]) if settings.multi_label else None
+    return calibration.decisions(probabilities, thresholds) & ~np.isnan(probabilities).any(1, keepdims=True)
+
+
+def names_of(flags: Flags, labels: list[str]) -> list[list[str]]:
+    """Names of the labels of each of (N, K) rows."""
+    return [[labels[place] for place in np.flatnonzero(row)] for row in flags]
+
+
+# ---- a part of a split -------------------------------------------------------------------------------------------
 
 
 def answer_rows(
@@ -64,16 +118,7 @@ def answer_rows(
 ) -> RowAnswers | None:
     """The model's answers to all rows of a part; every process calls it and gets the same.
 
-    Args:
-        accelerator: the running processes.
-        objective: with the model, in any mode; it is left in the mode it had.
-        part: the rows.
-        batch_size: rows of a forward pass.
-        pad_id: the padding token.
-        stop_requested: asked on each process after each pass.
-
-    Returns:
-        None when a process was asked to stop before the end.
+    `objective` may be in any mode and is left in it. None when a process was asked to stop before the end.
 
     Raises:
         UserError: logits that are not finite numbers.
@@ -103,16 +148,9 @@ def answer_rows(
     return RowAnswers(values[:, :-1], values[:, -1])
 
 
-def logits_of_documents(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> tuple[Any, Floats]:
+def _documents(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> tuple[Integers, Floats]:
     """(F,) places of the documents that have rows, and (F, K) their logits."""
-    found = aggregate.document_logits(
-        answers.logits,
-        part.owners,
-        len(part.doc_ids),
-        settings.aggregate,
-        settings.multi_label,
-        part.lengths,
-    )
+    found = document_logits(answers.logits, part.owners, len(part.doc_ids), part.lengths, settings)
     places = np.unique(part.owners)
     return places, found[places]
 
@@ -124,29 +162,18 @@ def judge(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> Judg
     log-likelihood of the rows), and those of `lmscripts.evaluation.metrics.overall`; of documents also
     "document_loss", the negative log-likelihood of their probabilities after the temperature.
     """
-    multi_label = settings.multi_label
-    places, logits = logits_of_documents(answers, part, settings)
-    thresholds = None
-    if multi_label:
-        thresholds = np.array(settings.thresholds or (0.5,) * logits.shape[1])
-    probabilities = aggregate.calibrated(logits, multi_label, settings.temperature)
-    of_rows = aggregate.calibrated(answers.logits, multi_label, settings.temperature)
+    places, logits = _documents(answers, part, settings)
+    probabilities, of_rows = calibrated(logits, settings), calibrated(answers.logits, settings)
+    truth, truth_of_rows = part.truth[places], part.truth[part.owners]
+    uncalibrated = calibration.probabilities_of(answers.logits, settings.multi_label)
     losses = {
         "loss": float((answers.losses * part.weights).sum() / part.weights.sum(dtype=np.float64)),
-        "unweighted_loss": _likelihood(
-            calibration.probabilities_of(answers.logits, multi_label), part.truth[part.owners], multi_label
-        ),
+        "unweighted_loss": _likelihood(uncalibrated, truth_of_rows, settings),
     }
-    truth = part.truth[places]
-    document_loss = _likelihood(probabilities, truth, multi_label)
-    return Judged(
-        places,
-        logits,
-        probabilities,
-        of_rows,
-        losses | {"document_loss": document_loss} | _shares(truth, probabilities, thresholds),
-        losses | _shares(part.truth[part.owners], of_rows, thresholds),
-    )
+    document = losses | {"document_loss": _likelihood(probabilities, truth, settings)}
+    document |= _shares(truth, decided(probabilities, settings), settings.multi_label)
+    fragment = losses | _shares(truth_of_rows, decided(of_rows, settings), settings.multi_label)
+    return Judged(places, logits, probabilities, of_rows, document, fragment)
 
 
 def calibrate(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> tuple[ClassifierSettings, list[str]]:
@@ -158,33 +185,32 @@ def calibrate(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> 
     Returns:
         The settings, and a sentence where the temperature could not be fitted.
     """
-    places, logits = logits_of_documents(answers, part, settings)
+    places, logits = _documents(answers, part, settings)
     truth, said = part.truth[places], list[str]()
     temperature = calibration.fit_temperature(logits, truth if settings.multi_label else truth.argmax(1))
     if temperature in calibration.TEMPERATURE_BOUNDS:
         said = [f"{len(places):,} validation documents do not tell how sure the model may be: temperature 1 is kept"]
         temperature = 1.0
-    thresholds = None
+    settings = replace(settings, temperature=temperature, thresholds=None)
     if settings.multi_label:
-        probabilities = aggregate.calibrated(logits, True, temperature)
-        thresholds = tuple(map(float, calibration.tune_thresholds(probabilities, truth)))
-    return replace(settings, temperature=temperature, thresholds=thresholds), said
+        tuned = calibration.tune_thresholds(calibrated(logits, settings), truth)
+        settings = replace(settings, thresholds=tuple(map(float, tuned)))
+    return settings, said
 
 
 def best_shares(part: Part, multi_label: bool) -> dict[str, float]:
     """What the shares among a part's metrics are when all its documents are right; NaN for what it cannot tell."""
     truth = part.truth[np.unique(part.owners)]
-    thresholds = np.full(truth.shape[1], 0.5) if multi_label else None
-    return _shares(truth, truth.astype(np.float64), thresholds)
+    return _shares(truth, truth, multi_label)
 
 
-def _likelihood(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool) -> float:
+def _likelihood(probabilities: Floats, truth: Flags, settings: ClassifierSettings) -> float:
     """In nats; of several labels the mean over them, as they are trained."""
-    total = calibration.negative_log_likelihood(probabilities, truth if multi_label else truth.argmax(1))
-    return total / truth.shape[1] if multi_label else total
+    if settings.multi_label:
+        return calibration.negative_log_likelihood(probabilities, truth) / int(truth.shape[1])
+    return calibration.negative_log_likelihood(probabilities, truth.argmax(1))
 
 
-def _shares(truth: NDArray[np.bool_], probabilities: Floats, thresholds: Floats | None) -> dict[str, float]:
-    decided = calibration.decisions(probabilities, thresholds)
-    found = metrics.overall(metrics.tally(truth, decided), thresholds is not None)
+def _shares(truth: Flags, given: Flags, multi_label: bool) -> dict[str, float]:
+    found = metrics.overall(metrics.tally(truth, given), multi_label)
     return {name: float(value) for name, value in found.items()}

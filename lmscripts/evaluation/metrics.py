@@ -19,27 +19,20 @@ from lmscripts.errors import UserError
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Measured = tuple[dict[str, Any], dict[str, Floats]]  # see `measured`
 
 _CELLS_AT_ONCE = 4_000_000  # counts of resamples times units that are in memory at once: 32 MB
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of some rows, or with a leading axis of R resamples of them.
+    """Counts of some rows, or with a leading axis of R resamples of them."""
 
-    Attributes:
-        support: (..., K) rows that have the label.
-        predicted: (..., K) rows that were given it.
-        hits: (..., K) rows of which both is true.
-        exact: (...,) rows whose labels are all right.
-        rows: (...,) rows.
-    """
-
-    support: Floats
-    predicted: Floats
-    hits: Floats
-    exact: Floats
-    rows: Floats
+    support: Floats  # (..., K) rows that have the label
+    predicted: Floats  # (..., K) rows that were given it
+    hits: Floats  # (..., K) rows of which both is true
+    exact: Floats  # (...,) rows whose labels are all right
+    rows: Floats  # (...,) rows
 
 
 def one_hot(labels: NDArray[Any], num_labels: int) -> Flags:
@@ -62,18 +55,12 @@ def tally(truth: Flags, decided: Flags) -> Tally:
 
 
 def resampled_tally(truth: Flags, decided: Flags, units: NDArray[Any], resamples: int = 2000, seed: int = 0) -> Tally:
-    """Counts of R samples of as many units, drawn with replacement (Efron's bootstrap).
+    """Counts of resamples of as many of the (N,) units of the rows, drawn with replacement (Efron's bootstrap).
 
-    Rows of one unit are drawn together: the fragments of a text are alike, and so are the texts of an author, and
-    intervals that took them for independent would be too narrow. Which units are drawn depends on seed and number of
-    units alone, so that two classifiers on the same units (numbered alike) are compared on the same samples.
-
-    Args:
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-        units: (N,) the unit of each row: its document, or what the split kept together with it.
-        resamples: R.
-        seed: of the draws.
+    Rows of one unit (a document, or what the split kept together with it) are drawn together: the fragments of a text
+    are alike, and so are the texts of an author, and intervals that took them for independent would be too narrow.
+    Which units are drawn depends on seed and number of units alone, so that two classifiers on the same units (numbered
+    alike) are compared on the same samples.
     """
     from scipy.sparse import csr_matrix
 
@@ -133,25 +120,20 @@ def per_label(counts: Tally) -> dict[str, Floats]:
     }
 
 
-def interval(values: Floats, coverage: float = 0.95) -> list[float] | None:
-    """The middle of (R,) resampled values: percentile interval.
-
-    Samples in which the number is undefined are left out; None where no sample defines it.
-    """
-    defined = values[~np.isnan(values)]
-    tail = 50 * (1 - coverage)
+def interval(values: Floats) -> list[float] | None:
+    """The middle 95 % of (R,) resampled values that are defined: percentile interval; None where none is."""
+    defined, tail = values[~np.isnan(values)], 50 * (1 - 0.95)
     return [float(bound) for bound in np.percentile(defined, [tail, 100 - tail])] if len(defined) else None
 
 
 def confusion_matrix(truth: NDArray[Any], decided: NDArray[Any], num_labels: int) -> Integers:
     """(K, K) rows by true label (line) and decided label (column), of (N,) label numbers each."""
-    cells = np.asarray(truth, dtype=np.int64) * num_labels + np.asarray(decided, dtype=np.int64)
-    return np.bincount(cells, minlength=num_labels**2).reshape(num_labels, num_labels).astype(np.int64)
+    return np.bincount(truth * num_labels + decided, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def by_row(matrix: Integers) -> Floats:
     """(K, K) shares of each line of a confusion matrix; NaN in the line of a label that never occurs."""
-    return _ratio(matrix.astype(np.float64), matrix.sum(1, keepdims=True).astype(np.float64))
+    return _ratio(matrix, matrix.sum(1, keepdims=True))
 
 
 def plain(value: Any) -> Any:
@@ -167,16 +149,10 @@ def plain(value: Any) -> Any:
 
 def measured(
     truth: Flags, decided: Flags, units: NDArray[Any], multi_label: bool, resamples: int = 2000, seed: int = 0
-) -> tuple[dict[str, Any], dict[str, Floats]]:
+) -> Measured:
     """Everything about some decisions in values for JSON, and the resampled values of the overall numbers.
 
-    Args:
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-        units: (N,) the unit of each row, as in `resampled_tally`.
-        multi_label: a row may have several labels, or none.
-        resamples: samples of units behind each interval.
-        seed: of the samples.
+    Truth, decisions, units and samples of units are those of `resampled_tally`.
 
     Returns:
         {"units", "rows", "metrics": {name: {"value", "interval"}}, "per_label": [...]} and {name: (R,)}. Intervals
@@ -200,24 +176,15 @@ def measured(
     return {"units": number, "rows": len(truth), "metrics": metrics, "per_label": labels}, samples
 
 
-def differences(
-    first: Mapping[str, Any],
-    second: Mapping[str, Any],
-    first_samples: Mapping[str, Floats],
-    second_samples: Mapping[str, Floats],
-) -> dict[str, Any]:
+def differences(first: Measured, second: Measured) -> dict[str, Any]:
     """First minus second of overall numbers, with paired intervals: both sides on the same samples of units.
 
-    Args:
-        first: "metrics" of `measured`.
-        second: the same of another classifier, on units numbered alike, with the same seed and number of samples.
-        first_samples: what `measured` returned beside it.
-        second_samples: likewise.
+    Both have been `measured` on units numbered alike, with the same seed and number of samples.
     """
     found = {}
-    for name, own in first.items():
-        values = own["value"], second[name]["value"]
-        bounds = own["interval"] and interval(first_samples[name] - second_samples[name])
+    for name, own in first[0]["metrics"].items():
+        values = own["value"], second[0]["metrics"][name]["value"]
+        bounds = own["interval"] and interval(first[1][name] - second[1][name])
         found[name] = {"value": None if None in values else values[0] - values[1], "interval": bounds}
     return found
 
@@ -226,13 +193,7 @@ def surest_mistakes(probabilities: Floats, truth: Flags, decided: Flags, multi_l
     """(row, label) of the rows whose labels are not all right, the surest mistake first.
 
     With one label a row, the label that was wrongly given. With several, the label about which the classifier was
-    surest and wrong: given with a high probability, or missed (the row has it) with a low one.
-
-    Args:
-        probabilities: (N, K).
-        truth: (N, K) labels that the rows have.
-        decided: (N, K) labels that they were given.
-        multi_label: a row may have several labels, or none.
+    surest and wrong: given with a high probability, or missed (the row has it) with a low one. All are (N, K).
     """
     sure = np.where(decided & ~truth, probabilities, -1.0)
     if multi_label:
@@ -260,11 +221,11 @@ def _as_tally(sums: Floats) -> Tally:
     return Tally(support, predicted, hits, sums[..., -2], sums[..., -1])
 
 
-def _ratio(over: Floats, under: Floats) -> Floats:
+def _ratio(over: NDArray[Any], under: NDArray[Any]) -> Floats:
     over, under = np.broadcast_arrays(np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64))
     return np.asarray(np.divide(over, under, out=np.full(over.shape, np.nan), where=under > 0))
 
 
 def _mean_of_defined(values: Floats) -> Floats:
     defined = ~np.isnan(values)
-    return _ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1).astype(np.float64))
+    return _ratio(np.where(defined, values, 0.0).sum(-1), defined.sum(-1))

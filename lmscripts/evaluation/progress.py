@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from lmscripts.data.labelled_rows import Part
@@ -17,32 +18,20 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import RowAnswers, best_shares, calibrate, judge
 from lmscripts.evaluation.metrics import plain
 from lmscripts.models.classifier import ClassifierSettings
+from lmscripts.objectives.module import Objective
 from lmscripts.training.checkpoint import load_weights
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from lmscripts.objectives.module import Objective
 
 
 @dataclass
 class ClassifierProgress:
-    """The classifier's part of `lmscripts.training.state.TrainingState`.
+    """The classifier's part of `lmscripts.training.state.TrainingState`."""
 
-    Attributes:
-        run_id: its number in the database.
-        key: drawn at random when it was entered there; another run may have its number in another database.
-        best_epoch: the epoch with the best validation metric, from 1; 0 before there is one.
-        best_value: that metric.
-        history: a record for each epoch, for the statistics.
-        epoch_sums, epoch_counts: of the objective since the epoch began, over all processes.
-    """
-
-    run_id: int = 0
-    key: str = ""
-    best_epoch: int = 0
-    best_value: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    run_id: int = 0  # its number in the database
+    key: str = ""  # drawn at random when it was entered there; another run may have its number in another database
+    best_epoch: int = 0  # the epoch with the best validation metric, from 1; 0 before there is one
+    best_value: float | None = None  # that metric
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each epoch, for the statistics
+    # Of the objective since the epoch began, over all processes.
     epoch_sums: dict[str, float] = field(default_factory=dict)
     epoch_counts: dict[str, float] = field(default_factory=dict)
 
@@ -81,16 +70,7 @@ def load_best(accelerator: Accelerator, objective: Objective, run_dir: Path, epo
 
 
 def check_metric(metric: str, default: str, validation: Part, multi_label: bool) -> list[str]:
-    """Whether the validation part can say which epoch is the best; asked before training.
-
-    Args:
-        metric: that is to say it.
-        default: the metric that is taken when none is asked for.
-        validation: the validation part.
-        multi_label: a document may have several labels.
-
-    Returns:
-        A sentence where it cannot, so that the last weights will be taken.
+    """A sentence where the validation part cannot say by a metric which epoch is the best; asked before training.
 
     Raises:
         UserError: another metric than the default was asked for and there is no validation part.
@@ -131,19 +111,8 @@ def open_run(
 ) -> RunKey:
     """Enter a run into the database, or find it there when it is continued.
 
-    A row with the number of the run may be another's, where the database was built anew since: the key tells.
-
-    Args:
-        database: the file of the task.
-        progress: of the run, from its checkpoint if there is one.
-        name: of the run.
-        model_dir: folder of its model, which no other process may be writing.
-        asked: name to value of the options.
-        facts: whatever else is known of it.
-        origin: what the task was made from when it was opened.
-
-    Returns:
-        Its number and its key.
+    A row with the number of the run may be another's, where the database was built anew since: the key tells. What is
+    `asked` are the options; `origin` is what the task was made from when it was opened, see `Database.start_run`.
 
     Raises:
         UserError: the database was built anew from something else since.
@@ -161,10 +130,8 @@ def failing(database: Database, run: RunKey, is_main: bool) -> Iterator[None]:
     """Write "failed" into the database if the block ends with an error; the end of the process is none."""
     try:
         yield
-    except SystemExit:
-        raise
-    except BaseException:
-        if is_main:
+    except BaseException as error:
+        if is_main and not isinstance(error, SystemExit):
             with suppress(UserError, OSError):  # the error itself is what has to be shown
                 database.end_run(run, "failed")
         raise
@@ -180,20 +147,11 @@ def close_epoch(
     answers: RowAnswers | None,
     settings: ClassifierSettings,
 ) -> dict[str, Any]:
-    """Write an epoch into the database; called by the main process.
+    """Write an epoch, numbered from 1, into the database; called by the main process.
 
     Where a document may have several labels it is judged with temperature and thresholds fitted on the validation
-    part, as the model would be exported after this epoch: with others, another epoch would be the best.
-
-    Args:
-        database: the file of the task.
-        run: which of its runs.
-        epoch: its number, from 1.
-        step: steps done.
-        trained: metrics of its training rows, as they were met.
-        validation: the validation part.
-        answers: the model's answers to it; None without one.
-        settings: of the classifier, before calibration.
+    part, as the model would be exported after this epoch: with others, another epoch would be the best. `trained` are
+    the metrics of its training rows, as they were met; the settings are those before calibration.
 
     Returns:
         Its record for the statistics: "epoch", "step", "train" and "validation" metrics.
@@ -219,11 +177,10 @@ def _write_epoch(database: Database, run: RunKey, record: Mapping[str, Any]) -> 
 
 def epoch_in_words(record: Mapping[str, Any], metric: str, say: Callable[[Mapping[str, float]], str]) -> str:
     """A line on an epoch: training, validation, and the metric by which the best epoch is found."""
-    words = [f"epoch {record['epoch']}: training {say(record['train'])}"]
+    words = f"epoch {record['epoch']}: training {say(record['train'])}"
     if found := record["validation"]:
         shown = {name: found[name] for name in ("loss", "accuracy", "subset_accuracy") if name in found}
-        chosen = (
-            "" if metric in shown or found.get(metric) is None else f", {metric.replace('_', ' ')} {found[metric]:.4f}"
-        )
-        words.append(f"validation {say(shown)}{chosen}")
-    return "; ".join(words)
+        words += f"; validation {say(shown)}"
+        if metric not in shown and found.get(metric) is not None:
+            words += f", {metric.replace('_', ' ')} {found[metric]:.4f}"
+    return words

@@ -20,7 +20,7 @@ import numpy as np
 from markupsafe import Markup
 
 from lmscripts.evaluation.charts import MOST_LABELS_IN_MATRIX
-from lmscripts.evaluation.comparison import Run, read_places
+from lmscripts.evaluation.comparison import Run
 from lmscripts.evaluation.metrics import Flags, plain, surest_mistakes
 
 Numbers = Mapping[str, Any]
@@ -39,40 +39,39 @@ _FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-# ---- CSV ---------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------------
 
 
 def csv_text(rows: Sequence[Sequence[Any]], spreadsheet_safe: bool = False, *, begins_file: bool = True) -> str:
     """Rows as CSV, exactly as they are: what a program reads from it is what was written.
 
-    Args:
-        rows: of cells.
-        spreadsheet_safe: for who opens it in a spreadsheet: a byte order mark at the beginning of the file, and an
-            apostrophe before text that would be a formula there (numbers in text, such as "-1.5", stay).
-        begins_file: these are the first rows of it.
+    Safe for a spreadsheet is an apostrophe before text that would be a formula there (numbers in text, such as "-1.5",
+    stay), and a byte order mark where these rows begin the file.
     """
     lines = ["\ufeff"] if spreadsheet_safe and begins_file else []
     for row in rows:
         text = io.StringIO()  # of its own for each row: "\r" is put into quotes only if it ends the lines
-        csv.writer(text, lineterminator="\r\n").writerow(
-            [_no_formula(cell) for cell in row] if spreadsheet_safe else row
-        )
+        cells = [f"'{cell}" if spreadsheet_safe and _is_formula(cell) else cell for cell in row]
+        csv.writer(text, lineterminator="\r\n").writerow(cells)
         lines.append(f"{text.getvalue()[:-2]}\n")
     return "".join(lines)
 
 
-def _no_formula(cell: Any) -> Any:
-    is_formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
-    return f"'{cell}" if is_formula else cell
+def _is_formula(cell: Any) -> bool:
+    return isinstance(cell, str) and bool(_FORMULA.match(cell)) and not _NUMBER.fullmatch(cell)
+
+
+def _cells(numbers: Numbers) -> list[tuple[int, int, int, float]]:
+    """(count, true label, predicted label, share of the true label) of every pair of labels that occurs."""
+    level = numbers["levels"][numbers["level"]]
+    lines = enumerate(zip(level.get("confusion", ()), level.get("confusion_by_row", ()), strict=True))
+    return [(n, true, given, shares[given]) for true, (ns, shares) in lines for given, n in enumerate(ns) if n]
 
 
 def confusion_table(numbers: Numbers) -> list[list[Any]]:
     """Every pair of true and predicted label that occurs, however many labels there are."""
-    level, names = numbers["levels"][numbers["level"]], numbers["labels"]
-    rows: list[list[Any]] = [["true", "predicted", f"{numbers['level']}s", "share of the true label"]]
-    for line, (counts, shares) in enumerate(zip(level["confusion"], level["confusion_by_row"], strict=True)):
-        rows += [[names[line], names[column], n, f"{shares[column]:.6f}"] for column, n in enumerate(counts) if n]
-    return rows
+    names, head = numbers["labels"], ["true", "predicted", f"{numbers['level']}s", "share of the true label"]
+    return [head, *([names[true], names[given], n, f"{share:.6f}"] for n, true, given, share in _cells(numbers))]
 
 
 def wrong_table(numbers: Numbers) -> list[list[Any]]:
@@ -84,23 +83,15 @@ def wrong_table(numbers: Numbers) -> list[list[Any]]:
     return [names, *([found[name] for name in names] for found in joined)]
 
 
-# ---- mistakes ----------------------------------------------------------------------------------------------------
-
-
 def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Test documents whose labels are wrong, the surest mistake first.
-
-    Args:
-        run: with predictions of test documents.
-        decided: (N, K) labels that they were given.
-        most_shown: mistakes that are returned with their text.
+    """Test documents whose labels are wrong by those that (N, K) they were given, the surest mistake first.
 
     Returns:
         All of them in values for JSON: "doc_id", "true" and "predicted" (names of labels), "label" (the one that is
         most wrong) and whether it was "missed", its "probability", that of the true label where there is one
         ("true_probability"), "fragments" (probability of `label` in each) and "decisive", the fragment that speaks
         most for the mistake. And some for the page, the first of every confusion before the second of any ("rank"),
-        with what `read_places` says and the "span" of the decisive fragment.
+        with what `Database.read_document` says and the "span" of the decisive fragment.
     """
     found, fragments = run.predictions["test", "document"], run.predictions.get(("test", "fragment"))
     every, folds = list[dict[str, Any]](), list[int]()
@@ -125,7 +116,7 @@ def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[
         seen[kind] += 1
     shown = []
     for number in sorted(range(len(every)), key=ranks.__getitem__)[:most_shown]:
-        place = read_places(run, every[number]["doc_id"])
+        place = run.database.read_document(every[number]["doc_id"])
         shown.append({**every[number], **place, "span": place["spans"].get(folds[number]), "rank": ranks[number]})
     return every, shown
 
@@ -134,31 +125,12 @@ def find_mistakes(run: Run, decided: Flags, most_shown: int) -> tuple[list[dict[
 
 
 def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) -> str:
-    """The whole page.
-
-    Args:
-        numbers: what `scripts/analyze_results.py` writes as JSON.
-        charts: name -> SVG.
-        wrong: the second of what `find_mistakes` gives.
-    """
-    level, names = numbers["levels"][numbers["level"]], numbers["labels"]
-    shares = level.get("confusion_by_row")
-    pairs = [(n, t, p) for t, row in enumerate(level.get("confusion", ())) for p, n in enumerate(row) if n and t != p]
-    pairs = sorted(pairs, key=lambda pair: (-pair[0], pair))[:10]
-    confusions = [(names[true], names[given], n, shares[true][given]) for n, true, given in pairs]
+    """The whole page, from what `scripts/analyze_results.py` writes as JSON, SVGs by name, and mistakes to be shown."""
+    wrongly = sorted((cell for cell in _cells(numbers) if cell[1] != cell[2]), key=lambda cell: (-cell[0], cell))
     known = {("loss" not in record["metric"], record["metric"], record["part"]) for record in numbers["epochs"]}
     columns = [(part, metric) for _, metric, part in sorted(known)]
-    rivals, title = list(numbers["baselines"]), _title(numbers["run"])
-    if other := numbers["comparison"]:
-        name = f"{_title(other['run'])} ({other['database']})"
-        rivals.append({"name": name, "metrics": other["second"], **other})
-    here = {**numbers, "charts": charts, "wrong": wrong, "found": level, "confusions": confusions, "columns": columns}
-    here |= {"rivals": rivals, "title": title}
+    here = {**numbers, "charts": charts, "wrong": wrong, "confusions": wrongly[:10], "columns": columns}
     return environment().get_template("report.html").render(here)
-
-
-def _title(run: Numbers) -> str:
-    return f"Run {run['run_id']}" + (f": {run['name']}" if run["name"] else "")
 
 
 def environment() -> jinja2.Environment:
@@ -173,7 +145,7 @@ def environment() -> jinja2.Environment:
     )
     found.globals |= {"most_labels": MOST_LABELS_IN_MATRIX, "longest": _LONGEST_TEXT, "zip": zip}
     found.globals |= {"shown": _shown, "between": _between, "excerpts": _excerpts, "percent": percent}
-    found.filters |= {"flat": _flat, "metric": METRICS.__getitem__, "plural": "{}s".format}
+    found.filters |= {"flat": _flat, "metric": METRICS.__getitem__}
     found.tests["holding"] = lambda text, pattern: re.search(pattern, text) is not None
     return found
 
@@ -213,9 +185,9 @@ def _with_interval(name: str, found: Numbers, signed: bool = False) -> str:
 
 
 def _shown(name: str, value: float | None, signed: bool = False) -> str:
-    if value is None or not signed:
-        return f"{value:.3f}" if name == "mcc" and value is not None else percent(value)
-    return f"{value:+.3f}" if name == "mcc" else f"{100 * value:+.1f}"
+    if value is None or (name != "mcc" and not signed):
+        return percent(value)
+    return f"{value:{'+' if signed else ''}.3f}" if name == "mcc" else f"{100 * value:+.1f}"
 
 
 def _between(name: str, found: Numbers, signed: bool = False) -> str:

@@ -26,30 +26,24 @@ Result = Mapping[str, Any]
 def check_output(name: str | None, inputs: Sequence[Path]) -> Path | None:
     """The file for the result, after checking that it can be written there and that nothing else is lost by it.
 
-    Args:
-        name: of the file, as it was given.
-        inputs: files of the text.
-
     Raises:
-        UserError: it is an input, or something else than an earlier result, or it cannot be written.
+        UserError: it is one of the inputs, or something else than an earlier result, or it cannot be written.
     """
     if name is None:
         return None
     path = Path(name).expanduser()
     try:
         if not path.parent.is_dir():
-            raise UserError(f"--output_file {path} cannot be written: {path.parent} is no folder")
+            raise UserError(f"{path} cannot be written: {path.parent} is no folder")
         there = path.exists()
         if there and (same := [str(p) for p in inputs if p.exists() and path.samefile(p)]):
-            raise UserError(f"--output_file {path} is the input {same[0]}, which the result would replace")
+            raise UserError(f"{path} is the input {same[0]}, which the result would replace")
         check_writable(path)
         if there and not _is_result(path):
-            raise UserError(
-                f"--output_file {path} exists and is not an earlier result of evaluate_lm.py: give another name, or "
-                "remove it"
-            )
+            way_out = "give another name, or remove it"
+            raise UserError(f"{path} exists and is not an earlier result of evaluate_lm.py: {way_out}")
     except UserError as error:
-        raise error if str(error).startswith("--output_file") else UserError(f"--output_file {error}") from None
+        raise UserError(f"--output_file {error}") from None
     except OSError as error:
         raise UserError(f"--output_file {path} cannot be written: {error.strerror}") from error
     return path

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from lmscripts.data.labelled_rows import Part
 from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
-from lmscripts.evaluation.aggregate import names_of
-from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, judge
+from lmscripts.evaluation.judging import Judged, RowAnswers, calibrate, decided, judge, names_of
 from lmscripts.evaluation.metrics import plain
 from lmscripts.evaluation.progress import ClassifierProgress, value_of
 from lmscripts.evaluation.report import csv_text, visible
@@ -45,23 +44,15 @@ table as the training documents: how well it does on other text was not measured
 
 
 class ResultFiles:
-    """What a run leaves, all with one beginning of their names.
-
-    Attributes:
-        name: that beginning.
-        training: folder of checkpoints, log and options.
-        model: folder of the trained model.
-        predictions, fragments: tables of the test documents and of their rows.
-        statistics: numbers of every epoch and of the test part.
-        spreadsheet_safe: how tables are written, see `csv_text`.
-    """
+    """What a run leaves, all with one beginning of their names; tables are written as `csv_text` says."""
 
     def __init__(self, folder: Path, name: str, spreadsheet_safe: bool = False) -> None:
         self.name, self.spreadsheet_safe = name, spreadsheet_safe
-        self.training, self.model = (folder / f"{name}_{what}" for what in ("training", "trained_model"))
-        tables = (folder / f"{name}_testset_{what}.csv" for what in ("predictions", "fragments"))
-        self.predictions, self.fragments = tables
-        self.statistics = folder / f"{name}_train_test_stats.json"
+        self.training = folder / f"{name}_training"  # folder of checkpoints, log and options
+        self.model = folder / f"{name}_trained_model"
+        self.predictions = folder / f"{name}_testset_predictions.csv"
+        self.fragments = folder / f"{name}_testset_fragments.csv"  # the rows of the same documents
+        self.statistics = folder / f"{name}_train_test_stats.json"  # numbers of every epoch and of the test part
 
     def check_free(self, do_continue: bool) -> None:
         """Refuse to write over another run's results.
@@ -100,34 +91,27 @@ def write_tables(
 ) -> None:
     """Predictions of a part's documents, every one of them once and in order, and of their rows.
 
-    Args:
-        files: what is written.
-        places: line and name of every document.
-        part: the documents.
-        judged: what the model says of them.
-        labels: names of the K labels.
-        settings: of the classifier, after calibration.
+    `places` are line and name of every document; the settings are those after calibration.
     """
-    thresholds = None if settings.thresholds is None else np.array(settings.thresholds)
     head = ["document", "line", "name", "true_label", "predicted_label", *(f"probability of {each}" for each in labels)]
     doc_ids, between = part.doc_ids.tolist(), settings.separator
-    truth = [between.join(labels[place] for place in np.flatnonzero(row)) for row in part.truth]
+    truth = list(map(between.join, names_of(part.truth, labels)))
 
-    def rows(documents: Iterable[int], probabilities: Any, *others: Any) -> Iterator[list[Any]]:
-        named = names_of(probabilities, labels, thresholds)
-        for place, found, values, *more in zip(documents, named, probabilities, *others, strict=True):
+    def write(file: Path, documents: Iterable[int], probabilities: Any, **more: Sequence[int]) -> None:
+        rows: list[list[Any]] = [[*head, *more]]
+        named = names_of(decided(probabilities, settings), labels)
+        for place, found, values, *others in zip(documents, named, probabilities, *more.values(), strict=True):
             shown = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
-            yield [doc_ids[place], *places[doc_ids[place]], truth[place], between.join(found), *shown, *more]
+            rows.append([doc_ids[place], *places[doc_ids[place]], truth[place], between.join(found), *shown, *others])
+        write_text(file, csv_text(rows, files.spreadsheet_safe))
 
     everywhere = np.full(part.truth.shape, np.nan)
     everywhere[judged.places] = judged.probabilities
     counts = np.bincount(part.owners, minlength=len(doc_ids)).tolist()
-    table = [[*head, "fragments"], *rows(range(len(doc_ids)), everywhere, counts)]
-    write_text(files.predictions, csv_text(table, files.spreadsheet_safe))
-    spans = (each.tolist() for each in (part.folds.idx, part.folds.char_start, part.folds.char_end))
-    pieces = rows(part.owners, judged.fragment_probabilities, *spans)
-    table = [[*head, "fragment", "char_start", "char_end"], *pieces]
-    write_text(files.fragments, csv_text(table, files.spreadsheet_safe))
+    write(files.predictions, range(len(doc_ids)), everywhere, fragments=counts)
+    columns = {"fragment": part.folds.idx, "char_start": part.folds.char_start, "char_end": part.folds.char_end}
+    more = {name: column.tolist() for name, column in columns.items()}
+    write(files.fragments, part.owners, judged.fragment_probabilities, **more)
 
 
 def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tested: Judged | None) -> str:
@@ -135,40 +119,32 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
 
     The keys "Training", "Testing" and the names with capitals are those of an older tool whose readers expect them.
     """
-    testing: dict[str, Any] = {}
+    testing, epochs = dict[str, Any](), []
     if tested is not None:
         older = {"Test Loss": "loss", "Test Accuracy": "accuracy", "Matthews corrcoef": "mcc"}
         testing = {old: tested.document[new] for old, new in older.items() if new in tested.document}
         testing |= {"document": tested.document, "fragment": tested.fragment}
-    epochs = []
     for record in history:
-        older = {"Training Loss": record["train"].get("loss"), "Training Accuracy": record["train"].get("accuracy")}
-        found = record["validation"]
+        trained, found = record["train"], record["validation"]
+        shown = {"Training Loss": trained.get("loss"), "Training Accuracy": trained.get("accuracy")}
         if found:
-            older["Validation Loss"] = found["loss"]
-            older["Validation Accuracy"] = value_of(found, "accuracy")
-        epochs.append({"epoch": record["epoch"], **older, **record})
+            shown |= {"Validation Loss": found["loss"], "Validation Accuracy": value_of(found, "accuracy")}
+        epochs.append({"epoch": record["epoch"], **shown, **record})
     values = plain({"format": 1, **facts, "Training": epochs, "Testing": testing})
     return json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def card_text(title: str, rows: Mapping[str, Any], tested: Judged | None, options_yaml: str) -> str:
+def card_text(title: str, rows: Mapping[str, Any], options_yaml: str) -> str:
     """Model card: what it was made from and how right it is, in the words of this run."""
-    measured = {} if tested is None else {name: _shown(value) for name, value in tested.document.items()}
-    measured = {f"test documents: {name.replace('_', ' ')}": value for name, value in measured.items()}
     return model_card(
         visible(title),
-        {name: visible(str(value)) for name, value in {**rows, **measured}.items()},
+        {name: visible(str(value)) for name, value in rows.items()},
         options_yaml,
         began="Trained to give texts the labels below.",
         use=_USED,
         limits=_LIMITS,
         task="text-classification",
     )
-
-
-def _shown(value: float) -> str:
-    return f"{value:.4f}" if np.isfinite(value) else "undefined"
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------------
@@ -188,17 +164,8 @@ def finish(
 ) -> list[str]:
     """Calibrate, judge, write everything; called by the main process.
 
-    Args:
-        files: what is written.
-        database: likewise.
-        progress: of the run at its end.
-        settings: of the classifier, before calibration.
-        model: the best one.
-        beside: writes the tokenizer beside it.
-        facts: of the run, for the database.
-        began_with: name of the model that it was made from.
-        options_yaml: the options that repeat the run.
-        parts: "validation" and "test", and what the model answers.
+    The settings are those before calibration. The model is the best one, made from that which `began_with` names;
+    `beside` writes the tokenizer beside it. `parts` are "validation" and "test", and what the model answers.
 
     Returns:
         Sentences for the user.
@@ -209,58 +176,53 @@ def finish(
     run, labels = progress.entry, label_names(model.config)
     places = database.read_places(run)
     files.remove_leftovers()
-    settings, said = _calibrated(*parts["validation"], settings, len(labels))
-    answered = [(name, part, found) for name, (part, found) in parts.items() if found is not None]
-    tested = {name: _judged(database, run, name, part, found, settings) for name, part, found in answered}.get("test")
-    if tested is not None:
-        for level in ("document", "fragment"):
-            database.write_test_metrics(run, level, getattr(tested, level))
+    if (answers := parts["validation"][1]) is not None:
+        settings, said = calibrate(answers, parts["validation"][0], settings)
+    else:
+        said = ["there is no validation part: the model is not calibrated"]
+        settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
+    if (tested := _judged(database, run, parts, settings).get("test")) is not None:
         write_tables(files, places, parts["test"][0], tested, labels, settings)
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts["best_epoch"] = progress.best_epoch
     place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
     about = {"run": run.run_id, "database": place, **facts}
     write_text(files.statistics, statistics_text(about, progress.history, tested))
-    rows: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
-    rows |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
-    rows |= {"temperature": f"{settings.temperature:.4f}"}
-    rows["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
+    told: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
+    told |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
+    told |= {"temperature": f"{settings.temperature:.4f}"}
+    told["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
+    numbers = plain({} if tested is None else tested.document)
+    shown = {name.replace("_", " "): "undefined" if v is None else f"{v:.4f}" for name, v in numbers.items()}
+    told |= {f"test documents: {name}": value for name, value in shown.items()}
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
-        (aside / "README.md").write_text(card_text(files.name, rows, tested, options_yaml), encoding="utf-8")
+        (aside / "README.md").write_text(card_text(files.name, told, options_yaml), encoding="utf-8")
     database.end_run(run, "done", facts)
-    return [*said, *_told(files, database.path, run, tested)]
-
-
-def _calibrated(
-    part: Part, answers: RowAnswers | None, settings: ClassifierSettings, num_labels: int
-) -> tuple[ClassifierSettings, list[str]]:
-    """Settings as the model is exported with, and a sentence where they are not fitted."""
-    if answers is not None:
-        return calibrate(answers, part, settings)
-    settings = replace(settings, thresholds=(0.5,) * num_labels if settings.multi_label else None)
-    return settings, ["there is no validation part: the model is not calibrated"]
-
-
-def _told(files: ResultFiles, database: Path, run: RunKey, tested: Judged | None) -> list[str]:
-    """Where everything is."""
-    model = f"the model is in {files.model}"
+    where = f"the model is in {files.model}"
     if tested is None:
-        return ["there is no test part: nothing is said about other texts, and there is nothing to report", model]
-    numbers = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in tested.document.items())
-    report = f"for a report: python scripts/analyze_results.py {database} --run {run.run_id}"
-    return [model, f"the predictions are in {files.predictions}", f"test documents: {numbers}", report]
+        silent = "there is no test part: nothing is said about other texts, and there is nothing to report"
+        return [*said, silent, where]
+    said += [where, f"the predictions are in {files.predictions}"]
+    said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
+    return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
 
 
 def _judged(
-    database: Database, run: RunKey, name: str, part: Part, answers: RowAnswers, settings: ClassifierSettings
-) -> Judged:
-    """A part judged, with its predictions in the database, those of documents and those of rows."""
-    found = judge(answers, part, settings)
-    documents, fragments = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
-    database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
-    database.write_predictions(run, name, "fragment", *fragments, found.fragment_probabilities, answers.logits)
-    return found
+    database: Database, run: RunKey, parts: Mapping[str, tuple[Part, RowAnswers | None]], settings: ClassifierSettings
+) -> dict[str, Judged]:
+    """Parts that were answered, judged; with their predictions, and metrics of the test part, in the database."""
+    judged = dict[str, Judged]()
+    for name, (part, answers) in parts.items():
+        if answers is not None:
+            found = judged[name] = judge(answers, part, settings)
+            documents, rows = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
+            database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
+            database.write_predictions(run, name, "fragment", *rows, found.fragment_probabilities, answers.logits)
+            if name == "test":
+                database.write_test_metrics(run, "document", found.document)
+                database.write_test_metrics(run, "fragment", found.fragment)
+    return judged

@@ -1,19 +1,23 @@
 """Scores of whole documents: a causal model's loss with sliding windows, a masked model's pseudo-perplexity.
 
 Documents never see each other and no position of padding has any influence: rows are only batched with rows of the same
-padded length, which is a function of the row alone, and padding stands behind a causal row, where nothing looks.
+padded length, which is a function of the row alone, and padding stands behind a causal row, where nothing looks. Totals
+are in float64 and have the same bits for any number of processes.
+
+Every score takes the running processes, `batch_size` rows of full length for a forward pass (more where rows are short,
+fewer where their logits would be too many), what `unknown_id` says, and `progress`, called after each forward pass.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,29 +27,19 @@ from lmscripts.data.steps import fixed_batch
 from lmscripts.data.token_store import Part
 from lmscripts.data.windows import slide, window_rows
 from lmscripts.errors import UserError
-from lmscripts.evaluation.sums import Progress, sum_over_batches, sums_and_counts
+from lmscripts.evaluation.sums import Progress, evaluate, sum_over_batches
 from lmscripts.models import decoder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from lmscripts.evaluation.sums import MakeBatch
-    from lmscripts.objectives.module import Objective
+from lmscripts.objectives.module import Objective
 
 LOGITS_AT_ONCE = 1 << 26
 
-
-def no_progress(done: int, passes: int) -> None:
-    """Say nothing."""
+Ints = NDArray[np.int64]
 
 
 def unknown_id(tokenizer: Any) -> int:
-    """Id of the token that stands for what a tokenizer does not know; -1 where there is none.
+    """Id of the token that stands for what a tokenizer of transformers does not know; -1 where there is none.
 
     GPT-2's own names its end token as the unknown one, too, but builds every text from bytes and never gives it.
-
-    Args:
-        tokenizer: from transformers.
     """
     number = tokenizer.unk_token_id
     if number is None:
@@ -53,6 +47,17 @@ def unknown_id(tokenizer: Any) -> int:
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return -1 if number in ends and getattr(model, "unk_token", "") is None else int(number)
+
+
+def per_target(totals: dict[str, float], **sizes: int) -> dict[str, float]:
+    """Loss, perplexity and accuracy per target of `score_causal` or `score_pseudo`, and bits per byte.
+
+    The sizes are bytes of the text, each under the name of the bits per byte that it gives.
+    """
+    loss, bits = totals["nats"] / totals["targets"], totals["nats"] / math.log(2)
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    found |= {name: bits / size for name, size in sizes.items()}
+    return found | {"accuracy": totals["correct"] / totals["targets"]}
 
 
 # ---- causal: sliding windows -------------------------------------------------------------------------------------
@@ -68,24 +73,17 @@ def score_causal(
     stride: int,
     batch_size: int,
     unknown_id: int = -1,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, passes: None,
 ) -> dict[str, float]:
     """Score every token and the end of every document of a part of a store, each once, each document by itself.
 
-    Args:
-        accelerator: the running processes.
-        model: any causal model of transformers, in evaluation mode on the accelerator's device.
-        part: of the store.
-        boundary: ids that stand before a document and are predicted after it, from `objectives.causal.boundary_ids`.
-        block_size: positions of a window.
-        stride: positions from one window to the next.
-        batch_size: windows of full length in a forward pass; of shorter ones more are taken.
-        unknown_id: from `unknown_id`; -1 for none.
-        progress: called after each forward pass.
+    The model is any causal one of transformers, in evaluation mode on the accelerator's device. `boundary` are the ids
+    that stand before a document and are predicted after it, see `objectives.causal.boundary_ids`; `stride` is the
+    number of positions from one window of `block_size` positions to the next.
 
     Returns:
         "nats": sum of cross-entropies; "correct": targets with the highest logit; "targets"; "windows"; "unknown":
-        targets that the tokenizer does not know; in float64, the same bits for any number of processes.
+        targets that the tokenizer does not know.
     """
     windows = slide(part, block_size, stride)
     separate_head = has_separate_head(model)
@@ -112,9 +110,7 @@ def score_causal(
         sizes = {"targets": float(targets.size), "windows": float(len(inputs))}
         return {"nats": nats, "correct": correct, **sizes, "unknown": float(np.count_nonzero(targets == unknown_id))}
 
-    with torch.no_grad(), accelerator.autocast():
-        totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
-    return totals or {}
+    return sum_over_batches(accelerator, len(batches), measure, progress=progress) or {}
 
 
 def _nats_and_correct(logits: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -142,52 +138,31 @@ def has_separate_head(model: Any) -> bool:
     return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
-def per_text(totals: dict[str, float], raw_bytes: int, text_bytes: int) -> dict[str, float]:
-    """Loss and perplexity per target, and bits per byte of the raw and of the cleaned text, from `score_causal`."""
-    loss, bits = totals["nats"] / totals["targets"], totals["nats"] / math.log(2)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": bits / raw_bytes,
-        "bits_per_text_byte": bits / text_bytes,
-        "accuracy": totals["correct"] / totals["targets"],
-    }
+# ---- masked ------------------------------------------------------------------------------------------------------
 
 
-# ---- masked: every token masked once -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """P pieces of documents, the longest first.
-
-    Attributes:
-        start: (P,) first token in the store.
-        length: (P,) tokens.
-    """
-
-    start: NDArray[np.int64]
-    length: NDArray[np.int64]
-
-
-def cut(part: Part, most_tokens: int, most_documents: int | None = None) -> Pieces:
-    """Documents in pieces of at most `most_tokens` tokens."""
+def _cut(part: Part, most_tokens: int, most_documents: int | None) -> tuple[Ints, Ints]:
+    """Documents in P pieces of at most `most_tokens` tokens, the longest first: first token and length, (P,) each."""
     offsets = part.document_tokens[: None if most_documents is None else most_documents + 1]
     tokens = np.diff(offsets)
     count = -(-tokens // most_tokens)
     begin = expand_ranges(np.zeros_like(count), count) * most_tokens
     length = np.minimum(most_tokens, np.repeat(tokens, count) - begin)
     order = np.argsort(-length, kind="stable")
-    return Pieces((np.repeat(offsets[:-1], count) + begin)[order], length[order])
+    return (np.repeat(offsets[:-1], count) + begin)[order], length[order]
 
 
-def _masked_batches(pieces: Pieces, positions: int, most_rows: int) -> Iterator[tuple[int, int, int]]:
-    """Rows with one masked token each, by length: (first piece of the length, first row, last + 1 row within it)."""
-    lengths, firsts, counts = np.unique(-pieces.length, return_index=True, return_counts=True)
-    for length, first, count in zip((-lengths).tolist(), firsts.tolist(), counts.tolist(), strict=True):
-        rows = max(1, min(positions // (length + 2), most_rows))
-        for begin in range(0, count * length, rows):
-            yield first, begin, min(count * length, begin + rows)
+def _masked_batches(lengths: Ints, positions: int, most_rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Rows with one masked token each, by length of their pieces.
+
+    Yields:
+        The length, the first piece that has it, and of the rows of these pieces the first and the last + 1.
+    """
+    for length, first, count in zip(*np.unique(-lengths, return_index=True, return_counts=True), strict=True):
+        tokens = -int(length)
+        rows = max(1, min(positions // (tokens + 2), most_rows))
+        for begin in range(0, int(count) * tokens, rows):
+            yield tokens, int(first), begin, min(int(count) * tokens, begin + rows)
 
 
 def score_pseudo(
@@ -201,42 +176,31 @@ def score_pseudo(
     batch_size: int,
     most_documents: int | None = None,
     unknown_id: int = -1,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, passes: None,
 ) -> dict[str, float]:
     """Pseudo-log-likelihood (arXiv:1910.14659, section 2.3): every token is masked once and predicted from all others.
 
     Rows of one length share a batch, so there is no padding at all. Deviation: documents longer than the model reads
-    are cut into pieces, each scored by itself.
+    are cut into pieces, each scored by itself. There is no likelihood behind the numbers.
 
-    Args:
-        accelerator: the running processes.
-        family: functions of the family, see `lmscripts.models.families`.
-        model: a masked language model in evaluation mode on the device, its last layer narrowed.
-        part: of the store.
-        special: ids by name: "cls", "sep" and "mask".
-        block_size: tokens of a row with [CLS] and [SEP], at most.
-        batch_size: rows of full length in a forward pass; of shorter ones more are taken.
-        most_documents: score only the first documents.
-        unknown_id: from `unknown_id`; -1 for none.
-        progress: called after each forward pass.
+    The model is a masked one of the family in evaluation mode on the accelerator's device, its last layer narrowed;
+    `special` are the ids "cls", "sep" and "mask", the first and last of which are among the `block_size` tokens of a
+    row. Only the first `most_documents` are scored.
 
     Returns:
-        "nats": the pseudo-log-likelihood with the sign of a loss; "correct"; "targets": tokens; "unknown"; in float64.
+        "nats": the pseudo-log-likelihood with the sign of a loss; "correct"; "targets": tokens; "unknown".
     """
-    pieces = cut(part, block_size - 2, most_documents)
-    head: Any = model.get_output_embeddings()
-    most_rows = max(1, LOGITS_AT_ONCE // int(head.weight.shape[0]))
-    batches = list(_masked_batches(pieces, batch_size * block_size, most_rows))
+    starts, lengths = _cut(part, block_size - 2, most_documents)
+    most_rows = max(1, LOGITS_AT_ONCE // int(model.get_output_embeddings().weight.shape[0]))
+    batches = list(_masked_batches(lengths, batch_size * block_size, most_rows))
 
     def measure(number: int) -> dict[str, float]:
-        first, begin, end = batches[number]
-        length = int(pieces.length[first])
+        length, first, begin, end = batches[number]
         row = np.arange(begin, end)
-        masked = row % length
         ids = np.empty((row.size, length + 2), np.int64)
         ids[:, 0], ids[:, -1] = special["cls"], special["sep"]
-        ids[:, 1:-1] = part.tokens[pieces.start[first + row // length][:, None] + np.arange(length)]
-        at = np.arange(row.size) * (length + 2) + 1 + masked
+        ids[:, 1:-1] = part.tokens[starts[first + row // length][:, None] + np.arange(length)]
+        at = np.arange(row.size) * (length + 2) + 1 + row % length
         targets = ids.reshape(-1)[at].copy()
         ids.reshape(-1)[at] = special["mask"]
         inputs, slots, wanted = (torch.from_numpy(a).to(accelerator.device) for a in (ids, at, targets))
@@ -246,19 +210,7 @@ def score_pseudo(
         unknown = np.count_nonzero(targets == unknown_id)
         return {"nats": nats, "correct": correct, "targets": float(row.size), "unknown": float(unknown)}
 
-    with torch.no_grad(), accelerator.autocast():
-        totals = sum_over_batches(accelerator, len(batches), measure, progress=progress)
-    return totals or {}
-
-
-def pseudo_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """Loss per token, pseudo-perplexity and accuracy from `score_pseudo`. There is no likelihood behind them."""
-    loss = totals["nats"] / totals["targets"]
-    found = {"pseudo_loss": loss, "pseudo_perplexity": math.exp(min(loss, 700.0))}
-    return found | {"pseudo_accuracy": totals["correct"] / totals["targets"]}
-
-
-# ---- masked: the rows and masks of training ----------------------------------------------------------------------
+    return sum_over_batches(accelerator, len(batches), measure, progress=progress) or {}
 
 
 def score_masks(
@@ -269,18 +221,9 @@ def score_masks(
     *,
     batch_size: int,
     unknown_id: int = -1,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, passes: None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What an objective with masks measures on all rows of a text, masked as the held-out rows of a training run are.
-
-    Args:
-        accelerator: the running processes.
-        objective: with its models on the device; its settings say what is masked.
-        rows: of the text.
-        tokenizer: from transformers.
-        batch_size: rows of a forward pass; fewer where their logits would be too many.
-        unknown_id: from `unknown_id`; -1 for none.
-        progress: called after each forward pass.
 
     Returns:
         The objective's metrics, and its counts; "unknown": masked tokens that the tokenizer does not know.
@@ -294,22 +237,15 @@ def score_masks(
     vocabulary = max(len(table.weight) for table in tables)
     at_once = max(1, min(batch_size, LOGITS_AT_ONCE // (plan.slots * vocabulary)))
     make = partial(kind.batches, plan=plan, with_ends=objective.attention == "varlen")
-    make_batch = _counting_unknown(partial(fixed_batch, rows, make), unknown_id)
-    found = sums_and_counts(accelerator, objective, make_batch, rows.num_rows, at_once, progress=progress)
-    sums, counts = found or ({}, {})
-    if not counts.get("mlm"):
+
+    def make_batch(numbers: Ints) -> tuple[dict[str, Tensor], dict[str, float]]:
+        batch, counts = fixed_batch(rows, make, numbers)
+        return batch, counts | {"unknown": float(batch["weights"][batch["labels"] == unknown_id].sum())}
+
+    metrics, counts = evaluate(accelerator, objective, make_batch, rows.num_rows, at_once, progress=progress)
+    if not metrics:
         raise UserError(
             f"of the {rows.real_tokens} tokens of the text none is masked at --mask_probability "
             f"{settings.mask_probability[0]}: give more text"
         )
-    return objective.metrics(sums, counts), counts
-
-
-def _counting_unknown(make_batch: MakeBatch, unknown_id: int) -> MakeBatch:
-    """The same batches, with the number of masked tokens that have this id among their counts."""
-
-    def counting(numbers: NDArray[np.int64]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        batch, counts = make_batch(numbers)
-        return batch, counts | {"unknown": float(batch["weights"][batch["labels"] == unknown_id].sum())}
-
-    return counting
+    return metrics, counts

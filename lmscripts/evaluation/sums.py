@@ -7,30 +7,28 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from lmscripts.data.preparation import Source, prepare_beside
 from lmscripts.data.steps import Batch, to_device
 from lmscripts.data.token_store import TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
+from lmscripts.objectives.module import Objective
 from lmscripts.text.corpus import HUB, Span, is_plain, read_documents, table_texts
 from lmscripts.text.reading import format_of, opened
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import TextReport
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from numpy.typing import NDArray
-
-    from lmscripts.objectives.module import Objective
-
-    # Rows of the given numbers as a batch with its counts.
-    MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
+# Rows of the given numbers as a batch with its counts.
+MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
 Progress = Callable[[int, int], None]  # passes done, passes in all
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
@@ -42,20 +40,15 @@ def measure_batches(
     stop_requested: Callable[[], bool] = lambda: False,
     progress: Progress = lambda done, passes: None,
 ) -> torch.Tensor | None:
-    """What numbered batches measure, bitwise the same for any number of processes.
+    """What numbered batches (at least one) measure, bitwise the same for any number of processes.
 
-    Batch n is measured by process n % world. After each pass one all-reduce carries what all have measured, in which a
-    process fills its own row only: adding zeros is exact, so every process then has the numbers of every batch.
+    Batch n is measured by process n % world, as W numbers; what is in it must not depend on the processes. After each
+    pass one all-reduce carries what all have measured, in which a process fills its own row only: adding zeros is
+    exact, so every process then has the numbers of every batch.
 
     Every process makes the same number of passes, the last time with a batch that does not count if it has none left,
-    so that a sharded model stays aligned and a request to stop is seen by all after the same pass.
-
-    Args:
-        accelerator: the running processes.
-        num_batches: N, at least one.
-        measure: (W,) numbers of the batch with this number; what is in the batch must not depend on the processes.
-        stop_requested: asked on each process after each pass.
-        progress: called after each pass.
+    so that a sharded model stays aligned and a request to stop is seen by all after the same pass. After each pass
+    `stop_requested` is asked and `progress` called on each process.
 
     Returns:
         (N, W) float64 (float32 where the device has none); None when a process was asked to stop before the end.
@@ -78,23 +71,15 @@ def measure_batches(
 def sum_over_batches(
     accelerator: Accelerator,
     num_batches: int,
-    measure: Callable[[int], Mapping[str, float | torch.Tensor]],
+    measure: Callable[[int], Mapping[Any, float | torch.Tensor]],
     stop_requested: Callable[[], bool] = lambda: False,
     progress: Progress = lambda done, passes: None,
-) -> dict[str, float] | None:
-    """Sums by name of what numbered batches measure, added in their order; see `measure_batches`.
+) -> dict[Any, float] | None:
+    """Sums of what `measure` names, always in the same order, without gradients; see `measure_batches`.
 
-    Args:
-        accelerator: the running processes.
-        num_batches: number of batches.
-        measure: named numbers of the batch with this number, always in the same order.
-        stop_requested: asked on each process after each pass.
-        progress: called after each pass.
-
-    Returns:
-        Empty without batches; None when a process was asked to stop before the end.
+    Batches are added in their order. Empty without batches; None when a process was asked to stop before the end.
     """
-    names = list[str]()
+    names = list[Any]()
 
     def numbers(batch: int) -> torch.Tensor:
         measured = measure(batch)
@@ -103,7 +88,8 @@ def sum_over_batches(
 
     if num_batches == 0:
         return {}
-    found = measure_batches(accelerator, num_batches, numbers, stop_requested, progress)
+    with torch.no_grad(), accelerator.autocast():
+        found = measure_batches(accelerator, num_batches, numbers, stop_requested, progress)
     if found is None:
         return None
     totals = dict.fromkeys(names, 0.0)
@@ -133,67 +119,37 @@ def evaluate(
     micro_batch_size: int,
     stop_requested: Callable[[], bool] = lambda: False,
     progress: Progress = lambda done, passes: None,
-) -> dict[str, float] | None:
+) -> tuple[dict[str, float] | None, dict[str, float]]:
     """What the objective measures on held-out rows, bitwise the same for any number of processes.
 
-    Args:
-        accelerator: the running processes.
-        objective: the module, in any mode; it is left in the mode it had.
-        make_batch: builds the batch of given row numbers, always with the same masks.
-        num_rows: rows of the held-out part.
-        micro_batch_size: rows per forward pass.
-        stop_requested: asked on each process after each pass.
-        progress: called after each pass.
+    The objective may be in any mode and is left in it; `make_batch` has to give rows the same masks always. For the
+    rest see `measure_batches`.
 
     Returns:
-        The objective's metrics, empty without a single target; None when a process was asked to stop before the end.
+        The objective's metrics, empty without a single target, and the counts of its targets; None in place of the
+        metrics when a process was asked to stop before the end.
     """
-    totals = sums_and_counts(accelerator, objective, make_batch, num_rows, micro_batch_size, stop_requested, progress)
-    if totals is None:
-        return None
-    sums, counts = totals
-    return objective.metrics(sums, counts) if counts.get(next(iter(objective.weights))) else {}
 
-
-def sums_and_counts(
-    accelerator: Accelerator,
-    objective: Objective,
-    make_batch: MakeBatch,
-    num_rows: int,
-    micro_batch_size: int,
-    stop_requested: Callable[[], bool] = lambda: False,
-    progress: Progress = lambda done, passes: None,
-) -> tuple[dict[str, float], dict[str, float]] | None:
-    """As `evaluate`, but what the metrics are made of: the objective's sums, and the counts of its targets."""
-
-    def measure(number: int) -> dict[str, float | torch.Tensor]:
+    def measure(number: int) -> dict[tuple[str, str], float | torch.Tensor]:
         begin = number * micro_batch_size
         batch, counts = make_batch(np.arange(begin, min(num_rows, begin + micro_batch_size)))
         found = objective(to_device(batch, accelerator.device))
-        return {f"sum {name}": value for name, value in found.items()} | {f"count {n}": v for n, v in counts.items()}
+        return {("sum", name): v for name, v in found.items()} | {("count", name): v for name, v in counts.items()}
 
-    with judging(objective), accelerator.autocast():
+    with judging(objective):
         num_batches = -(-num_rows // micro_batch_size)
         totals = sum_over_batches(accelerator, num_batches, measure, stop_requested, progress)
     if totals is None:
-        return None
-    sums, counts = (
-        {name.removeprefix(kind): value for name, value in totals.items() if name.startswith(kind)}
-        for kind in ("sum ", "count ")
-    )
-    return sums, counts
+        return None, {}
+    sums, counts = ({name: v for (what, name), v in totals.items() if what == kind} for kind in ("sum", "count"))
+    return (objective.metrics(sums, counts) if counts.get(next(iter(objective.weights))) else {}), counts
 
 
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
 def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bool) -> list[dict[str, Any]]:
-    """Name, bytes (see `raw_text_bytes`) and sha256 of each file of a text.
-
-    Args:
-        files: from `find_files`.
-        table: how tables and JSON lines are read.
-        document_per_line: whether .txt files were said to hold one document a line.
+    """Name, bytes (see `raw_text_bytes`) and sha256 of each file of a text, from `find_files`.
 
     Raises:
         UserError: a file that is given twice, an option without effect on these files, or not one document.
@@ -212,7 +168,7 @@ def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bo
         raise UserError(f"{useless[0]} has no effect: only .txt files are given, which have no columns")
     if document_per_line and not any(are_text):
         raise UserError("--document_per_line has no effect: no .txt file is given, and a record is a document")
-    sizes, report = raw_text_bytes(files, table), TextReport()
+    sizes, report = [raw_text_bytes(path, table) for path in files], TextReport()
     spans = [Span(str(path)) for path in files]
     if next(read_documents(spans, report, table, document_per_line=document_per_line), None) is None:
         told = "; ".join(["not one line that is not empty", *report.sentences()[1:]])
@@ -224,30 +180,21 @@ def text_facts(files: Sequence[Path], table: TableOptions, document_per_line: bo
     return facts
 
 
-def raw_text_bytes(files: Sequence[Path], table: TableOptions) -> list[int]:
-    """Bytes of the text of each file as it is, before anything is cleaned or dropped.
+def raw_text_bytes(path: Path, table: TableOptions) -> int:
+    """Bytes of the text of a file as it is, before anything is cleaned or dropped.
 
     Of plain text all bytes of the file, decompressed; of tables the UTF-8 bytes of the text column.
 
     Raises:
         UserError: a data set on the Hub, whose bytes nobody can count twice, or a damaged file.
     """
-    sizes = []
-    for path in map(str, files):
-        if path.startswith(HUB):
-            raise UserError(
-                f"{path} is a stream from the Hub, which may change: save it as a file and evaluate on that"
-            )
-        size = 0
-        if is_plain(path, table.format):
-            with opened(path) as file:
-                while block := file.read(1 << 20):
-                    size += len(block)
-        else:
-            for text, _ in table_texts(path, table, TextReport()):
-                size += len(text.encode("utf-8", "surrogatepass"))
-        sizes.append(size)
-    return sizes
+    name = str(path)
+    if name.startswith(HUB):
+        raise UserError(f"{name} is a stream from the Hub, which may change: save it as a file and evaluate on that")
+    if not is_plain(name, table.format):
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text, _ in table_texts(name, table, TextReport()))
+    with opened(name) as file:
+        return sum(map(len, iter(partial(file.read, 1 << 20), b"")))
 
 
 @contextmanager

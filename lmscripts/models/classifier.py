@@ -26,7 +26,7 @@ from lmscripts.models.pretrained import set_dropout
 from lmscripts.tokenizer.encoder import Encoder
 
 KEY = "lmscripts_classifier"
-AGGREGATES = ("mean_probabilities", "mean_logits", "max", "token_weighted")  # see `lmscripts.evaluation.aggregate`
+AGGREGATES = ("mean_probabilities", "mean_logits", "max", "token_weighted")  # see `lmscripts.evaluation.judging`
 _FORMAT = 1
 _ALSO_NEW = ("pooler.",)  # of a body: a layer that serves the head alone and that language models are saved without
 _LONGEST = 512
