@@ -25,12 +25,20 @@ from lmscripts.options.checks import check_numbers, parse_duration
 from lmscripts.options.parsing import dump_options, option, parse_options
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
     from lmscripts.data.folding import FoldSettings
-    from lmscripts.data.labelled_rows import Part
+    from lmscripts.data.labelled_rows import Part, Steps
     from lmscripts.data.labelled_store import Database
+    from lmscripts.evaluation.classifier_run import ResultFiles, RowAnswers
     from lmscripts.models.classifier import ClassifierSettings, Source
+    from lmscripts.objectives.module import Objective
+    from lmscripts.training.folder import RunFolder
+    from lmscripts.training.log import Meter, Reporter
+    from lmscripts.training.processes import StopRequest
+    from lmscripts.training.state import TrainingState
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
@@ -198,12 +206,24 @@ class Task(NamedTuple):
     multi_label: bool
 
 
-def open_task(options: Options, progress: Callable[[int], object]) -> Task:
-    """Find the model and open the database, or build it; `progress` is told how many documents were tokenised."""
-    from lmscripts.data.labelled_build import open_or_build
-    from lmscripts.data.splits import SplitSettings
+def say(options: Options, *lines: str, on_screen: bool = True) -> None:
+    """Print lines, and write them to --logfile; once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for line in lines:
+        if on_screen:
+            print(line, flush=True)
+        if options.logfile:
+            with open(options.logfile, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+
+def open_task(options: Options) -> Task:
+    """Find the model and open the database, or build it."""
+    from tqdm import tqdm
+
+    from lmscripts.data.labelled_build import SplitSettings, TableOptions, open_or_build
     from lmscripts.models.classifier import find_source, fold_settings
-    from lmscripts.text.records import TableOptions
 
     if not Path(options.input_file).exists():  # said before the Hub is asked for a model
         raise UserError(f"the table {options.input_file} does not exist (seen from {Path.cwd()})")
@@ -219,18 +239,19 @@ def open_task(options: Options, progress: Callable[[int], object]) -> Task:
     names |= {name: getattr(options, name) for name in ("separator", "delimiter", "encoding")}
     table = {name: value or "" for name, value in names.items()}
     table |= {name: getattr(options, name) for name in ("labels", "quotes", "on_bad_row")}
-    database = open_or_build(
-        options.input_file,
-        source.encoder,
-        folds,
-        SplitSettings(method, options.split_seed, *shares),
-        TableOptions(options.text, options.label, **table),
-        database=options.database,
-        part_files=files,
-        overwrite=options.overwrite,
-        num_workers=options.num_workers,
-        progress=progress,
-    )
+    with tqdm(unit="document", disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0") as bar:
+        database = open_or_build(
+            options.input_file,
+            source.encoder,
+            folds,
+            SplitSettings(method, options.split_seed, *shares),
+            TableOptions(options.text, options.label, **table),
+            database=options.database,
+            part_files=files,
+            overwrite=options.overwrite,
+            num_workers=options.num_workers,
+            progress=bar.update,
+        )
     origin, meta = database.origin(), database.meta()  # what is read later is compared with the first
     task = Task(source, folds, database, meta, origin, bool(meta["multi_label"]))
     check_metric(options, task.multi_label)  # once more, as now an SQLite file has said what it holds
@@ -239,252 +260,327 @@ def open_task(options: Options, progress: Callable[[int], object]) -> Task:
     return task
 
 
-def build_model(options: Options, task: Task) -> tuple[PreTrainedModel, ClassifierSettings, list[str]]:
-    """The model with a head for the labels, its settings before calibration, and sentences for the user."""
-    from lmscripts.models.classifier import ClassifierSettings, build_classifier
-    from lmscripts.models.lora import add_lora
-
-    separator = task.meta["options"]["separator"] or "|"
-    settings = ClassifierSettings(task.folds, options.aggregate, multi_label=task.multi_label, separator=separator)
-    new = {"seed": options.seed, "dropout": options.dropout, "from_scratch": options.from_scratch}
-    network, notices = build_classifier(task.source, task.database.labels(), settings, **new)
-    return network, settings, notices + (add_lora(network, options.lora_rank) if options.lora_rank else [])
+def fixed_facts(options: Options, task: Task) -> dict[str, Any]:
+    """What must be the same on all processes, and stay as it was when the run is continued."""
+    fixed = {name: value for name, value in vars(options).items() if name in FIXED} | {"tables": task.meta["sha256"]}
+    fixed |= {"labels": task.database.labels(), "folds": asdict(task.folds), "split": asdict(task.database.split)}
+    return fixed | {"tokenizer": task.source.encoder.fingerprint}
 
 
-# ---- the run -----------------------------------------------------------------------------------------------------
+# ---- the run, from top to bottom -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What is trained, on what, and where it stands."""
+
+    accelerator: Accelerator
+    task: Task
+    parts: dict[str, Part]  # of the split: train, validation, test
+    steps: Steps  # which rows of the first make up which step
+    rate: Callable[[int], float]  # learning rate of a step
+    files: ResultFiles
+    folder: RunFolder
+    settings: ClassifierSettings  # before calibration
+    objective: Objective  # the model, and its loss
+    model: Any  # the same, wrapped for the processes
+    optimizer: Optimizer
+    state: TrainingState
+    num_steps: int
+    stop_step: int  # where this job ends
+    facts: dict[str, Any]  # for those who look at the results
 
 
 def main() -> None:
     """Parse, prepare, train, judge, export."""
     options = parse_options(Options, description=__doc__ or "", renamed={"epoch": "epochs"})
-    with user_errors(), contextlib.ExitStack() as at_errors:
-        run(options, at_errors)
+    with user_errors():
+        run(options)
 
 
-def run(options: Options, at_errors: contextlib.ExitStack) -> None:
-    """The whole run; ends the process with its exit code. What `at_errors` is given is told of an error."""
+def run(options: Options) -> None:
+    """The whole run; ends the process with its exit code."""
     import torch
-    from tqdm import tqdm
     from transformers import logging
 
-    from lmscripts.data.labelled_rows import batch_maker, read_parts
-    from lmscripts.data.steps import ByLength, Prefetcher, step_batches, to_device
-    from lmscripts.evaluation import judging, progress, results
-    from lmscripts.models import building
-    from lmscripts.models.classifier import padding_id
-    from lmscripts.objectives import labels
-    from lmscripts.objectives.module import Objective
-    from lmscripts.training import folder, log, optim, processes
-    from lmscripts.training.state import of_process
+    from lmscripts.evaluation import classifier_run
+    from lmscripts.training import folder, optim, processes
 
-    # ---- processes and data
     logging.disable_progress_bar()  # of transformers, at every save
-    saved_options = dump_options(options)
-    default_rate = 2e-4 if options.lora_rank else 1e-4 if options.from_scratch else 2e-5
+    as_yaml, default_rate = dump_options(options), 2e-4 if options.lora_rank else 1e-4 if options.from_scratch else 2e-5
     options = replace(options, learning_rate=options.learning_rate or default_rate)
-    first = os.environ.get("RANK", "0") == "0"
-    with tqdm(unit="document", disable=not (sys.stderr.isatty() and first)) as bar:
-        task = open_task(options, bar.update)
-    database, source = task.database, task.source
-
-    def note(*lines: str) -> None:
-        if options.logfile and first:
-            with open(options.logfile, "a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
-
-    def say(*lines: str) -> None:
-        if first and lines:
-            print(*lines, sep="\n", flush=True)
-        note(*lines)
-
+    task = open_task(options)
     if options.preponly:
-        say(*database.sentences(), *source.notices)
+        say(options, *task.database.sentences(), *task.source.notices)
         return
     output_dir = Path(options.output_dir) if options.output_dir else Path(options.input_file).parent
-    files = results.ResultFiles(output_dir, options.run_name or database.path.stem, options.spreadsheet_safe)
-    run_dir = files.training
+    name = options.run_name or task.database.path.stem
+    files = classifier_run.ResultFiles(output_dir, name, options.spreadsheet_safe)
+    accelerator = start(options, task, files)
+    torch.use_deterministic_algorithms(options.deterministic)
+    parts, positive_weights, steps = lay_out(options, task, accelerator)
+    num_steps = steps.per_epoch * options.epochs
+    warmup_steps = round(options.warmup_share * num_steps)
+    rate = optim.Schedule("linear", peak=options.learning_rate, warmup_steps=warmup_steps, max_steps=num_steps)
+    network, settings, notices = build_model(options, task)
+    tokenizer, autos = task.source.encoder.tokenizer, {"": "AutoModelForSequenceClassification"}
+    beside = folder.tokenizer_beside(tokenizer, {"": network}, autos, tokenizer.model_max_length)
+    doubts = classifier_run.check_metric(options.metric, Options.metric, parts["validation"], task.multi_label)
+    rates = f"rates: {optim.rates_text(rate, num_steps, [warmup_steps])}"
+    said = [*task.database.sentences(), *task.source.notices, *notices]
+    say(options, *said, *plan_lines(options, task, parts, steps, network), rates, *doubts)
+    if options.dry_run:
+        return
+    processes.from_main(accelerator, partial(files.check_free, options.do_continue))
+    run_folder = folder.RunFolder(files.training, fixed_facts(options, task), rate, beside)
+    run = begin(options, accelerator, task, parts, steps, rate, files, run_folder, settings, network, positive_weights)
+    with classifier_run.failing(task.database, run.state.own.entry, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            run_folder.write_options(as_yaml)
+        stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
+        stopped = train(options, run, stop_asked)
+        stopped = finish(options, run, as_yaml, stop_asked, stopped)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    leave(processes.STOPPED_EARLY if stopped else 0)  # here, where model and processes still stand
+
+
+def start(options: Options, task: Task, files: ResultFiles) -> Accelerator:
+    """Join the processes that the launcher started, once they are found to be asked for the same."""
+    from lmscripts.training import processes
+
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(None, 0, False, options.precision),
         expected_processes=options.expected_processes,
         timeout_seconds=options.timeout,
         trackers=() if options.tracker == "none" else (options.tracker,),
-        project_dir=str(run_dir),
+        project_dir=str(files.training),
     )
-    world, rank = accelerator.num_processes, accelerator.process_index
     if str(accelerator.distributed_type.value) == "FSDP":
         raise UserError("classifiers are trained with whole copies of the model: choose a config without FSDP")
-    fixed = {name: value for name, value in vars(options).items() if name in FIXED} | {"tables": task.meta["sha256"]}
-    fixed |= {"labels": database.labels(), "folds": asdict(task.folds), "split": asdict(database.split)}
-    fixed |= {"tokenizer": source.encoder.fingerprint}
-    processes.check_agreement(fixed)
-    torch.use_deterministic_algorithms(options.deterministic)
-    train, validation, test, positive_weights = read_parts(
-        database,
+    processes.check_agreement(fixed_facts(options, task))
+    return accelerator
+
+
+def lay_out(options: Options, task: Task, accelerator: Accelerator) -> tuple[dict[str, Part], Any, Steps]:
+    """The parts of the split, (K,) weights of statements or None, and who computes which rows of which step."""
+    from lmscripts.models.classifier import padding_id
+    from lmscripts.objectives import labels
+    from lmscripts.training import processes
+
+    parts, positive_weights = labels.read_parts(
+        task.database,
         balanced=options.class_weights == "balanced",
         multi_label=task.multi_label,
         count_documents_once=options.count_documents_once,
     )
-    if options.patience and not validation.num_rows:
+    if options.patience and not parts["validation"].num_rows:
         raise UserError("--patience needs a validation part: give --validation_share or --validation_file")
-    doubts = progress.check_metric(options.metric, Options.metric, validation, task.multi_label)
     nodes = processes.nodes_of_processes(accelerator)
     shares = processes.process_shares(options.batch_size, nodes, weights=options.process_shares or None)
-    order = ByLength(train.lengths, options.batch_size, options.seed)
-    num_steps = order.per_epoch * options.epochs
-    warmup_steps = round(options.warmup_share * num_steps)
-    rate = optim.Schedule("linear", peak=options.learning_rate, warmup_steps=warmup_steps, max_steps=num_steps)
+    settled = {"shares": shares, "seed": options.seed, "pad_id": padding_id(task.source.encoder)}
+    steps = labels.Steps(parts["train"], options.batch_size, options.micro_batch_size, **settled)
+    return parts, positive_weights, steps
 
-    # ---- model, from another model or from a checkpoint
-    network, settings, notices = build_model(options, task)
-    if options.activation_checkpointing:
-        building.recompute_activations({"": network})
-    tokenizer, autos = source.encoder.tokenizer, {"": "AutoModelForSequenceClassification"}
-    beside = folder.tokenizer_beside(tokenizer, {"": network}, autos, tokenizer.model_max_length)
-    said = [*database.sentences(), *source.notices, *notices]
-    said += [
-        f"model: {source.name}, {network.config.model_type}, {network.num_parameters():,} parameters",
-        f"rows of at most {task.folds.max_length} tokens: {train.num_rows:,} for training ({train.lengths.sum():,} "
-        f"tokens), {validation.num_rows:,} for validation, {test.num_rows:,} for testing",
-        f"{options.epochs} epochs of {order.per_epoch:,} steps of {options.batch_size} rows; rows of each process: "
-        f"{shares}",
-        f"rates: {optim.rates_text(rate, num_steps, [warmup_steps])}",
+
+def build_model(options: Options, task: Task) -> tuple[PreTrainedModel, ClassifierSettings, list[str]]:
+    """The model with a head for the labels, its settings before calibration, and sentences for the user."""
+    from lmscripts.models.classifier import ClassifierSettings, build_classifier
+
+    separator = task.meta["options"]["separator"] or "|"
+    settings = ClassifierSettings(task.folds, options.aggregate, multi_label=task.multi_label, separator=separator)
+    network, notices = build_classifier(
+        task.source,
+        task.database.labels(),
+        settings,
+        seed=options.seed,
+        dropout=options.dropout,
+        from_scratch=options.from_scratch,
+        lora_rank=options.lora_rank,
+        recompute=options.activation_checkpointing,
+    )
+    return network, settings, notices
+
+
+def plan_lines(
+    options: Options, task: Task, parts: dict[str, Part], steps: Steps, network: PreTrainedModel
+) -> list[str]:
+    """What is going to be done, in words."""
+    rows = {name: f"{part.num_rows:,}" for name, part in parts.items()}
+    return [
+        f"model: {task.source.name}, {network.config.model_type}, {network.num_parameters():,} parameters",
+        f"rows of at most {task.folds.max_length} tokens: {rows['train']} for training "
+        f"({parts['train'].lengths.sum():,} tokens), {rows['validation']} for validation, {rows['test']} for testing",
+        f"{options.epochs} epochs of {steps.per_epoch:,} steps of {options.batch_size} rows; rows of each process: "
+        f"{steps.shares}",
     ]
-    say(*said, *doubts)
-    if options.dry_run:
-        return
-    run_folder = folder.RunFolder(run_dir, fixed, rate, beside)
-    processes.from_main(accelerator, partial(files.check_free, options.do_continue))
-    say(*run_folder.enter(accelerator, {"": network}, options.do_continue))
-    loss_settings = labels.Settings(task.multi_label, options.label_smoothing, positive_weights)
-    objective = Objective(labels, None, {"": network}, "sdpa", loss_settings)
+
+
+def begin(
+    options: Options,
+    accelerator: Accelerator,
+    task: Task,
+    parts: dict[str, Part],
+    steps: Steps,
+    rate: Callable[[int], float],
+    files: ResultFiles,
+    run_folder: RunFolder,
+    settings: ClassifierSettings,
+    network: PreTrainedModel,
+    positive_weights: Any,
+) -> Run:
+    """Take the run's folder; model, optimizer and state as the newest checkpoint has them, or as at a beginning."""
+    from lmscripts.evaluation import classifier_run
+    from lmscripts.objectives import labels
+    from lmscripts.training import log, optim, processes
+
+    say(options, *run_folder.enter(accelerator, {"": network}, options.do_continue))
+    objective = labels.trained(network, labels.Settings(task.multi_label, options.label_smoothing, positive_weights))
     adam = {"learning_rate": options.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8}
     optimizer = optim.build_optimizer("adamw", objective, weight_decay=options.weight_decay, **adam)
     model, optimizer = accelerator.prepare(objective, optimizer)
-    state = run_folder.restore(accelerator, objective, optimizer, own=progress.ClassifierProgress())
-    own: progress.ClassifierProgress = state.own
-
-    # ---- what is shown and written down
-    stop_step = min(num_steps, options.stop_at_step or num_steps)
-    stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
-    meter = log.Meter(accelerator.device, *state.open_window(rank))
-    epoch_meter = log.Meter(accelerator.device, of_process(own.epoch_sums, rank), own.epoch_counts)
-    report = log.Reporter(accelerator, run_dir, state.step, stop_step, run_folder.continued)
-    facts = {"metric": options.metric, "processes": world, "parameters": network.num_parameters()}
+    own = classifier_run.ClassifierProgress()
+    state = run_folder.restore(accelerator, objective, optimizer, own=own)
+    facts = {"metric": options.metric, "processes": accelerator.num_processes, "parameters": network.num_parameters()}
     facts |= {"versions": log.versions(), "continued_from": state.step}
-    entry = partial(progress.open_run, database, own, files.name, files.model, vars(options), facts, task.origin)
-    own.run_id, own.key = processes.from_main(accelerator, entry)
-    facts |= {"key": own.key}
-    at_errors.enter_context(progress.failing(database, own.entry, rank == 0))
-    if rank == 0:
-        run_folder.write_options(saved_options)
-    pad_id = padding_id(source.encoder)
-
-    def answer(part: Part) -> judging.RowAnswers | None:
-        with meter.paused():
-            return judging.answer_rows(accelerator, objective, part, options.micro_batch_size, pad_id, stop_asked)
-
-    def stopped_while_judging() -> bool:
-        """At the end of an epoch: validation, and whether it is the best so far; the main process decides for all."""
-        if state.step == 0 or state.step % order.per_epoch or state.evaluated_step == state.step:
-            return False
-        epoch, answers = state.step // order.per_epoch, None
-        trained = objective.metrics(*epoch_meter.open_window(accelerator))
-        if validation.num_rows and (answers := answer(validation)) is None:
-            return True
-        about = (database, own.entry, epoch, state.step, trained, validation, answers, settings)
-        record = processes.from_main(accelerator, partial(progress.close_epoch, *about))
-        epoch_meter.read(accelerator, objective.metrics)  # begins anew
-        state.evaluated_step, own.history = state.step, [*own.history, record]
-        value = progress.value_of(record["validation"], options.metric)
-        if own.is_better(options.metric, value):
-            own.best_epoch, own.best_value = epoch, value
-            processes.from_main(accelerator, partial(folder.keep_best, run_dir, str(epoch), network))
-        words = progress.epoch_in_words(record, options.metric, log.in_words)
-        report(state.step, {f"validation_{name}": value for name, value in record["validation"].items()}, words)
-        note(words)
-        return False
-
-    # ---- loop
-    batches = Prefetcher(
-        step_batches(
-            order,
-            batch_maker(train, pad_id),
-            shares=options.process_shares or [1] * world,
-            process=rank,
-            micro_batch_size=options.micro_batch_size,
-            first=state.step,
-            stop=stop_step,
-        )
+    entry = (task.database, state.own, files.name, files.model, vars(options), facts, task.origin)
+    state.own.run_id, state.own.key = processes.from_main(accelerator, partial(classifier_run.open_run, *entry))
+    num_steps = steps.per_epoch * options.epochs
+    stop_step = min(num_steps, options.stop_at_step or num_steps)
+    about = (num_steps, stop_step, facts | {"key": state.own.key})
+    return Run(
+        accelerator, task, parts, steps, rate, files, run_folder, settings, objective, model, optimizer, state, *about
     )
+
+
+def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
+    """The loop; whether it was stopped before its last step."""
+    from accelerate.utils import send_to_device
+
+    from lmscripts.training import folder, log, optim, processes
+    from lmscripts.training.state import of_process
+
+    accelerator, state, own, objective, model = run.accelerator, run.state, run.state.own, run.objective, run.model
+    rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
+    meter = log.Meter(device, *state.open_window(rank))
+    epoch_meter = log.Meter(device, of_process(own.epoch_sums, rank), own.epoch_counts)
+    report = log.Reporter(accelerator, run.folder.path, state.step, run.stop_step, run.folder.continued)
+    batches = run.steps.prefetch(state.step, run.stop_step, rank)
     model.train()
-    stopped = stopped_while_judging()
-    while state.step < stop_step and not stopped and not own.is_stale(options.patience):
+    stopped = stopped_while_judging(options, run, meter, epoch_meter, report, stop_asked)
+    while state.step < run.stop_step and not stopped and not own.is_stale(options.patience):
         micro_batches, counts = next(batches)
         *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
         targets = dict(zip(counts, totals, strict=True))
-        learning_rate = rate(state.step)
-        optim.set_rate(optimizer, learning_rate)
+        learning_rate = run.rate(state.step)
+        optim.set_rate(run.optimizer, learning_rate)
         processes.seed_dropout(options.seed, state.step, rank)
         for number, batch in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                sums = model(to_device(batch, accelerator.device))
+                sums = model(send_to_device(batch, device, non_blocking=True))
                 # DDP takes the mean of the gradients over the processes; wanted is the sum over all targets.
-                accelerator.backward(objective.loss(sums, targets) * world)
+                accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
             epoch_meter.add_sums(sums)
         norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
-        finite = state.judge(norm, has_scaler=accelerator.scaler is not None)
-        if finite or accelerator.scaler is not None:  # which has to see the others too, to find its scale
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        finite = state.judge(norm, has_scaler)
+        if finite or has_scaler:  # which has to see the others too, to find its scale
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.real_tokens += targets["tokens"]
         meter.add_step(targets)
         epoch_meter.add_step(targets)
         report.bar.update()
 
-        if state.step % options.logging_steps == 0 or state.step == num_steps:
+        if state.step % options.logging_steps == 0 or state.step == run.num_steps:
             record = meter.read(accelerator, objective.metrics)
             words = log.in_words(record)
             report(state.step, record | {"learning_rate": learning_rate, "gradient_norm": float(norm)}, words)
-            note(f"step {state.step:,}: {words}")
-        stopped = stops > 0 or stopped_while_judging()
-        is_due = state.step % order.per_epoch == 0 or (options.save_steps and state.step % options.save_steps == 0)
-        if stopped or state.step == stop_step or is_due:
-            state.window_sums, state.window_counts = meter.open_window(accelerator)
-            own.epoch_sums, own.epoch_counts = epoch_meter.open_window(accelerator)
+            say(options, f"step {state.step:,}: {words}", on_screen=False)
+        stopped = stops > 0 or stopped_while_judging(options, run, meter, epoch_meter, report, stop_asked)
+        if stopped or state.step == run.stop_step or run.steps.is_due(state.step, options.save_steps):
             with meter.paused():
-                run_folder.save(accelerator, objective, optimizer, state)
-            if rank == 0:
-                run_folder.prune(options.keep_last)
-                folder.prune_best(run_dir, lambda saved: saved["best_epoch"])
+                state.window_sums, state.window_counts = meter.open_window(accelerator)
+                own.epoch_sums, own.epoch_counts = epoch_meter.open_window(accelerator)
+                run.folder.save(accelerator, objective, run.optimizer, state)
+            if accelerator.is_main_process:
+                run.folder.prune(options.keep_last)
+                folder.prune_best(run.folder.path, lambda saved: saved["best_epoch"])
     batches.close()
     report.bar.close()
+    return stopped
 
-    # ---- end: the best model, calibrated on validation, judged on the test part
-    complete = not stopped and (state.step == num_steps or own.is_stale(options.patience))
-    parts: dict[str, tuple[Part, judging.RowAnswers | None]] = {}
+
+def stopped_while_judging(
+    options: Options, run: Run, meter: Meter, epoch_meter: Meter, report: Reporter, stop_asked: StopRequest
+) -> bool:
+    """Judge at the end of an epoch, and keep the best; whether a process was asked to stop meanwhile."""
+    from lmscripts.evaluation import classifier_run
+    from lmscripts.training import folder, log, processes
+
+    accelerator, state, own = run.accelerator, run.state, run.state.own
+    if state.step == 0 or state.step % run.steps.per_epoch or state.evaluated_step == state.step:
+        return False
+    epoch, validation, answers = state.step // run.steps.per_epoch, run.parts["validation"], None
+    trained = run.objective.metrics(*epoch_meter.open_window(accelerator))
+    if validation.num_rows:
+        with meter.paused():
+            answers = answer(options, run, validation, stop_asked)
+        if answers is None:
+            return True
+    about = (run.task.database, own.entry, epoch, state.step, trained, validation, answers, run.settings)
+    # What is the best is decided by the main process for all.
+    record = processes.from_main(accelerator, partial(classifier_run.close_epoch, *about))
+    epoch_meter.read(accelerator, run.objective.metrics)  # begins anew
+    state.evaluated_step, own.history = state.step, [*own.history, record]
+    value = classifier_run.value_of(record["validation"], options.metric)
+    if own.is_better(options.metric, value):
+        own.best_epoch, own.best_value = epoch, value
+        best = partial(folder.keep_best, run.folder.path, str(epoch), run.objective.models[""])
+        processes.from_main(accelerator, best)
+    words = classifier_run.epoch_in_words(record, options.metric, log.in_words)
+    report(state.step, {f"validation_{name}": value for name, value in record["validation"].items()}, words)
+    say(options, words, on_screen=False)
+    return False
+
+
+def answer(options: Options, run: Run, part: Part, stop_asked: StopRequest) -> RowAnswers | None:
+    """What the model says of the rows of a part; None if a process was asked to stop meanwhile."""
+    from lmscripts.evaluation import classifier_run
+
+    rows = (part, options.micro_batch_size, run.steps.pad_id)
+    return classifier_run.answer_rows(run.accelerator, run.objective, *rows, stop_asked)
+
+
+def finish(options: Options, run: Run, as_yaml: str, stop_asked: StopRequest, stopped: bool) -> bool:
+    """Calibrate the best model on the validation part, judge it on the test part, write all down; whether stopped."""
+    from lmscripts.evaluation import classifier_run
+    from lmscripts.training import processes
+
+    accelerator, task, state, own = run.accelerator, run.task, run.state, run.state.own
+    complete = not stopped and (state.step == run.num_steps or own.is_stale(options.patience))
+    parts: dict[str, tuple[Part, RowAnswers | None]] = {}
     if complete:
         if own.best_epoch:
-            progress.load_best(accelerator, objective, run_dir, own.best_epoch)
-        for name, part in {"validation": validation, "test": test}.items():
-            parts[name] = part, answer(part) if part.num_rows else None
+            classifier_run.load_best(accelerator, run.objective, run.folder.path, own.best_epoch)
+        for name in ("validation", "test"):
+            part = run.parts[name]
+            parts[name] = part, answer(options, run, part, stop_asked) if part.num_rows else None
             stopped = stopped or bool(part.num_rows and parts[name][1] is None)
     if stopped:
         reason = stop_asked.reason or "a signal to another process"
-        say(f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
+        say(options, f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
     elif complete:
-        about = (files, database, own, settings, network, beside, facts | {"steps": state.step})
-        finish = partial(results.finish, *about, source.name, saved_options, parts)
-        say(*processes.from_main(accelerator, finish))
+        about = (run.files, task.database, own, run.settings, run.objective.models[""], run.folder.beside)
+        about += (run.facts | {"steps": state.step}, task.source.name, as_yaml, parts)
+        say(options, *processes.from_main(accelerator, partial(classifier_run.finish, *about)))
     else:
-        say(f"--stop_at_step {stop_step} is reached; go on with --do_continue")
+        say(options, f"--stop_at_step {run.stop_step} is reached; go on with --do_continue")
     if stopped or not complete:
-        processes.from_main(accelerator, partial(database.end_run, own.entry, "stopped"))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    leave(processes.STOPPED_EARLY if stopped else 0)  # here, where model and processes still stand
+        processes.from_main(accelerator, partial(task.database.end_run, own.entry, "stopped"))
+    return stopped
 
 
 if __name__ == "__main__":

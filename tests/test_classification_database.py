@@ -155,8 +155,8 @@ def test_documents_of_no_label_are_documents_where_there_may_be_several(tmp_path
     made = open_or_build(table, encoder, FOLDS, SPLIT, TableOptions(separator="|"))
     assert made.meta()["num_documents"] == 60
     without = 0
-    *parts, _ = read_parts(made, balanced=False, multi_label=True, count_documents_once=True)
-    for read, part, size in zip(parts, ("train", "validation", "test"), (48, 6, 6), strict=True):
+    parts, _ = read_parts(made, balanced=False, multi_label=True, count_documents_once=True)
+    for read, part, size in zip(parts.values(), ("train", "validation", "test"), (48, 6, 6), strict=True):
         doc_ids, truth = made.read_labels(part)
         assert len(doc_ids) == size
         for doc_id, has in zip(doc_ids, truth.tolist(), strict=True):

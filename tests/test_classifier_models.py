@@ -29,13 +29,14 @@ from lmscripts.evaluation.applying import Classifier, Text
 from lmscripts.models.checks import check_padding
 from lmscripts.models.classifier import (
     ClassifierSettings,
+    add_lora,
     build_classifier,
     find_source,
     fold_settings,
     in_body,
+    merge_lora,
     open_classifier,
 )
-from lmscripts.models.lora import add_lora, merge_lora
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 WORDS = ["the", "a", "dog", "cat", "runs", "sleeps", "and", "or", "red", "blue", "<", "/", "s", ">"]

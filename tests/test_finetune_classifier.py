@@ -28,9 +28,9 @@ from lmscripts.data.labelled_store import FoldRows
 from lmscripts.data.splits import SplitSettings
 from lmscripts.data.steps import ByLength, step_batches
 from lmscripts.errors import UserError
-from lmscripts.evaluation import progress, results
+from lmscripts.evaluation import classifier_run
+from lmscripts.evaluation.classifier_run import ResultFiles, card_text, write_tables
 from lmscripts.evaluation.judging import RowAnswers, calibrate, document_logits, judge
-from lmscripts.evaluation.results import ResultFiles, card_text, write_tables
 from lmscripts.models.classifier import (
     AGGREGATES,
     KEY,
@@ -576,21 +576,21 @@ def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
     options, path = {"table": TableOptions(group="article")}, tmp_path / "own.sqlite"
     database = build(table, bert, path, **options)
     about = (tmp_path / "model", {}, {}, database.origin())
-    state = progress.ClassifierProgress()
-    state.run_id, state.key = progress.open_run(database, state, "A", *about)
+    state = classifier_run.ClassifierProgress()
+    state.run_id, state.key = classifier_run.open_run(database, state, "A", *about)
     record = {"epoch": 1, "step": 5, "train": {"loss": 2.0}, "validation": {"loss": 1.5, "mcc": None}}
     state.history = [record]
     database.end_run(state.entry, "stopped")
-    assert progress.open_run(database, state, "A", *about) == (state.run_id, state.key)
+    assert classifier_run.open_run(database, state, "A", *about) == (state.run_id, state.key)
     assert runs_of(database) == [(1, "A", "running")]
 
     path.unlink()
     database = build(table, bert, path, **options)
-    other = progress.open_run(database, progress.ClassifierProgress(), "B", *about)
+    other = classifier_run.open_run(database, classifier_run.ClassifierProgress(), "B", *about)
     assert other[0] == state.run_id
     assert other[1] != state.key
     database.end_run(other, "done")
-    number, key = progress.open_run(database, state, "A", *about)
+    number, key = classifier_run.open_run(database, state, "A", *about)
     assert runs_of(database) == [(1, "B", "done"), (2, "A", "running")]
     assert (number, key) not in [(state.run_id, state.key), other]
     with sqlite3.connect(path) as connection:
@@ -598,9 +598,9 @@ def test_a_continued_run_takes_over_no_row_but_its_own(table, bert, tmp_path):
     assert rows == [(2, 1, "train", "loss", 2.0), (2, 1, "validation", "loss", 1.5)]  # with what came before
 
 
-@pytest.mark.parametrize(("module", "name"), [(progress, "close_epoch"), (results, "finish")])
+@pytest.mark.parametrize("name", ["close_epoch", "finish"])
 def test_a_run_whose_database_is_built_anew_meanwhile_stops_and_writes_nothing(
-    module, name, table, bert, here, tmp_path, monkeypatch
+    name, table, bert, here, tmp_path, monkeypatch
 ):
     lines = table.read_text(encoding="utf-8").splitlines()[:49]
     mine, path, out = tmp_path / "mine.csv", tmp_path / "own.sqlite", tmp_path / "out"
@@ -618,7 +618,7 @@ def test_a_run_whose_database_is_built_anew_meanwhile_stops_and_writes_nothing(
         "-e",
         1,
     ]
-    usual, seen = getattr(module, name), []
+    usual, seen = getattr(classifier_run, name), []
 
     def with_another_database(*given):
         path.unlink()
@@ -630,14 +630,14 @@ def test_a_run_whose_database_is_built_anew_meanwhile_stops_and_writes_nothing(
         seen.append(path.read_bytes())
         return usual(*given)
 
-    monkeypatch.setattr(module, name, with_another_database)
+    monkeypatch.setattr(classifier_run, name, with_another_database)
     said = here(*arguments, "--database", path, code=2)
     assert "own.sqlite was built again since run 1 was entered there" in said
     assert said.count("error: ") == 1
     assert [path.read_bytes()] == seen  # the other run's entry, untouched
     assert [file.name for file in out.iterdir()] == ["own_training"]
 
-    monkeypatch.setattr(module, name, usual)
+    monkeypatch.setattr(classifier_run, name, usual)
     go_on = ["--database", tmp_path / "again.sqlite", "--run_name", "own", "--do_continue"]  # as the sentence says
     assert ("going on from" in here(*arguments, *go_on)) == (name == "finish")
     rows = predictions(out, "own_testset_predictions.csv")
@@ -684,7 +684,7 @@ def test_of_several_labels_an_epoch_is_judged_as_the_model_would_be_exported(tab
     answers = RowAnswers(1.0 + 3.0 * part.truth[part.owners], np.ones(part.num_rows))
     run = database.start_run("A", {}, {}, model_dir="m")
     assert judge(answers, part, settings).document["macro_f1"] < 0.8
-    record = progress.close_epoch(database, run, 1, 7, {"loss": 1.0}, part, answers, settings)
+    record = classifier_run.close_epoch(database, run, 1, 7, {"loss": 1.0}, part, answers, settings)
     assert record["validation"]["macro_f1"] == 1.0
     exported, _ = calibrate(answers, part, settings)
     assert judge(answers, part, exported).document == record["validation"]
@@ -694,21 +694,21 @@ def test_a_metric_that_the_validation_part_cannot_tell_is_said_before_training_a
     part = some_part()
     one_class = replace(part, truth=np.eye(3, dtype=bool)[np.zeros(len(part.doc_ids), int)])
     for metric in ("macro_f1", "accuracy", "balanced_accuracy", "mcc", "loss"):
-        assert progress.check_metric(metric, "macro_f1", part, False) == []
+        assert classifier_run.check_metric(metric, "macro_f1", part, False) == []
     for metric in ("macro_f1", "accuracy", "loss"):
-        assert progress.check_metric(metric, "macro_f1", several_labels(part), True) == []
-    (said,) = progress.check_metric("mcc", "macro_f1", one_class, False)
+        assert classifier_run.check_metric(metric, "macro_f1", several_labels(part), True) == []
+    (said,) = classifier_run.check_metric("mcc", "macro_f1", one_class, False)
     assert "mcc cannot be computed" in said
     assert "1 of the 3 labels" in said
 
     settings = ClassifierSettings(FoldSettings())
     found = judge(RowAnswers(np.eye(3)[part.owners % 3], np.ones(part.num_rows)), one_class, settings).document
     found = {name: value if np.isfinite(value) else None for name, value in found.items()}
-    state = progress.ClassifierProgress(history=[{}] * 5)
-    assert not state.is_better("mcc", progress.value_of(found, "mcc"))
+    state = classifier_run.ClassifierProgress(history=[{}] * 5)
+    assert not state.is_better("mcc", classifier_run.value_of(found, "mcc"))
     assert not state.is_better("mcc", float("nan"))
     assert not state.is_stale(1)  # nothing says that the last epochs were worse
-    assert state.is_better("accuracy", progress.value_of(found, "accuracy"))
+    assert state.is_better("accuracy", classifier_run.value_of(found, "accuracy"))
 
 
 def test_names_that_hold_a_bar_are_parted_by_the_separator_of_the_table(tmp_path):

@@ -99,7 +99,7 @@ def test_scripts_import_no_script(file):
 def test_functions_fit_on_a_screen(file):
     for function in functions(file):
         length = function.end_lineno - function.lineno + 1
-        assert length <= 60 or file.name == "finetune_classifier.py", f"{function.name} has {length} lines"
+        assert length <= 60, f"{function.name} has {length} lines"
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)

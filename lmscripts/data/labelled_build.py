@@ -37,6 +37,7 @@ from lmscripts.text.records import PARTS, BadRow, TableOptions, check_classes, o
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
 from lmscripts.workers import in_order
 
+__all__ = ["SplitSettings", "TableOptions", "database_of", "open_or_build"]
 DATABASE_SUFFIXES = (".sqlite", ".sqlite3", ".db")
 _BATCH_DOCUMENTS = 256
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lmscripts.data.labelled_store import Database, FoldRows
-from lmscripts.data.steps import Batch, Ints, Made, MakeBatches, cut
+from lmscripts.data.steps import Batch, ByLength, Counts, Ints, Made, MakeBatches, Prefetcher, cut, step_batches
 from lmscripts.errors import UserError
 from lmscripts.text.records import PARTS
 
@@ -48,8 +48,8 @@ class Part:
 
 def read_parts(
     database: Database, *, balanced: bool, multi_label: bool, count_documents_once: bool
-) -> tuple[Part, Part, Part, Floats | None]:
-    """Rows for training, validation and testing, and the weights of statements.
+) -> tuple[dict[str, Part], Floats | None]:
+    """Rows of each part, "train", "validation" and "test", and the weights of statements.
 
     Args:
         database: the file of the task, with the rows and the split that are meant.
@@ -61,7 +61,7 @@ def read_parts(
         UserError: there is nothing to train on.
     """
     of_labels = balanced_weights(database.read_labels("train")[1], multi_label) if balanced else None
-    parts = []
+    parts = dict[str, Part]()
     for part in PARTS:
         folds = database.read_folds(part)
         doc_ids, truth = database.read_labels(part)
@@ -69,11 +69,10 @@ def read_parts(
         weights = 1.0 / np.maximum(folds.n, 1) if count_documents_once else np.ones(len(owners))
         if of_labels is not None and not multi_label:
             weights = weights * of_labels[truth.argmax(1)][owners]
-        parts.append(Part(folds, doc_ids, truth, owners, weights.astype(np.float32)))
-    train, validation, test = parts
-    if not train.num_rows:
+        parts[part] = Part(folds, doc_ids, truth, owners, weights.astype(np.float32))
+    if not parts["train"].num_rows:
         raise UserError(f"no document for training in {database.path} gives a row")
-    return train, validation, test, of_labels if multi_label else None
+    return parts, of_labels if multi_label else None
 
 
 def balanced_weights(truth: NDArray[np.bool_], multi_label: bool) -> Floats:
@@ -130,3 +129,39 @@ def batch_maker(part: Part, pad_id: int) -> MakeBatches:
         return made
 
     return make
+
+
+class Steps:
+    """Which process computes which rows of the training part in which step, see `lmscripts.data.steps`.
+
+    Attributes:
+        per_epoch: steps of an epoch.
+        shares: rows of each process in a full step.
+        pad_id: the token that rows are filled up with.
+    """
+
+    def __init__(
+        self, part: Part, batch_size: int, micro_batch_size: int, *, shares: Sequence[int], seed: int, pad_id: int
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            part: the rows.
+            batch_size: rows of a step.
+            micro_batch_size: most rows of one forward pass.
+            shares: rows of each process in a full step.
+            seed: of the order.
+            pad_id: the token that rows are filled up with.
+        """
+        self._order, self._make = ByLength(part.lengths, batch_size, seed), batch_maker(part, pad_id)
+        self._micro_batch_size, self.shares, self.pad_id = micro_batch_size, shares, pad_id
+        self.per_epoch = self._order.per_epoch
+
+    def is_due(self, step: int, every: int | None) -> bool:
+        """Whether what is done at the end of an epoch, and every so many steps, is done after so many steps."""
+        return step % self.per_epoch == 0 or (every is not None and step % every == 0)
+
+    def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
+        """Micro-batches of one process for the steps [first, stop), with their counts, made in the background."""
+        about = {"process": process, "micro_batch_size": self._micro_batch_size, "first": first, "stop": stop}
+        return Prefetcher(step_batches(self._order, self._make, shares=self.shares, **about))

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lmscripts.data.folding import FoldSettings
 from lmscripts.errors import UserError, shortened
+from lmscripts.models.building import recompute_activations
 from lmscripts.models.checks import check_padding
 from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state
 from lmscripts.models.fitting import longest_input
@@ -143,11 +146,14 @@ def build_classifier(
     seed: int,
     dropout: float | None = None,
     from_scratch: bool = False,
+    lora_rank: int | None = None,
+    recompute: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model with a head for the labels, in training mode and float32, and sentences for the user.
 
     What is new comes from the seed. The dropout is that of hidden states, attention weights and the head; None keeps
-    the model's. From scratch the architecture alone is taken.
+    the model's. From scratch the architecture alone is taken. With a rank of LoRA its additions alone are trained.
+    Activations may be computed again for the gradient, see `lmscripts.models.building.recompute_activations`.
 
     Raises:
         UserError: no weights, weights that do not fill the model's body, a configuration of which no classifier can be
@@ -185,7 +191,9 @@ def build_classifier(
         said = f"the head for {len(labels)} labels is new: {', '.join(sorted(new))}"
         said = said if new else f"the head of {source.name} was made for the same labels, and is taken over"
     check_padding(model, source.encoder, config.pad_token_id, source.longest)
-    return model.train(), [said]
+    if recompute:
+        recompute_activations({"": model})
+    return model.train(), [said, *(add_lora(model, lora_rank) if lora_rank else [])]
 
 
 def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
@@ -199,6 +207,49 @@ def in_body(model: PreTrainedModel, name: str) -> bool:
     """Whether a parameter belongs to the part that a language model brings along, and not to the head."""
     inside = name.removeprefix(f"{model.base_model_prefix}.")
     return inside != name and not inside.startswith(_ALSO_NEW)
+
+
+# ---- LoRA: small additions to a frozen model, in its own layers, are trained and added to it at the end --------------
+
+
+def add_lora(model: PreTrainedModel, rank: int) -> list[str]:
+    """Freeze the body and train low-rank additions to its layers (arXiv:2106.09685), and the head as a whole.
+
+    The layers are those that peft knows for the type of the model; of a type that it does not know, all linear ones.
+    Without the package, or layers that it can add to, there is a UserError.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    except ImportError:
+        raise UserError("--lora_rank needs the package peft: pip install peft") from None
+    head = {name for name, _ in model.named_parameters() if not in_body(model, name)}
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    known = model.config.model_type in KNOWN
+    layers = None if known else [name for name in linear if in_body(model, f"{name}.weight")]
+    try:
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+        inject_adapter_in_model(settings, model)
+    except ValueError as error:
+        raise UserError(f"peft cannot add to a {model.config.model_type}: {' '.join(str(error).split())}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.replace(".base_layer", "") in head)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = f" in all {len(layers)} linear layers of the body" if layers else ""
+    return [f"LoRA of rank {rank}{where}: {trained:,} of {model.num_parameters():,} weights are trained"]
+
+
+def merge_lora(model: PreTrainedModel) -> None:
+    """Add the low-rank additions, if there are any, to the layers, so that the model is as transformers knows it."""
+    if not any("lora_" in name for name, _ in model.named_parameters()):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, module.get_base_layer())
 
 
 # ---- a classifier's own folder -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ It is no objective of pretraining: its rows come from a labelled table, see `lms
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import PreTrainedModel
+
+from lmscripts.data.labelled_rows import Steps, read_parts
+from lmscripts.objectives.module import Objective
 
 if TYPE_CHECKING:
-    from lmscripts.objectives.module import Batch, Objective, Sums
+    from lmscripts.objectives.module import Batch, Sums
+
+__all__ = ["Steps", "read_parts"]  # its rows and its batches
 
 PARTS = {"": "classifier"}
 
@@ -33,6 +40,11 @@ class Settings:
     multi_label: bool
     label_smoothing: float = 0.0
     positive_weights: NDArray[np.float32] | None = None
+
+
+def trained(model: PreTrainedModel, settings: Settings) -> Objective:
+    """What is trained: a classifier and its loss."""
+    return Objective(sys.modules[__name__], None, {"": model}, "sdpa", settings)
 
 
 def weights(settings: Settings) -> dict[str, float]:
