@@ -129,7 +129,7 @@ def fold_settings(source: Source, max_length: int | None, **others: Any) -> Fold
 
 def padding_id(encoder: Encoder) -> int:
     """The token that rows are filled up with; that of the end of a text, or a UserError, where there is none for it."""
-    found = encoder.pad_id if encoder.pad_id is not None else encoder.tokenizer.eos_token_id
+    found = encoder.pad_id if encoder.pad_id is not None else encoder.eos_id
     if found is None:
         raise UserError(f"the tokenizer {encoder.folder} has neither a padding nor an end-of-text token to fill rows")
     return found
