@@ -22,13 +22,7 @@ def check_numbers(
     not_negative: Iterable[str] = (),
     below_one: Iterable[str] = (),
 ) -> None:
-    """Check options by name; None is always fine.
-
-    Args:
-        values: option names and values; a word instead of a number has no bounds.
-        positive: must be greater than 0.
-        not_negative: must be at least 0.
-        below_one: must be at least 0 and less than 1.
+    """Check options by name; None is always fine, and so is a word instead of a number.
 
     Raises:
         UserError: names the option, its bounds and its value.
@@ -68,7 +62,7 @@ def refuse_given(in_use: Any, given: Mapping[str, Any], why: str) -> None:
     Raises:
         UserError: names the option, its value and why.
     """
-    used = [field.name for field in dataclasses.fields(in_use)] if dataclasses.is_dataclass(in_use) else in_use
+    used = vars(in_use) if dataclasses.is_dataclass(in_use) else in_use
     check_useless(given, why, *(name for name in given if name not in used))
 
 

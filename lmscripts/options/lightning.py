@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscripts.errors import UserError
-from lmscripts.options.yaml_text import LINE, Entry, check_flat, plain_value
+from lmscripts.options.yaml_text import LINE, Entry, plain_value
 
 SYSTEM = "a GPT-2 trainer with the command line of PyTorch Lightning"
 RENAMED = {
@@ -30,6 +30,10 @@ RENAMED = {
     "model.block_size": "sequence_length",
     "model.lr": "learning_rate",
     "model.num_warmup_steps": "warmup_steps",
+    "model.from_pretrained": "pretrained_model_name_or_path",
+    "model.n_layer": "n_layer",
+    "model.n_head": "n_head",
+    "model.n_embd": "n_embd",
 }
 RENAMED_IN_EVALUATION = {"ckpt_path": "model_dir", "test_file": "input_file"}  # of its test.py, for evaluate_lm.py
 SIZES = ("n_layer", "n_head", "n_embd")
@@ -112,14 +116,10 @@ UNSUPPORTED |= {name: (default, "") for name, default in (pair.split("=") for pa
 _EPOCHS, _STEPS, _SCHEDULE = "trainer.max_epochs", "trainer.max_steps", "model.num_training_steps"
 _BATCH, _ACCUMULATE, _NODES = "model.batch_size", "trainer.accumulate_grad_batches", "trainer.num_nodes"
 _PER_MACHINE = ("trainer.gpus", "trainer.devices", "trainer.num_processes")
-_FROM = "model.from_pretrained"
 _OTHERS = ("precision", "max_time", "logger", "callbacks", "accelerator", "distributed_backend")
 KEYS = (
-    *RENAMED,
-    *NOT_NEEDED,
-    *(f"model.{name}" for name in SIZES),
+    *(*RENAMED, *NOT_NEEDED, _EPOCHS, _STEPS, _SCHEDULE, _BATCH, _ACCUMULATE, *_PER_MACHINE, _NODES),
     *(f"trainer.{name}" for name in (*_OTHERS, "resume_from_checkpoint", *UNSUPPORTED)),
-    *(_EPOCHS, _STEPS, _SCHEDULE, _BATCH, _ACCUMULATE, *_PER_MACHINE, _NODES, _FROM),
 )
 
 
@@ -144,10 +144,12 @@ def translate(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
         if (entry := old.get(f"trainer.{key}")) and not _same(entry, default):
             raise _refused(entry, f"only {default if default == 'null' else f'null or {default}'} is accepted", instead)
     for key, name in RENAMED.items():
-        old.become(name, key)
+        if name in SIZES and old.get("model.from_pretrained"):
+            old.drop(key, "model.from_pretrained decides the sizes")
+        else:
+            old.become(name, key)
     _length(old)
     _batch(old)
-    _model(old)
     _machine(old)
     for key, reason in NOT_NEEDED.items():
         old.drop(key, reason)
@@ -211,7 +213,7 @@ class _Old:
             return
         place = next((entry for entry in entries if entry.origin == LINE), entries[0])
         if value is None:
-            check_flat(place)
+            place.check_flat()
             notice = f"{keys[0]} is now --{name}"
         written = " and ".join(entry.written for entry in entries)
         values = place.values if value is None else [value]
@@ -314,16 +316,6 @@ def _processes(entry: Entry | None) -> int:
             "factors of --batch_size"
         )
     return len(values)
-
-
-def _model(old: _Old) -> None:
-    """Sizes, or the model to go on from, whose sizes counted there and count here."""
-    old.become("pretrained_model_name_or_path", _FROM)
-    for name in SIZES:
-        if old.get(_FROM):
-            old.drop(f"model.{name}", f"{_FROM} decides the sizes")
-        else:
-            old.become(name, f"model.{name}")
 
 
 def _machine(old: _Old) -> None:

@@ -22,27 +22,11 @@ from typing import Any, NamedTuple, TextIO
 import jsonargparse
 
 from lmscripts.errors import UserError
-from lmscripts.options.yaml_text import (
-    LINE,
-    Entry,
-    Flag,
-    alternatives,
-    by_group,
-    choices,
-    describe,
-    help_with_default,
-    is_tuple,
-    listed,
-    nearest,
-    normal,
-    one_value,
-    read_yaml,
-    shown,
-    to_yaml,
-)
+from lmscripts.options.yaml_text import LINE, Entry, Flag, by_group, listed, nearest, normal, read_yaml, shown, to_yaml
 
 MISSING = dataclasses.MISSING
 Names = Mapping[str, str]
+Given = dict[str, tuple[Any, Entry]]  # name to value, and how and where it was written
 Beneath = Callable[[Mapping[str, tuple[Any, bool]], Callable[[str], dict[str, Any]]], Mapping[str, Any]]
 
 _NONE: Mapping[str, Any] = types.MappingProxyType({})
@@ -85,10 +69,8 @@ def option(
         short: a letter that stands for it on the line, after one dash.
         positional: words of the line that belong to no option are its values.
     """
-    metadata = {"help": help, "required": required or default is MISSING, "group": group}
-    return dataclasses.field(
-        default=default, kw_only=True, metadata={**metadata, "short": short, "positional": positional}
-    )
+    metadata = {"help": help, "required": required or default is MISSING, "group": group, "short": short}
+    return dataclasses.field(default=default, kw_only=True, metadata={**metadata, "positional": positional})
 
 
 def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None = None, **rest: Any) -> Any:
@@ -97,12 +79,7 @@ def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None 
     Ends the process after `--help` and `--print_config` (exit code 0) and a mistake (one sentence, exit code 2).
 
     With `more`, the fields of further dataclasses are options too. A field that several of them have is one option and
-    has to be the same in all. Which of them is in use is known afterwards:
-
-        options, further = parse_options(Options, more=(masked.Settings, causal.Settings), description=...)
-        settings = further.settings[causal.Settings]
-        refuse_given(settings, further.given, "on the objective causal")  # of checks.py
-        text = dump_options(options, settings)
+    has to be the same in all. Which of them is in use is known afterwards: `checks.refuse_given` is for the others.
 
     Args:
         options_class: frozen dataclass whose fields are made by `option`.
@@ -145,14 +122,6 @@ def dump_options(*options: Any) -> str:
     return to_yaml(_flags(*map(type, options)).values(), values)
 
 
-class _Given(NamedTuple):
-    """The value of one option, as it was written, and where."""
-
-    value: Any
-    written: str
-    origin: str
-
-
 def _parse(
     options_class: type[Any],
     more: Sequence[type[Any]],
@@ -172,11 +141,11 @@ def _parse(
     try:
         given, prints = reader.read(words, one_of)
         if beneath is not None:
-            explicit = {n: (item.value, item.origin == LINE) for n, item in given.items() if item.origin != _DEFAULT}
+            explicit = {n: (v, entry.origin == LINE) for n, (v, entry) in given.items() if entry.origin != _DEFAULT}
             under = beneath(explicit, reader.own_values)
-            given |= {name: _Given(value, "", "the run before") for name, value in under.items()}
+            given |= {name: (value, Entry(name, [], name, "the run before")) for name, value in under.items()}
         _say("".join(f"{notice}\n" for notice in dict.fromkeys(reader.notices)), sys.stderr)
-        values = {name: item.value for name, item in given.items()}
+        values = {name: value for name, (value, _) in given.items()}
         if prints:
             _say(to_yaml(flags.values(), values), sys.stdout)
             sys.exit(0)
@@ -186,10 +155,10 @@ def _parse(
         def made(cls: type[Any]) -> Any:
             return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
-        own = options_class.__dataclass_fields__
-        said = {n for n, item in given.items() if item.origin == LINE or item.value != flags[n].default}
+        options, own = made(options_class), options_class.__dataclass_fields__
+        said = {n for n, (value, entry) in given.items() if entry.origin == LINE or value != flags[n].default}
         further = Further({cls: made(cls) for cls in more}, {n: values[n] for n in flags if n in said - {*own}})
-        return made(options_class), further, {name: given[name].origin if name in given else _DEFAULT for name in flags}
+        return options, further, {name: given[name][1].origin if name in given else _DEFAULT for name in flags}
     except UserError as error:
         # Under a launcher every process parses the same line; one of them speaks on each node.
         _say(f"{Path(sys.argv[0]).name}: error: {error}\n", sys.stderr, rank_variable="LOCAL_RANK")
@@ -233,12 +202,9 @@ class _Reader:
         self.renamed = {normal(old): normal(new) for old, new in renamed.items()}
         self.renamed_values = {normal(name): values for name, values in renamed_values.items()}
         self.accepted_unused = {normal(name): reason for name, reason in accepted_unused.items()}
-        self.foreign = foreign
-        foreign_keys = tuple(foreign.KEYS) if foreign else ()
-        self.blocks = {key.split(".")[0] for key in foreign_keys if "." in key}
-        negations = [f"no_{name}" for name, flag in flags.items() if bool in alternatives(flag.hint)]
+        self.foreign, self.foreign_keys = foreign, foreign.KEYS if foreign else ()
+        negations = [f"no_{name}" for name, flag in flags.items() if bool in flag.kinds]
         self.own = [*flags, *negations, *self.renamed, *self.accepted_unused]
-        self.known = [*self.own, *foreign_keys]
         self.notices: list[str] = []
         self.parser = self._typed_parser()
 
@@ -251,11 +217,12 @@ class _Reader:
         for heading, flags in by_group(self.flags.values()).items():
             group = parser.add_argument_group(heading)
             for flag in flags:
-                text = help_with_default(flag).replace("%", "%%") + (f" (also -{flag.short})" if flag.short else "")
-                metavar = f"{'CHOICE' if choices(flag.hint) else 'VALUE'}{' ...' if is_tuple(flag.hint) else ''}"
-                how: dict[str, Any] = {"type": one_value(flag.hint), "metavar": metavar}
+                text = flag.explained().replace("%", "%%") + (f" (also -{flag.short})" if flag.short else "")
+                metavar = f"{'CHOICE' if flag.choices else 'VALUE'}{' ...' if flag.is_tuple else ''}"
+                how: dict[str, Any] = {"type": flag.one_value, "metavar": metavar}
                 if flag.hint is bool:
-                    how = {"action": jsonargparse.ActionYesNo(no_prefix=None if flag in _EVERY_SCRIPT else "no_")}
+                    prefix: Any = None if flag in _EVERY_SCRIPT else "no_"
+                    how = {"action": jsonargparse.ActionYesNo(no_prefix=prefix)}
                 group.add_argument(f"--{flag.name}", default=None, help=text, **how)
         return parser
 
@@ -266,39 +233,39 @@ class _Reader:
         older += [f"--{old} (no effect any more)" for old in self.accepted_unused]
         ends = ["Older names that are still accepted: " + ", ".join(older) + "."] if older else []
         if self.foreign:
-            keys = listed(sorted({key.split(".")[0] + ".*" * ("." in key) for key in self.foreign.KEYS}), "and")
+            keys = listed(sorted({key.split(".")[0] + ".*" * ("." in key) for key in self.foreign_keys}), "and")
             ends.append(f"Files and options of {self.foreign.SYSTEM} are accepted too: {keys}.")
         self.parser.epilog = "\n\n".join(textwrap.fill(text, 78) for text in ends)
         return str(self.parser.format_help())
 
     # ---- where options stand
 
-    def read(self, words: Sequence[str], one_of: Collection[Collection[str]]) -> tuple[dict[str, _Given], bool]:
+    def read(self, words: Sequence[str], one_of: Collection[Collection[str]]) -> tuple[Given, bool]:
         """The line over the file over another system's defaults, and whether `--print_config` was given."""
-        entries = self._by_their_names(self._line(words), [*self.known, *(flag.name for flag in _EVERY_SCRIPT)], "--")
+        entries = self._by_their_names(self._line(words), "--", (flag.name for flag in _EVERY_SCRIPT))
         every = self.collect(entry for entry in entries if self.flags.get(entry.key) in _EVERY_SCRIPT)
         entries = [entry for entry in entries if entry.key not in every]
-        file = every["config"].value if "config" in every else None
-        if file is not None:
-            entries += self._file(file)
+        file, prints = (every[name][0] if name in every else None for name in ("config", "print_config"))
+        entries += [] if file is None else self._file(file)
         if self.foreign:
             entries, notices = self.foreign.translate(entries)
             self.notices += notices
         on_line = self.collect(entry for entry in entries if entry.origin == LINE)
         in_file = self.collect(entry for entry in entries if entry.origin == file)
         defaults = self.collect(entry for entry in entries if entry.origin not in (LINE, file))
-        decided = {name for name, item in on_line.items() if item.value is not None}
+        decided = {name for name, (value, _) in on_line.items() if value is not None}
         replaced = {name for group in one_of if decided & {*group} for name in group}
         kept = {name: item for name, item in in_file.items() if name not in replaced}
-        return {**defaults, **kept, **on_line}, "print_config" in every and every["print_config"].value
+        return {**defaults, **kept, **on_line}, bool(prints)
 
     def own_values(self, file_name: str) -> dict[str, Any]:
         """The script's own options in a file."""
         entries = [entry for entry in self._file(file_name) if normal(entry.key) in self.own]
-        return {name: item.value for name, item in self.collect(entries).items()}
+        return {name: value for name, (value, _) in self.collect(entries).items()}
 
     def _file(self, file_name: str) -> list[Entry]:
-        return self._by_their_names(read_yaml(file_name, self.blocks), self.known, "")
+        blocks = {key.split(".")[0] for key in self.foreign_keys if "." in key}
+        return self._by_their_names(read_yaml(file_name, blocks), "")
 
     def _line(self, words: Sequence[str]) -> list[Entry]:
         """The options in the order of the line; what follows an option up to the next one are its values."""
@@ -322,15 +289,14 @@ class _Reader:
     def _takes(self, entry: Entry, word: str) -> bool:
         """Whether a word can be a value of the option before it; else it belongs to the positional option."""
         name = self.renamed.get(normal(entry.key), normal(entry.key))
-        if name not in self.flags:
+        if (flag := self.flags.get(name)) is None:
             return name not in self.own
-        hint = self.flags[name].hint
-        may_be = bool not in alternatives(hint) or self._typed(self.flags[name], word) is not MISSING
-        return is_tuple(hint) or (not entry.values and may_be)
+        may_be = bool not in flag.kinds or self._typed(flag, word) is not MISSING
+        return flag.is_tuple or (not entry.values and may_be)
 
-    def _by_their_names(self, entries: Iterable[Entry], known: Collection[str], dashes: str) -> list[Entry]:
+    def _by_their_names(self, entries: Sequence[Entry], dashes: str, more: Iterable[str] = ()) -> list[Entry]:
         """The entries under the names of today, without those that have no effect now; unknown ones are refused."""
-        entries = list(entries)
+        known = [*self.own, *self.foreign_keys, *more]
         if unknown := {entry.key: entry for entry in entries if normal(entry.key) not in known}:
             answers = []
             for name, entry in unknown.items():
@@ -352,53 +318,50 @@ class _Reader:
 
     # ---- what they mean
 
-    def collect(self, entries: Iterable[Entry]) -> dict[str, _Given]:
+    def collect(self, entries: Iterable[Entry]) -> Given:
         """The values of one place; a list may go on, any other option given twice has to be the same."""
-        collected: dict[str, _Given] = {}
+        collected: Given = {}
         for entry in entries:
-            is_own = entry.key in self.flags
-            name = entry.key if is_own else entry.key.removeprefix("no_")
-            value = self._convert(self.flags[name], entry)
-            item = _Given(value if is_own else not value, entry.written, entry.origin)
-            before = collected.get(name)
-            spelled_alike = before is not None and before.written.split()[0] == item.written.split()[0]
-            if before is not None and is_tuple(self.flags[name].hint) and spelled_alike:
-                item = item._replace(value=(before.value or ()) + (item.value or ()))
-            elif before is not None and before.value != item.value:
-                place = "" if entry.origin == LINE else f"{entry.origin}: "
-                raise UserError(f"{place}{name} is given twice: {before.written} and {item.written}; give one")
-            collected[name] = item
+            name = entry.key if entry.key in self.flags else entry.key.removeprefix("no_")
+            value: Any = self._convert(self.flags[name], entry)
+            value = value if name == entry.key else not value
+            if name in collected:
+                first, before = collected[name]
+                if self.flags[name].is_tuple and before.written.split()[0] == entry.written.split()[0]:
+                    value = (*(first or ()), *(value or ()))
+                elif first != value:
+                    place = "" if entry.origin == LINE else f"{entry.origin}: "
+                    raise UserError(f"{place}{name} is given twice: {before.written} and {entry.written}; give one")
+            collected[name] = (value, entry)
         return collected
 
     def _convert(self, flag: Flag, entry: Entry) -> Any:
         """Checks what was written against the type of the option."""
-        name, hint = flag.name, flag.hint
         raw, on_line = entry.values, entry.origin == LINE
-        new_values: Mapping[Any, str] = self.renamed_values.get(name, {})
-        self.notices += [f"--{name} {old} is now --{name} {new_values[old]}" for old in raw if old in new_values]
-        raw = [new_values.get(item, item) for item in raw]
-        if types.NoneType in alternatives(hint) and (raw == [None] or (on_line and raw == ["null"])):
+        new: Mapping[Any, str] = self.renamed_values.get(flag.name, {})
+        self.notices += [f"--{flag.name} {old} is now --{flag.name} {new[old]}" for old in raw if old in new]
+        raw = [new.get(item, item) for item in raw]
+        if types.NoneType in flag.kinds and (raw == [None] or (on_line and raw == ["null"])):
             return None
-        if bool in alternatives(hint) and on_line and not raw:
+        if bool in flag.kinds and on_line and not raw:
             return True
-        if not raw and (on_line or not is_tuple(hint)):
+        if not raw and (on_line or not flag.is_tuple):
             raise UserError(f"{entry.label} needs a value")
-        if len(raw) > 1 and not is_tuple(hint):
+        if len(raw) > 1 and not flag.is_tuple:
             raise UserError(f"{entry.label} takes one value, not {len(raw)} ({listed(raw, 'and')})")
         values = tuple(self._typed(flag, item) for item in raw)
-        for item, value in zip(raw, values, strict=True):
-            if value is MISSING:
-                near = nearest(str(item), [str(choice) for choice in choices(hint)])
-                raise UserError(f"{entry.label} must be {describe(hint)}, not {shown(item)}{near and f'; {near}'}")
-        return values if is_tuple(hint) else values[0]
+        if MISSING in values:
+            wrong = raw[values.index(MISSING)]
+            near = nearest(str(wrong), flag.choices)
+            raise UserError(f"{entry.label} must be {flag.described()}, not {shown(wrong)}{near and f'; {near}'}")
+        return values if flag.is_tuple else values[0]
 
     def _typed(self, flag: Flag, text: str | None) -> Any:
         """What jsonargparse makes of a value; MISSING where it refuses it."""
-        kinds = alternatives(flag.hint)
         # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750.
-        if text is None or (kinds & {int, float} and ":" in text):
+        if text is None or (flag.kinds & {int, float} and ":" in text):
             return MISSING
-        if kinds <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file
+        if flag.kinds <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file
             return text
         try:
             value = self.parser.parse_object({flag.name: text}, defaults=False)[flag.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -18,35 +19,33 @@ from typing import Any, NamedTuple
 from lmscripts.errors import UserError
 from lmscripts.options.yaml_text import listed
 
+Reader = Callable[[Any], Any]
+
 # ---- how a value is read -----------------------------------------------------------------------------------------
 
 
-def _checked(words: str, fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
-    """A reader of values that fit; of any other it says that it must be what the words say."""
+def _checked(words: str, fits: Callable[[Any], bool], made: Reader = lambda value: value) -> Reader:
+    """A reader of values that fit, and of what is made of them; any other must be what the words say."""
 
     def read(value: Any) -> Any:
         if not fits(value):
             raise ValueError(f"must be {words}, not {json.dumps(value)}")
-        return value
+        return made(value)
 
     return read
 
 
-def _is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
+def _is_number(value: Any, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def _whole(least: int, most: float = math.inf) -> Callable[[Any], Any]:
+def _whole(least: int, most: float = math.inf) -> Reader:
     bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
     return _checked(f"a whole number {bounds}", lambda value: _is_number(value, int) and least <= value <= most)
 
 
-def _number(value: Any, words: str = "a number above 0", below: float = math.inf) -> float:
-    return float(_checked(words, lambda value: _is_number(value, (int, float)) and 0 < value < below)(value))
-
-
-def _percent(value: Any) -> float:
-    return _number(value, "a number above 0 and below 100", 100) / 100
+def _number(bounds: str, below: float, made: Reader) -> Reader:
+    return _checked(f"a number {bounds}", lambda value: _is_number(value, int, float) and 0 < value < below, made)
 
 
 def _fraction(value: Any) -> Fraction:
@@ -57,13 +56,6 @@ def _fraction(value: Any) -> Fraction:
         fraction = Fraction(0)
     _checked('a fraction such as "1/4", at most 1', lambda _: 0 < fraction <= 1)(value)
     return fraction
-
-
-def _position_types(value: Any) -> tuple[str, ...]:
-    """`["p2c", "c2p"]` or `"p2c|c2p"`."""
-    kinds = value.split("|") if isinstance(value, str) else value
-    fits = isinstance(kinds, list) and all(kind in ("p2c", "c2p") for kind in kinds)
-    return tuple(_checked("a list of p2c and c2p", lambda _: fits)(value) and kinds)
 
 
 def _rows_of_nodes(value: Any) -> dict[int, int]:
@@ -82,18 +74,20 @@ def _rows_of_nodes(value: Any) -> dict[int, int]:
 
 
 def _is_comment(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(line, str) for line in value))
+    return all(isinstance(line, str) for line in (value if isinstance(value, list) else [value]))
 
 
 _truth = _checked("true or false", lambda value: isinstance(value, bool))
 _model = _checked("the name or the folder of a model", lambda value: isinstance(value, str) and bool(value.strip()))
 _comment = _checked("a text or a list of texts", _is_comment)
+_rate = _number("above 0", math.inf, float)
+_percent = _number("above 0 and below 100", 100, lambda value: value / 100)
 
 
 # ---- presets -----------------------------------------------------------------------------------------------------
 
 
-def key_of(key: str, read: Callable[[Any], Any], default: Any = None, *, kind: str) -> Any:
+def key_of(key: str, read: Reader, default: Any = None, *, kind: str) -> Any:
     """A value of a preset: its key in the file, how it is read, and what it is where an optional key is not given.
 
     Of the kinds, sizes and the length are not required of a preset that goes on from a pretrained model, the schedule
@@ -111,7 +105,6 @@ class Preset:
     Attributes:
         embedding_size: width of the token embeddings where it differs from hidden_size (ELECTRA).
         generator_fraction: width of the generator over that of the discriminator (ELECTRA).
-        position_attention_types: of DeBERTa.
         rows_of_nodes: rows of one optimizer step by the number of the node; -1 where there is a single one.
         fp16_type: 0 for full precision; 1, 2 and 3 all mean float16 with loss scaling.
         frozen_layers: -1 trains everything; n freezes the embeddings and the first n layers.
@@ -126,9 +119,8 @@ class Preset:
     sequence_length: int | None = key_of("sequence-length", _whole(8), kind="length")
     embedding_size: int | None = key_of("embedding-size", _whole(1), kind="family")
     generator_fraction: Fraction | None = key_of("generator-size", _fraction, kind="family")
-    position_attention_types: tuple[str, ...] = key_of("pos-att-type", _position_types, ("p2c", "c2p"), kind="family")
     warmup_steps: int = key_of("warmup-steps", _whole(0), kind="schedule")
-    learning_rate: float = key_of("learning-rate", _number, kind="schedule")
+    learning_rate: float = key_of("learning-rate", _rate, kind="schedule")
     rows_of_nodes: dict[int, int] = key_of("batch-size", _rows_of_nodes, kind="schedule")
     train_steps: int = key_of("train-steps", _whole(1), kind="schedule")
     comment: str | list[str] = key_of("comment", _comment, "", kind="optional")
@@ -174,12 +166,10 @@ class FamilyKeys(NamedTuple):
 
     Attributes:
         required: keys that have to be there.
-        optional: keys that may be there.
         pretrained: keys of the models to go on from; with one of them all are required, and sizes have no effect.
     """
 
     required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
     pretrained: tuple[str, ...] = ("pretrained-model-name-or-path",)
 
 
@@ -195,17 +185,12 @@ def default_parameter_file() -> Path:
     return file
 
 
-def family_of(name: str) -> str:
-    """The architecture that a preset's name begins with, up to the first dash."""
-    return name.partition("-")[0]
-
-
 def load_preset(parameter_file: str | Path, name: str, families: Mapping[str, FamilyKeys]) -> Preset:
     """Reads and checks one preset.
 
     Args:
         parameter_file: JSON file in the published format.
-        name: preset, for example "bert-base".
+        name: preset, for example "bert-base"; its family is what stands before the first dash.
         families: architectures that the caller can train, and what their presets say.
 
     Raises:
@@ -218,14 +203,12 @@ def load_preset(parameter_file: str | Path, name: str, families: Mapping[str, Fa
         near = difflib.get_close_matches(name, names, n=3)
         answer = f"did you mean {listed(near, 'or')}?" if near else f"it has {listed(names, 'and')}"
         raise UserError(f"{parameter_file} has no preset {name!r}; {answer}")
-    family, entries = family_of(name), presets[name]
+    place, family, entries = f"{parameter_file}, preset {name}", name.partition("-")[0], presets[name]
     if family not in families:
-        raise UserError(
-            f"{parameter_file}, preset {name}: models of the family {family} cannot be trained yet, "
-            f"only {listed(families, 'and')}"
-        )
+        trained = listed(families, "and")
+        raise UserError(f"{place}: models of the family {family} cannot be trained yet, only {trained}")
     if not isinstance(entries, dict):
-        raise UserError(f"{parameter_file}, preset {name} must be an object with keys, not {entries!r}")
+        raise UserError(f"{place} must be an object with keys, not {entries!r}")
     given, problems = _by_their_names(entries, families[family])
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -235,7 +218,7 @@ def load_preset(parameter_file: str | Path, name: str, families: Mapping[str, Fa
             problems.append(f"{key} {error}")
     preset = Preset(name, family, **values)
     if problems := problems or disagreements(preset):
-        raise UserError(f"{parameter_file}, preset {name}: {'; '.join(problems)}")
+        raise UserError(f"{place}: {'; '.join(problems)}")
     return preset
 
 
@@ -248,26 +231,24 @@ def _by_their_names(entries: Mapping[str, Any], family: FamilyKeys) -> tuple[dic
         if name in spelled:
             problems.append(f"{spelled[name]} and {key} mean the same; give one of them")
         spelled[name] = key
-
-    def of_kind(*kinds: str) -> list[str]:
-        return [key for key, value in _FIELDS.items() if value.metadata["kind"] in kinds]
-
-    own, without_effect = [*family.required, *family.optional], []
+    kinds: dict[str, list[str]] = {}
+    for key, value in _FIELDS.items():
+        kinds.setdefault(value.metadata["kind"], []).append(key)
+    sized, optional, useless = [*kinds["size"], *family.required], kinds["optional"], []
     if any(key in spelled for key in family.pretrained):
-        required, optional = [*family.pretrained, *of_kind("schedule")], of_kind("length", "optional")
-        without_effect = [key for key in (*of_kind("size"), *own) if key in spelled and key not in optional]
+        required, optional = [*family.pretrained, *kinds["schedule"]], [*kinds["length"], *optional]
+        useless = [key for key in sized if key in spelled and key not in optional]
     else:
-        required = [*of_kind("size", "length", "schedule"), *family.required]
-        optional = [*of_kind("optional"), *family.optional]
+        required = [*kinds["size"], *kinds["length"], *kinds["schedule"], *family.required]
     if missing := [key for key in required if key not in spelled]:
         problems.append(f"missing {_keys(missing)}")
-    if unknown := [key for key in spelled if key not in (*required, *optional, *without_effect)]:
+    if unknown := [key for key in spelled if key not in (*required, *optional, *useless)]:
         candidates = [key for key in (*required, *optional) if key not in spelled]
         near = {key: difflib.get_close_matches(key, candidates, n=1) for key in unknown}
         answers = [spelled[key] + (f" (did you mean {near[key][0]}?)" if near[key] else "") for key in unknown]
         problems.append(f"unknown {_keys(answers)}")
-    if without_effect:
-        problems.append(f"no effect, as the sizes are those of the pretrained model: {_keys(without_effect)}")
+    if useless:
+        problems.append(f"no effect, as the sizes are those of the pretrained model: {_keys(useless)}")
     return {name: entries[key] for name, key in spelled.items()}, problems
 
 
@@ -291,16 +272,13 @@ def disagreements(preset: Preset) -> list[str]:
     return problems
 
 
-# ---- the file ----------------------------------------------------------------------------------------------------
-
-
 def _read_json(parameter_file: str | Path) -> dict[str, Any]:
     """The file's object; a key that stands twice is an error instead of silently the last one."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-            neighbours = listed([key for key in dict.fromkeys(keys) if key not in twice][:3], "and")
+        count = Counter(key for key, _ in pairs)
+        if twice := [key for key in count if count[key] > 1]:
+            neighbours = listed([key for key in count if key not in twice][:3], "and")
             place = f" (beside {neighbours})" if neighbours else ""
             raise UserError(f"{parameter_file}: {_keys(twice)}{place} given twice in one object")
         return dict(pairs)

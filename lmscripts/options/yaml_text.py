@@ -33,6 +33,57 @@ class Flag(NamedTuple):
     short: str = ""
     positional: bool = False
 
+    @property
+    def one_value(self) -> Any:
+        """The type of one value; of a tuple that of its elements."""
+        members = (self.hint, *typing.get_args(self.hint))
+        return next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is tuple), self.hint)
+
+    @property
+    def is_tuple(self) -> bool:
+        """Whether it takes several values."""
+        return self.one_value is not self.hint
+
+    @property
+    def kinds(self) -> set[Any]:
+        """The types that one value may have."""
+        return _alternatives(self.hint)
+
+    @property
+    def choices(self) -> list[str]:
+        """The values to choose from, where the type names them."""
+        return [str(choice) for kind in self.kinds if typing.get_origin(kind) is Literal for choice in kind.__args__]
+
+    def described(self) -> str:
+        """What one value has to be, in words."""
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+        return listed([*self.choices, *(text for kind, text in words.items() if kind in self.kinds)], "or")
+
+    def explained(self) -> str:
+        """The help with the choices and the default."""
+        only = "or" if self.kinds & {int, float, str} else "one of"
+        notes = [f"{only} {', '.join(self.choices)}"] if self.choices else []
+        if self.required:
+            notes.append("required")
+        elif self.default not in (None, (), ""):
+            notes.append(f"default: {shown(self.default)}")
+        return self.help + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _alternatives(hint: Any) -> set[Any]:
+    """The members of a union, the elements of a tuple."""
+    if typing.get_origin(hint) in (Union, types.UnionType, tuple):
+        return set().union(*(_alternatives(member) for member in typing.get_args(hint) if member is not ...))
+    return {hint}
+
+
+def by_group(flags: Iterable[Flag]) -> dict[str, list[Flag]]:
+    """The options under their headings."""
+    groups: dict[str, list[Flag]] = {}
+    for flag in flags:
+        groups.setdefault(flag.group or "options", []).append(flag)
+    return groups
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -61,6 +112,15 @@ class Entry:
         """All values as one would type them."""
         return " ".join("null" if value is None else str(value) for value in self.values)
 
+    def check_flat(self) -> None:
+        """Refuse what is nested.
+
+        Raises:
+            UserError: a value is a list or a mapping.
+        """
+        if any(isinstance(value, (list, dict)) for value in self.values):
+            raise UserError(f"{self.label} must be a value or a list of values")
+
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -80,11 +140,9 @@ def read_yaml(file_name: str, blocks: Collection[str] = ()) -> list[Entry]:
     """
     try:
         node = yaml.compose(Path(file_name).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-        if node is None:
-            return []
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node, (yaml.MappingNode, types.NoneType)):
             raise UserError(f"{file_name} must hold lines of the form `option: value`")
-        return list(_entries(node, "", file_name, blocks))
+        return list(_entries(node, "", file_name, blocks)) if node else []
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "not UTF-8 text")
         raise UserError(f"--config {file_name} cannot be read: {reason}") from error
@@ -97,14 +155,28 @@ def read_yaml(file_name: str, blocks: Collection[str] = ()) -> list[Entry]:
         raise UserError(f"{file_name} is nested too deeply") from error
 
 
-def check_flat(entry: Entry) -> None:
-    """Refuse what is nested.
-
-    Raises:
-        UserError: a value is a list or a mapping.
-    """
-    if any(isinstance(value, (list, dict)) for value in entry.values):
-        raise UserError(f"{entry.label} must be a value or a list of values")
+def _entries(root: yaml.MappingNode, prefix: str, file_name: str, blocks: Collection[str]) -> Iterator[Entry]:
+    """The keys of a mapping, none twice; blocks are opened."""
+    seen = set()
+    for key_node, node in root.value:
+        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        label = f"{file_name}, line {line}: {key}"
+        if key in seen:
+            raise UserError(f"{label} stands in the file a second time")
+        seen.add(key)
+        if key in ("compute_environment", "distributed_type"):
+            raise UserError(f"{file_name} is a file for Accelerate: give it to `accelerate launch --config_file`")
+        value = _plain(node)
+        if key in blocks and isinstance(node, yaml.MappingNode):
+            yield from _entries(node, f"{key}.", file_name, blocks)
+        elif key in blocks and value is not None:
+            raise UserError(f"{label} must hold indented lines of the form `option: value`")
+        elif key not in blocks:
+            is_list = isinstance(value, list)
+            entry = Entry(key, value if is_list else [value], label, file_name, line, is_list)
+            if key.split(".")[0] not in blocks:
+                entry.check_flat()
+            yield entry
 
 
 def plain_value(text: str) -> Any:
@@ -116,10 +188,20 @@ def plain_value(text: str) -> Any:
     if not text.startswith(("[", "{")):
         return text
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return None if node is None else _plain(node)
+        return _plain(yaml.compose(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{text} is not valid YAML") from error
+
+
+def _plain(node: yaml.Node | None) -> Any:
+    """A node as texts, None for null, lists and mappings of these."""
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _plain(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode) or (node.style is None and node.value in _NULLS):
+        return None
+    return node.value
 
 
 def to_yaml(flags: Iterable[Flag], values: Mapping[str, Any]) -> str:
@@ -128,47 +210,12 @@ def to_yaml(flags: Iterable[Flag], values: Mapping[str, Any]) -> str:
     for heading, members in by_group(flags).items():
         lines += ["", f"# ---- {heading} ----"] if lines or heading != "options" else []
         for flag in members:
-            comment = help_with_default(flag)
-            lines += ["", *textwrap.wrap(comment, 100, initial_indent="# ", subsequent_indent="# ")]
+            lines += ["", *textwrap.wrap(flag.explained(), 100, initial_indent="# ", subsequent_indent="# ")]
             if flag.name in values or not flag.required:
                 lines.append(f"{flag.name}: {_yaml_value(values.get(flag.name, flag.default))}")
             else:
                 lines.append(f"# {flag.name}:")
     return "\n".join(lines).strip() + "\n"
-
-
-def _entries(root: yaml.MappingNode, prefix: str, file_name: str, blocks: Collection[str]) -> Iterator[Entry]:
-    """The keys of a mapping, none twice; blocks are opened."""
-    seen = set()
-    for key_node, node in root.value:
-        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-        if key in seen:
-            raise UserError(f"{file_name}, line {line}: {key} stands in the file a second time")
-        seen.add(key)
-        if key in ("compute_environment", "distributed_type"):
-            raise UserError(f"{file_name} is a file for Accelerate: give it to `accelerate launch --config_file`")
-        value = _plain(node)
-        if key not in blocks:
-            is_list = isinstance(value, list)
-            entry = Entry(
-                key, value if is_list else [value], f"{file_name}, line {line}: {key}", file_name, line, is_list
-            )
-            if key.split(".")[0] not in blocks:
-                check_flat(entry)
-            yield entry
-        elif isinstance(node, yaml.MappingNode):
-            yield from _entries(node, f"{key}.", file_name, blocks)
-        elif value is not None:
-            raise UserError(f"{file_name}, line {line}: {key} must hold indented lines of the form `option: value`")
-
-
-def _plain(node: yaml.Node) -> Any:
-    """A node as texts, None for null, lists and mappings of these."""
-    if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _plain(value) for key, value in node.value}
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
-    return None if getattr(node, "style", None) is None and node.value in _NULLS else node.value
 
 
 def _yaml_value(value: Any) -> str:
@@ -180,56 +227,6 @@ def _yaml_value(value: Any) -> str:
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
-
-
-def by_group(flags: Iterable[Flag]) -> dict[str, list[Flag]]:
-    """The options under their headings."""
-    groups: dict[str, list[Flag]] = {}
-    for flag in flags:
-        groups.setdefault(flag.group or "options", []).append(flag)
-    return groups
-
-
-def one_value(hint: Any) -> Any:
-    """The type of one value of an option; of a tuple that of its elements."""
-    tuples = [member for member in (hint, *typing.get_args(hint)) if typing.get_origin(member) is tuple]
-    return typing.get_args(tuples[0])[0] if tuples else hint
-
-
-def is_tuple(hint: Any) -> bool:
-    """Whether an option of this type takes several values."""
-    return one_value(hint) is not hint
-
-
-def alternatives(hint: Any) -> set[Any]:
-    """The types that one value may have: the members of a union, the elements of a tuple."""
-    if typing.get_origin(hint) in (Union, types.UnionType, tuple):
-        return set().union(*(alternatives(member) for member in typing.get_args(hint) if member is not ...))
-    return {hint}
-
-
-def choices(hint: Any) -> list[Any]:
-    """The values to choose from, where the type names them."""
-    literals = [member for member in alternatives(hint) if typing.get_origin(member) is Literal]
-    return [choice for literal in literals for choice in typing.get_args(literal)]
-
-
-def describe(hint: Any) -> str:
-    """What one value has to be, in words."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-    names = [str(choice) for choice in choices(hint)]
-    return listed(names + [text for kind, text in words.items() if kind in alternatives(hint)], "or")
-
-
-def help_with_default(flag: Flag) -> str:
-    """The help of an option with its choices and its default."""
-    only = "or" if alternatives(flag.hint) & {int, float, str} else "one of"
-    notes = [f"{only} {', '.join(str(choice) for choice in choices(flag.hint))}"] if choices(flag.hint) else []
-    if flag.required:
-        notes.append("required")
-    elif flag.default not in (None, (), ""):
-        notes.append(f"default: {shown(flag.default)}")
-    return flag.help + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def shown(value: Any) -> str:
