@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmscripts.errors import UserError, user_errors
-from lmscripts.options.checks import check_numbers
-from lmscripts.options.parsing import option, parse_options
+from lmscripts.options import check_numbers, option, parse_options
 
 if TYPE_CHECKING:
     from lmscripts.evaluation.comparison import Run

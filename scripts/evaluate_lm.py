@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 from lmscripts import objectives
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.files import write_text
-from lmscripts.options import lightning
-from lmscripts.options.checks import check_numbers, check_useless
-from lmscripts.options.parsing import option, parse_options
+from lmscripts.options import check_numbers, check_useless, lightning, option, parse_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

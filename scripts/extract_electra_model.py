@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lmscripts.errors import UserError, naming, user_errors
 from lmscripts.files import file_sha256, new_folder, remove_leftovers, sync_folder
 from lmscripts.objectives.replaced import EXPORTS
-from lmscripts.options.parsing import option, parse_options
+from lmscripts.options import option, parse_options
 
 if TYPE_CHECKING:
     from lmscripts.models.saved import SavedModel

@@ -21,8 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.options.checks import check_numbers, parse_duration
-from lmscripts.options.parsing import dump_options, option, parse_options
+from lmscripts.options import check_numbers, dump_options, option, parse_duration, parse_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.options.checks import check_numbers
-from lmscripts.options.parsing import option, parse_options
+from lmscripts.options import check_numbers, option, parse_options
 
 if TYPE_CHECKING:
     from lmscripts.evaluation.applying import Answer

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
-from lmscripts.options.language_pretraining import PREPARATION
-from lmscripts.options.parsing import option, parse_options_with_origin
+from lmscripts.options import PREPARATION, option, parse_options_with_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,10 +18,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lmscripts import objectives
 from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.options import language_pretraining, lightning
-from lmscripts.options.checks import check_numbers, check_useless, parse_duration, refuse_given
-from lmscripts.options.language_pretraining import OlderNames
-from lmscripts.options.parsing import dump_options, option, parse_options
+from lmscripts.options import (
+    PRETRAINING,
+    Further,
+    OlderNames,
+    check_numbers,
+    check_useless,
+    dump_options,
+    option,
+    parse_duration,
+    parse_options,
+    refuse_given,
+)
 from lmscripts.training import plan
 
 if TYPE_CHECKING:
@@ -32,7 +40,6 @@ if TYPE_CHECKING:
 
     from lmscripts.data.steps import Phases
     from lmscripts.objectives.module import Objective
-    from lmscripts.options.parsing import Further
     from lmscripts.options.presets import Preset
     from lmscripts.training.folder import RunFolder
     from lmscripts.training.log import Meter, Reporter
@@ -302,8 +309,8 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    also = {"foreign": lightning, "one_of": [lightning.LENGTHS], "beneath": plan.branch_options, "more": SETTINGS}
-    options, further = parse_options(Options, description=__doc__ or "", **also, **language_pretraining.PRETRAINING)
+    also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
+    options, further = parse_options(Options, description=__doc__ or "", **also)
     with user_errors():
         run(options, further)
 

@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
-from lmscripts.options.checks import check_numbers
-from lmscripts.options.language_pretraining import TOKENIZER
-from lmscripts.options.parsing import option, parse_options_with_origin
+from lmscripts.options import TOKENIZER, check_numbers, option, parse_options_with_origin
 
 if TYPE_CHECKING:
     from lmscripts.text.records import TableOptions

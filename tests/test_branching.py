@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from lmscripts.options import lightning
 from lmscripts.options.parsing import dump_options, parse_options
 from lmscripts.training.checkpoint import write_checksums
 from lmscripts.training.plan import branch_options
@@ -44,8 +45,8 @@ def parse(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def parsed(line):
-        also = {"one_of": [script.lightning.LENGTHS], "beneath": branch_options}
-        also |= {"description": "", "argv": line.split(), "foreign": script.lightning, "more": script.SETTINGS}
+        also = {"one_of": [lightning.LENGTHS], "beneath": branch_options}
+        also |= {"description": "", "argv": line.split(), "foreign": lightning, "more": script.SETTINGS}
         options, further = parse_options(script.Options, **also)
         parsed.older = further.settings[script.OlderNames]
         return options
