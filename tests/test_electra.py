@@ -53,9 +53,10 @@ def seen_by_discriminator(monkeypatch, objective, batch):
         found["labels"] = labels
         return judge(scores, labels, **settings)
 
-    monkeypatch.setattr(objective.family, "encode", watched_encode)
-    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", watched_judge)
-    sums = objective(batch)
+    with monkeypatch.context() as watched:
+        watched.setattr(objective.family, "encode", watched_encode)
+        watched.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", watched_judge)
+        sums = objective(batch)
     return found["ids"], found["labels"].bool(), sums
 
 
