@@ -162,7 +162,8 @@ class PackedRows:
         before = np.cumsum(count) - count
         row = np.repeat(np.arange(num_rows), count)
         size = self.segment_length[segment].reshape(-1).astype(np.int64)
-        leads = np.tile([lead] + [0] * (pieces - 1), segment.size)
+        leads = np.zeros_like(size)
+        leads[::pieces] = lead
         full = leads + size + 1
         # Flat position of each piece: rows are whole, so what stands before it in its row decides.
         total = np.cumsum(full)

@@ -325,14 +325,14 @@ def cut_rows(
         where they are asked for, and the arrays.
     """
     arrays = arrays | {"position_ids": rows.positions, "segments": rows.segments}
-    ends = np.cumsum(sizes)[:-1]
-    parts = zip(*(np.split(array, ends) for array in arrays.values()))
-    batches = [{name: torch.from_numpy(array) for name, array in zip(arrays, part)} for part in parts]
-    for batch, size, some in zip(batches, sizes, np.split(several, ends)):
+    batches = list[Batch]()
+    for end, size in zip(accumulate(sizes), sizes):
+        batch = {name: torch.from_numpy(array[end - size : end]) for name, array in arrays.items()}
         if most_segments is not None:
             batch["segment_ends"] = segment_ends(batch["segments"], size * most_segments + 1)
-        if not some.any():
+        if not several[end - size : end].any():
             del batch["segments"]
+        batches.append(batch)
     return batches
 
 
