@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY_PRESET, launch, run_script
 from runs import largest_difference, log_of, same_bits, weights
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSequenceClassification
 
 from lmscripts import objectives
@@ -228,6 +229,28 @@ def test_roberta_keeps_its_head_for_pairs_in_a_folder_of_its_own(workspace, stor
     model = AutoModelForMaskedLM.from_pretrained(run_dir / "final")
     head = AutoModelForSequenceClassification.from_pretrained(run_dir / "final" / "pairs")
     assert same_bits(dict(model.roberta.named_parameters()), dict(head.roberta.named_parameters()))
+
+
+@pytest.mark.parametrize(("family", "new"), [("bert", "bert.pooler.dense.bias"), ("roberta", "classifier.dense.bias")])
+def test_a_masked_model_goes_on_with_pairs(family, new, workspace, store_dir, presets):
+    """The head for pairs is new, which is said; all else begins as it was."""
+    given = arguments(store_dir, presets, workspace / f"masked_{family}", family=family)
+    given[given.index("sentence_pairs")] = "masked"
+    run_script("run_pretraining.py", *given, "--max_steps", 2)
+    model, run_dir = workspace / f"masked_{family}" / "final", workspace / f"masked_then_pairs_{family}"
+    more = ["--pretrained_model_name_or_path", model, "--learning_rate", 1e-9, "--max_steps", 1]
+    done = run_script("run_pretraining.py", *arguments(store_dir, presets, run_dir, *more, family=family))
+    assert f"new, as {model} has none: {new}" in done.stdout
+    before, after = load_file(model / "model.safetensors"), load_file(run_dir / "final" / "model.safetensors")
+    assert all(torch.allclose(after[name], tensor, atol=1e-7) for name, tensor in before.items())
+    if family == "roberta":  # and on from there its head for pairs is its own
+        again = run_script(
+            "run_pretraining.py",
+            *arguments(store_dir, presets, workspace / "again", "--max_steps", 1, family=family),
+            "--pretrained_model_name_or_path",
+            run_dir / "final",
+        )
+        assert "has none" not in again.stdout
 
 
 def test_stopped_and_continued_ends_at_the_same_bits(workspace, bert, store_dir, presets):

@@ -52,17 +52,23 @@ def build(
         UserError: a pretrained model is damaged or does not fit, documents see each other, too few layers to freeze.
     """
     names, module, models, notices = pretrained_names(preset), family(preset.family), Models(), list[str]()
-    going_on = bool(names) and like is None
+    going_on, new = bool(names) and like is None, getattr(module, "may_be_new", {}).get(objective, ())
     torch.manual_seed(seed)
     for part, head in architectures(preset.family, objective, pretrained=bool(names)).items():
+        if names and part not in names:  # a head of its own on the same body
+            own = Path(names[""]) / part
+            names[part] = str(own) if own.is_dir() else names[""]
         if names:
             config = read_config(names[part] if like is None else like / part, head)
         else:
             config = module.config(preset, len(tokenizer), layout, part)
         without_effect = pretrained.set_dropout(config, hidden_dropout, attention_dropout)
         config._attn_implementation = attention.use_attention(path)
-        models[part] = _load(names[part], head, config) if going_on else _shaped(head, config)
-        notices += without_effect if going_on else []
+        if going_on:
+            models[part], said = _load(names[part], head, config, new)
+            notices += without_effect + said
+        else:
+            models[part] = _shaped(head, config)
     if going_on:
         notices += _fit(models, names, tokenizer, layout, module)
     module.join(models)
@@ -133,12 +139,13 @@ def as_asked(preset: Preset, objective: str, *, sizes: Mapping[str, Any], **give
     """
     preset = replace(preset, **given)
     names, parts = pretrained_names(preset), architectures(preset.family, objective)
-    if names and (len(parts) > 1) == (preset.pretrained_model is not None):
+    pair = "generator" in parts
+    if names and pair == (preset.pretrained_model is not None):
         raise UserError(
             f"the preset {preset.name} is of the family {preset.family}: ELECTRA goes on from a pretrained generator "
             "and discriminator, every other family from one pretrained model"
         )
-    if names and names.keys() != parts.keys():
+    if names and pair and names.keys() != parts.keys():
         raise UserError("ELECTRA goes on from a pretrained generator and a pretrained discriminator: give both")
     if names and sizes:
         raise UserError(f"the sizes are those of {names['']}: leave out those that are given")
@@ -184,12 +191,14 @@ def _shaped(head: Any, config: Any) -> PreTrainedModel:
     return make(config)  # type: ignore[no-any-return]
 
 
-def _load(name: str, head: Any, config: Any) -> PreTrainedModel:
+def _load(name: str, head: Any, config: Any, new: tuple[str, ...]) -> tuple[PreTrainedModel, list[str]]:
+    """A pretrained model whose parameters that begin so may be missing, and a sentence where they are."""
     if (Path(name) / CHECKSUMS).is_file() and (damage := find_damage(Path(name))):
         raise UserError(f"the pretrained model {name} is damaged: {damage}")
-    model = load_model(name, head, config)[0]
+    model, info = load_model(name, head, config, may_be_new=(lambda _, key: key.startswith(new)) if new else None)
     model.train()  # transformers hands it out with its dropout switched off
-    return model
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return model, [f"new, as {name} has none: {', '.join(missing)}"] if missing else []
 
 
 def _fit(models: Models, names: Mapping[str, str], tokenizer: Any, layout: Layout, module: Any) -> list[str]:

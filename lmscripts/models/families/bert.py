@@ -18,6 +18,7 @@ __all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "narrow"]
 heads = {"masked": {"": "BertForMaskedLM"}, "sentence_pairs": {"": "BertForPreTraining"}}
 preset_keys = FamilyKeys()
 pretrained_heads = heads
+may_be_new = {"sentence_pairs": ("bert.pooler.", "cls.seq_relationship.")}
 default_objective = "masked"
 defaults: dict[str, float] = {}
 config = partial(encoder.config, BertConfig)
