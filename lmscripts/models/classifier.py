@@ -149,7 +149,7 @@ def padding_id(encoder: Encoder) -> int:
     Raises:
         UserError: it has neither.
     """
-    found = encoder.pad_id if encoder.pad_id is not None else encoder.tokenizer.eos_token_id
+    found = encoder.pad_id if encoder.pad_id is not None else encoder.eos_id
     if found is None:
         raise UserError(f"the tokenizer {encoder.folder} has neither a padding nor an end-of-text token to fill rows")
     return found

@@ -65,7 +65,7 @@ class Encoder:
     Attributes:
         folder, tokenizer: where it was loaded from, and the tokenizer of transformers.
         vocab_size: number of entries, added ones included.
-        pad_id, unk_id, mask_id: None where the tokenizer has no such token.
+        pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id: None where the tokenizer has no such token.
         special_ids, reserved_ids: sorted ids of all special tokens, and of `[unusedN]` entries, which no text gives.
         fingerprint, description: see `fingerprint`; one line for people.
     """
@@ -77,7 +77,11 @@ class Encoder:
         self.vocab_size = len(tokenizer)
         self.pad_id: int | None = tokenizer.pad_token_id
         self.unk_id: int | None = tokenizer.unk_token_id
+        self.cls_id: int | None = tokenizer.cls_token_id
+        self.sep_id: int | None = tokenizer.sep_token_id
         self.mask_id: int | None = tokenizer.mask_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
         self.special_ids: tuple[int, ...] = tuple(sorted(set(tokenizer.all_special_ids)))
         reserved = {number for piece, number in vocabulary.items() if UNUSED.fullmatch(piece)}
         self.reserved_ids = tuple(sorted(reserved - set(self.special_ids)))
