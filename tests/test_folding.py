@@ -305,7 +305,7 @@ def test_added_words_of_a_slow_tokenizer_stay_words(encoders, tmp_path):
     folder = Folder(load_encoder(tmp_path), FoldSettings(max_length=40))
     ids = text_ids(folder.encoder, folder(["東京ドーム計画[SEP]の星"])[0])
     assert ids[:2] == [folder.encoder.tokenizer.convert_tokens_to_ids("東京ドーム計画"), folder.encoder.unk_id]
-    assert folder.encoder.tokenizer.sep_token_id not in ids
+    assert folder.encoder.sep_id not in ids
 
 
 def test_a_word_longer_than_a_row_is_cut_between_characters_and_every_other_word_stays_whole(encoders):

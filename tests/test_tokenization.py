@@ -140,8 +140,8 @@ def test_folder_is_what_transformers_expects(folders, tokenizer_type, kind):
     assert padded["input_ids"][1][-1] == 0
     assert padded["attention_mask"][1][-1] == 0
     encoder = load_encoder(folder)
-    assert (encoder.pad_id, encoder.unk_id, encoder.mask_id) == (0, 1, 4)
-    assert (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id) == (2, 3, None)
+    assert (encoder.pad_id, encoder.unk_id, encoder.cls_id, encoder.sep_id, encoder.mask_id) == (0, 1, 2, 3, 4)
+    assert encoder.eos_id is None
     assert encoder.special_ids == (0, 1, 2, 3, 4)
     assert encoder.vocab_size == len(tokenizer)
     assert len(encoder.reserved_ids) >= 10
