@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmscripts.counters import permute, split_shares, stream_key
+from lmscripts.counters import hash_counters, permute, split_shares, stream_key
 from lmscripts.data.masking import expand_ranges
 from lmscripts.data.packing import Layout, PackedRows, Rows, segment_ends
 from lmscripts.data.stream import StreamRows
@@ -38,6 +38,7 @@ _TOKENS_AT_ONCE = 1 << 17  # tokens laid out and masked together
 _EVAL_SEED = 0x5EED  # held-out masks are the same for every run, whatever its seed
 _WINDOW_BATCHES = 50  # in which rows are put in the order of their length
 _RUN, _ROWS, _BATCHES = 0x0DE, 0xF01D, 0xBA7C  # which permutation of an epoch
+_DROPOUT = 0xD807  # what the keys of rows are for
 
 
 # ---- orders ------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class ByLength:
 
     def __init__(self, lengths: Ints, batch_size: int, seed: int) -> None:
         """Nothing is computed yet; the lengths are (R,) tokens of each row."""
-        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
+        self._lengths, self._batch_size, self.seed = lengths, batch_size, seed
         self.per_epoch = -(-len(lengths) // batch_size)
         self._epoch, self._rows, self._ends = -1, lengths[:0], lengths[:0]
 
@@ -91,10 +92,10 @@ class ByLength:
         if epoch == self._epoch:
             return self._rows, self._ends
         number, window = len(self._lengths), _WINDOW_BATCHES * self._batch_size
-        order = permute(np.arange(number), number, stream_key(self._seed, epoch, _ROWS))
+        order = permute(np.arange(number), number, stream_key(self.seed, epoch, _ROWS))
         sorted_parts = [part[np.argsort(self._lengths[part], kind="stable")] for part in cut(order, window)]
         batches = [batch for part in sorted_parts for batch in cut(part, self._batch_size)]
-        shuffled = permute(np.arange(len(batches)), len(batches), stream_key(self._seed, epoch, _BATCHES))
+        shuffled = permute(np.arange(len(batches)), len(batches), stream_key(self.seed, epoch, _BATCHES))
         batches = [batches[place] for place in shuffled]
         self._epoch, self._rows, self._ends = epoch, np.concatenate(batches), np.cumsum([len(b) for b in batches])
         return self._rows, self._ends
@@ -139,6 +140,7 @@ def step_batches(
     are what positions and rows count, are all 0. Making several micro-batches `at_once` is several times faster for
     short ones.
     """
+    key = np.array(stream_key(order.seed, _DROPOUT), np.uint64)
 
     def pieces() -> Iterator[tuple[int, int, int]]:
         """Micro-batches as (step, position of the first row, rows); no rows for an idle process."""
@@ -154,8 +156,12 @@ def step_batches(
     def made(pieces: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, tuple[Batch, Counts]]]:
         while chunk := list(islice(pieces, at_once)):
             sizes = [max(1, size) for _, _, size in chunk]
-            rows, epochs = order.rows(expand_ranges(np.array([place for _, place, _ in chunk]), np.array(sizes)))
-            for (step, _, size), (batch, counts) in zip(chunk, make(rows, epochs, sizes), strict=True):
+            places = expand_ranges(np.array([place for _, place, _ in chunk]), np.array(sizes))
+            rows, epochs = order.rows(places)
+            keys = hash_counters(key, places.astype(np.uint64)).view(np.int32).reshape(-1, 2)
+            keys_of = np.split(keys, np.cumsum(sizes)[:-1])
+            for (step, _, size), (batch, counts), own in zip(chunk, make(rows, epochs, sizes), keys_of, strict=True):
+                batch["row_keys"] = torch.from_numpy(own)
                 if size == 0:
                     counts = dict.fromkeys(counts, 0.0)
                     for tensor in batch.values():

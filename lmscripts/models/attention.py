@@ -99,16 +99,23 @@ def _varlen_forward(
     return out.transpose(1, 2), None
 
 
-def attend_at(slots: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend_at(
+    slots: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, drop: Any = None, p: float = 0.0
+) -> Tensor:
     """(B * K, heads * d) attention with queries (B, heads, K, d) at some positions only, keys and values at all.
 
     Slots are (B * K,) flat positions, K of each row in the order of the rows. The mask is additive, (B, 1, T, T) or one
-    for all rows; None hides nothing.
+    for all rows; None hides nothing. `drop` is the `lmscripts.models.dropout.RowDropout` of the weights.
     """
     rows, length = key.shape[0], key.shape[2]
     if mask is not None:
         mask = mask.expand(rows, 1, length, length).flatten(0, 2).index_select(0, slots).view(rows, 1, -1, length)
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    if drop is None:
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    else:
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        weights = (scores if mask is None else scores + mask).float().softmax(-1).to(query.dtype)
+        out = drop.drop(weights, p) @ value
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -130,12 +137,20 @@ def use_attention(path: AttentionPath) -> str:
 def choose_attention(
     wanted: str, device: str, precision: str, attention_dropout: float, paths: Sequence[AttentionPath] = PATHS
 ) -> AttentionPath:
-    """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16, no attention dropout), else sdpa, else eager.
+    """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16), else sdpa, else eager.
 
-    Of the paths that a model has, the fastest first; a UserError where the wanted one is not among them.
+    Of the paths that a model has, the fastest first; a UserError where the wanted one is not among them. Kernels draw
+    no dropout by rows (see `lmscripts.models.dropout`), so that attention dropout takes eager.
     """
+    if attention_dropout > 0 and wanted not in ("auto", "eager"):
+        raise UserError(
+            f"--attention {wanted} draws no dropout that is the same for any number of processes: give --attention "
+            f"eager, or --attention_dropout 0 instead of {attention_dropout}"
+        )
+    if wanted == "auto" and attention_dropout > 0:
+        return "eager"
     if wanted == "auto":
-        fits = device == "cuda" and precision in ("fp16", "bf16") and attention_dropout == 0
+        fits = device == "cuda" and precision in ("fp16", "bf16")
         return next(path for path in paths if path != "varlen" or fits)
     if wanted not in PATHS:
         raise ValueError(f"attention must be auto, eager, sdpa or varlen, got {wanted}")

@@ -21,6 +21,7 @@ from lmscripts.data.folding import special_tokens_around
 from lmscripts.data.packing import Layout, Packing, segment_ends
 from lmscripts.errors import UserError, shortened
 from lmscripts.models.attention import AttentionPath, attention_paths, use_attention
+from lmscripts.models.dropout import probe
 from lmscripts.models.loading import quiet_loading
 from lmscripts.tokenizer.encoder import Encoder, segmentation_difference
 from lmscripts.tokenizer.folder import copy_tokenizer
@@ -122,14 +123,11 @@ def plain_logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, return_dict=True, **cache)[0][0]  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def drops_something(family: Any, model: Any, path: AttentionPath) -> bool:
-    """Whether a model in training mode gives other logits each time; some say a dropout and have none."""
+def drops_something(family: Any, model: Any, path: AttentionPath) -> tuple[bool, bool]:
+    """See `lmscripts.models.dropout.probe`."""
     ids = random_ids(model, 23)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        first, second = (_logits(family, model, path, ids, [ids.shape[1]]) for _ in range(2))
-    return not torch.equal(first, second)
+    model.draws.length = ids.shape[1]
+    return probe(model, 1, lambda: _logits(family, model, path, ids, [ids.shape[1]]))
 
 
 def random_ids(model: Any, number: int) -> Tensor:

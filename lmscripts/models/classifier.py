@@ -21,11 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from lmscripts.data.folding import FoldSettings
 from lmscripts.errors import UserError, shortened
 from lmscripts.models.building import recompute_activations
-from lmscripts.models.checks import check_padding
+from lmscripts.models.checks import check_padding, random_ids
+from lmscripts.models.dropout import install, probe
 from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state
 from lmscripts.models.fitting import longest_input
 from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
-from lmscripts.models.pretrained import set_dropout
+from lmscripts.models.pretrained import attention_dropout, set_dropout
 from lmscripts.tokenizer.encoder import Encoder
 
 KEY = "lmscripts_classifier"
@@ -180,7 +181,7 @@ def build_classifier(
             f"({shortened(error)})"
         ) from error
     if from_scratch:
-        model, said = fresh, f"the model has the architecture of {source.name}, and fresh weights"
+        model, said = fresh, [f"the model has the architecture of {source.name}, and fresh weights"]
     else:
         model, new = _load(source, config)
         if is_classifier and had != (list(labels), len(labels)):
@@ -188,12 +189,25 @@ def build_classifier(
         with torch.no_grad():
             for name in new:
                 model.get_parameter(name).copy_(fresh.get_parameter(name))
-        said = f"the head for {len(labels)} labels is new: {', '.join(sorted(new))}"
-        said = said if new else f"the head of {source.name} was made for the same labels, and is taken over"
+        said = [f"the head of {source.name} was made for the same labels, and is taken over"]
+        said = [f"the head for {len(labels)} labels is new: {', '.join(sorted(new))}"] if new else said
     check_padding(model, source.encoder, config.pad_token_id, source.longest)
+    said += [*_drop_by_rows(model), *(add_lora(model, lora_rank) if lora_rank else [])]
     if recompute:
         recompute_activations({"": model})
-    return model.train(), [said, *(add_lora(model, lora_rank) if lora_rank else [])]
+    return model.train(), said
+
+
+def _drop_by_rows(model: Any) -> list[str]:
+    """Let the dropout of a classifier be drawn by rows, see `lmscripts.models.dropout`; a sentence where it cannot."""
+    install([model], attention_dropout(model.config) > 0)
+    ids = random_ids(model, 46).view(2, 23)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    drops, by_rows = probe(model.train(), 2, lambda: model(**given).logits)
+    if by_rows or not drops:
+        return []
+    kind = model.config.model_type
+    return [f"torch itself draws the dropout of a {kind}, otherwise for every number of processes; not so --dropout 0"]
 
 
 def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:

@@ -47,6 +47,8 @@ def encode(
 ) -> Tensor:
     """(B, T, H) last hidden states; of a model that was narrowed (B * K, H), those at the slots, K of each row."""
     some = {} if slots is None else {"slots": slots}
+    if hasattr(model, "draws"):
+        model.draws.places = slots
     found = model.base_model(input_ids=input_ids, position_ids=positions, **attention, **some)
     return found.last_hidden_state  # type: ignore[no-any-return]
 
@@ -85,8 +87,8 @@ def _forward_at_slots(
         shape = (len(hidden), -1, attend.num_attention_heads, attend.attention_head_size)
         query = attend.query(at_slots).view(shape).transpose(1, 2)
         key, value = (project(hidden).view(shape).transpose(1, 2) for project in (attend.key, attend.value))
-        dropout = attend.dropout.p if attend.training else 0.0
-        context = attend_at(slots, query, key, value, attention_mask, dropout)
+        drop = attend.of_weights if attend.training and attend.dropout.p > 0 else None
+        context = attend_at(slots, query, key, value, attention_mask, drop, attend.dropout.p)
     attended = layer.attention.output(context, at_slots)
     return layer.output(layer.intermediate(attended), attended)  # type: ignore[no-any-return]
 

@@ -42,6 +42,11 @@ def set_dropout(config: Any, hidden: float, attention: float) -> list[str]:
     return sentences
 
 
+def attention_dropout(config: Any) -> float:
+    """The dropout of attention weights that a configuration of any type says."""
+    return max(float(getattr(config, name, None) or 0.0) for name in _ATTENTION_DROPOUTS)
+
+
 def _set_number(config: Any, name: str, value: float) -> bool:
     """Whether a configuration has this number; it is set."""
     saved = getattr(config, name, None)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lmscripts.data.packing import Rows
 from lmscripts.data.steps import Made, cut_rows
 from lmscripts.models.attention import AttentionPath
+from lmscripts.models.dropout import Draws
 
 Batch = dict[str, Tensor]
 Sums = Mapping[str, float]
@@ -24,7 +25,8 @@ _PLACES = ("slots", "pair_places")
 class Objective(nn.Module):
     """The models of an objective under the names of its PARTS, and what computes its loss.
 
-    `kind` is the module of the objective, `family` that of the family; `weights` are those of the terms of the loss.
+    `kind` is the module of the objective, `family` that of the family; `weights` are those of the terms of the loss;
+    `draws` say by what dropout is drawn.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Objective(nn.Module):
         self.kind, self.family, self.settings = kind, family, settings
         self.attention: AttentionPath = attention
         self.weights: dict[str, float] = kind.weights(settings)
+        self.draws: Any = next((model.draws for model in models.values() if hasattr(model, "draws")), Draws())
         kind.prepare(self)
 
     @property
@@ -47,6 +50,8 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the targets of a batch, see the objective."""
+        self.draws.keys, self.draws.length = batch.get("row_keys"), batch["input_ids"].shape[1]
+        self.draws.places = None
         return self.kind.forward(self, batch)  # type: ignore[no-any-return]
 
     def loss(self, sums: Mapping[str, Tensor], targets: Sums) -> Tensor:

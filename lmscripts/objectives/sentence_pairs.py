@@ -129,6 +129,7 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
         [batch["slots"].numel() // number, batch["pair_places"].shape[1]], 1
     )
     logits = trained.family.predict(model, masked_states.flatten(0, 1)).float()
+    trained.draws.places = batch["pair_places"].flatten()
     scores = trained.family.pair_scores(trained.models, pair_states.flatten(0, 1)).float()
     return masked.slot_sums(trained, logits, batch) | {
         "pairs": (cross_entropy(scores, labels, reduction="none") * batch["pair_weights"]).sum(),

@@ -83,8 +83,8 @@ def _attend_from(module: Any, normed: Tensor, slots: Tensor, mask: Tensor | None
     flat = (x.expand(rows, -1, -1).flatten(0, 1).index_select(0, slots) for x in turns)
     query = _turned(query, *(x.view(rows, 1, -1, module.head_dim) for x in flat))
     key = _turned(key, *(x.unsqueeze(1) for x in turns))
-    dropout = module.attention_dropout if module.training else 0.0
-    out = attend_at(slots, query, key, value, mask, dropout)
+    drop = module.of_weights if module.training and module.attention_dropout > 0 else None
+    out = attend_at(slots, query, key, value, mask, drop, module.attention_dropout)
     return module.out_drop(module.Wo(out))  # type: ignore[no-any-return]
 
 
