@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -551,6 +551,11 @@ def stopped_while_evaluating(
     state.evaluated_step = state.evaluated_step if result is None else state.step
     if result:
         report(state.step, {f"eval_{name}": v for name, v in result.items()}, f"held-out {log.in_words(result)}")
+        if not isfinite(result["loss"]):
+            raise UserError(
+                f"the held-out loss after step {state.step:,} is no finite number: lower the learning rate; the last "
+                "checkpoint is from before"
+            )
     return result is None
 
 
@@ -567,6 +572,8 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
         )
     elif state.step < data.num_steps:
         accelerator.print(f"--stop_at_step {run.stop_step} is reached; go on with --do_continue")
+    elif state.nonfinite_streak and accelerator.scaler is None:
+        raise UserError(f"the last {state.nonfinite_streak} steps had no finite gradient: no model was written")
     elif accelerator.is_main_process:
         title = f"{run_dir.name}: {asked.options.model_type}"
         describe = partial(log.pretraining_card, title, state.origin, asked.objective, data, run_dir, asked.as_yaml)

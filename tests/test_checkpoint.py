@@ -210,3 +210,11 @@ def test_settings_that_may_not_change_are_named_also_where_they_were_left_out(tm
     same = {"objective": "masked", "seed": 1, "batch_size": (8,), "of_a_newer_version": ""}
     found, continued, _ = RunFolder(tmp_path, same, float).claim(do_continue=True)
     assert (found, continued) == (tmp_path / "checkpoint-5", True)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(number):
+    weights = {"a.weight": torch.ones(3), "b.ids": torch.arange(3), "b.weight": torch.tensor([1.0, number])}
+    with pytest.raises(UserError, match=r"after step 1,000 b.weight of the generator holds numbers"):
+        checkpoints.check_finite(weights, "generator", 1000)
+    checkpoints.check_finite({"a.weight": torch.full((2,), 3e38)}, "", 1)

@@ -802,7 +802,7 @@ def open_task(model_dir):
 
     def call(table, **changed):
         options = script["Options"](input_file=str(table), model_name_or_path=str(model_dir), max_length=32, **changed)
-        return script["open_task"](options, print)
+        return script["open_task"](options)
 
     return call
 

@@ -231,7 +231,7 @@ def check_finite(weights: Mapping[str, Tensor], part: str, step: int) -> None:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(
-                f"after step {step:,} {name} of {part or 'the model'} holds numbers that are not finite: nothing was "
+                f"after step {step:,} {name} of the {part or 'model'} holds numbers that are not finite: nothing was "
                 "saved. Lower the learning rate; the last checkpoint is from before"
             )
 
