@@ -41,7 +41,17 @@ def common(store_dir, presets):
 # ---- the shape of the cluster ------------------------------------------------------------------------------------
 
 # 0.33 epochs leave a last batch of fewer rows than the others.
-UNEVEN = ["--hidden_dropout", "0", "--epochs", "0.33", "--batch_size", "20", "--do_whole_word_mask"]
+UNEVEN = [
+    "--hidden_dropout",
+    "0.1",
+    "--attention_dropout",
+    "0.1",
+    "--epochs",
+    "0.33",
+    "--batch_size",
+    "20",
+    "--do_whole_word_mask",
+]
 
 
 @pytest.fixture(scope="module")

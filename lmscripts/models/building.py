@@ -25,6 +25,8 @@ from lmscripts.models.loading import load_model, read_config
 from lmscripts.options.presets import Preset, default_parameter_file, disagreements, load_preset
 
 Models = dict[str, PreTrainedModel]
+_BY_TORCH = """torch itself draws the dropout of a {}, otherwise for every number of processes and of micro-batches;
+--hidden_dropout 0 --attention_dropout 0 gives the same for all"""
 
 
 def build(
@@ -41,9 +43,8 @@ def build(
 ) -> tuple[Models, list[str]]:
     """The models of a preset for an objective, each proved to keep documents apart (`lmscripts.models.checks`).
 
-    The layout, that of the longest rows, decides the number of positions and the special ids; the seed the initial
-    weights, on every process alike. In a run that is continued models with pretrained weights are only shaped like
-    those of its checkpoint, `like`.
+    The layout, of the longest rows, decides positions and special ids; the seed the initial weights, everywhere alike.
+    In a run that is continued models with pretrained weights are only shaped like those of its checkpoint, `like`.
 
     Returns:
         The models by subfolder, and sentences for the user.
@@ -55,20 +56,16 @@ def build(
     going_on, new = bool(names) and like is None, getattr(module, "may_be_new", {}).get(objective, ())
     torch.manual_seed(seed)
     for part, head in architectures(preset.family, objective, pretrained=bool(names)).items():
-        if names and part not in names:  # a head of its own on the same body
-            own = Path(names[""]) / part
-            names[part] = str(own) if own.is_dir() else names[""]
         if names:
+            own = Path(names[""]) / part  # a head of its own on the same body
+            names.setdefault(part, str(own) if own.is_dir() else names[""])
             config = read_config(names[part] if like is None else like / part, head)
         else:
             config = module.config(preset, len(tokenizer), layout, part)
         without_effect = pretrained.set_dropout(config, hidden_dropout, attention_dropout)
         config._attn_implementation = attention.use_attention(path)
-        if going_on:
-            models[part], said = _load(names[part], head, config, new)
-            notices += without_effect + said
-        else:
-            models[part] = _shaped(head, config)
+        models[part], said = _load(names[part], head, config, new) if going_on else (_shaped(head, config), [])
+        notices += without_effect + said if going_on else []
     if going_on:
         notices += _fit(models, names, tokenizer, layout, module)
     module.join(models)
@@ -77,22 +74,18 @@ def build(
         fitting.fuse_activations(model)
         if preset.frozen_layers >= 0:
             frozen = fitting.freeze(model, preset.frozen_layers)
-            parts = f"embeddings (of new words too) and {preset.frozen_layers} layers"
-            notices.append(f"{frozen:,} parameters of {part or 'the model'} are frozen: {parts}")
+            whose = f"{frozen:,} parameters of {part or 'the model'} are frozen: embeddings (of new words too) and "
+            notices.append(f"{whose}{preset.frozen_layers} layers")
         notices += module.adopt(model, layout, like and like / part)
-        if part not in bodies.values():
-            continue
-        check_isolation(module, model, path, layout)
+        if part in bodies.values():
+            check_isolation(module, model, path, layout)
     dropout.install(models.values(), attention_dropout > 0)
     for part in bodies.values() if hidden_dropout or attention_dropout else ():
         drops, by_rows = drops_something(module, models[part], path)
+        kind = models[part].config.model_type
         if going_on and hidden_dropout and not drops:
-            notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {models[part].config.model_type}")
-        elif not by_rows:
-            notices.append(
-                f"torch itself draws the dropout of a {models[part].config.model_type}, otherwise for every number of "
-                "processes and --micro_batch_size: with --hidden_dropout 0 --attention_dropout 0 they give the same"
-            )
+            notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {kind}")
+        notices += [] if by_rows else [_BY_TORCH.format(kind)]
     return models, list(dict.fromkeys(notices))
 
 
