@@ -457,12 +457,11 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
     from accelerate.utils import send_to_device
 
     from lmscripts.training import folder, log, optim, processes
-    from lmscripts.training.state import of_process
 
     accelerator, state, own, objective, model = run.accelerator, run.state, run.state.own, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
     meter = log.Meter(device, *state.open_window(rank))
-    epoch_meter = log.Meter(device, of_process(own.epoch_sums, rank), own.epoch_counts)
+    epoch_meter = log.Meter(device, *own.open_epoch(rank))
     report = log.Reporter(accelerator, run.folder.path, state.step, run.stop_step, run.folder.continued)
     batches = run.steps.prefetch(state.step, run.stop_step, rank)
     model.train()

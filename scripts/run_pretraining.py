@@ -125,7 +125,7 @@ class Options:
     n_embd: int | None = option(None, help="width; the feed-forward layers are 4 times as wide", group="model")
     frozen_layers: int | None = option(None, help="freeze embeddings and so many layers; -1 = none", group="model")
     hidden_dropout: float = option(0.1, help="dropout of the hidden states", group="model")
-    attention_dropout: float = option(0.0, help="dropout of the attention weights; not with varlen", group="model")
+    attention_dropout: float = option(0.0, help="dropout of the attention weights; takes eager", group="model")
     attention: Attention = option("auto", help="auto = varlen on CUDA in half precision, else sdpa", group="model")
 
     phase_steps: tuple[int, ...] = option((), help=f"several phases: steps of each; {PER_PHASE}", group="optimizer")

@@ -135,7 +135,9 @@ def test_additive_mask_is_finite_and_has_no_empty_row():
 
 def test_choice_of_the_path():
     assert choose_attention("auto", "cuda", "bf16", 0.0) == "varlen"
-    assert choose_attention("auto", "cuda", "bf16", 0.1) == "sdpa"
+    assert choose_attention("auto", "cuda", "bf16", 0.1) == "eager"
+    with pytest.raises(UserError, match="--attention sdpa draws no dropout that is the same for any"):
+        choose_attention("sdpa", "cpu", "no", 0.1)
     assert choose_attention("auto", "cpu", "no", 0.0) == "sdpa"
     with pytest.raises(ValueError, match="flash"):
         choose_attention("flash", "cpu", "no", 0.0)

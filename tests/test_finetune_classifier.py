@@ -93,10 +93,10 @@ def trained(workspace, table, bert):
 
 
 @pytest.fixture(scope="module")
-def without_dropout(workspace, table, bert, trained):
-    """A whole run without dropout, on one process, with the database that is there by then."""
+def one_process(workspace, table, bert, trained):
+    """A whole run on one process, with the database that is there by then, and with dropout, which is drawn by rows."""
     folder = workspace / "one"
-    done = run_script(SCRIPT, table, "--model_name_or_path", bert, *COMMON, "--output_dir", folder, "--dropout", 0)
+    done = run_script(SCRIPT, table, "--model_name_or_path", bert, *COMMON, "--output_dir", folder, "--dropout", 0.1)
     return folder, done.stdout
 
 
@@ -241,12 +241,12 @@ def test_predict_classifier_says_of_the_test_documents_what_the_run_said(trained
             assert float(by_line[row["line"]][name]) == pytest.approx(float(row[name]), abs=3e-6)
 
 
-def test_two_uneven_processes_give_the_same_and_tokenise_nothing_again(without_dropout, workspace, table, bert):
-    folder, said = without_dropout
+def test_two_uneven_processes_give_the_same_and_tokenise_nothing_again(one_process, workspace, table, bert):
+    folder, said = one_process
     assert "found all in" in said
     assert "built" not in said
     two = workspace / "two"
-    arguments = [table, "--model_name_or_path", bert, *COMMON, "--output_dir", two, "--dropout", 0]
+    arguments = [table, "--model_name_or_path", bert, *COMMON, "--output_dir", two, "--dropout", 0.1]
     done = launch("cpu_2proc.yaml", SCRIPT, *arguments, "--process_shares", 3, 1)
     assert "rows of each process: [12, 4]" in done.stdout
     assert "found all in" in done.stdout

@@ -95,6 +95,19 @@ def test_scripts_import_no_script(file):
     assert not any(name.split(".")[0] in names | {"scripts"} for name in imports(file))
 
 
+@pytest.mark.parametrize("name", ["run_pretraining.py", "finetune_classifier.py"])
+def test_training_scripts_call_at_most_ten_modules(name):
+    """What is imported for type checkers alone does not count."""
+    tree = ast.parse((ROOT / "scripts" / name).read_text(encoding="utf-8"))
+    typing = {id(node) for each in tree.body if isinstance(each, ast.If) for node in ast.walk(each)}
+    called, rooms = set(), {f"lmscripts.{room}" for room in ROOMS} - {"lmscripts.options"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("lmscripts") and id(node) not in typing:
+            inside = node.module == "lmscripts" or node.module in rooms
+            called |= {f"{node.module}.{alias.name}" if inside else node.module for alias in node.names}
+    assert len(called) <= 10, called
+
+
 @pytest.mark.parametrize("file", LIBRARY + SCRIPTS, ids=lambda file: file.name)
 def test_functions_fit_on_a_screen(file):
     for function in functions(file):

@@ -22,7 +22,17 @@ def common(store_dir, workspace):
     return ["--dataset_dir", store_dir, "--parameter_file", file, "--model_type", "electra-test", "--tracker", "none"]
 
 
-UNEVEN = ["--hidden_dropout", "0", "--epochs", "0.2", "--batch_size", "20", "--do_whole_word_mask"]
+UNEVEN = [
+    "--hidden_dropout",
+    "0.1",
+    "--attention_dropout",
+    "0.1",
+    "--epochs",
+    "0.2",
+    "--batch_size",
+    "20",
+    "--do_whole_word_mask",
+]
 
 
 @pytest.fixture(scope="module")

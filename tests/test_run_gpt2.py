@@ -19,7 +19,18 @@ def common(store_dir, workspace):
     return ["--dataset_dir", store_dir, "--parameter_file", file, "--model_type", "gpt2-test", "--tracker", "none"]
 
 
-UNEVEN = ["--hidden_dropout", "0", "--epochs", "0.2", "--batch_size", "20", "--z_loss", "1e-3"]
+UNEVEN = [
+    "--hidden_dropout",
+    "0.1",
+    "--attention_dropout",
+    "0.1",
+    "--epochs",
+    "0.2",
+    "--batch_size",
+    "20",
+    "--z_loss",
+    "1e-3",
+]
 
 
 @pytest.fixture(scope="module")

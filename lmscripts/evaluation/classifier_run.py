@@ -39,6 +39,7 @@ from lmscripts.objectives.module import Objective
 from lmscripts.training.checkpoint import load_weights
 from lmscripts.training.folder import Beside, write_weights
 from lmscripts.training.log import fenced, model_card
+from lmscripts.training.state import of_process
 
 _USE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -66,6 +67,10 @@ class ClassifierProgress:
     # Of the objective since the epoch began, over all processes.
     epoch_sums: dict[str, float] = field(default_factory=dict)
     epoch_counts: dict[str, float] = field(default_factory=dict)
+
+    def open_epoch(self, process: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and counts of the epoch to go on with, see `TrainingState.open_window`."""
+        return of_process(self.epoch_sums, process), dict(self.epoch_counts)
 
     @property
     def entry(self) -> RunKey:

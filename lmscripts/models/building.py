@@ -53,7 +53,7 @@ def build(
         UserError: a pretrained model is damaged or does not fit, documents see each other, too few layers to freeze.
     """
     names, module, models, notices = pretrained_names(preset), family(preset.family), Models(), list[str]()
-    going_on, new = bool(names) and like is None, getattr(module, "may_be_new", {}).get(objective, ())
+    going_on, new = bool(names) and like is None, module.may_be_new.get(objective, ())
     torch.manual_seed(seed)
     for part, head in architectures(preset.family, objective, pretrained=bool(names)).items():
         if names:

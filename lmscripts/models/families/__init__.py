@@ -6,7 +6,7 @@ takes most of it from `lmscripts.models.encoder`, a decoder from `lmscripts.mode
 
     heads              objective -> {subfolder it is saved in: class of transformers}; "" is the model's own folder
     pretrained_heads   the same for models to go on from, all of whose weights must be there
-    may_be_new         but for those whose names begin so, by objective; where there are any
+    may_be_new         objective -> how the names of those begin that need not be there
     default_objective  what a preset of the family is trained on where nobody says it
     defaults           option -> default of the family where it is not everybody's
     preset_keys        keys of its presets beside everybody's, `lmscripts.options.presets.FamilyKeys`

@@ -25,6 +25,7 @@ heads = {
     "masked": {"": "ElectraForMaskedLM"},
 }
 pretrained_heads = heads
+may_be_new: dict[str, tuple[str, ...]] = {}
 preset_keys = FamilyKeys(
     required=("embedding-size", "generator-size", "mask-percent"),
     pretrained=("pretrained-generator-model-name-or-path", "pretrained-discriminator-model-name-or-path"),

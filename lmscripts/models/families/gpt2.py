@@ -16,6 +16,7 @@ __all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "narrow", "pr
 heads = {"causal": {"": "GPT2LMHeadModel"}}
 preset_keys = FamilyKeys()
 pretrained_heads = {"causal": {"": "AutoModelForCausalLM"}}
+may_be_new: dict[str, tuple[str, ...]] = {}
 default_objective = "causal"
 defaults = {"beta2": 0.95}  # arXiv:2005.14165, appendix B
 

@@ -24,6 +24,7 @@ __all__ = ["adopt", "encode", "fit", "flops", "join"]
 heads = {"masked": {"": "ModernBertForMaskedLM"}}
 preset_keys = FamilyKeys()
 pretrained_heads = heads
+may_be_new: dict[str, tuple[str, ...]] = {}
 default_objective = "masked"
 defaults = {"beta2": 0.98}  # table 3
 

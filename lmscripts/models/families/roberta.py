@@ -22,7 +22,7 @@ heads = {
 }
 preset_keys = FamilyKeys()
 pretrained_heads = heads
-may_be_new = {"sentence_pairs": ("classifier.",)}
+may_be_new: dict[str, tuple[str, ...]] = {"sentence_pairs": ("classifier.",)}
 default_objective = "masked"
 defaults = {"beta2": 0.98}  # section 3.1
 
