@@ -6,23 +6,58 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
     """One sentence for the user: what is wrong, both values, the way out."""
 
 
+class _Outlet:
+    """A stream whose reader may go away, as `head` does, and whose encoding need not know every letter."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._unbroken():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unbroken():
+            self._stream.flush()
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # from here on into nothing, also what is flushed when Python ends
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+
+
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(only_words: bool = False) -> Iterator[None]:
     """Wrap a script's main: what the user can solve ends as one sentence on standard error and exit code 2.
 
     Covers `UserError`, `OSError` (missing file, permission, full disk; with the file's name) and an interrupt from
     the keyboard. Anything else is a fault of the program and keeps its traceback.
 
+    Args:
+        only_words: what is printed are words about the work, not its result: the work goes on where nobody reads them
+            any more, and letters that the terminal's encoding lacks are printed as escapes.
+
     Raises:
         SystemExit: with code 2, after the sentence was written.
     """
+    if only_words:
+        sys.stdout, sys.stderr = _Outlet(sys.stdout), _Outlet(sys.stderr)
     try:
         yield
         return

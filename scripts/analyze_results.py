@@ -56,7 +56,7 @@ class Options:
 def main() -> None:
     """Parse, analyse, write."""
     options = parse_options(Options, description=__doc__ or "")
-    with user_errors():
+    with user_errors(only_words=True):
         analyze(options)
 
 

@@ -58,7 +58,7 @@ class Options:
 def main() -> None:
     """Parse, then extract."""
     options = parse_options(Options, description=__doc__ or "")
-    with user_errors():
+    with user_errors(only_words=True):
         extract(options)
 
 

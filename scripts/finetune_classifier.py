@@ -293,7 +293,7 @@ class Run:
 def main() -> None:
     """Parse, prepare, train, judge, export."""
     options = parse_options(Options, description=__doc__ or "", renamed={"epoch": "epochs"})
-    with user_errors():
+    with user_errors(only_words=True):
         run(options)
 
 

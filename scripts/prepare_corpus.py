@@ -54,7 +54,7 @@ class Options:
 def main() -> None:
     """Parse, then build or inspect."""
     options, origins = parse_options_with_origin(Options, description=__doc__ or "", **PREPARATION)
-    with user_errors():
+    with user_errors(only_words=True):
         if options.inspect is not None:
             if ignored := [n for n, origin in origins.items() if origin == "command line" and n != "inspect"]:
                 raise UserError(f"--{ignored[0]} has no effect with --inspect, which only looks")

@@ -311,7 +311,7 @@ def main() -> None:
     """Parse, prepare, train, export."""
     also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
     options, further = parse_options(Options, description=__doc__ or "", **also)
-    with user_errors():
+    with user_errors(only_words=True):
         run(options, further)
 
 

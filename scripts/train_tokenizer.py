@@ -282,7 +282,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     steps = extend if options.extend_tokenizer_dir or options.new_words_file else run
     steps = take_over if options.from_sentencepiece else steps
-    with user_errors():
+    with user_errors(only_words=True):
         steps(options, origins)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import SAMPLE, TINY_PRESET, launch, run_script
 from runs import (
+    SCRIPT,
     kill_at_random_moments,
     largest_difference,
     log_of,
@@ -177,6 +178,20 @@ def test_a_run_does_not_outlive_its_launcher(common, workspace, uninterrupted, n
         assert "stopped by the end of its launcher" in log.read()
     run_script("run_pretraining.py", *arguments, "--do_continue")
     assert same_bits(weights(uninterrupted), weights(run_dir))
+
+
+def test_a_reader_that_goes_away_and_a_terminal_without_the_letters_cost_nothing(common, workspace):
+    """As behind `| head -1`, in a console of Latin-1."""
+    run_dir = workspace / "読まれない"
+    command = [sys.executable, SCRIPT, *map(str, [*common, *LONG, "--model_dir", run_dir])]
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert b"Traceback" not in said
+    assert (run_dir / "final" / "model.safetensors").exists()
 
 
 def test_weights_that_are_not_finite_are_no_result(common, workspace):
