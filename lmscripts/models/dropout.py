@@ -82,11 +82,17 @@ def _bits(keys: Tensor, at: Tensor, width: int) -> Tensor:
 
 
 def _mixed(numbers: Tensor, key: Tensor | int = 0) -> Tensor:
-    """The mixer lowbias32 (see `lmscripts.counters.hash32`) on int32, whose shifts to the right repeat the sign."""
-    numbers = numbers ^ ((numbers >> 16) & 0xFFFF)
-    numbers = (numbers * 0x7FEB352D) ^ key
-    numbers = (numbers ^ ((numbers >> 15) & 0x1FFFF)) * -2073254261  # 0x846CA68B
-    return numbers ^ ((numbers >> 16) & 0xFFFF)
+    """The mixer lowbias32 (see `lmscripts.counters.hash32`) on int32, whose shifts to the right repeat the sign.
+
+    In place: most of the time would go into new memory.
+    """
+    numbers ^= (numbers >> 16).bitwise_and_(0xFFFF)
+    numbers *= 0x7FEB352D
+    numbers ^= key
+    numbers ^= (numbers >> 15).bitwise_and_(0x1FFFF)
+    numbers *= -2073254261  # 0x846CA68B
+    numbers ^= (numbers >> 16).bitwise_and_(0xFFFF)
+    return numbers
 
 
 def install(models: Iterable[Any], of_weights: bool) -> None:
