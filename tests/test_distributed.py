@@ -6,6 +6,7 @@ import torch
 
 from lmscripts.errors import UserError
 from lmscripts.options.checks import parse_duration
+from lmscripts.training import processes
 from lmscripts.training.processes import StopRequest, choose_precision, process_shares
 from lmscripts.training.state import TrainingState
 
@@ -78,6 +79,25 @@ def test_stop_request_remembers_signals_and_time():
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("parent", "exported", "is_one"),
+    [
+        (["python", "/venv/bin/accelerate", "launch"], True, True),
+        (["/venv/bin/torchrun", "x.py"], True, True),
+        (["bash", "-c", "nohup"], True, False),
+        (["python", "/venv/bin/accelerate", "launch"], False, False),
+    ],
+)
+def test_a_shell_that_exports_the_variables_of_a_launcher_is_none(parent, exported, is_one, monkeypatch):
+    """Under nohup it ends before the run does."""
+    for name in processes._OF_LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    if exported:
+        monkeypatch.setenv(processes._OF_LAUNCHERS[0], "no")
+    monkeypatch.setattr(processes.psutil.Process, "cmdline", lambda self: parent)
+    assert processes._launcher() == (os.getppid() if is_one else None)
 
 
 def test_five_steps_without_a_finite_gradient_stop_the_run():

@@ -135,6 +135,9 @@ def step_batches(
 ) -> Iterator[tuple[list[Batch], Counts]]:
     """Micro-batches of one process for the steps [first, stop), with the counts of their targets.
 
+    Each batch also has "row_keys", (B, 2) int32, of the seed and the rows' places in the run: dropout is drawn by them,
+    see `lmscripts.models.dropout`.
+
     A step's rows are divided in proportion to the shares of the processes. A process without rows in a step computes
     one row that weighs nothing, so that all take part in what the processes exchange: its floating-point numbers, which
     are what positions and rows count, are all 0. Making several micro-batches `at_once` is several times faster for

@@ -183,7 +183,7 @@ def score_pseudo(
     Rows of one length share a batch, so there is no padding at all. Deviation: documents longer than the model reads
     are cut into pieces, each scored by itself. There is no likelihood behind the numbers.
 
-    The model is a masked one of the family in evaluation mode on the accelerator's device, its last layer narrowed;
+    The model is a masked one of its family, evaluated on the accelerator's device, its last layer narrowed;
     `special` are the ids "cls", "sep" and "mask", the first and last of which are among the `block_size` tokens of a
     row. Only the first `most_documents` are scored.
 

@@ -7,10 +7,12 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import psutil
 import torch
 
 from lmscripts.counters import split_shares, stream_key
@@ -244,6 +246,18 @@ def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tu
             )
 
 
+def _launcher() -> int | None:
+    """The process number of the launcher that started this process; None where it was started otherwise.
+
+    A shell that exports a launcher's variables is none: under nohup it ends, and the run has to go on.
+    """
+    with suppress(psutil.Error):
+        words = psutil.Process(os.getppid()).cmdline()
+        if any(name in os.environ for name in _OF_LAUNCHERS) and any("accelerate" in w or "torch" in w for w in words):
+            return os.getppid()
+    return None
+
+
 class StopRequest:
     """Remembers that the process was asked to stop; the loop looks at it between steps.
 
@@ -256,7 +270,7 @@ class StopRequest:
         """Begin to listen; `deadline` is a time of `time.monotonic()`."""
         self.reason = ""
         self._deadline = deadline
-        self._launcher = os.getppid() if any(name in os.environ for name in _OF_LAUNCHERS) else None
+        self._launcher = _launcher()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
