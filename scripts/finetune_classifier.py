@@ -490,7 +490,7 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
         state.real_tokens += targets["tokens"]
         meter.add_step(targets)
         epoch_meter.add_step(targets)
-        report.bar.update()
+        report.advance(state.step)
 
         if state.step % options.logging_steps == 0 or state.step == run.num_steps:
             record = meter.read(accelerator, objective.metrics)

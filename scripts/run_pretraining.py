@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lmscripts.data.steps import Phases
+    from lmscripts.models.building import Dropouts
     from lmscripts.objectives.module import Objective
     from lmscripts.options.presets import Preset
     from lmscripts.training.folder import RunFolder
@@ -124,8 +125,8 @@ class Options:
     n_head: int | None = option(None, help="attention heads instead of the preset's", group="model")
     n_embd: int | None = option(None, help="width; the feed-forward layers are 4 times as wide", group="model")
     frozen_layers: int | None = option(None, help="freeze embeddings and so many layers; -1 = none", group="model")
-    hidden_dropout: float = option(0.1, help="dropout of the hidden states", group="model")
-    attention_dropout: float = option(0.0, help="dropout of the attention weights; takes eager", group="model")
+    hidden_dropout: float | None = option(None, help="of hidden states; default: the preset's", group="model")
+    attention_dropout: float | None = option(None, help="of attention weights (0); takes eager", group="model")
     attention: Attention = option("auto", help="auto = varlen on CUDA in half precision, else sdpa", group="model")
 
     phase_steps: tuple[int, ...] = option((), help=f"several phases: steps of each; {PER_PHASE}", group="optimizer")
@@ -176,7 +177,7 @@ class Options:
             check_useless(values, "with --decay_from, which takes everything", *names)
         if (self.decay_steps is not None) != (self.schedule == "wsd"):
             raise UserError(f"--decay_steps {self.decay_steps} is not for --schedule {self.schedule}; wsd needs it")
-        if self.attention == "varlen" and self.attention_dropout > 0:
+        if self.attention == "varlen" and self.attention_dropout:
             raise UserError(f"--attention varlen has no dropout, but --attention_dropout is {self.attention_dropout}")
         if self.process_shares and (min(self.process_shares) < 0 or sum(self.process_shares) == 0):
             given = " ".join(map(str, self.process_shares))
@@ -331,13 +332,14 @@ def run(options: Options, further: Further) -> None:
     accelerator = start(asked)
     torch.use_deterministic_algorithms(options.deterministic)
     like = folder.built_like(run_dir, options.do_continue, options.start_from if asked.is_branch else None)
+    dropouts = building.choose_dropouts(asked.preset, like, options.hidden_dropout, options.attention_dropout)
     attention = building.choose_attention(
         asked.preset,
         asked.name,
         options.attention,
         device=accelerator.device.type,
         precision=accelerator.mixed_precision,
-        attention_dropout=options.attention_dropout,
+        attention_dropout=dropouts.attention,
         like=like,
     )
     data = lay_out(asked, tokenizer, sources, accelerator, with_ends=attention == "varlen")
@@ -349,16 +351,18 @@ def run(options: Options, further: Further) -> None:
         decay_steps=options.decay_steps,
         final_ratio=options.final_lr_ratio or 0.0,
     )
-    models, notices = build_models(asked, tokenizer, data, attention, like)
+    models, notices = build_models(asked, tokenizer, data, attention, dropouts, like)
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
-    words = {"attention": attention, "schedule": options.schedule, "corners": [options.warmup_steps]}
-    said = plan.plan_text(data, rate, accelerator, parameters=building.num_parameters(models), **words)
+    objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
+    words = {"attention": attention, "dropout": dropouts.words}
+    words |= {"schedule": options.schedule, "corners": [options.warmup_steps]}
+    said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
     accelerator.print("\n".join([said, *notices]), flush=True)
     if options.dry_run:
         return
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)
-    run = begin(asked, accelerator, data, rate, run_folder, models, tokenizer, attention)
+    run = begin(asked, accelerator, data, rate, run_folder, objective, tokenizer)
     stopped_by = train(options, run)
     finish(asked, run, stopped_by)
     leave(processes.STOPPED_EARLY if stopped_by else 0)  # here, where model and processes still stand
@@ -404,7 +408,7 @@ def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerato
 
 
 def build_models(
-    asked: Inputs, tokenizer: Any, data: Phases, attention: Attention, like: Path | None
+    asked: Inputs, tokenizer: Any, data: Phases, attention: Attention, dropouts: Dropouts, like: Path | None
 ) -> tuple[dict[str, PreTrainedModel], list[str]]:
     """The models, anew or from another model, and sentences for the user; a checkpoint's weights come later."""
     from lmscripts.models import building
@@ -417,8 +421,7 @@ def build_models(
         like=like,
         seed=asked.options.seed,
         path=attention,
-        hidden_dropout=asked.options.hidden_dropout,
-        attention_dropout=asked.options.attention_dropout,
+        dropouts=dropouts,
     )
     if asked.options.activation_checkpointing:
         building.recompute_activations(models)
@@ -431,9 +434,8 @@ def begin(
     data: Phases,
     rate: Callable[[int], float],
     run_folder: RunFolder,
-    models: dict[str, PreTrainedModel],
+    objective: Objective,
     tokenizer: Any,
-    attention: Attention,
 ) -> Run:
     """Take the run's folder; models, optimizer and state as the newest checkpoint has them, or as at a beginning."""
     import torch
@@ -443,9 +445,8 @@ def begin(
 
     options = asked.options
     which = {"start_from": options.start_from, "carry_over": options.carry_over, "branch": asked.is_branch}
-    for notice in run_folder.enter(accelerator, models, options.do_continue, **which, tokenizer=tokenizer):
+    for notice in run_folder.enter(accelerator, objective.models, options.do_continue, **which, tokenizer=tokenizer):
         accelerator.print(notice, flush=True)
-    objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     if options.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each phase, size of batch, and evaluation
         objective.compile(dynamic=False)
@@ -514,7 +515,7 @@ def train(options: Options, run: Run) -> str:
         state.real_tokens += targets["tokens"]
         length = phase.layout.sequence_length
         meter.add_step(targets, phase.positions * objective.flops_per_position(length, phase.slots))
-        report.bar.update()
+        report.advance(state.step)
 
         if state.step % options.logging_steps == 0 or state.step == data.num_steps:
             record = meter.read(accelerator, objective.metrics)

@@ -319,7 +319,7 @@ def choose(preset, wanted="auto", device="cpu", precision="no"):
 
 
 def build(preset, tokenizer, layout, path="sdpa", hidden_dropout=0.0):
-    settings = {"seed": 0, "path": path, "hidden_dropout": hidden_dropout, "attention_dropout": 0.0}
+    settings = {"seed": 0, "path": path, "dropouts": building.Dropouts(hidden_dropout, 0.0)}
     models, notices = building.build(preset, "causal", tokenizer, layout, **settings)
     return models[""], notices
 

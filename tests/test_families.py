@@ -174,8 +174,7 @@ def build(name, objective, tokenizer):
         LAYOUT,
         seed=0,
         path="sdpa",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        dropouts=building.Dropouts(0.0, 0.0),
     )
 
 

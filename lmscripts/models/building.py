@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,6 +25,16 @@ from lmscripts.models.loading import load_model, read_config
 from lmscripts.options.presets import Preset, default_parameter_file, disagreements, load_preset
 
 Models = dict[str, PreTrainedModel]
+
+
+class Dropouts(NamedTuple):
+    """Of hidden states and of attention weights, and the same in words."""
+
+    hidden: float
+    attention: float
+    words: str = ""
+
+
 _BY_TORCH = """torch itself draws the dropout of a {}, otherwise for every number of processes and of micro-batches;
 --hidden_dropout 0 --attention_dropout 0 gives the same for all"""
 
@@ -38,8 +48,7 @@ def build(
     like: Path | None = None,
     seed: int,
     path: AttentionPath,
-    hidden_dropout: float,
-    attention_dropout: float,
+    dropouts: Dropouts,
 ) -> tuple[Models, list[str]]:
     """The models of a preset for an objective, each proved to keep documents apart (`lmscripts.models.checks`).
 
@@ -52,6 +61,7 @@ def build(
     Raises:
         UserError: a pretrained model is damaged or does not fit, documents see each other, too few layers to freeze.
     """
+    hidden_dropout, attention_dropout, _ = dropouts
     names, module, models, notices = pretrained_names(preset), family(preset.family), Models(), list[str]()
     going_on, new = bool(names) and like is None, module.may_be_new.get(objective, ())
     torch.manual_seed(seed)
@@ -87,6 +97,17 @@ def build(
             notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {kind}")
         notices += [] if by_rows else [_BY_TORCH.format(kind)]
     return models, list(dict.fromkeys(notices))
+
+
+def choose_dropouts(preset: Preset, like: Path | None, hidden: float | None, attention: float | None) -> Dropouts:
+    """Dropouts that are given; else those of the checkpoint `like` in a run that goes on; else the preset's, and 0."""
+    of, words = (preset.hidden_dropout, 0.0), "the preset's"
+    if like is not None:
+        of, words = pretrained.dropouts(read_config(like)), "as it was"
+    hidden, of_hidden = (of[0], words) if hidden is None else (hidden, "as given")
+    attention, of_attention = (of[1], "as it was" if like else "") if attention is None else (attention, "as given")
+    said = f"of hidden states {hidden:g} ({of_hidden}), of attention weights {attention:g}"
+    return Dropouts(hidden, attention, said + (f" ({of_attention})" if of_attention else ""))
 
 
 def read_preset(parameter_file: str | None, name: str) -> tuple[Preset, Any]:

@@ -26,7 +26,7 @@ from lmscripts.models.dropout import install, probe
 from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state
 from lmscripts.models.fitting import longest_input
 from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
-from lmscripts.models.pretrained import attention_dropout, set_dropout
+from lmscripts.models.pretrained import dropouts, set_dropout
 from lmscripts.tokenizer.encoder import Encoder
 
 KEY = "lmscripts_classifier"
@@ -200,7 +200,7 @@ def build_classifier(
 
 def _drop_by_rows(model: Any) -> list[str]:
     """Let the dropout of a classifier be drawn by rows, see `lmscripts.models.dropout`; a sentence where it cannot."""
-    install([model], attention_dropout(model.config) > 0)
+    install([model], dropouts(model.config)[1] > 0)
     ids = random_ids(model, 46).view(2, 23)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     drops, by_rows = probe(model.train(), 2, lambda: model(**given).logits)

@@ -42,9 +42,14 @@ def set_dropout(config: Any, hidden: float, attention: float) -> list[str]:
     return sentences
 
 
-def attention_dropout(config: Any) -> float:
-    """The dropout of attention weights that a configuration of any type says."""
-    return max(float(getattr(config, name, None) or 0.0) for name in _ATTENTION_DROPOUTS)
+def dropouts(config: Any) -> tuple[float, float]:
+    """The dropouts of hidden states and of attention weights that a configuration of any type says, at most."""
+
+    def said(name: str) -> float:
+        value = getattr(config, name, None)
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    return max(map(said, _HIDDEN_DROPOUTS)), max(map(said, _ATTENTION_DROPOUTS))
 
 
 def _set_number(config: Any, name: str, value: float) -> bool:

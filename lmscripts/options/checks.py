@@ -66,6 +66,18 @@ def refuse_given(in_use: Any, given: Mapping[str, Any], why: str) -> None:
     check_useless(given, why, *(name for name in given if name not in used))
 
 
+def duration_text(seconds: float) -> str:
+    """A time in words, in the two units that matter: "45 s", "12 min", "3 h 20 min", "2 days 4 h", "400 days"."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 2 * 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{hours // 24} days {hours % 24} h" if hours < 10 * 24 else f"{round(seconds / 86400):,} days"
+
+
 def parse_duration(text: str | None) -> float:
     """Seconds of "90", "90m", "11h30m" or "2d"; None is endless.
 

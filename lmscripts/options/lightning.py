@@ -49,6 +49,7 @@ DEFAULTS = {
     "schedule": "constant",
     "max_grad_norm": "0",
     "logging_steps": "50",
+    "hidden_dropout": "0.1",
     "attention_dropout": "0.1",
     "eval_every": "epoch",
     "save_steps": "epoch",

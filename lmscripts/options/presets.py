@@ -81,6 +81,7 @@ _truth = _checked("true or false", lambda value: isinstance(value, bool))
 _model = _checked("the name or the folder of a model", lambda value: isinstance(value, str) and bool(value.strip()))
 _comment = _checked("a text or a list of texts", _is_comment)
 _rate = _number("above 0", math.inf, float)
+_dropout = _checked("a number of at least 0 and below 1", lambda v: _is_number(v, int, float) and 0 <= v < 1, float)
 _percent = _number("above 0 and below 100", 100, lambda value: value / 100)
 
 
@@ -127,6 +128,7 @@ class Preset:
     save_steps: int = key_of("save-steps", _whole(1), 50000, kind="optional")
     logging_steps: int = key_of("logging-steps", _whole(1), 5000, kind="optional")
     accumulation_steps: int = key_of("accumulation-steps", _whole(1), 1, kind="optional")
+    hidden_dropout: float = key_of("hidden-dropout", _dropout, 0.1, kind="optional")
     mask_probability: float = key_of("mask-percent", _percent, 0.15, kind="optional")
     frozen_layers: int = key_of("frozen-layers", _whole(-1), -1, kind="optional")
     fp16_type: int = key_of("fp16-type", _whole(0, 3), 0, kind="optional")

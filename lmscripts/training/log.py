@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from importlib import metadata
 from math import isfinite, nan
 from pathlib import Path
@@ -21,6 +22,7 @@ import transformers
 
 from lmscripts.data.steps import Phases
 from lmscripts.files import write_text
+from lmscripts.options.checks import duration_text
 from lmscripts.training.processes import sum_over_processes
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 Metrics = Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
 _SPOKEN = ("loss", "perplexity", "_byte")
 SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
+_EARLY_SECONDS = 10.0
+_CENTURY = 100 * 365 * 86400
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}  # dense bf16, from the makers' data sheets
 _LIMITS = """The biases and gaps of the text are those of the model. The held-out text comes from the same corpus: how
 well the model does on other text was not measured."""
@@ -74,8 +78,31 @@ class Reporter:
             kept = read_log(self._file) if continued and self._file.exists() else []
             lines = (json.dumps(record) + "\n" for record in kept if record.get("step", 0) <= step)
             write_text(self._file, "".join(lines))
+        self._first: tuple[int, float] | None = None  # a step whose end is known: the very first may compile
+        self._told = False
         self.bar = tqdm(total=stop_step, initial=step, disable=not (main and sys.stderr.isatty()), unit="step")
         accelerator.init_trackers("tensorboard")
+
+    def advance(self, step: int) -> None:
+        """Count a step; early, and whatever the time between log lines, say once how long all of them will take."""
+        self.bar.update()
+        self._first = self._first or (step, time.monotonic())
+        begun, began = self._first
+        if not self._told and step > begun and time.monotonic() - began > _EARLY_SECONDS:
+            self._told = True
+            if left := self._left(step):
+                each = (time.monotonic() - began) / (step - begun)
+                self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {each:.2g} s a step, {left}", flush=True)
+
+    def _left(self, step: int) -> str:
+        """How long the rest will take at the speed since the first step, evaluations and checkpoints among it."""
+        begun, began = self._first or (step, 0.0)
+        if not begun < step < self._stop_step:
+            return ""
+        seconds = (time.monotonic() - began) / (step - begun) * (self._stop_step - step)
+        end = datetime.now() + timedelta(seconds=min(seconds, _CENTURY))
+        when = f"{end:%H:%M}" if end.date() == datetime.now().date() else f"{end:%Y-%m-%d %H:%M}"
+        return f"{duration_text(seconds)} left, until {when}"
 
     def __call__(self, step: int, record: Mapping[str, float], words: str) -> None:
         """Write a record of a step and show it in words."""
@@ -86,7 +113,8 @@ class Reporter:
         self._accelerator.log(dict(record), step=step)
         self.bar.set_postfix_str(words)
         if self.bar.disable:
-            self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {words}", flush=True)
+            self._told, line = True, ", ".join(filter(None, (words, self._left(step))))
+            self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {line}", flush=True)
 
 
 def gpu_statistics(device: torch.device) -> dict[str, float]:

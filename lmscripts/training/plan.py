@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from lmscripts.errors import UserError
+from lmscripts.options.checks import duration_text
 from lmscripts.options.yaml_text import shown
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from lmscripts.data.packing import Packing
     from lmscripts.data.steps import Phase, Phases, RowSource
     from lmscripts.data.token_store import TokenStore
+    from lmscripts.objectives.module import Objective
 
 # Of a run's config.yaml, what belongs to that job and its machines and not to what comes after it.
 _ITS_OWN = {
@@ -35,6 +38,8 @@ _TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 _PRETRAINED = [f"pretrained_{half}model_name_or_path" for half in ("", "generator_", "discriminator_")]
 # Of the settings in a checkpoint, what is no option, or none of the family's: config.yaml has it as it was given.
 _LENGTHS = ("max_steps", "epochs")
+_SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
+_LONG = 2 * 86400
 _NOT_TAKEN = ("format", "token store", "phase_steps", "mask_unit", "mask_probability")
 
 
@@ -222,8 +227,9 @@ def plan_text(
     rate: Callable[[int], float],
     accelerator: Accelerator,
     *,
-    parameters: int,
+    objective: Objective,
     attention: str,
+    dropout: str = "",
     schedule: str = "",
     corners: Sequence[int] = (),
 ) -> str:
@@ -233,13 +239,15 @@ def plan_text(
         data: of the run.
         rate: learning rate of a step, counted from 0.
         accelerator: the running processes.
-        parameters: of all models.
+        objective: what is trained.
         attention: how attention is computed.
+        dropout: of hidden states and attention weights, and who says so.
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
     """
     from lmscripts.training.optim import rates_text
 
+    parameters = sum(p.numel() for p in objective.parameters())
     several = len(data.phases) > 1
     lines, begin = [("model", f"{parameters:,} parameters")], 0
     for number, (phase, end) in enumerate(zip(data.phases, data.ends, strict=True)):
@@ -249,12 +257,38 @@ def plan_text(
     rates = rates_text(rate, data.num_steps, corners, [step for end in data.ends[:-1] for step in (end - 1, end)])
     processes = f"{accelerator.num_processes} on {accelerator.device.type}; precision {accelerator.mixed_precision}"
     lines += [
+        ("time", _time_text(data, objective, accelerator)),
         ("rates", f"{schedule}: {rates}" if schedule else rates),
         ("processes", f"{processes}, attention {attention}"),
+        *([("dropout", dropout)] if dropout else []),
         ("memory", f"about {16 * parameters / 2**20:,.0f} MiB per process for weights, gradients and moments"),
         ("disk", f"about {12 * parameters / 2**20:,.0f} MiB a checkpoint"),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
+
+
+def _time_text(data: Phases, objective: Objective, accelerator: Accelerator) -> str:
+    """How long the run may take, from the speed of a matrix product here, before a step has been measured."""
+    import torch
+
+    device, size = accelerator.device, 512 if accelerator.device.type == "cpu" else 4096
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    matrix, times = torch.ones(size, size, device=device, dtype=dtype), list[float]()
+    while len(times) < 3 or sum(times) < 0.05:
+        began = monotonic()
+        (matrix @ matrix)[0, 0].item()  # waits for it
+        times.append(monotonic() - began)
+    operations = 0.0
+    for phase in data.phases:
+        length, rows = phase.layout.sequence_length, phase.total_rows * phase.shares[accelerator.process_index]
+        operations += objective.flops_per_position(length, phase.slots) * length * rows / phase.batch_size
+    speed = 2 * size**3 / min(times)
+    seconds = torch.tensor(operations / (_SHARE_OF_PEAK * speed), device=device, dtype=torch.float32)
+    slowest = float(accelerator.gather(seconds).max())
+    text = f"about {duration_text(slowest)}, guessed from {speed / 1e9:,.0f} GFLOP/s of a matrix product here"
+    if slowest > _LONG:
+        text += "; fewer --max_steps, a smaller preset or more machines make it shorter"
+    return text
 
 
 def _phase_lines(data: Phase) -> list[tuple[str, str]]:
