@@ -327,7 +327,7 @@ def run(options: Options) -> None:
     doubts = classifier_run.check_metric(options.metric, Options.metric, parts["validation"], task.multi_label)
     rates = f"rates: {optim.rates_text(rate, num_steps, [warmup_steps])}"
     said = [*task.database.sentences(), *task.source.notices, *notices]
-    say(options, *said, *plan_lines(options, task, parts, steps, network), rates, *doubts)
+    say(options, *said, *plan_lines(options, accelerator, task, parts, steps, network), rates, *doubts)
     if options.dry_run:
         return
     processes.from_main(accelerator, partial(files.check_free, options.do_continue))
@@ -402,9 +402,16 @@ def build_model(options: Options, task: Task) -> tuple[PreTrainedModel, Classifi
 
 
 def plan_lines(
-    options: Options, task: Task, parts: dict[str, Part], steps: Steps, network: PreTrainedModel
+    options: Options,
+    accelerator: Accelerator,
+    task: Task,
+    parts: dict[str, Part],
+    steps: Steps,
+    network: PreTrainedModel,
 ) -> list[str]:
     """What is going to be done, in words."""
+    from lmscripts.training import processes
+
     rows = {name: f"{part.num_rows:,}" for name, part in parts.items()}
     return [
         f"model: {task.source.name}, {network.config.model_type}, {network.num_parameters():,} parameters",
@@ -412,6 +419,7 @@ def plan_lines(
         f"({parts['train'].lengths.sum():,} tokens), {rows['validation']} for validation, {rows['test']} for testing",
         f"{options.epochs} epochs of {steps.per_epoch:,} steps of {options.batch_size} rows; rows of each process: "
         f"{steps.shares}",
+        f"processes: {processes.in_words(accelerator)}",
     ]
 
 

@@ -193,8 +193,6 @@ class Options:
         parse_duration(self.max_time)
         if self.input_file and self.tokenizer_dir is None:
             raise UserError("--input_file needs --tokenizer_dir")
-        if self.input_file and self.dry_run:
-            raise UserError("--dry_run reads a token store: give --dataset_dir (prepare_corpus.py makes one)")
 
 
 # ---- what is asked for: before the processes join, as text may have to be tokenised ----------------------------------
@@ -278,6 +276,7 @@ def ask_phases(options: Options, settings: Any) -> list[plan.PhaseSettings]:
         Path(options.model_dir),
         input_files=options.input_file,
         num_workers=options.num_workers or 2,
+        sample=options.dry_run,
         validation_fraction=options.validation_fraction or 0.01,
         validation_files=options.validation_file,
     )
@@ -355,7 +354,7 @@ def run(options: Options, further: Further) -> None:
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
-    words = {"attention": attention, "dropout": dropouts.words}
+    words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
     words |= {"schedule": options.schedule, "corners": [options.warmup_steps]}
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
     accelerator.print("\n".join([said, *notices]), flush=True)

@@ -12,6 +12,7 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
+from lmscripts.models import building
 from lmscripts.models.attention import attend_at
 from lmscripts.models.dropout import Draws, RowDropout, attend, install, probe
 
@@ -116,3 +117,17 @@ def test_a_model_whose_states_are_not_laid_out_by_rows_is_left_to_torch():
     install([model], of_weights=False)
     assert probe(model, 2, lambda: model(torch.ones(2, 9, 4))) == (True, False)
     assert (model(torch.ones(2, 9, 400)) == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_who_says_how_much_is_dropped(tmp_path):
+    read = {name: building.read_preset(None, name)[0] for name in ("bert-tiny", "gpt2-small", "bert-base")}
+    assert [preset.hidden_dropout for preset in read.values()] == [0.0, 0.0, 0.1]
+    BertConfig(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2).save_pretrained(tmp_path)
+    choose = building.choose_dropouts
+    assert choose(read["bert-tiny"], None, None, None)[:2] == (0.0, 0.0)
+    assert choose(read["bert-base"], None, None, None)[:2] == (0.1, 0.0)
+    assert choose(read["bert-base"], None, 0.25, 0.05)[:2] == (0.25, 0.05)
+    # A run that goes on keeps what it had, whatever the preset says today.
+    assert choose(read["bert-tiny"], tmp_path, None, None)[:2] == (0.3, 0.2)
+    assert choose(read["bert-tiny"], tmp_path, None, None).words.count("as it was") == 2
+    assert choose(read["bert-tiny"], tmp_path, 0.0, None)[:2] == (0.0, 0.2)

@@ -254,6 +254,7 @@ def test_sums_are_of_the_targets_that_are_counted_and_an_idle_process_has_none(n
     assert counts.keys() >= {*terms, "tokens"}
     sums = trained(batch)
     assert sums.keys() >= terms.keys()
+    assert trained.kept_bytes(batch, torch.float32) == pytest.approx(kept_for_the_gradient(trained, batch), rel=0.03)
     assert all(counts[term] > 0 and sums[term] > 0 for term in terms)
     halves = [(trained(part), part_counts) for part, part_counts in batches([1, 3])]
     for term in terms:
@@ -267,6 +268,20 @@ def test_sums_are_of_the_targets_that_are_counted_and_an_idle_process_has_none(n
     assert all(sums[term] == 0 for term in terms)
     trained.loss(sums, dict.fromkeys(terms, 1.0)).backward()
     assert not any(p.grad.any() for p in trained.parameters() if p.grad is not None)
+
+
+def kept_for_the_gradient(trained, batch):
+    kept, own = {}, {p.untyped_storage()._cdata for p in trained.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept.update({} if storage._cdata in own else {storage._cdata: storage.nbytes()})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sums = trained(batch)  # alive until all is counted: freed memory would be used again
+    assert sums
+    return sum(kept.values())
 
 
 def test_activations_that_cannot_be_computed_again_are_refused():

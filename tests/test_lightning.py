@@ -39,6 +39,7 @@ class Options:
     n_layer: int | None = option(None, help="Layers.")
     n_head: int | None = option(None, help="Heads.")
     n_embd: int | None = option(None, help="Width.")
+    hidden_dropout: float = option(0.0, help="Dropout.")
     attention_dropout: float = option(0.0, help="Dropout.")
     attention: Literal["auto", "sdpa", "varlen"] = option("auto", help="Path.")
     phase_steps: tuple[int, ...] = option((), help="Phases.")
@@ -104,6 +105,7 @@ DOCUMENTED_VALUES = {
     "beta2": 0.999,
     "epsilon": 1e-8,
     "logging_steps": 50,
+    "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     "eval_every": "epoch",
     "save_steps": "epoch",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from runs import (
     wait_for_step,
     weights,
 )
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +377,29 @@ def test_dry_run_touches_nothing(common, tmp_path):
     done = run_script("run_pretraining.py", *common, "--dry_run", "--model_dir", tmp_path / "run")
     for word in ("parameters", "tokens in", "rows", "epochs", "linear: step 1", "processes", "memory", "disk"):
         assert word in done.stdout
+    assert re.search(r"time +about \d+ (s|min|h|days)", done.stdout)
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_text_looks_at_a_part_of_it(common, presets, tokenizer_dir, tmp_path):
+    lines = [f"文書{number}の本文です。今日は{number % 31}日です。" for number in range(120_000)]
+    (tmp_path / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    arguments = [
+        "--input_file",
+        tmp_path / "text.txt",
+        "--tokenizer_dir",
+        tokenizer_dir,
+        "--model_dir",
+        tmp_path / "run",
+    ]
+    arguments += ["--parameter_file", presets, "--model_type", "bert-test", "--dry_run", "--epochs", "2"]
+    said = run_script("run_pretraining.py", *arguments).stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    share, tokens = re.search(r"about ([\d.]+)% of it was read; ([\d,]+) tokens", said).groups()
+    assert 20 < float(share) < 80
+    assert "2.00 epochs" in said
+    whole = sum(len(ids) for ids in AutoTokenizer.from_pretrained(tokenizer_dir)(lines[::40])["input_ids"]) - 2 * 3000
+    assert int(tokens.replace(",", "")) == pytest.approx(40 * whole, rel=0.05)
 
 
 def test_text_gives_a_store_that_is_used_again(presets, tokenizer_dir, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +23,7 @@ from lmscripts.text.corpus import (
     batches,
     find_files,
     is_plain,
+    plan_spans,
     read_documents,
     source_fingerprint,
 )
@@ -28,6 +32,8 @@ from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
 from lmscripts.tokenizer.report import keeps_line_feeds
+
+_SAMPLE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ class Source:
         return options | {"line_ends": "keep", "spaces": "keep"}
 
 
-def describe_source(source: Source) -> dict[str, Any]:
-    """What the manifest of the store that a source would give says of it.
+def describe_source(source: Source, *, sample: bool = False) -> dict[str, Any]:
+    """What the manifest of the store that a source would give says of it; for a `sample`, the text is not hashed.
 
     Returns:
         The "fingerprint" of the store; facts of its "source" and its "tokenizer", with fingerprints of their own; the
@@ -100,7 +106,7 @@ def describe_source(source: Source) -> dict[str, Any]:
     train = find_files(source.input_files)
     held_out = find_files(source.validation_files) if source.validation_files else []
     encoder = load_encoder(str(source.tokenizer_dir))
-    texts = [source_fingerprint(files) for files in (train, held_out) if files]
+    texts = ["sample" if sample else source_fingerprint(files) for files in (train, held_out) if files]
     text: dict[str, Any] = {
         "fingerprint": texts[0] if len(texts) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest(),
         "files": [path.name for path in train],
@@ -123,9 +129,9 @@ def _is_seen_as_records(path: Path, source: Source) -> bool:
     return not named and not str(path).startswith(HUB) and not is_plain(str(path))
 
 
-def _documents(files: Sequence[Path], source: Source, keep_spaces: bool, report: TextReport) -> Iterator[Documents]:
+def _documents(spans: Sequence[Span], source: Source, keep_spaces: bool, report: TextReport) -> Iterator[Documents]:
     documents = read_documents(
-        [Span(str(path)) for path in files],
+        spans,
         report,
         source.table,
         document_per_line=source.document_per_line,
@@ -158,14 +164,44 @@ def prepare_store(
     keep_spaces = described["options"].get("spaces") == "keep"
     return build_store(
         folder,
-        _documents(find_files(source.input_files, report), source, keep_spaces, report),
+        _documents(_spans(find_files(source.input_files, report)), source, keep_spaces, report),
         tokenizer_dir=source.tokenizer_dir,
         described=described,
-        validation_batches=None if held_out is None else _documents(held_out, source, keep_spaces, report),
+        validation_batches=None if held_out is None else _documents(_spans(held_out), source, keep_spaces, report),
         num_workers=num_workers,
         text_report=report.as_dict,
         progress=progress,
     )
+
+
+def prepare_sample(source: Source) -> TokenStore:
+    """A store of about 4 MB from 100 places of a source, or of a file where files cannot be cut; gone with the process.
+
+    Raises:
+        UserError: as `prepare_store`.
+    """
+    described = describe_source(source, sample=True)
+    files, table = find_files(source.input_files), source.table
+    plan = plan_spans(files, 100, document_per_line=source.document_per_line, input_format=table.format)
+    places = [spans for spans in plan if spans]
+    sizes = [sum((span.end or os.path.getsize(span.path)) - span.start for span in spans) for spans in places]
+    every = max(1, round(sum(sizes) / _SAMPLE_BYTES))
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    spans = [span for spans in places[::every] for span in spans]
+    keep_spaces = described["options"].get("spaces") == "keep"
+    store = build_store(
+        folder / "sample",
+        _documents(spans, source, keep_spaces, TextReport()),
+        tokenizer_dir=source.tokenizer_dir,
+        described=described,
+        num_workers=1,
+    )
+    return replace(store, whole=sum(sizes) / sum(sizes[::every]))
+
+
+def _spans(files: Sequence[Path]) -> list[Span]:
+    return [Span(str(path)) for path in files]
 
 
 def prepare_beside(source: Source, run_dir: Path, num_workers: int) -> TokenStore:

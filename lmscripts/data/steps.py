@@ -196,6 +196,7 @@ class Phase:
         micro_batch_size: most rows of one forward pass.
         most_eval_rows: held-out rows to evaluate on, at most.
         pin_memory: put batches where a GPU can fetch them without blocking.
+        whole: how many times as large the text is of which `train` is a sample.
     """
 
     train: RowSource
@@ -210,6 +211,7 @@ class Phase:
     micro_batch_size: int
     most_eval_rows: int
     pin_memory: bool = False
+    whole: float = 1.0
 
     @property
     def layout(self) -> Layout:

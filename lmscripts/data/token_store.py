@@ -71,10 +71,14 @@ class Part:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An opened store; see the module's docstring for the layout."""
+    """An opened store; see the module's docstring for the layout.
+
+    `whole` is how many times as large the text is of which this store holds a sample.
+    """
 
     folder: Path
     manifest: dict[str, Any]
+    whole: float = 1.0
 
     @property
     def fingerprint(self) -> str:

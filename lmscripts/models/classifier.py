@@ -199,15 +199,17 @@ def build_classifier(
 
 
 def _drop_by_rows(model: Any) -> list[str]:
-    """Let the dropout of a classifier be drawn by rows, see `lmscripts.models.dropout`; a sentence where it cannot."""
-    install([model], dropouts(model.config)[1] > 0)
+    """Let the dropout of a classifier be drawn by rows, see `lmscripts.models.dropout`; what it is, in a sentence."""
+    hidden, of_weights = dropouts(model.config)
+    install([model], of_weights > 0)
+    said = f"dropout of hidden states {hidden:g}, of attention weights {of_weights:g}"
     ids = random_ids(model, 46).view(2, 23)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     drops, by_rows = probe(model.train(), 2, lambda: model(**given).logits)
     if by_rows or not drops:
-        return []
-    kind = model.config.model_type
-    return [f"torch itself draws the dropout of a {kind}, otherwise for every number of processes; not so --dropout 0"]
+        return [said]
+    by_torch = f"torch itself draws that of a {model.config.model_type}, otherwise for every number of processes"
+    return [f"{said}; {by_torch}; not so --dropout 0"]
 
 
 def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lmscripts.data.packing import Rows
@@ -67,6 +70,30 @@ class Objective(nn.Module):
         """Operations of a training step per position."""
         bodies = {id(model.base_model): model for model in self.models.values()}  # two heads may share one
         return float(sum(self.family.flops(model, sequence_length, slots) for model in bodies.values()))
+
+    def kept_bytes(self, batch: Batch, dtype: torch.dtype) -> int:
+        """Bytes that a training forward pass of a batch keeps for the gradient, found without computing anything.
+
+        Tensors stand for their shapes alone (`FakeTensorMode`), in autocast to `dtype` unless it is float32.
+        """
+        kept: dict[Any, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        half = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, saved_tensors_hooks(keep, lambda tensor: tensor), half:
+            whose = [(prefix, module.named_parameters(recurse=False)) for prefix, module in self.named_modules()]
+            shaped: dict[str, Tensor] = {
+                f"{prefix}.{name}".lstrip("."): mode.from_tensor(p) for prefix, parts in whose for name, p in parts
+            }
+            own = {p.untyped_storage()._cdata for p in shaped.values()}
+            asked = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+            functional_call(self, shaped, asked, tie_weights=False)  # each is there under all of its names
+        return sum(kept.values())
 
     def attention_inputs(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """What keeps the documents of a batch apart in a model."""

@@ -73,6 +73,7 @@ def open_stores(
     *,
     input_files: tuple[str, ...] = (),
     num_workers: int = 2,
+    sample: bool = False,
     **held_out: Any,
 ) -> dict[str, TokenStore]:
     """The stores by the name that was given; "" for the one that is made of text here, before the processes join.
@@ -83,18 +84,19 @@ def open_stores(
         run_dir: folder of the run, beside which a store is made.
         input_files: text instead of stores.
         num_workers: processes that tokenise it.
+        sample: look at a sample of the text only.
         held_out: what of it is held out, by fields of `lmscripts.data.preparation.Source`.
 
     Raises:
         UserError: a store or a text that cannot be used, or stores of different tokenizers.
     """
-    from lmscripts.data.preparation import Source, prepare_beside
+    from lmscripts.data.preparation import Source, prepare_beside, prepare_sample
     from lmscripts.data.token_store import open_store
     from lmscripts.tokenizer.encoder import find_tokenizer, load_encoder
 
     if input_files:
         source = Source(input_files, find_tokenizer(str(tokenizer_dir)), **held_out)
-        return {"": prepare_beside(source, run_dir, num_workers)}
+        return {"": prepare_sample(source) if sample else prepare_beside(source, run_dir, num_workers)}
     wanted = load_encoder(find_tokenizer(tokenizer_dir)).fingerprint if tokenizer_dir else None
     stores = {name: open_store(Path(name), wanted) for name in dict.fromkeys(dataset_dirs)}
     if len({store.manifest["tokenizer"]["fingerprint"] for store in stores.values()}) > 1:
@@ -202,7 +204,11 @@ def open_phases(
     nodes, made = nodes_of_processes(accelerator, node_rank), []
     for number, (phase, (rows, held_out)) in enumerate(zip(phases, sources, strict=True)):
         plan = objective.plan(tokenizer, rows.layout, phase.objective)
-        total = phase.batch_size * phase.steps if phase.steps else round((phase.epochs or 0) * rows.num_rows)
+        total = (
+            phase.batch_size * phase.steps
+            if phase.steps
+            else round((phase.epochs or 0) * rows.num_rows * phase.store.whole)
+        )
         made.append(
             Phase(
                 rows,
@@ -217,6 +223,7 @@ def open_phases(
                 micro_batch_size=phase.micro_batch_size,
                 most_eval_rows=most_eval_rows,
                 pin_memory=accelerator.device.type == "cuda",
+                whole=phase.store.whole,
             )
         )
     return Phases(made)
@@ -230,6 +237,7 @@ def plan_text(
     objective: Objective,
     attention: str,
     dropout: str = "",
+    average: bool = False,
     schedule: str = "",
     corners: Sequence[int] = (),
 ) -> str:
@@ -241,11 +249,13 @@ def plan_text(
         accelerator: the running processes.
         objective: what is trained.
         attention: how attention is computed.
+        average: an average of the weights is kept.
         dropout: of hidden states and attention weights, and who says so.
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
     """
     from lmscripts.training.optim import rates_text
+    from lmscripts.training.processes import in_words
 
     parameters = sum(p.numel() for p in objective.parameters())
     several = len(data.phases) > 1
@@ -255,13 +265,12 @@ def plan_text(
         lines += _phase_lines(phase)
         begin = end
     rates = rates_text(rate, data.num_steps, corners, [step for end in data.ends[:-1] for step in (end - 1, end)])
-    processes = f"{accelerator.num_processes} on {accelerator.device.type}; precision {accelerator.mixed_precision}"
     lines += [
         ("time", _time_text(data, objective, accelerator)),
         ("rates", f"{schedule}: {rates}" if schedule else rates),
-        ("processes", f"{processes}, attention {attention}"),
+        ("processes", f"{in_words(accelerator)}, attention {attention}"),
         *([("dropout", dropout)] if dropout else []),
-        ("memory", f"about {16 * parameters / 2**20:,.0f} MiB per process for weights, gradients and moments"),
+        ("memory", _memory_text(data, objective, accelerator, parameters, average)),
         ("disk", f"about {12 * parameters / 2**20:,.0f} MiB a checkpoint"),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
@@ -272,8 +281,7 @@ def _time_text(data: Phases, objective: Objective, accelerator: Accelerator) -> 
     import torch
 
     device, size = accelerator.device, 512 if accelerator.device.type == "cpu" else 4096
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    matrix, times = torch.ones(size, size, device=device, dtype=dtype), list[float]()
+    matrix, times = torch.ones(size, size, device=device, dtype=_dtype(accelerator)), list[float]()
     while len(times) < 3 or sum(times) < 0.05:
         began = monotonic()
         (matrix @ matrix)[0, 0].item()  # waits for it
@@ -291,18 +299,44 @@ def _time_text(data: Phases, objective: Objective, accelerator: Accelerator) -> 
     return text
 
 
+def _memory_text(data: Phases, objective: Objective, accelerator: Accelerator, parameters: int, average: bool) -> str:
+    """Memory of a process that holds all weights; what a micro-batch keeps is that of the largest share."""
+    kept, moments = 0, ", moments and average" if average else " and moments"
+    text = f"about {(20 if average else 16) * parameters / 2**20:,.0f} MiB per process for weights, gradients{moments}"
+    if not accelerator.is_main_process:  # which alone shows it
+        return text
+    for phase in data.phases:
+        micro_batches, _ = next(phase.step_batches(0, 1, phase.shares.index(max(phase.shares))))
+        try:
+            kept = max(kept, objective.kept_bytes(micro_batches[0], _dtype(accelerator)))
+        except Exception:  # a model of any kind, whose shapes depend on what it computes
+            return text
+    return f"{text}; {kept / 2**20:,.0f} MiB for what a micro-batch keeps for the gradient"
+
+
+def _dtype(accelerator: Accelerator) -> Any:
+    """In which products are computed."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def _phase_lines(data: Phase) -> list[tuple[str, str]]:
     index, layout = data.train, data.layout
     positions = data.total_rows * layout.sequence_length
-    epochs = data.total_rows / index.num_rows
-    text = f"{index.real_tokens:,} tokens in {index.num_rows:,} rows of {layout.sequence_length}, "
-    text += f"{index.fill():.2%} full, {layout.packing}; {data.num_eval_rows:,} rows held out"
+    num_rows, tokens = index.num_rows * data.whole, index.real_tokens * data.whole
+    epochs = data.total_rows / num_rows
+    sampled = data.whole > 1
+    text = f"about {1 / data.whole:.1%} of it was read; " if sampled else ""
+    text += f"{tokens:,.0f} tokens in {num_rows:,.0f} rows of {layout.sequence_length}, "
+    text += f"{index.fill():.2%} full, {layout.packing}; "
+    text += f"{data.num_eval_rows:,} rows {'of what was read ' if sampled else ''}held out"
     steps = f"{data.num_steps:,} of {data.batch_size} rows, {epochs:.2f} epochs of "
-    steps += f"{index.num_rows / data.batch_size:,.1f} steps; {positions:,} positions, "
+    steps += f"{num_rows / data.batch_size:,.1f} steps; {positions:,} positions, "
     return [
         ("text", text),
         ("objective", data.words),
-        ("steps", f"{steps}{epochs * index.real_tokens:,.0f} tokens"),
+        ("steps", f"{steps}{epochs * tokens:,.0f} tokens"),
         ("shares", f"rows of a step {data.shares} by process, at most {data.micro_batch_size} at once"),
     ]
 

@@ -82,6 +82,14 @@ def start_processes(
     return accelerator
 
 
+def in_words(accelerator: Accelerator) -> str:
+    """How many processes there are on what, and in which precision they compute."""
+    text = f"{accelerator.num_processes} on {accelerator.device.type}"
+    if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") == "False":
+        text += " (no GPU was found, but the Accelerate config does not say use_cpu: true)"
+    return f"{text}; precision {accelerator.mixed_precision}"
+
+
 def _check_world(accelerator: Accelerator, launched: int) -> None:
     """Refuse a world in which training would silently be wrong."""
     if accelerator.num_processes != launched:
