@@ -54,6 +54,16 @@ def forget_accelerator():
         state.GradientState._reset_state()
 
 
+# The files that take longest come first: one that began last would run on alone.
+LONGEST = """run_pretraining finetune_classifier run_electra run_gpt2 coming_from causal pretrained families written_before
+launch_pattern copying modernbert pairs documents"""
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}.py": number for number, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def no_accelerator_left():
     """Tests run in any order, each as if it were the first."""

@@ -204,11 +204,8 @@ def open_phases(
     nodes, made = nodes_of_processes(accelerator, node_rank), []
     for number, (phase, (rows, held_out)) in enumerate(zip(phases, sources, strict=True)):
         plan = objective.plan(tokenizer, rows.layout, phase.objective)
-        total = (
-            phase.batch_size * phase.steps
-            if phase.steps
-            else round((phase.epochs or 0) * rows.num_rows * phase.store.whole)
-        )
+        passes = (phase.epochs or 0) * rows.num_rows * phase.store.whole
+        total = phase.batch_size * phase.steps if phase.steps else round(passes)
         made.append(
             Phase(
                 rows,
