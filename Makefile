@@ -40,7 +40,7 @@ demo: $(READY)
 	@echo "  accelerate launch --config_file accelerate_configs/gpu1.yaml scripts/run_pretraining.py \\"
 	@echo "    --dataset_dir store --model_dir runs/bert --model_type bert-small --do_whole_word_mask"
 
-# Two files at a time; the tests of one file share what they made and stay together. In the order of their names: by the
+# Two files at a time; the tests of one file share what they made and stay together. In the order of tests/conftest.py: by the
 # number of tests, the few long ones would come last and alone.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
