@@ -226,6 +226,7 @@ def plan_text(
     attention: str,
     schedule: str = "",
     corners: Sequence[int] = (),
+    kept: Mapping[str, Any] | None = None,
 ) -> str:
     """The plan of a run in words: model, rows, steps, rates, processes, memory, disk.
 
@@ -237,6 +238,7 @@ def plan_text(
         attention: how attention is computed.
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
+        kept: save_steps, keep_last and keep_every, by name, which decide the checkpoints that stay.
     """
     from lmscripts.training.optim import rates_text
 
@@ -252,9 +254,23 @@ def plan_text(
         ("rates", f"{schedule}: {rates}" if schedule else rates),
         ("processes", f"{processes}, attention {attention}"),
         ("memory", f"about {16 * parameters / 2**20:,.0f} MiB per process for weights, gradients and moments"),
-        ("disk", f"about {12 * parameters / 2**20:,.0f} MiB a checkpoint"),
+        ("disk", _disk(12 * parameters / 2**20, data, kept or {})),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
+
+
+def _disk(size: float, data: Phases, kept: Mapping[str, Any]) -> str:
+    """What checkpoints of so many MiB take, and which of them are deleted."""
+    text, every = f"about {size:,.0f} MiB a checkpoint", kept.get("save_steps")
+    newest, milestone = max(1, kept.get("keep_last") or 1), kept.get("keep_every")
+    if not every:
+        return text
+    saved = [*range(every, data.num_steps, every), data.num_steps] if isinstance(every, int) else []
+    stay = [step for step in saved[:-newest] if milestone and step % milestone == 0] + saved[-newest:]
+    total = f", {len(stay) * size:,.0f} MiB in all" if saved else ""
+    older = f"older ones are deleted, but for multiples of {milestone:,}" if milestone else "older ones are deleted"
+    often = f"each {every}" if isinstance(every, str) else f"every {every:,} steps"
+    return f"{text}, {often}; the newest {newest:,} stay{total}, {older}"
 
 
 def _phase_lines(data: Phase) -> list[tuple[str, str]]:
