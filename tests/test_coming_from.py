@@ -222,7 +222,7 @@ def test_older_names_of_the_japanese_scripts() -> None:
                 assert row.here == "no effect", row
                 checked.add(option)
             assert not (row.here == "no effect" and option not in names["accepted_unused"]), row
-    assert checked == {"mecab_dic_type", "disable_overwrite_cache", "local_rank"}
+    assert {"mecab_dic_type", "disable_overwrite_cache", "local_rank"} <= checked
 
 
 def test_files_that_runs_write() -> None:

@@ -27,7 +27,8 @@ _READING: dict[str, Mapping[str, str]] = {
         "do_lower_case": "a tokenizer is not changed while it is read: give the folder of one that lowers text",
         "sp_model_kwargs": "a tokenizer is not changed while it is read",
         **dict.fromkeys(
-            ("sudachi_config_path", "sudachi_resource_dir"), "only Sudachi's own dictionaries are known: --sudachi_dict"
+            ("sudachi_config_path", "sudachi_resource_dir"),
+            "train_tokenizer.py --sudachi_dict names one of Sudachi's own dictionaries; there is no other",
         ),
     },
 }

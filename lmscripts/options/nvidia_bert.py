@@ -62,6 +62,7 @@ PRETRAINING: dict[str, Mapping[str, str]] = {
         "processes (and of --num_accumulation_steps), and it itself as --micro_batch_size",
         **dict.fromkeys(("gradient_accumulation_steps", "num_accumulation_steps"), f"{_ACCUMULATED}: leave it out"),
         "optimizer_type": "--optimizer chooses",
+        **dict.fromkeys(("use_fp16", "manual_fp16", "fp16", "amp"), "--precision says it: no, fp16 or bf16"),
         "warmup_proportion": "--warmup_steps counts the steps of the warmup",
         "steps_this_run": "--stop_at_step is the step at which a job ends; --max_time ends it too",
         **dict.fromkeys(("phase2", "phase1_end_step"), _PHASES),

@@ -263,14 +263,16 @@ def _disk(size: float, data: Phases, kept: Mapping[str, Any]) -> str:
     """What checkpoints of so many MiB take, and which of them are deleted."""
     text, every = f"about {size:,.0f} MiB a checkpoint", kept.get("save_steps")
     newest, milestone = max(1, kept.get("keep_last") or 1), kept.get("keep_every")
-    if not every:
+    if every is None:
         return text
     saved = [*range(every, data.num_steps, every), data.num_steps] if isinstance(every, int) else []
     stay = [step for step in saved[:-newest] if milestone and step % milestone == 0] + saved[-newest:]
+    often = f"every {every:,} steps" if isinstance(every, int) else f"each {every}"
+    if saved and len(saved) <= newest:
+        return f"{text}, {often}, {len(saved) * size:,.0f} MiB in all"
     total = f", {len(stay) * size:,.0f} MiB in all" if saved else ""
-    older = f"older ones are deleted, but for multiples of {milestone:,}" if milestone else "older ones are deleted"
-    often = f"each {every}" if isinstance(every, str) else f"every {every:,} steps"
-    return f"{text}, {often}; the newest {newest:,} stay{total}, {older}"
+    others = f"; older ones are deleted{f', but for multiples of {milestone:,}' if milestone else ''}"
+    return f"{text}, {often}; the newest {newest:,} stay{total}{others}"
 
 
 def _phase_lines(data: Phase) -> list[tuple[str, str]]:
