@@ -356,6 +356,7 @@ def run(options: Options, further: Further) -> None:
         final_ratio=options.final_lr_ratio or 0.0,
     )
     models, notices = build_models(asked, tokenizer, data, attention, like)
+    notices += asked.objective.remarks(tokenizer) if hasattr(asked.objective, "remarks") else []
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     words = {

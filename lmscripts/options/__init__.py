@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmscripts.options import language_pretraining, lightning, nvidia_bert
-from lmscripts.options.checks import check_numbers, check_useless, parse_duration, refuse_given
+from lmscripts.options.checks import check_numbers, check_useless, num_cpus, parse_duration, refuse_given
 from lmscripts.options.language_pretraining import PREPARATION, OlderNames
 from lmscripts.options.parsing import Further, dump_options, option, parse_options, parse_options_with_origin
 from lmscripts.options.presets import sizes_of_config
@@ -23,6 +23,7 @@ __all__ = [
     "check_numbers",
     "check_useless",
     "dump_options",
+    "num_cpus",
     "option",
     "parse_duration",
     "parse_options",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -64,6 +65,11 @@ def refuse_given(in_use: Any, given: Mapping[str, Any], why: str) -> None:
     """
     used = vars(in_use) if dataclasses.is_dataclass(in_use) else in_use
     check_useless(given, why, *(name for name in given if name not in used))
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_duration(text: str | None) -> float:

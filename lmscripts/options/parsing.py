@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 import jsonargparse
 
 from lmscripts.errors import UserError
+from lmscripts.options.checks import num_cpus
 from lmscripts.options.yaml_text import LINE, Entry, Flag, by_group, listed, nearest, normal, read_yaml, shown, to_yaml
 
 MISSING = dataclasses.MISSING
@@ -148,6 +149,11 @@ def _parse(
             explicit = {n: (v, entry.origin == LINE) for n, (v, entry) in given.items() if entry.origin != _DEFAULT}
             under = beneath(explicit, reader.own_values)
             given |= {name: (value, Entry(name, [], name, "the run before")) for name, value in under.items()}
+        workers, cpus = given.get("num_workers", (None,))[0], num_cpus()
+        if isinstance(workers, int) and workers > cpus:
+            reader.notices.append(
+                f"--num_workers {workers} is more than the {cpus} CPUs there are: it costs, not saves"
+            )
         _say("".join(f"{notice}\n" for notice in dict.fromkeys(reader.notices)), sys.stderr)
         values = {name: value for name, (value, _) in given.items()}
         if prints:
