@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from lmscripts.errors import UserError
+from lmscripts.options import parsing
 from lmscripts.options.checks import check_numbers, check_useless, refuse_given
 from lmscripts.options.parsing import Further, dump_options, option, parse_options, parse_options_with_origin
 from lmscripts.options.yaml_text import nearest
@@ -601,3 +602,18 @@ def test_checks_pass_over_options_that_a_copy_of_a_script_does_not_have() -> Non
     check_useless({"a": None}, "here", "a", "gone")
     with pytest.raises(UserError, match="--a must be greater than 0, got 0"):
         check_numbers({"a": (1, 0)}, positive=("gone", "a"))
+
+
+def test_more_workers_than_processors_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Working:
+        num_workers: int = option(4, help="Processes.")
+
+    monkeypatch.setattr(parsing, "num_cpus", lambda: 3)
+    for line, said in (([], ""), (["--num_workers", "3"], ""), (["--num_workers", "8"], "more than the 3 CPUs")):
+        parse_options(Working, description="", argv=line)
+        text = capsys.readouterr().err
+        assert said in text
+        assert bool(text) == bool(said)

@@ -38,7 +38,9 @@ READING = """tokenizer_name_or_path language load_from_hub word_tokenizer_type s
     do_lower_case ignore_max_byte_error mecab_dic mecab_option sudachi_split_mode sudachi_config_path
     sudachi_resource_dir sudachi_dict_type sp_model_kwargs unk_token sep_token pad_token cls_token mask_token"""
 LATER = {
-    "prepare_corpus.py": f"""input_corpus max_length dataset_type input_file mask_style mlm_probability dataset_dir
+    "prepare_corpus.py": f"""output_file vocab_file max_seq_length max_predictions_per_seq masked_lm_prob dupe_factor
+        do_whole_word_mask short_seq_prob random_seed input_corpus max_length dataset_type input_file mask_style
+        mlm_probability dataset_dir
         num_proc cache_dir {READING}""",
     "run_pretraining.py": f"""dataset_dir model_dir parameter_file model_type do_whole_word_mask node_rank local_rank
         run_name resume_from_checkpoint is_dataset_masked use_deepspeed deepspeed_bucket_size {READING} {NVIDIA}""",
@@ -115,7 +117,7 @@ def test_a_name_with_a_value_has_an_answer_for_other_values_too(name: str) -> No
 
 def test_systems_do_not_contradict_each_other() -> None:
     for systems in ((language_pretraining, nvidia_bert), (language_pretraining, lightning)):
-        for attribute in ("PRETRAINING", "TOKENIZER"):
+        for attribute in ("PREPARATION", "PRETRAINING", "TOKENIZER"):
             seen: dict[str, Any] = {}
             for table in (vars(each).get(attribute, {}) for each in systems):
                 for kind, rows in table.items():
@@ -217,6 +219,11 @@ def test_a_file_of_the_older_trainer_for_an_evaluation(tmp_path: Path, capsys: p
     assert found["input_file"] == ("mine.txt",)
     file.write_text(LIGHTNING_FILE.replace("held_out.txt", "null"), encoding="utf-8")
     assert "missing --input_file" in said(capsys, "evaluate_lm.py", "--config", str(file), "--ckpt_path", "run")
+
+
+def test_a_checkpoint_of_the_older_trainer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--ckpt_path", "logs/version_3/checkpoints/epoch=1-step=5.ckpt", "--test_file", "a.txt"]
+    assert "give the run's folder (logs/version_3), or a checkpoint-STEP" in said(capsys, "evaluate_lm.py", *line)
 
 
 def test_a_run_for_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

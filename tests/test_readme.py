@@ -76,7 +76,9 @@ def run(line, folder):
     assert words[0] == "python", line
     if words[1] != "-c":
         assert (folder / words[1]).is_file()
-        return run_script(words[1].removeprefix("scripts/"), *words[2:], cwd=folder).stdout
+        done = run_script(words[1].removeprefix("scripts/"), *words[2:], cwd=folder)
+        assert "[transformers]" not in done.stderr, f"{line}\n{done.stderr}"
+        return done.stdout
     program = folder / "program.py"
     program.write_text(words[2], encoding="utf-8")
     done = forked.run(["python", str(program)], folder, forked.os.environ, 120)

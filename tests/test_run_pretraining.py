@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -376,6 +377,13 @@ def test_dry_run_touches_nothing(common, tmp_path):
     for word in ("parameters", "tokens in", "rows", "epochs", "linear: step 1", "processes", "memory", "disk"):
         assert word in done.stdout
     assert not (tmp_path / "run").exists()
+    assert re.search(r"every 5 steps, \d+ MiB in all\n", done.stdout)  # all three of them stay
+    kept = ["--save_steps", "1", "--keep_last", "2", "--keep_every", "4", "--model_dir", tmp_path / "run"]
+    done = run_script("run_pretraining.py", *common, "--dry_run", *kept)
+    assert re.search(
+        r"every 1 step; the newest 2 stay, \d+ MiB in all; older ones are deleted, but for multiples of 4\n",
+        done.stdout,
+    )
 
 
 def test_text_gives_a_store_that_is_used_again(presets, tokenizer_dir, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lmscripts.options import language_pretraining, lightning, nvidia_bert
 from lmscripts.options.checks import check_numbers, check_useless, num_cpus, parse_duration, refuse_given
-from lmscripts.options.language_pretraining import PREPARATION, OlderNames
+from lmscripts.options.language_pretraining import OlderNames
 from lmscripts.options.parsing import Further, dump_options, option, parse_options, parse_options_with_origin
 from lmscripts.options.presets import sizes_of_config
 
@@ -39,6 +39,7 @@ def _together(*systems: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {kind: {k: v for system in systems for k, v in system.get(kind, {}).items()} for kind in kinds}
 
 
+PREPARATION = _together(language_pretraining.PREPARATION, nvidia_bert.PREPARATION)
 TOKENIZER = _together(language_pretraining.TOKENIZER, lightning.TOKENIZER)
 PRETRAINING = _together(language_pretraining.PRETRAINING, nvidia_bert.PRETRAINING)
 PRETRAINING |= {"foreign": lightning, "one_of": [lightning.LENGTHS]}

@@ -189,7 +189,18 @@ class Evaluation:
 
     @staticmethod
     def translate(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-        """Replace `model.test_file`; the other keys, of a training, say nothing to an evaluation."""
+        """Replace `model.test_file`; the other keys, of a training, say nothing to an evaluation.
+
+        Raises:
+            UserError: a checkpoint of the older trainer is given, or a file in a form that no file has.
+        """
+        for entry in entries:
+            if entry.key == "model_dir" and entry.shown.endswith(".ckpt"):
+                run = Path(entry.shown).parent.parent
+                raise UserError(
+                    f"{entry.shown} would be of the older trainer, which cannot be read: give the run's folder "
+                    f"({run}), or a checkpoint-STEP in it"
+                )
         own = [entry for entry in entries if entry.key not in KEYS]
         older = [_opened(entry) for entry in entries if entry.key in KEYS]
         tests = [entry for entry in older if entry.key == "model.test_file" and entry.values != [None]]

@@ -17,6 +17,24 @@ _TEXT = (
 _PHASES = "both phases are one run: --phase_steps, and a value for each of --sequence_length and --batch_size"
 _RESUMED = "--do_continue goes on from the newest checkpoint of --model_dir"
 _TPU = "there is no way to a TPU"
+_OF_RUNS = "a store serves every run"
+PREPARATION: dict[str, Mapping[str, str]] = {  # of create_pretraining_data.py
+    "renamed": {},
+    "accepted_unused": {
+        "max_seq_length": f"{_OF_RUNS}: run_pretraining.py --sequence_length",
+        **dict.fromkeys(
+            ("max_predictions_per_seq", "masked_lm_prob"), f"{_OF_RUNS}: run_pretraining.py --mask_probability"
+        ),
+        "do_whole_word_mask": f"{_OF_RUNS}: run_pretraining.py --do_whole_word_mask",
+        "short_seq_prob": f"{_OF_RUNS}: run_pretraining.py --objective sentence_pairs --short_pairs",
+        "dupe_factor": "masks are drawn while training, anew in every epoch",
+        "random_seed": f"{_OF_RUNS}: run_pretraining.py --seed",
+    },
+    "refused": {
+        "output_file": "--output_dir is the folder of a store",
+        "vocab_file": "--tokenizer_dir is the folder of a tokenizer",
+    },
+}
 PRETRAINING: dict[str, Mapping[str, str]] = {
     "renamed": {
         "output_dir": "model_dir",

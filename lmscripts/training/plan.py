@@ -267,7 +267,7 @@ def _disk(size: float, data: Phases, kept: Mapping[str, Any]) -> str:
         return text
     saved = [*range(every, data.num_steps, every), data.num_steps] if isinstance(every, int) else []
     stay = [step for step in saved[:-newest] if milestone and step % milestone == 0] + saved[-newest:]
-    often = f"every {every:,} steps" if isinstance(every, int) else f"each {every}"
+    often = f"after every {every}" if isinstance(every, str) else f"every {every:,} step{'s' * (every > 1)}"
     if saved and len(saved) <= newest:
         return f"{text}, {often}, {len(saved) * size:,.0f} MiB in all"
     total = f", {len(stay) * size:,.0f} MiB in all" if saved else ""
