@@ -152,7 +152,7 @@ def _parse(
         workers, cpus = given.get("num_workers", (None,))[0], num_cpus()
         if isinstance(workers, int) and workers > cpus:
             reader.notices.append(
-                f"--num_workers {workers} is more than the {cpus} CPUs there are: it costs, not saves"
+                f"--num_workers {workers} is more than the {cpus} CPUs there are: more of them cost time"
             )
         _say("".join(f"{notice}\n" for notice in dict.fromkeys(reader.notices)), sys.stderr)
         values = {name: value for name, (value, _) in given.items()}

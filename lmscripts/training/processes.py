@@ -272,8 +272,9 @@ def _asked_of_launcher() -> int:
     with suppress(psutil.Error):
         words = psutil.Process(launcher).cmdline() if launcher else []
     of_line = of_file = ""
+    words = words[words.index("launch") :] if "launch" in words else []
     for word, following in pairwise([*words, ""]):
-        if word.endswith(".py") and not word.endswith(("accelerate_cli.py", "launch.py")):
+        if word.endswith(".py"):
             break  # what comes now is for the script
         name, _, value = word.removeprefix("--").partition("=")
         if name == "config_file" and (file := Path(value or following)).is_file():
