@@ -182,7 +182,7 @@ def test_origins(tmp_path: Path) -> None:
         (["--vocab_siz", "3"], ["unknown option --vocab_siz", "did you mean --vocab_size?"]),
         (["--vocab", "3"], ["unknown option --vocab", "did you mean --vocab_size?"]),
         (["--vocabsize", "3", "--lerning_rate=1"], ["--vocab_size?", "--lerning_rate", "--learning_rate?"]),
-        (["--zzz"], ["unknown option --zzz"]),
+        (["--zzz"], ["unknown option --zzz (--help lists all)"]),
         (["--vocab_size", "x"], ["--vocab_size must be a whole number, not x"]),
         (["--vocab_size", "1.5"], ["--vocab_size must be a whole number, not 1.5"]),
         (["--vocab_size", "1:30"], ["--vocab_size must be a whole number, not 1:30"]),
@@ -537,7 +537,7 @@ OF_VALUES = {
         ("--train=False", None, "--train False has no counterpart here: another script evaluates"),
         ("--train 0 --pad x", None, "evaluates; --pad x has no counterpart here: it is [PAD]"),
         ("--mecab-dic juman-x", None, "--mecab_dic juman-x has no counterpart here: take ipadic"),
-        ("--zz --pad x", None, "unknown option --zz; --pad x has no counterpart here: it is [PAD]"),
+        ("--zz --pad x", None, "unknown option --zz (--help lists all); --pad x has no counterpart here: it is [PAD]"),
     ],
 )
 def test_older_names_may_mean_something_else_by_their_value(

@@ -326,7 +326,8 @@ class _Reader:
             near = nearest(name, self.foreign_keys if "." in name else [*self.own, *more], dashes)
             answers.append(f"{dashes}{name}{place}{near and f' ({near})'}")
         kind = "unknown option" if dashes else f"{entries[0].origin}: unknown key" if entries else ""
-        problems = [f"{kind}{'s' if len(answers) > 1 else ''} {listed(answers, 'and')}"] if answers else []
+        more_help = "" if all(answer.endswith("?)") for answer in answers) else " (--help lists all)"
+        problems = [f"{kind}{'s' if len(answers) > 1 else ''} {listed(answers, 'and')}{more_help}"] if answers else []
         for entry in (entry for entry in entries if entry.key not in unknown):
             found += self._by_its_name(entry, problems)
         if problems:
