@@ -186,6 +186,8 @@ def test_tokenizers_of_other_scripts(capsys: pytest.CaptureFixture[str]) -> None
     line = "--train_file a.txt --spm_model_dir spm --tf_model_dir out"
     found = parse("train_tokenizer.py", *line.split())
     assert (found["input_file"], found["model_dir"], found["objective"]) == (("a.txt",), "out", "causal")
+    parse("train_tokenizer.py", "--train_file", "a.txt", "--tf_model_dir", "out")  # the third had a default
+    assert "--train_file is now --input_file: what was trained there is --objective" in capsys.readouterr().err
     line = "--word_tokenizer mecab --input_file a --model_dir b --spm_model_type unigram --spm_split_by_whitespace"
     found = parse("train_tokenizer.py", *line.split(), "--spm_disable_add_dummy_prefix")
     assert found["word_tokenizer"] == "mecab"

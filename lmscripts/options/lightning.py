@@ -39,7 +39,7 @@ EVALUATION = {"renamed": {"ckpt_path": "model_dir", "test_file": "input_file", "
 # Of its train_tokenizer.py, which trained a unigram model of sentencepiece.
 TOKENIZER = {
     "renamed": {
-        "train_file": "input_file",
+        "train_file": "input_file; what was trained there is --objective causal here",
         "tf_model_dir": "model_dir",
         "spm_model_dir": "objective causal; a unigram tokenizer that loses nothing, all of it in --model_dir",
     },
