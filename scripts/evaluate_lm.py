@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 from lmscripts import objectives
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.files import write_text
-from lmscripts.options import check_numbers, check_useless, lightning, option, parse_options
+from lmscripts.options import EVALUATION, check_numbers, check_useless, option, parse_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,12 +83,9 @@ class Options:
             raise UserError(f"--mask_probability must lie between 0 and 1, got {self.mask_probability}")
 
 
-RENAMED = {"sequence_length": "block_size", **lightning.RENAMED_IN_EVALUATION}
-
-
 def main() -> None:
     """Parse, evaluate, write."""
-    options = parse_options(Options, description=__doc__ or "", renamed=RENAMED)
+    options = parse_options(Options, description=__doc__ or "", **EVALUATION)
     try:
         with user_errors():
             evaluate(options)

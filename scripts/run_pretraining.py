@@ -29,6 +29,7 @@ from lmscripts.options import (
     parse_duration,
     parse_options,
     refuse_given,
+    sizes_of_config,
 )
 from lmscripts.training import plan
 
@@ -68,7 +69,7 @@ PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_
 OBJECTIVES = " or ".join(objectives.names())
 SETTINGS = [*(objectives.objective(name).Settings for name in objectives.names()), OlderNames]
 # What the preset decides where no option does, and what of it an option may say otherwise.
-FROM_PRESET = ("learning_rate", "warmup_steps", "save_steps", "logging_steps", "frozen_layers")
+FROM_PRESET = ("learning_rate", "warmup_steps", "save_steps", "keep_last", "logging_steps", "frozen_layers")
 PRETRAINED = {
     "pretrained_model_name_or_path": "pretrained_model",
     "pretrained_generator_model_name_or_path": "pretrained_generator",
@@ -98,7 +99,7 @@ class Options:
     stop_at_step: int | None = option(None, help="end this job after so many steps, checkpoint saved", group="run")
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
     save_steps: Every | None = option(None, help="steps between checkpoints; default: the preset's", group="run")
-    keep_last: int = option(3, help="checkpoints to keep", group="run")
+    keep_last: int | None = option(None, help="newest checkpoints to keep; default: the preset's", group="run")
     keep_every: int = option(0, help="also keep checkpoints at multiples of so many steps; 0 = none", group="run")
     eval_every: Every | None = option(None, help="steps between evaluations; default: save_steps", group="run")
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
@@ -211,6 +212,7 @@ class Inputs(NamedTuple):
     settings: Any  # of the objective
     phases: list[plan.PhaseSettings]
     as_yaml: str  # the options that repeat the run, as they were given
+    notices: list[str]
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -224,6 +226,7 @@ def read_inputs(options: Options, further: Further) -> Inputs:
     """Preset, objective and text, put together with the options."""
     from lmscripts.models import building
 
+    notices: list[str] = []
     preset, family = building.read_preset(options.parameter_file, options.model_type)
     name = options.objective or family.default_objective
     objective, older, is_branch = objectives.objective(name), further.settings[OlderNames], bool(options.decay_from)
@@ -232,6 +235,9 @@ def read_inputs(options: Options, further: Further) -> Inputs:
     as_yaml = dump_options(options, settings, older)
     given = {field: getattr(options, option) for option, field in PRETRAINED.items() if getattr(options, option)}
     sizes = {field: getattr(options, option) for option, field in SIZES.items() if getattr(options, option)}
+    if older.bert_config_file:
+        of_file, said = sizes_of_config(older.bert_config_file)
+        sizes, notices = of_file | sizes, [said]
     frozen = preset.frozen_layers if options.frozen_layers is None else options.frozen_layers
     preset = building.as_asked(preset, name, sizes=sizes, **given, frozen_layers=frozen)
     if options.start_from is not None and (origin := building.origin(preset)):
@@ -247,7 +253,7 @@ def read_inputs(options: Options, further: Further) -> Inputs:
     options = replace(options, **{name: v for name, v in values.items() if getattr(options, name) in (None, ())})
     settings = objective.resolved(settings, preset)
     phases = ask_phases(options, settings)
-    return Inputs(options, older, is_branch, preset, family, name, objective, settings, phases, as_yaml)
+    return Inputs(options, older, is_branch, preset, family, name, objective, settings, phases, as_yaml, notices)
 
 
 def row_lengths(options: Options, preset: Preset, is_given: bool) -> tuple[int, ...]:
@@ -326,7 +332,7 @@ def run(options: Options, further: Further) -> None:
     logging.disable_progress_bar()  # of transformers, at every save
     asked = read_inputs(options, further)
     options, run_dir = asked.options, Path(options.model_dir)
-    wanted = {"tokenizer_type": asked.older.tokenizer_type, "mecab_dic": asked.older.mecab_dic}
+    wanted = {name: getattr(asked.older, name) for name in ("tokenizer_type", "mecab_dic", "word_tokenizer_type")}
     tokenizer, sources = plan.open_sources(asked.phases, asked.objective, options.packing, **wanted)
     accelerator = start(asked)
     torch.use_deterministic_algorithms(options.deterministic)
@@ -351,13 +357,14 @@ def run(options: Options, further: Further) -> None:
         final_ratio=options.final_lr_ratio or 0.0,
     )
     models, notices = build_models(asked, tokenizer, data, attention, dropouts, like)
+    notices += asked.objective.remarks(tokenizer) if hasattr(asked.objective, "remarks") else []
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
-    words |= {"schedule": options.schedule, "corners": [options.warmup_steps]}
+    words |= {"schedule": options.schedule, "corners": [options.warmup_steps], "kept": vars(options)}
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
-    accelerator.print("\n".join([said, *notices]), flush=True)
+    accelerator.print("\n".join([said, *asked.notices, *notices]), flush=True)
     if options.dry_run:
         return
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)

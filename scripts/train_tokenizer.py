@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
-from lmscripts.options import TOKENIZER, check_numbers, option, parse_options_with_origin
+from lmscripts.options import TOKENIZER, check_numbers, num_cpus, option, parse_options_with_origin
 
 if TYPE_CHECKING:
     from lmscripts.text.records import TableOptions
@@ -348,8 +348,7 @@ def run(options: Options, origins: dict[str, str]) -> None:
         return
     check_target(target, options.overwrite)
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = options.num_workers or cpus or 1
+    workers = options.num_workers or num_cpus()
     per_line = options.document_format == "line"
     spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line, input_format=table.format)
     form = {"document_per_line": per_line, "keep_spaces": causal}

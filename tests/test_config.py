@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from lmscripts.errors import UserError
+from lmscripts.options import parsing
 from lmscripts.options.checks import check_numbers, check_useless, refuse_given
 from lmscripts.options.parsing import Further, dump_options, option, parse_options, parse_options_with_origin
 from lmscripts.options.yaml_text import nearest
@@ -181,7 +182,7 @@ def test_origins(tmp_path: Path) -> None:
         (["--vocab_siz", "3"], ["unknown option --vocab_siz", "did you mean --vocab_size?"]),
         (["--vocab", "3"], ["unknown option --vocab", "did you mean --vocab_size?"]),
         (["--vocabsize", "3", "--lerning_rate=1"], ["--vocab_size?", "--lerning_rate", "--learning_rate?"]),
-        (["--zzz"], ["unknown option --zzz"]),
+        (["--zzz"], ["unknown option --zzz (--help lists all)"]),
         (["--vocab_size", "x"], ["--vocab_size must be a whole number, not x"]),
         (["--vocab_size", "1.5"], ["--vocab_size must be a whole number, not 1.5"]),
         (["--vocab_size", "1:30"], ["--vocab_size must be a whole number, not 1:30"]),
@@ -339,7 +340,7 @@ def test_help_names_defaults_choices_groups_and_older_names(capsys: pytest.Captu
         "--compile, --no_compile",
         "one of ipadic, unidic_lite, no; default: ipadic",
         "--mecab_dic_type (now --mecab_dic)",
-        "--node_rank (no effect any more)",
+        "Accepted without effect: --node_rank.",
         "--print_config",
     ):
         assert part in text
@@ -490,10 +491,83 @@ def test_further_options_are_printed_saved_and_read_again(tmp_path: Path, capsys
     assert parse_more("--config", write(tmp_path, saved)) == (options, further)
 
 
-def test_names_of_older_systems_are_near_to_names_with_a_dot_only() -> None:
-    known = ["trainer.min_steps", "max_steps"]
-    assert nearest("--train_steps", known, "--") == "did you mean --max_steps?"
-    assert nearest("--trainer.min_step", known, "--") == "did you mean --trainer.min_steps?"
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("--vocab_sizes", ["vocab_size", "max_steps"], "vocab_size"),
+        ("--vocabsize", ["vocab_size"], "vocab_size"),
+        ("--warmup", ["warmup_steps", "max_steps"], "warmup_steps"),
+        ("--trainer.min_step", ["trainer.min_steps"], "trainer.min_steps"),
+        ("--train_steps", ["max_steps", "warmup_steps"], ""),  # which means something else
+        ("--do_train", ["do_continue", "dry_run"], ""),
+        ("--bert_config_file", ["print_config", "config"], ""),
+        ("--tf_model_dir", ["model_dir"], ""),
+        ("--tokenizer_dirs", ["tokenizer_file", "tokenizer_type"], ""),
+        ("--eval_steps", ["save_steps"], ""),
+        ("--output_dir", ["input_dir", "output_file"], ""),
+    ],
+)
+def test_a_hint_is_the_same_name_spelt_right_and_never_another_one(word: str, known: list[str], meant: str) -> None:
+    assert nearest(word, known, "--") == (meant and f"did you mean --{meant}?")
+
+
+def test_a_hint_names_no_option_of_an_older_system(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean" not in refusal(capsys, "--mecab_dic_typ", "x")
+    assert "did you mean" not in refusal(capsys, "--node_ranks", "1")
+
+
+OF_VALUES = {
+    "renamed": {"half true": "fp16_type 1", "half-of": "fp16_type", "pieces": "tokenizer_type unigram; in one folder"},
+    "accepted_unused": {"half": "nothing is halved", "train": "that is what it does", "pad [PAD]": "the default"},
+    "refused": {"train false": "another script evaluates", "pad": "it is [PAD]", "mecab_dic juman-x": "take ipadic"},
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "said"),
+    [
+        ("--half", {"fp16_type": 1}, "--half is now --fp16_type 1"),
+        ("--half=True", {"fp16_type": 1}, "--half is now --fp16_type 1"),
+        ("--half 1", {"fp16_type": 1}, "--half is now --fp16_type 1"),
+        ("--half false", {"fp16_type": None}, "--half has no effect: nothing is halved"),
+        ("--half_of 2", {"fp16_type": 2}, "--half_of is now --fp16_type"),
+        ("--pieces x/y", {"tokenizer_type": "unigram"}, "--pieces is now --tokenizer_type unigram: in one folder"),
+        ("--train=True", {}, "--train has no effect: that is what it does"),
+        ("--pad [PAD]", {}, "--pad has no effect: the default"),
+        ("--train=False", None, "--train False has no counterpart here: another script evaluates"),
+        ("--train 0 --pad x", None, "evaluates; --pad x has no counterpart here: it is [PAD]"),
+        ("--mecab-dic juman-x", None, "--mecab_dic juman-x has no counterpart here: take ipadic"),
+        ("--zz --pad x", None, "unknown option --zz (--help lists all); --pad x has no counterpart here: it is [PAD]"),
+    ],
+)
+def test_older_names_may_mean_something_else_by_their_value(
+    line: str, expected: dict[str, Any] | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--input_file", "a", *line.split()]
+    if expected is None:
+        with pytest.raises(SystemExit) as stopped:
+            parse_options(Options, description="", argv=argv, **OF_VALUES)
+        assert stopped.value.code == 2
+    else:
+        options = parse_options(Options, description="", argv=argv, **OF_VALUES)
+        assert {name: getattr(options, name) for name in expected} == expected
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
+def test_what_is_refused_in_a_file_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, "input_file: a\ntrain: false\n")
+    with pytest.raises(SystemExit):
+        parse_options(Options, description="", argv=["--config", file], **OF_VALUES)
+    assert f"error: {file}: --train false has no counterpart here: another script" in capsys.readouterr().err
+
+
+def test_the_options_of_a_run_are_read_where_they_mean_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "model_type: x\ntitle: of the run\nvocab_size: 3\nseed: 1\ninput_file: trained_on.txt\n")
+    options = parse_options(Options, description="", argv=["--config", file, "--input_file", "a"], of_run=("title",))
+    assert (options.title, options.vocab_size, options.input_file) == ("of the run", 32768, ("a",))
+    assert capsys.readouterr().err == f"{file} is of a pretraining run: only title is read of it\n"
 
 
 def test_further_options_in_the_help_and_in_errors(capsys: pytest.CaptureFixture[str]) -> None:
@@ -528,3 +602,18 @@ def test_checks_pass_over_options_that_a_copy_of_a_script_does_not_have() -> Non
     check_useless({"a": None}, "here", "a", "gone")
     with pytest.raises(UserError, match="--a must be greater than 0, got 0"):
         check_numbers({"a": (1, 0)}, positive=("gone", "a"))
+
+
+def test_more_workers_than_processors_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Working:
+        num_workers: int = option(4, help="Processes.")
+
+    monkeypatch.setattr(parsing, "num_cpus", lambda: 3)
+    for line, said in (([], ""), (["--num_workers", "3"], ""), (["--num_workers", "8"], "more than the 3 CPUs")):
+        parse_options(Working, description="", argv=line)
+        text = capsys.readouterr().err
+        assert said in text
+        assert bool(text) == bool(said)

@@ -1,5 +1,6 @@
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,3 +113,31 @@ def test_five_steps_without_a_finite_gradient_stop_the_run():
         state.judge(torch.tensor(float("inf")), has_scaler=False)
     with pytest.raises(UserError, match="5 steps in a row"):
         state.judge(bad, has_scaler=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        ("launch --cpu --num_processes 2 scripts/run.py --num_processes 9", 2),
+        ("launch --num-processes=3 scripts/run.py", 3),
+        ("launch --config_file {file} scripts/run.py", 4),
+        ("launch --num_processes 1 --config_file={file} scripts/run.py", 1),
+        ("launch --config_file absent.yaml scripts/run.py", 1),
+        ("launch scripts/run.py", 1),
+    ],
+)
+def test_a_launcher_that_started_fewer_than_asked(line, asked, tmp_path, monkeypatch):
+    """accelerate launch does so with --cpu, and says nothing."""
+    (tmp_path / "one.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 4\n", encoding="utf-8")
+    words = ["python", "-m", "accelerate.commands.accelerate_cli", *line.format(file=tmp_path / "one.yaml").split()]
+    monkeypatch.setattr(processes.psutil, "Process", lambda number: SimpleNamespace(cmdline=lambda: words))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if asked == 1:
+        assert processes._asked_of_launcher() == 1
+        return
+    with pytest.raises(UserError, match=f"was asked for {asked} processes and started one"):
+        processes.start_processes()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # started from a shell of somebody who launches
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert processes._asked_of_launcher() == 1

@@ -301,3 +301,25 @@ def test_the_presets_are_found_beside_the_package(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(presets, "__file__", str(tmp_path / "lmscripts" / "options" / "presets.py"))
     with pytest.raises(UserError, match="say with --parameter_file where"):
         default_parameter_file()
+
+
+def test_how_many_checkpoints_stay(tmp_path: Path) -> None:
+    """As many as the scripts kept that had such files; presets of our own say fewer."""
+    assert load(tmp_path, BERT).keep_last == 20
+    assert load(tmp_path, {**BERT, "keep-last": 2}).keep_last == 2
+    assert load_preset(PARAMETER_FILE, "bert-base", families=BUILT).keep_last == 20
+    assert load_preset(PARAMETER_FILE, "bert-tiny", families=BUILT).keep_last == 3
+    assert "keep-last must be" in refusal(tmp_path, {**BERT, "keep-last": 0})
+
+
+def test_another_family_is_no_hint() -> None:
+    with pytest.raises(UserError, match="has no preset 'deberta-bose'; did you mean deberta-base"):
+        load_preset(PARAMETER_FILE, "deberta-bose", families=BUILT)
+    with pytest.raises(UserError, match="has no preset 'gpt-small'; it has"):
+        load_preset(PARAMETER_FILE, "gpt-small", families=BUILT)
+
+
+def test_a_configuration_is_no_file_of_presets(tmp_path: Path) -> None:
+    (tmp_path / "bert_config.json").write_text('{"num_hidden_layers": 2}', encoding="utf-8")
+    with pytest.raises(UserError, match="--bert_config_file takes its sizes"):
+        load_preset(tmp_path / "bert_config.json", "bert-base", families=BUILT)

@@ -379,6 +379,13 @@ def test_dry_run_touches_nothing(common, tmp_path):
         assert word in done.stdout
     assert re.search(r"time +about \d+ (s|min|h|days)", done.stdout)
     assert not (tmp_path / "run").exists()
+    assert re.search(r"every 5 steps, \d+ MiB in all\n", done.stdout)  # all three of them stay
+    kept = ["--save_steps", "1", "--keep_last", "2", "--keep_every", "4", "--model_dir", tmp_path / "run"]
+    done = run_script("run_pretraining.py", *common, "--dry_run", *kept)
+    assert re.search(
+        r"every 1 step; the newest 2 stay, \d+ MiB in all; older ones are deleted, but for multiples of 4\n",
+        done.stdout,
+    )
 
 
 def test_dry_run_of_text_looks_at_a_part_of_it(common, presets, tokenizer_dir, tmp_path):

@@ -1,5 +1,6 @@
 """Words are those of transformers' Japanese tokenizers."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,10 @@ def test_numeral_runs_of_ipadic():
     assert segment("九州芸術工科大学") == ["九州芸術工科大学"]  # an entry of the dictionary
     assert numeral_runs("九州芸術工科大学 と 四半期連結会計期間末日満期手形") == ["四半期連結会計期間末日満期手形"]
     assert numeral_run_finder(WordTokenizer(kind="none"))("四半期連結会計期間末日満期手形") == []
+
+
+def test_a_dictionary_of_sudachi_that_is_installed_is_named():
+    pytest.importorskip("sudachidict_small")
+    missing = next(name for name in ("full", "core") if importlib.util.find_spec(f"sudachidict_{name}") is None)
+    with pytest.raises(UserError, match=rf"pip install SudachiPy sudachidict_{missing}; --sudachi_dict \w+ is inst"):
+        make_segmenter(WordTokenizer("sudachi", sudachi_dictionary=missing))

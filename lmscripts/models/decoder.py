@@ -117,6 +117,8 @@ def adopt(model: Any, layout: Layout, like: Path | None = None) -> list[str]:
     if like is not None and (like / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(like)
     model.get_input_embeddings().padding_idx = None  # it may be the end of a document, which is learned like any token
+    # What stands at the end of a row is not looked at by what stands before, so that no mask has to say so.
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     generation = getattr(model, "generation_config", None)
     files = {"config.json": model.config, "generation_config.json": generation}
     ids = {"bos_token_id": layout.begin_id, "eos_token_id": layout.end_id, "pad_token_id": layout.pad_id}

@@ -133,6 +133,19 @@ def batches(
 # ---- loss --------------------------------------------------------------------------------------------------------
 
 
+def remarks(tokenizer: Any) -> list[str]:
+    """A sentence where the tokenizer loses text, which the model then cannot write."""
+    for text in ("Two  Spaces", "éÉ", "ｶﾅ①", "𠮷😀"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if back.strip() != text:
+            return [
+                f"warning: the tokenizer loses text: {text!r} comes back as {back!r}, the model can write no other; "
+                "train_tokenizer.py --objective causal makes one that loses nothing"
+            ]
+    return []
+
+
 def weights(settings: Settings) -> dict[str, float]:
     """One term."""
     return {"clm": 1.0}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -76,6 +77,11 @@ def duration_text(seconds: float) -> str:
     if minutes < 2 * 24 * 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{hours // 24} days {hours % 24} h" if hours < 10 * 24 else f"{round(seconds / 86400):,} days"
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_duration(text: str | None) -> float:

@@ -35,7 +35,26 @@ RENAMED = {
     "model.n_head": "n_head",
     "model.n_embd": "n_embd",
 }
-RENAMED_IN_EVALUATION = {"ckpt_path": "model_dir", "test_file": "input_file"}  # of its test.py, for evaluate_lm.py
+EVALUATION = {"renamed": {"ckpt_path": "model_dir", "test_file": "input_file", "sequence_length": "block_size"}}
+# Of its train_tokenizer.py, which trained a unigram model of sentencepiece.
+TOKENIZER = {
+    "renamed": {
+        "train_file": "input_file; what was trained there is --objective causal here",
+        "tf_model_dir": "model_dir",
+        "spm_model_dir": "objective causal; a unigram tokenizer that loses nothing, all of it in --model_dir",
+    },
+    "accepted_unused": {
+        "input_sentence_size": "how much of the text is enough is decided here",
+        "add_dummy_prefix false": "a space is put before no line",
+    },
+    "refused": {
+        "add_dummy_prefix": "a space is put before no line: leave it out",
+        **{
+            f"{name}_token": "special tokens have the names that they have: leave it out"
+            for name in ("sep", "cls", "pad", "unk", "bos", "eos")
+        },
+    },
+}
 SIZES = ("n_layer", "n_head", "n_embd")
 LENGTHS = ("max_steps", "epochs", "phase_steps")
 # How they stood there where nothing was said and where this script would do otherwise. Adam's are torch's.
@@ -162,6 +181,37 @@ def translate(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
             old.default("epochs", str(DEFAULT_EPOCHS), f"{AS_THERE} where nothing said how long")
     _run(old)
     return [*old.own, *old.meant], old.notices
+
+
+class Evaluation:
+    """The same keys to evaluate_lm.py, as the older test.py had them: the text alone is read of them."""
+
+    SYSTEM, KEYS = SYSTEM, KEYS
+
+    @staticmethod
+    def translate(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+        """Replace `model.test_file`; the other keys, of a training, say nothing to an evaluation.
+
+        Raises:
+            UserError: a checkpoint of the older trainer is given, or a file in a form that no file has.
+        """
+        for entry in entries:
+            if entry.key == "model_dir" and entry.shown.endswith(".ckpt"):
+                run = Path(entry.shown).parent.parent
+                raise UserError(
+                    f"{entry.shown} would be of the older trainer, which cannot be read: give the run's folder "
+                    f"({run}), or a checkpoint-STEP in it"
+                )
+        own = [entry for entry in entries if entry.key not in KEYS]
+        older = [_opened(entry) for entry in entries if entry.key in KEYS]
+        tests = [entry for entry in older if entry.key == "model.test_file" and entry.values != [None]]
+        for entry in tests:
+            entry.check_flat()
+        meant = [replace(entry, key="input_file") for entry in tests]
+        notices = [f"{entry.key} is now --input_file" for entry in tests]
+        if older:
+            notices.append("of the older trainer's keys only model.test_file is read; the model knows all else")
+        return own + meant, notices
 
 
 class _Old:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 import jsonargparse
 
 from lmscripts.errors import UserError
+from lmscripts.options.checks import num_cpus
 from lmscripts.options.yaml_text import LINE, Entry, Flag, by_group, listed, nearest, normal, read_yaml, shown, to_yaml
 
 MISSING = dataclasses.MISSING
@@ -31,6 +32,7 @@ Beneath = Callable[[Mapping[str, tuple[Any, bool]], Callable[[str], dict[str, An
 
 _NONE: Mapping[str, Any] = types.MappingProxyType({})
 _DEFAULT = "default"
+_TRUTH = {"1": "true", "yes": "true", "t": "true", "0": "false", "no": "false", "f": "false"}
 _EVERY_SCRIPT = (  # for the line alone
     Flag("help", bool, False, "print this and exit", group="every script"),
     Flag("config", str | None, None, "YAML file of options; the command line wins", group="every script"),
@@ -87,9 +89,12 @@ def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None 
         rest: the arguments that follow, all of them by name.
         description: what the script does, for `--help`.
         argv: words of the command line without the program; `sys.argv[1:]` when None.
-        renamed: older name -> its name now. `no_x` is the opposite of the boolean `x`.
-        renamed_values: option (name now) -> {older value: its name now}.
+        renamed: older name -> its name now, or that name and a value. `no_x` is the opposite of the boolean `x`.
+            In this table and the next two "name value" instead of a name is for that value alone; "true" for a flag.
         accepted_unused: older name -> a sentence that says why it is not needed any more.
+        refused: name -> a sentence that says what to do instead.
+        renamed_values: option (name now) -> {older value: its name now}.
+        of_run: options that are read of a file that has the key `model_type`, the config.yaml of a pretraining run.
         foreign: a module that knows another system, as `lmscripts.options.lightning` does: its `SYSTEM` in words, its
             `KEYS` (`block.key` may stand in a block of a file), and `translate`, which turns entries with these keys
             into entries of the script's options; one of the origin "default" counts where no other has the option.
@@ -144,6 +149,11 @@ def _parse(
             explicit = {n: (v, entry.origin == LINE) for n, (v, entry) in given.items() if entry.origin != _DEFAULT}
             under = beneath(explicit, reader.own_values)
             given |= {name: (value, Entry(name, [], name, "the run before")) for name, value in under.items()}
+        workers, cpus = given.get("num_workers", (None,))[0], num_cpus()
+        if isinstance(workers, int) and workers > cpus:
+            reader.notices.append(
+                f"--num_workers {workers} is more than the {cpus} CPUs there are: more of them cost time"
+            )
         _say("".join(f"{notice}\n" for notice in dict.fromkeys(reader.notices)), sys.stderr)
         values = {name: value for name, (value, _) in given.items()}
         if prints:
@@ -196,15 +206,18 @@ class _Reader:
         renamed: Names = _NONE,
         renamed_values: Mapping[str, Names] = _NONE,
         accepted_unused: Names = _NONE,
+        refused: Names = _NONE,
         foreign: Any = None,
+        of_run: Collection[str] = (),
     ) -> None:
         self.flags = {**flags, **{flag.name: flag for flag in _EVERY_SCRIPT}}
-        self.renamed = {normal(old): normal(new) for old, new in renamed.items()}
+        tables = {"renamed": renamed, "unused": accepted_unused, "refused": refused}
+        self.older = {_name_and_value(k): (kind, v) for kind, table in tables.items() for k, v in table.items()}
         self.renamed_values = {normal(name): values for name, values in renamed_values.items()}
-        self.accepted_unused = {normal(name): reason for name, reason in accepted_unused.items()}
         self.foreign, self.foreign_keys = foreign, foreign.KEYS if foreign else ()
-        negations = [f"no_{name}" for name, flag in flags.items() if bool in flag.kinds]
-        self.own = [*flags, *negations, *self.renamed, *self.accepted_unused]
+        self.of_run = of_run
+        self.own = [*flags, *(f"no_{name}" for name, flag in flags.items() if bool in flag.kinds)]
+        self.known = {*self.own, *(name for name, _ in self.older)}
         self.notices: list[str] = []
         self.parser = self._typed_parser()
 
@@ -229,9 +242,13 @@ class _Reader:
     def help_text(self, description: str) -> str:
         """The answer to `--help`."""
         self.parser.description = description
-        older = [f"--{old} (now --{new})" for old, new in self.renamed.items()]
-        older += [f"--{old} (no effect any more)" for old in self.accepted_unused]
-        ends = ["Older names that are still accepted: " + ", ".join(older) + "."] if older else []
+        rows = [
+            (" ".join(filter(None, key)), kind, text.partition("; ")[0]) for key, (kind, text) in self.older.items()
+        ]
+        renamed = [f"--{name} (now --{text})" for name, kind, text in rows if kind == "renamed"]
+        unused = [f"--{name}" for name, kind, _ in rows if kind == "unused"]
+        ends = ["Older names that are still accepted: " + ", ".join(renamed) + "."] if renamed else []
+        ends += ["Accepted without effect: " + ", ".join(unused) + "."] if unused else []
         if self.foreign:
             keys = listed(sorted({key.split(".")[0] + ".*" * ("." in key) for key in self.foreign_keys}), "and")
             ends.append(f"Files and options of {self.foreign.SYSTEM} are accepted too: {keys}.")
@@ -260,12 +277,16 @@ class _Reader:
 
     def own_values(self, file_name: str) -> dict[str, Any]:
         """The script's own options in a file."""
-        entries = [entry for entry in self._file(file_name) if normal(entry.key) in self.own]
+        entries = [entry for entry in self._file(file_name) if normal(entry.key) in self.known]
         return {name: value for name, (value, _) in self.collect(entries).items()}
 
     def _file(self, file_name: str) -> list[Entry]:
         blocks = {key.split(".")[0] for key in self.foreign_keys if "." in key}
-        return self._by_their_names(read_yaml(file_name, blocks), "")
+        entries = read_yaml(file_name, blocks)
+        if self.of_run and any(normal(entry.key) == "model_type" for entry in entries):
+            entries = [entry for entry in entries if normal(entry.key) in self.of_run]
+            self.notices.append(f"{file_name} is of a pretraining run: only {listed(self.of_run, 'and')} is read of it")
+        return self._by_their_names(entries, "")
 
     def _line(self, words: Sequence[str]) -> list[Entry]:
         """The options in the order of the line; what follows an option up to the next one are its values."""
@@ -288,33 +309,54 @@ class _Reader:
 
     def _takes(self, entry: Entry, word: str) -> bool:
         """Whether a word can be a value of the option before it; else it belongs to the positional option."""
-        name = self.renamed.get(normal(entry.key), normal(entry.key))
+        kind, text = self.older.get((normal(entry.key), ""), ("", ""))
+        name = text if kind == "renamed" else normal(entry.key)
         if (flag := self.flags.get(name)) is None:
-            return name not in self.own
+            return name not in self.known
         may_be = bool not in flag.kinds or self._typed(flag, word) is not MISSING
         return flag.is_tuple or (not entry.values and may_be)
 
     def _by_their_names(self, entries: Sequence[Entry], dashes: str, more: Iterable[str] = ()) -> list[Entry]:
         """The entries under the names of today, without those that have no effect now; unknown ones are refused."""
-        known = [*self.own, *self.foreign_keys, *more]
-        if unknown := {entry.key: entry for entry in entries if normal(entry.key) not in known}:
-            answers = []
-            for name, entry in unknown.items():
-                place, near = f" in line {entry.line}" if entry.line else "", nearest(name, known, dashes)
-                answers.append(f"{dashes}{name}{place}{near and f' ({near})'}")
-            kind = "unknown option" if dashes else f"{entries[0].origin}: unknown key"
-            raise UserError(f"{kind}{'s' if len(answers) > 1 else ''} {listed(answers, 'and')}")
-        found = []
-        for entry in entries:
-            spelled = normal(entry.key)
-            name = self.renamed.get(spelled, spelled)
-            if name in self.accepted_unused:
-                self.notices.append(f"--{spelled} has no effect: {self.accepted_unused[name]}")
-                continue
-            if spelled in self.renamed:
-                self.notices.append(f"--{spelled} is now --{name}")
-            found.append(dataclasses.replace(entry, key=name, written=f"--{spelled} {entry.shown}".rstrip()))
+        known = {*self.known, *self.foreign_keys, *more}
+        unknown = {entry.key: entry for entry in entries if normal(entry.key) not in known}
+        answers, found = [], []
+        for name, entry in unknown.items():
+            place = f" in line {entry.line}" if entry.line else ""
+            near = nearest(name, self.foreign_keys if "." in name else [*self.own, *more], dashes)
+            answers.append(f"{dashes}{name}{place}{near and f' ({near})'}")
+        kind = "unknown option" if dashes else f"{entries[0].origin}: unknown key" if entries else ""
+        more_help = "" if all(answer.endswith("?)") for answer in answers) else " (--help lists all)"
+        problems = [f"{kind}{'s' if len(answers) > 1 else ''} {listed(answers, 'and')}{more_help}"] if answers else []
+        for entry in (entry for entry in entries if entry.key not in unknown):
+            found += self._by_its_name(entry, problems)
+        if problems:
+            raise UserError("; ".join(problems))
         return found
+
+    def _by_its_name(self, entry: Entry, problems: list[str]) -> list[Entry]:
+        """An entry under its name of today; none where it has no effect or is refused, which joins the problems."""
+        spelled = normal(entry.key)
+        written = f"--{spelled} {entry.shown}".rstrip()
+        entry = dataclasses.replace(entry, key=spelled, written=written)
+        kind, text = self._older(entry)
+        if kind == "renamed":
+            option, _, remark = text.partition("; ")
+            name, value = _name_and_value(option)
+            self.notices.append(f"--{spelled} is now --{option}{remark and f': {remark}'}")
+            entry = dataclasses.replace(entry, key=name, values=[value] if value else entry.values)
+            kind, text = self._older(entry)
+        if kind == "unused":
+            self.notices.append(f"--{spelled} has no effect: {text}")
+        elif kind == "refused":
+            problems.append(f"{entry.origin}: " * (entry.origin != LINE) + f"{written} has no counterpart here: {text}")
+        return [] if kind in ("unused", "refused") else [entry]
+
+    def _older(self, entry: Entry) -> tuple[str, str]:
+        """What the tables say of an option with its value, else of its name: kind and text, both empty for nothing."""
+        word = entry.shown or "true"
+        ways = (word, word.casefold(), _TRUTH.get(word.casefold(), word), "")
+        return next((self.older[entry.key, way] for way in ways if (entry.key, way) in self.older), ("", ""))
 
     # ---- what they mean
 
@@ -368,6 +410,12 @@ class _Reader:
         except argparse.ArgumentError:
             return MISSING
         return MISSING if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    """Of a key of a table of older names."""
+    name, _, value = text.partition(" ")
+    return normal(name), value
 
 
 def _say(text: str, stream: TextIO, rank_variable: str = "RANK") -> None:

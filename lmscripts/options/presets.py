@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmscripts.errors import UserError
-from lmscripts.options.yaml_text import listed
+from lmscripts.options.yaml_text import listed, nearest, normal
 
 Reader = Callable[[Any], Any]
 
@@ -126,6 +126,7 @@ class Preset:
     train_steps: int = key_of("train-steps", _whole(1), kind="schedule")
     comment: str | list[str] = key_of("comment", _comment, "", kind="optional")
     save_steps: int = key_of("save-steps", _whole(1), 50000, kind="optional")
+    keep_last: int = key_of("keep-last", _whole(1), 20, kind="optional")  # checkpoints, as many as in the older scripts
     logging_steps: int = key_of("logging-steps", _whole(1), 5000, kind="optional")
     accumulation_steps: int = key_of("accumulation-steps", _whole(1), 1, kind="optional")
     hidden_dropout: float = key_of("hidden-dropout", _dropout, 0.1, kind="optional")
@@ -160,6 +161,15 @@ class Preset:
         return sizes
 
 
+_SIZES_OF_CONFIG = {"num_hidden_layers": "layers", "hidden_size": "hidden_size", "num_attention_heads": "heads"}
+_SIZES_OF_CONFIG |= {"intermediate_size": "ffn_size"}
+_FIXED = {"hidden_act": "gelu", "initializer_range": 0.02}
+_SAID_ELSEWHERE = {
+    "vocab_size": "the tokenizer's",
+    "max_position_embeddings": "--sequence_length",
+    "hidden_dropout_prob": "--hidden_dropout",
+    "attention_probs_dropout_prob": "--attention_dropout",
+}
 _FIELDS = {key.metadata["key"]: key for key in fields(Preset) if key.metadata}
 
 
@@ -200,9 +210,12 @@ def load_preset(parameter_file: str | Path, name: str, families: Mapping[str, Fa
             missing, unknown or wrong; all of these keys are named at once.
     """
     presets = _read_json(parameter_file)
+    if "num_hidden_layers" in presets:
+        raise UserError(f"{parameter_file} is the configuration of one model: --bert_config_file takes its sizes")
     names = [key for key in presets if key != "comment"]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
+        own = name.partition("-")[0]
+        near = difflib.get_close_matches(name, [key for key in names if key.partition("-")[0] in (own, name)], n=3)
         answer = f"did you mean {listed(near, 'or')}?" if near else f"it has {listed(names, 'and')}"
         raise UserError(f"{parameter_file} has no preset {name!r}; {answer}")
     place, family, entries = f"{parameter_file}, preset {name}", name.partition("-")[0], presets[name]
@@ -222,6 +235,28 @@ def load_preset(parameter_file: str | Path, name: str, families: Mapping[str, Fa
     if problems := problems or disagreements(preset):
         raise UserError(f"{place}: {'; '.join(problems)}")
     return preset
+
+
+def sizes_of_config(file: str) -> tuple[dict[str, int], str]:
+    """Sizes from the configuration of a BERT, by fields of `Preset`, and a sentence on what of it is said elsewhere.
+
+    Raises:
+        UserError: the file cannot be read, a size is missing or none, or it asks for what no BERT here has.
+    """
+    values, sizes, problems = _read_json(file), {}, []
+    for key, name in _SIZES_OF_CONFIG.items():
+        try:
+            sizes[name] = _whole(1)(values.get(key))
+        except ValueError as error:
+            problems.append(f"{key} {error}" if key in values else f"{key} is missing")
+    problems += [
+        f"{k} {values[k]!r} has no counterpart, only {v!r}" for k, v in _FIXED.items() if values.get(k, v) != v
+    ]
+    if problems:
+        raise UserError(f"{file}: {'; '.join(problems)}")
+    elsewhere = [f"{key} {values[key]} ({where})" for key, where in _SAID_ELSEWHERE.items() if key in values]
+    said = f"; not {listed(elsewhere, 'and')}" if elsewhere else ""
+    return sizes, f"the sizes are those of {file}{said}"
 
 
 def _by_their_names(entries: Mapping[str, Any], family: FamilyKeys) -> tuple[dict[str, Any], list[str]]:
@@ -246,8 +281,8 @@ def _by_their_names(entries: Mapping[str, Any], family: FamilyKeys) -> tuple[dic
         problems.append(f"missing {_keys(missing)}")
     if unknown := [key for key in spelled if key not in (*required, *optional, *useless)]:
         candidates = [key for key in (*required, *optional) if key not in spelled]
-        near = {key: difflib.get_close_matches(key, candidates, n=1) for key in unknown}
-        answers = [spelled[key] + (f" (did you mean {near[key][0]}?)" if near[key] else "") for key in unknown]
+        near = {key: nearest(key, map(normal, candidates)).replace("_", "-") for key in unknown}
+        answers = [spelled[key] + (f" ({near[key]})" if near[key] else "") for key in unknown]
         problems.append(f"unknown {_keys(answers)}")
     if useless:
         problems.append(f"no effect, as the sizes are those of the pretrained model: {_keys(useless)}")

@@ -248,9 +248,17 @@ def normal(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str], dashes: str = "") -> str:
-    """`did you mean --x?`, or nothing where no name is near; names with a dot, of older systems, for those with one."""
-    name = normal(word.lstrip("-–—"))
-    alike = [candidate for candidate in known if "." in name or "." not in candidate]
-    longer = [candidate for candidate in alike if candidate.startswith(name)]
-    near = longer if len(longer) == 1 else difflib.get_close_matches(name, alike, n=1)
+    """`did you mean --x?` where the word is a name that is misspelt or begun; nothing where it is another name."""
+    name, candidates = normal(word.lstrip("-–—")), list(known)
+    longer = [candidate for candidate in candidates if candidate.startswith(name)]
+    near = longer if len(longer) == 1 else []
+    near = near or difflib.get_close_matches(name, [c for c in candidates if _misspelt(name, c)], n=1)
     return f"did you mean {dashes}{near[0]}?" if near else ""
+
+
+def _misspelt(name: str, meant: str) -> bool:
+    """Whether each word of one is like the word of the other at its place, or all letters are the same."""
+    words, others = (re.split(r"[_.-]", text) for text in (name, meant))
+    pairs = zip(words, others, strict=False)
+    alike = all(difflib.SequenceMatcher(None, *pair).ratio() > 0.65 for pair in pairs)
+    return (alike and len(words) == len(others)) or "".join(words) == "".join(others)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import re
 import shlex
@@ -31,6 +32,7 @@ MECAB_DICTIONARIES = {
     "unidic_lite": "pip install unidic-lite",
     "unidic": "pip install unidic && python -m unidic download",
 }
+SUDACHI_DICTIONARIES = ("core", "full", "small")
 SUDACHI_MAX_BYTES = 49149
 # What transformers takes where the settings of an analyser are silent.
 MECAB_DEFAULTS: dict[str, Any] = {"mecab_dic": "unidic_lite", "mecab_option": None, "normalize_text": True}
@@ -215,8 +217,11 @@ def sudachi_segmenter(sudachi_kwargs: dict[str, Any]) -> Segmenter:
         split_mode = getattr(sudachi_tokenizer.Tokenizer.SplitMode, settings["sudachi_split_mode"])
         tagger = make(split_mode, projection=settings["sudachi_projection"])
     except ImportError as error:
+        there = [name for name in SUDACHI_DICTIONARIES if importlib.util.find_spec(f"sudachidict_{name}")]
+        instead = f"; --sudachi_dict {there[0]} is installed" if there else ""
         raise UserError(
             f"Sudachi needs SudachiPy and the dictionary {dictionary}: pip install SudachiPy sudachidict_{dictionary}"
+            f"{instead}"
         ) from error
 
     def segment(line: str) -> list[str]:

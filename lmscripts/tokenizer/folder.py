@@ -213,15 +213,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
-    """Compare tokenizer_type and mecab_dic, as the user gave them or None, with the tokenizer of transformers there is.
+    """Compare tokenizer_type, mecab_dic and word_tokenizer_type, where given, with a tokenizer of transformers.
 
     Raises:
         UserError: they differ.
     """
-    kind = (read_record(Path(tokenizer.name_or_path)) or {}).get("tokenizer_type")  # of a tokenizer of ours
-    kind = kind or model_kind(tokenizer)
+    record = read_record(Path(tokenizer.name_or_path)) or {}  # of a tokenizer of ours
+    kind, arguments = record.get("tokenizer_type") or model_kind(tokenizer), tokenizer.init_kwargs
     found = {"tokenizer_type": "unigram" if kind == "sentencepiece" else kind}
-    found["mecab_dic"] = (tokenizer.init_kwargs.get("mecab_kwargs") or {}).get("mecab_dic")
+    found["mecab_dic"] = (arguments.get("mecab_kwargs") or {}).get("mecab_dic")
+    words = (record.get("words") or {}).get("kind") or arguments.get("word_tokenizer_type")
+    found["word_tokenizer_type"] = {"basic": "whitespace"}.get(words, words)
     for name, value in wanted.items():
         if value is not None and value != found[name]:
             raise UserError(f"--{name} is {value}, but the tokenizer says {found[name]}")

@@ -237,6 +237,7 @@ def plan_text(
     average: bool = False,
     schedule: str = "",
     corners: Sequence[int] = (),
+    kept: Mapping[str, Any] | None = None,
 ) -> str:
     """The plan of a run in words: model, rows, steps, rates, processes, memory, disk.
 
@@ -250,6 +251,7 @@ def plan_text(
         dropout: of hidden states and attention weights, and who says so.
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
+        kept: save_steps, keep_last and keep_every, by name, which decide the checkpoints that stay.
     """
     from lmscripts.training.optim import rates_text
     from lmscripts.training.processes import in_words
@@ -268,7 +270,7 @@ def plan_text(
         ("processes", f"{in_words(accelerator)}, attention {attention}"),
         *([("dropout", dropout)] if dropout else []),
         ("memory", _memory_text(data, objective, accelerator, parameters, average)),
-        ("disk", f"about {12 * parameters / 2**20:,.0f} MiB a checkpoint"),
+        ("disk", _disk(12 * parameters / 2**20, data, kept or {})),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
@@ -316,6 +318,22 @@ def _dtype(accelerator: Accelerator) -> Any:
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def _disk(size: float, data: Phases, kept: Mapping[str, Any]) -> str:
+    """What checkpoints of so many MiB take, and which of them are deleted."""
+    text, every = f"about {size:,.0f} MiB a checkpoint", kept.get("save_steps")
+    newest, milestone = max(1, kept.get("keep_last") or 1), kept.get("keep_every")
+    if every is None:
+        return text
+    saved = [*range(every, data.num_steps, every), data.num_steps] if isinstance(every, int) else []
+    stay = [step for step in saved[:-newest] if milestone and step % milestone == 0] + saved[-newest:]
+    often = f"after every {every}" if isinstance(every, str) else f"every {every:,} step{'s' * (every > 1)}"
+    if saved and len(saved) <= newest:
+        return f"{text}, {often}, {len(saved) * size:,.0f} MiB in all"
+    total = f", {len(stay) * size:,.0f} MiB in all" if saved else ""
+    others = f"; older ones are deleted{f', but for multiples of {milestone:,}' if milestone else ''}"
+    return f"{text}, {often}; the newest {newest:,} stay{total}{others}"
 
 
 def _phase_lines(data: Phase) -> list[tuple[str, str]]:

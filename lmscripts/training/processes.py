@@ -9,11 +9,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psutil
 import torch
+import yaml
 
 from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import UserError
@@ -52,6 +55,11 @@ def start_processes(
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1 and (asked := _asked_of_launcher()) > 1:
+        raise UserError(
+            f"accelerate launch was asked for {asked} processes and started one, as it does with --cpu, with MULTI_CPU "
+            "and where there is no GPU: give --config_file accelerate_configs/cpu_2proc.yaml"
+        )
     announced = expected_processes or int(os.environ.get("LMS_EXPECTED_WORLD_SIZE", "0")) or launched
     if launched != announced:
         raise UserError(
@@ -264,6 +272,24 @@ def _launcher() -> int | None:
         if any(name in os.environ for name in _OF_LAUNCHERS) and any("accelerate" in w or "torch" in w for w in words):
             return os.getppid()
     return None
+
+
+def _asked_of_launcher() -> int:
+    """Processes that the line or the file of `accelerate launch` asks for, if that started this one; else 1."""
+    launcher, words = _launcher(), list[str]()
+    with suppress(psutil.Error):
+        words = psutil.Process(launcher).cmdline() if launcher else []
+    of_line = of_file = ""
+    words = words[words.index("launch") :] if "launch" in words else []
+    for word, following in pairwise([*words, ""]):
+        if word.endswith(".py"):
+            break  # what comes now is for the script
+        name, _, value = word.removeprefix("--").partition("=")
+        if name == "config_file" and (file := Path(value or following)).is_file():
+            of_file = str((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("num_processes", ""))
+        elif name in ("num_processes", "num-processes"):
+            of_line = value or following
+    return int(asked) if (asked := of_line or of_file).isdecimal() else 1
 
 
 class StopRequest:
