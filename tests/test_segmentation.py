@@ -110,3 +110,15 @@ def test_numeral_runs_of_ipadic():
     assert segment("九州芸術工科大学") == ["九州芸術工科大学"]  # an entry of the dictionary
     assert numeral_runs("九州芸術工科大学 と 四半期連結会計期間末日満期手形") == ["四半期連結会計期間末日満期手形"]
     assert numeral_run_finder(WordTokenizer(kind="none"))("四半期連結会計期間末日満期手形") == []
+
+
+@pytest.mark.parametrize("piece", ["ab1/", "7", "東京の天気は晴れ。", "漢", "x ", "\u0e2a\u0e27\u0e31"])
+def test_lines_that_mecab_cannot_bear_are_cut(piece):
+    """Each of these, of 120,000 characters, may end the process or takes minutes where MeCab gets all of it."""
+    segment = make_segmenter(WordTokenizer(dictionary="ipadic"))
+    line = piece * (120_000 // len(piece))
+    words = segment(line)
+    assert "".join(words) == line.replace(" ", "")
+    if piece.endswith(("。", " ")):  # a cut behind a sentence, or at a space, changes no word
+        assert words == segment(piece) * (120_000 // len(piece))
+    assert max(map(len, words)) < 100

@@ -31,7 +31,10 @@ _NUMBERS = ("files", "documents", "sentences", "characters", "bytes")
 
 @dataclass
 class TextReport:
-    """Bytes are those of the kept sentences in UTF-8; `examples` has the first places of each change and reason."""
+    """Bytes are those of the kept sentences in UTF-8; `examples` has the first places of each change and reason.
+
+    `at` says the place that is being read.
+    """
 
     num_files: int = 0
     num_documents: int = 0
@@ -41,6 +44,7 @@ class TextReport:
     changes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    at: Place = field(default=str, compare=False)
 
     def count(self, kind: str, number: int = 1, place: Place | None = None) -> None:
         """Add to one kind of repair or drop (a key of `SENTENCES`); `place` is asked for the first few only."""
@@ -62,6 +66,9 @@ class TextReport:
         self.num_sentences += len(lines)
         self.num_characters += sum(map(len, lines))
         self.num_bytes += num_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "at": str}  # a place belongs to the file that is open
 
     def merge(self, other: TextReport) -> None:
         """Add the counts of a report over other spans of the same corpus."""

@@ -36,7 +36,14 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordPiece
 
 from lmscripts.errors import UserError, shortened
-from lmscripts.text.words import SUDACHI_DEFAULTS, Segmenter, mecab_facts, mecab_segmenter, sudachi_segmenter
+from lmscripts.text.words import (
+    MECAB_MAX_CHARACTERS,
+    SUDACHI_DEFAULTS,
+    Segmenter,
+    mecab_facts,
+    mecab_segmenter,
+    sudachi_segmenter,
+)
 
 MAX_CACHED_WORDS = 1_000_000
 # Entries that no text gives, kept free for later words.
@@ -239,7 +246,10 @@ class _JapaneseWay:
         return Encoded(ids, starts, np.diff(tokens_before))
 
     def _with_added(self, line: str) -> list[bytes]:
-        """Words of a line in which an added token stands; if no special one does, the tokenizer has the last word."""
+        """Words of a line in which an added token stands; if no special one does, the tokenizer has the last word.
+
+        It would hand a very long line to MeCab as it is, and is not asked.
+        """
         added = self.tokenizer.get_added_vocab()
         words: list[bytes] = []
         for number, part in enumerate(self.added.split(line)):
@@ -247,7 +257,7 @@ class _JapaneseWay:
                 words.append(_as_bytes([added[part]]))
             elif part:
                 words += map(self.cache.__getitem__, self.segment(part))
-        if self.special.search(line):
+        if self.special.search(line) or len(line) > MECAB_MAX_CHARACTERS:
             return words
         exact = _as_bytes(self.tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"])
         # Tokens that take neighbouring spaces or want to stand alone: every token counts as a word then.

@@ -12,6 +12,8 @@ import numpy as np
 from tokenizers import decoders
 
 from lmscripts.errors import UserError
+from lmscripts.text.reading import pieces
+from lmscripts.text.words import MECAB_MAX_CHARACTERS
 from lmscripts.tokenizer.encoder import Encoder, any_of, load_tokenizer, special_tokens
 from lmscripts.tokenizer.training import BYTE_PIECES
 
@@ -61,7 +63,8 @@ def check_ids(
 ) -> None:
     """Check that `encoder` gives every line the ids that `ids_of` gives a batch of lines.
 
-    Lines in which a special token stands are left out where that is not text to the tokenizer itself.
+    Lines in which a special token stands are left out where that is not text to the tokenizer itself; long ones are
+    cut, as the analysers of transformers may crash on them.
 
     Raises:
         UserError: `blame`, the first line that differs and from where on it does.
@@ -69,7 +72,7 @@ def check_ids(
     if not getattr(encoder.tokenizer, "split_special_tokens", False):
         written = any_of(special_tokens(encoder.tokenizer), re.IGNORECASE)
         lines = [line for line in lines if not written.search(unicodedata.normalize("NFKC", line))]
-    for part in _batches(lines):
+    for part in _batches([piece for line in lines for piece in pieces(line, MECAB_MAX_CHARACTERS)]):
         for line, row, theirs in zip(part, encoder.encode(part).rows(), ids_of(part)):
             if (ours := row.tolist()) != theirs:
                 start = next((n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), len(ours))
