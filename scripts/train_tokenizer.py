@@ -246,7 +246,26 @@ def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySett
     return trained
 
 
-def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, lossless: bool) -> None:
+def check_words(options: Options, lines: Sequence[str]) -> None:
+    """Say so where a language without spaces is cut into words at spaces."""
+    from lmscripts.tokenizer.report import unspaced_share
+
+    kind = options.word_tokenizer
+    cut_at_spaces = kind == "whitespace" or (kind == "none" and options.tokenizer_type == "wordpiece")
+    if cut_at_spaces and options.tokenizer_type != "bpe" and (share := unspaced_share(lines)) > 0.2:
+        advice = (
+            "have the text cut into words before (Japanese: --word_tokenizer mecab), or take --tokenizer_type unigram "
+        )
+        print(
+            f"warning: {share:.0%} of the characters stand in long runs without spaces, as Thai, Chinese or Japanese "
+            f"is written; --word_tokenizer {kind} takes whole clauses for words: {advice}--word_tokenizer none",
+            flush=True,
+        )
+
+
+def check_and_measure(
+    folder: Path, lines: Sequence[str], words: WordTokenizer, trained: Trained, lossless: bool
+) -> None:
     """Compare the fast path with AutoTokenizer on a sample, and print and write the tokenizer report."""
     from lmscripts.tokenizer.encoder import load_encoder
     from lmscripts.tokenizer.folder import REPORT_FILE, write_json
@@ -257,6 +276,7 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, 
         report_table,
         tokenizer_report,
     )
+    from lmscripts.tokenizer.training import LONG_WORDS_ADVICE, MAX_WORD_CHARACTERS
 
     encoder = load_encoder(folder)
     step = max(1, len(lines) // CHECKED_LINES)
@@ -267,13 +287,18 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, 
         check_lossless(encoder, [*DIFFICULT_LINES, *checked])
         print(f"lossless: decoding gives {len(checked):,} lines and {len(DIFFICULT_LINES)} difficult ones back exactly")
     report = tokenizer_report(encoder, lines)
+    report |= {"long_words": trained.num_long_words, "long_words_share": round(trained.long_words_share, 6)}
     write_json(folder / REPORT_FILE, report)
     print(report_table(report))
-    if (report["unknown_rate"] or 0) > 0.01:
+    if (share := report["unknown_character_rate"] or 0) > 0.01 or (report["unknown_rate"] or 0) > 0.01:
         advice = "raise --limit_alphabet or --vocab_size, or lower --min_frequency"
         if words.kind == "none":
             advice += ", or let a --word_tokenizer cut the text into words"
-        print(f"warning: {report['unknown_rate']:.1%} of the tokens are unknown: {advice}")
+        if trained.long_words_share > share / 2:
+            advice = f"most of them stand in words of over {MAX_WORD_CHARACTERS} characters: {LONG_WORDS_ADVICE}"
+        print(
+            f"warning: {report['unknown_rate']:.1%} of the tokens, {share:.1%} of the characters, are unknown: {advice}"
+        )
 
 
 def main() -> None:
@@ -357,14 +382,15 @@ def run(options: Options, origins: dict[str, str]) -> None:
     with splits_folder(target, options.intermediate_dir) as folder:
         tasks = [SplitTask(i, tuple(part), folder, *split) for i, part in enumerate(spans)]
         segment(tasks, workers, paths, report)
+        lines = spread_sample(paths, MEASURED_LINES, table, **form)
+        check_words(options, lines)
         trained = train(options, tasks, settings)
-    lines = spread_sample(paths, MEASURED_LINES, table, **form)
     record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": settings.facts()}
     del record["text"]["examples"]  # names of files
     made = {"causal": causal, "model_max_length": options.model_max_length, "record": record}
     with replaced_folder(target, options.overwrite) as aside:
         write_tokenizer(aside, trained, options.tokenizer_type, words, **made)
-        check_and_measure(aside, lines, words, causal)
+        check_and_measure(aside, lines, words, trained, causal)
     inputs = shlex.join(["--input_file", *options.input_file, "--tokenizer_dir", str(target)])
     print(f"the tokenizer is in {target}; next:\n  python scripts/prepare_corpus.py {inputs} --output_dir store")
 

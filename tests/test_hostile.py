@@ -267,6 +267,22 @@ def test_used_run_folder_and_other_settings(run, tmp_path):
     assert contents(tmp_path / "run") == before
 
 
+def test_text_that_the_tokenizer_does_not_know(run, tokenizer_dir, tmp_path):
+    """The share of its characters stands in table, manifest and plan; training asks before it learns that."""
+    runes = "".join(chr(0x16A0 + 7 * n % 75) + " " * (n % 6 == 5) for n in range(6000))
+    (tmp_path / "runes.txt").write_text("\n\n".join(runes[n : n + 60] for n in range(0, 6000, 60)), encoding="utf-8")
+    done = prepare(tokenizer_dir, tmp_path / "store", "--input_file", tmp_path / "runes.txt", check=True)
+    assert "warning: 100.0% of the characters are unknown" in done.stdout
+    part = json.loads((tmp_path / "store" / "manifest.json").read_text(encoding="utf-8"))["parts"]["train"]
+    assert part["unknown_characters"] == part["characters"] > 4000
+    more = ("--dataset_dir", tmp_path / "store", "--max_steps", 1)
+    sentence = sentence_of(run(*more))
+    assert "100.0% of the characters" in sentence
+    assert "--max_unknown_share 0.5" in sentence
+    done = run(*more, "--max_unknown_share", 1, "--dry_run", check=True)
+    assert "100.00% of the characters of the text; warning" in done.stdout
+
+
 def test_accumulation_in_the_accelerate_config(run):
     sentence = sentence_of(run(env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}))
     assert "gradient_accumulation_steps is 8" in sentence

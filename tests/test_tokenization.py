@@ -19,7 +19,7 @@ from lmscripts.text.corpus import Span, TextReport, read_documents
 from lmscripts.text.words import WordTokenizer, make_segmenter
 from lmscripts.tokenizer.encoder import load_encoder
 from lmscripts.tokenizer.folder import check_combination, needs_words, replaced_folder, write_tokenizer
-from lmscripts.tokenizer.report import check_encoder, report_table, tokenizer_report
+from lmscripts.tokenizer.report import check_encoder, report_table, tokenizer_report, unspaced_share
 from lmscripts.tokenizer.training import SPECIAL_TOKENS, VocabularySettings, train_vocabulary
 
 SAMPLE = Path(__file__).parent.parent / "sample_data"
@@ -206,6 +206,48 @@ def test_added_tokens(folders, tmp_path):
     encoded = encoder.encode(["東京タワーと東京"])
     assert encoded.ids[0] == encoder.vocab_size - 2
     assert encoded.word_starts[:2].tolist() == [True, True]
+
+
+@pytest.mark.parametrize(("tokenizer_type", "kind"), KINDS)
+def test_unknown_characters_are_counted(folders, tokenizer_type, kind):
+    """Of a word that is unknown all of them, of unknown characters these; white space never."""
+    encoder = load_encoder(folders(tokenizer_type, kind))
+    lines = ["東京の天気", "", "東京 ᚠᚢᚦ ᚨ", "ᚠ" * 150 + " ᚠ", *sample_lines()[:300]]
+    encoded = encoder.encode(lines)
+    found = encoder.unknown_characters(lines, encoded).tolist()
+    rows = encoded.rows()
+    assert [bool(number) for number in found] == [1 in row for row in rows]
+    if tokenizer_type != "bpe":
+        assert found[:4] == [0, 0, 4, 151]
+        report = tokenizer_report(encoder, lines)
+        assert report["unknown_characters"] == sum(found)
+
+
+def test_words_that_wordpiece_cannot_cut_are_left_out_and_told(tmp_path):
+    """They would give the unknown token whatever is learnt from them, and cost the square of their length."""
+    settings = VocabularySettings(size=300, limit_alphabet=100)
+    short, file = "the cat sat on the mat\n" * 50, tmp_path / "words.txt"
+    file.write_text(short, encoding="utf-8")
+    expected = train_vocabulary("wordpiece", [file], settings, segmented=True)
+    file.write_text(short + "gattaca" * 30_000 + " the\n" + short, encoding="utf-8")
+    found = train_vocabulary("wordpiece", [file], settings, segmented=True)
+    assert found.pieces == expected.pieces
+    assert (expected.num_long_words, found.num_long_words) == (0, 1)
+    assert found.long_words_share == 210_000 / (210_003 + 2 * 50 * 17)
+    assert "1 words are longer than 100 characters" in found.remarks(settings)[-1]
+    file.write_text("gattaca" * 30 + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"every word .* longer than 100 .*unigram"):
+        train_vocabulary("wordpiece", [file], settings, segmented=True)
+    assert "gattaca" in "".join(train_vocabulary("unigram", [file], settings, segmented=True).pieces)
+
+
+def test_language_without_spaces_is_seen():
+    japanese, spaced = sample_lines(), sample_lines("english.txt")
+    segment = make_segmenter(WordTokenizer())
+    assert unspaced_share(japanese) > 0.5
+    assert unspaced_share(["ภาษาไทยเขียนโดยไม่เว้นวรรคระหว่างคำ"]) == 1
+    assert unspaced_share([" ".join(segment(line)) for line in japanese]) < 0.1
+    assert unspaced_share(spaced) == unspaced_share([]) == 0
 
 
 # ---- word starts ----

@@ -86,6 +86,11 @@ class TokenStore:
         """The tokenizer folder inside the store."""
         return self.folder / "tokenizer"
 
+    def unknown_share(self, name: str = "train") -> float | None:
+        """Share of the characters of a part that the tokenizer does not know; None if an older store says nothing."""
+        part = self.manifest["parts"][name]
+        return part["unknown_characters"] / max(part["characters"], 1) if "unknown_characters" in part else None
+
     def part(self, name: str) -> Part:
         """Memory-map one part, "train" or "validation"."""
         folder, described = self.folder / name, self.manifest["parts"][name]
@@ -168,7 +173,8 @@ class EncodedBatch:
 
     Attributes:
         ids: (n,) uint16 or uint32. word_starts: (n,) bool. sentence_lengths: (s,) uint32.
-        document_sizes: (d, 3) int64, tokens, sentences and raw bytes of each document.
+        document_sizes: (d, 5) int64, tokens, sentences, raw bytes, characters but spaces, and how many of these are
+            unknown to the tokenizer, of each document.
         in_validation: (d,) bool.
     """
 
@@ -191,22 +197,26 @@ class _Encode:
         self.encoder: Any = None
 
     def __call__(self, documents: Documents) -> EncodedBatch:
-        from lmscripts.tokenizer.encoder import load_encoder
+        from lmscripts.tokenizer.encoder import load_encoder, num_filled
 
         if self.encoder is None:
             self.encoder = load_encoder(self.tokenizer_dir)
         ended = [[line + self.line_end for line in document[:-1]] + document[-1:] for document in documents]
-        encoded = self.encoder.encode([line for document in ended for line in document])
+        lines = [line for document in ended for line in document]
+        encoded = self.encoder.encode(lines)
+        unknown = np.append(0, np.cumsum(self.encoder.unknown_characters(lines, encoded)))
         sentences = np.array([len(document) for document in documents], np.int64)
         token_ends = np.concatenate([[0], np.cumsum(encoded.lengths)])
         sentence_ends = np.cumsum(sentences)
         tokens = token_ends[sentence_ends] - token_ends[sentence_ends - sentences]
         size = [sum(len(line.encode()) + 1 for line in document) for document in documents]
+        characters = [sum(map(num_filled, document)) for document in documents]
+        unknown = unknown[sentence_ends] - unknown[sentence_ends - sentences]
         return EncodedBatch(
             encoded.ids.astype(self.dtype),
             encoded.word_starts,
             encoded.lengths.astype(np.uint32),
-            np.stack([tokens, sentences, np.array(size, np.int64)], axis=1),
+            np.stack([tokens, sentences, size, characters, np.minimum(unknown, characters)], axis=1),
             np.array([in_validation(document, self.validation_fraction) for document in documents], np.bool_),
         )
 
@@ -230,7 +240,7 @@ class _PartWriter:
         self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
         self.hashes = {name: hashlib.sha256() for name in _FILES}
         self.sizes = dict.fromkeys(_FILES, 0)
-        self.totals = np.zeros(3, np.int64)
+        self.totals = np.zeros(5, np.int64)
         self.words = 0
         self.documents = 0
         self.open_bits = np.zeros(0, np.bool_)
@@ -267,13 +277,15 @@ class _PartWriter:
         self._write("word_starts", np.packbits(self.open_bits, bitorder="little"))
         for file in self.files.values():
             file.close()
-        tokens, sentences, size = (int(total) for total in self.totals)
+        tokens, sentences, size, characters, unknown = (int(total) for total in self.totals)
         return {
             "documents": self.documents,
             "sentences": sentences,
             "words": self.words,
             "tokens": tokens,
             "text_bytes": size,
+            "characters": characters,
+            "unknown_characters": unknown,
             "files": {n: {"bytes": self.sizes[n], "sha256": self.hashes[n].hexdigest()} for n in _FILES},
         }
 

@@ -51,7 +51,8 @@ UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
 # Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
 UNSPACED = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3001, 0x30FF), (0x3400, 0x9FFF)]
 UNSPACED += [(0xF900, 0xFAFF), (0xFF01, 0xFF9F), (0x20000, 0x3FFFF)]
-_UNSPACED = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED) + "]")
+UNSPACED_CLASS = "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED)
+_UNSPACED = re.compile(f"[{UNSPACED_CLASS}]")
 _UNSPACED_BYTES = frozenset(f"<0x{byte:02X}>" for byte in (*range(0xE3, 0xEA), 0xF0))
 _LINE_CONTROLS = frozenset("\t\n\r") | {"<0x09>", "<0x0A>", "<0x0D>"}
 
@@ -112,6 +113,9 @@ class Encoder:
         # Of a fast one all are hidden; which id is its unknown one its model says, whatever the class does.
         left = set() if tokenizer.is_fast else set(self.special_ids) - {self.unk_id}
         self._never = _flags(vocabulary, lambda piece: vocabulary[piece] in left)
+        self._sizes = np.zeros(len(self._never), np.int64)  # characters that a piece stands for
+        for piece, number in vocabulary.items():
+            self._sizes[number] = 0 if number in self.special_ids else len(bare(piece))
 
     def encode(self, lines: Sequence[str]) -> Encoded:
         """Ids and word starts of every line; no [CLS], [SEP] or the like is added.
@@ -130,6 +134,25 @@ class Encoder:
                 "token, and it has no unknown token to put in its place: take it out of the text"
             )
         return replace(encoded, ids=np.where(taken, np.uint32(self.unk_id), encoded.ids))
+
+    def unknown_characters(self, lines: Sequence[str], encoded: Encoded) -> NDArray[np.int64]:
+        """How many characters of each of the lines, which gave `encoded`, the unknown token stands for, shape [lines].
+
+        White space is not counted; characters are those after normalisation.
+        """
+        found = np.zeros(len(lines), np.int64)
+        ends = np.cumsum(encoded.lengths)
+        rows = np.searchsorted(ends, np.flatnonzero(encoded.ids == self.unk_id), "right")
+        for row, times in zip(*np.unique(rows, return_counts=True)):
+            known = self._sizes[encoded.ids[ends[row] - encoded.lengths[row] : ends[row]]].sum()
+            filled = len("".join(self._normalize(lines[row]).replace("▁", " ").split()))
+            found[row] = max(filled - known, times)
+        return found
+
+    def _normalize(self, line: str) -> str:
+        if self.backend is not None:
+            return line if self.backend.normalizer is None else str(self.backend.normalizer.normalize_str(line))
+        return unicodedata.normalize("NFKC", line) if is_bert_japanese(self.tokenizer) else line
 
     def __reduce__(self) -> tuple[Callable[[str], Encoder], tuple[str]]:
         return load_encoder, (str(self.folder),)
@@ -213,6 +236,16 @@ def _hidden(tokenizer: Any) -> Callable[[str], str]:
     """A function that gives a special token a name that no text holds, and all other pieces as they are."""
     special = special_tokens(tokenizer)
     return lambda piece: f"\0special\0{piece}" if piece in special else piece
+
+
+def bare(piece: str) -> str:
+    """The text of a piece, without what marks its place in a word."""
+    return piece[2:] if piece.startswith("##") and len(piece) > 2 else piece.replace("▁", "")
+
+
+def num_filled(line: str) -> int:
+    """Characters of a line but spaces."""
+    return len(line) - line.count(" ") - line.count("\u3000")
 
 
 def _first_places(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -38,6 +38,7 @@ TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CAUSAL_SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
 MAX_WORD_CHARACTERS = 100  # WordPiece gives [UNK] for longer words
+LONG_WORDS_ADVICE = "take --tokenizer_type unigram, which cuts them, or a --word_tokenizer that does"
 
 MAX_COUNTED_WORDS = 8_000_000
 MAX_SAMPLE_BYTES = 1 << 26
@@ -119,6 +120,8 @@ class Trained:
         scores, sentencepiece: for unigram, one logarithm of a probability per entry (0 for reserved ones), and the
             model in sentencepiece's own format.
         num_characters, num_text_characters: different characters that are kept, and in the text.
+        num_long_words, long_words_share: words that WordPiece leaves out for their length, and how much of the
+            characters of all words they are.
     """
 
     pieces: list[str]
@@ -127,6 +130,8 @@ class Trained:
     sentencepiece: bytes = b""
     num_characters: int = 0
     num_text_characters: int = 0
+    num_long_words: int = 0
+    long_words_share: float = 0.0
 
     def remarks(self, settings: VocabularySettings) -> list[str]:
         """Sentences about where the vocabulary differs from what was asked for."""
@@ -141,6 +146,12 @@ class Trained:
             sentences.append(
                 f"the vocabulary keeps the {self.num_characters:,} most frequent of the {self.num_text_characters:,} "
                 "different characters of the text"
+            )
+        if self.num_long_words:
+            sentences.append(
+                f"warning: {self.num_long_words:,} words are longer than {MAX_WORD_CHARACTERS} characters, "
+                f"{self.long_words_share:.2%} of the characters of the text; WordPiece gives its unknown token for "
+                f"each, and they were left out here: {LONG_WORDS_ADVICE}"
             )
         return sentences
 
@@ -226,6 +237,15 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
     """
     room = settings.room()
     words = count_words(files)
+    long = Counter({word: count for word, count in words.items() if len(word) > MAX_WORD_CHARACTERS})
+    total, in_long = (sum(len(word) * count for word, count in each.items()) for each in (words, long))
+    for word in long:
+        del words[word]
+    if not words:
+        raise UserError(
+            f"every word of the text is longer than {MAX_WORD_CHARACTERS} characters, for which WordPiece gives its "
+            f"unknown token: {LONG_WORDS_ADVICE}"
+        )
     characters, inside = count_characters(words), {letter for word in words for letter in word[1:]}
     alphabet = most_frequent(characters, settings.limit_alphabet)
     # Each character takes an entry, and another one where it continues a word.
@@ -237,9 +257,21 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
     model = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_limits(settings, fixed, alphabet))
-    model.train([str(path) for path in files if path.stat().st_size], trainer)
+    if long:  # the time for a word grows with the square of its length
+        short = (
+            " ".join(word for word in line.split() if len(word) <= MAX_WORD_CHARACTERS) for line in read_lines(files)
+        )
+        model.train_from_iterator(short, trainer)
+    else:
+        model.train([str(path) for path in files if path.stat().st_size], trainer)
     pieces = [piece for piece, _ in sorted(model.get_vocab().items(), key=itemgetter(1))]
-    return Trained(pieces, num_characters=len(alphabet), num_text_characters=len(characters))
+    return Trained(
+        pieces,
+        num_characters=len(alphabet),
+        num_text_characters=len(characters),
+        num_long_words=long.total(),
+        long_words_share=in_long / total,
+    )
 
 
 def _train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
@@ -278,7 +310,9 @@ def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmente
     units = count_words(files) if segmented else Counter(sampled_lines(files))
     seen: Counter[str] = Counter()
     for unit, count in units.items():  # what transformers does to a word before sentencepiece sees it
-        seen[" ".join(unit.split()).replace("``", '"').replace("''", '"')] += count
+        for start in range(0, len(unit), MAX_SAMPLE_LINE):  # it would leave longer ones out
+            part = unit[start : start + MAX_SAMPLE_LINE]
+            seen[" ".join(part.split()).replace("``", '"').replace("''", '"')] += count
     del seen[""]
     characters = count_characters(seen)
     # The mark of a word's beginning takes an entry too.
