@@ -80,12 +80,17 @@ class Options:
     sudachi_dict: Literal["small", "core", "full"] = option("core", help="dictionary of Sudachi", group="words")
     normalization: Literal["nfkc", "none"] = option("nfkc", help="of training and encoding", group="words")
 
-    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character"] = option(
-        "wordpiece", help="how words are cut into pieces", group="vocabulary"
+    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character", "sentencepiece"] = option(
+        "wordpiece", help="how words are cut into pieces; sentencepiece: unigram by coverage", group="vocabulary"
     )
     vocab_size: int = option(32768, help="entries, special and unused ones included", group="vocabulary")
     min_frequency: int = option(2, help="of a pair (wordpiece, bpe) or a character (character)", group="vocabulary")
     limit_alphabet: int = option(6129, help="different characters that are kept; not for bpe", group="vocabulary")
+    character_coverage: float | None = option(
+        None,
+        help="of unigram: keep the characters that are this share of the text; not --limit_alphabet",
+        group="vocabulary",
+    )
     num_unused_tokens: int = option(10, help="entries [unusedN] left free for fine-tuning", group="vocabulary")
     pad_vocab_to_multiple_of: int = option(64, help="filled up with [unusedN]; 0: left as it is", group="vocabulary")
     model_max_length: int = option(512, help="tokens beyond which transformers warns", group="vocabulary")
@@ -123,6 +128,10 @@ def refuse_useless(options: Options, origins: dict[str, str], paths: Sequence[Pa
     for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
         if options.tokenizer_type == kind and getattr(options, name) != getattr(Options, name):
             refuse(origins, f"with --tokenizer_type {kind}", name)
+    if options.tokenizer_type != "unigram" or options.objective == "causal":
+        refuse(origins, f"with --tokenizer_type {options.tokenizer_type}", "character_coverage")
+    elif options.character_coverage is not None and options.limit_alphabet != Options.limit_alphabet:
+        refuse(origins, "with --character_coverage", "limit_alphabet")
     plain = [is_plain(str(path), options.input_format or "") for path in paths]
     if all(plain):
         refuse(origins, "where all input is plain text", "text_column", "delimiter", "quotes", "on_bad_line")
@@ -137,6 +146,9 @@ def vocabulary_of(options: Options) -> VocabularySettings:
     not_negative = ("num_unused_tokens", "pad_vocab_to_multiple_of", "num_files", "num_workers")
     positive = ("min_frequency", "limit_alphabet", "model_max_length")
     check_numbers(vars(options), positive=positive, not_negative=not_negative)
+    coverage = options.character_coverage
+    if coverage is not None and not 0 < coverage <= 1:
+        raise UserError(f"--character_coverage must be greater than 0 and at most 1, got {coverage}")
     settings = VocabularySettings(
         size=options.vocab_size,
         min_frequency=options.min_frequency,
@@ -144,9 +156,25 @@ def vocabulary_of(options: Options) -> VocabularySettings:
         num_unused=options.num_unused_tokens,
         multiple=options.pad_vocab_to_multiple_of,
         causal=options.objective == "causal",
+        character_coverage=coverage or 0.0,
     )
     settings.room()
     return settings
+
+
+def as_there(options: Options) -> Options:
+    """What `sentencepiece` means in language-pretraining, said in words: unigram with the coverage of sentencepiece."""
+    coverage = options.character_coverage or 0.9995
+    print(
+        f"--tokenizer_type sentencepiece is now --tokenizer_type unigram --character_coverage {coverage}: as there, "
+        "--limit_alphabet and --min_frequency have no effect on it. Pieces stay inside the words of --word_tokenizer: "
+        "text is encoded word by word, so the pieces across words that later versions there learnt could never be "
+        "used. Its first versions (2021) trained BPE on characters, which is not built here: the nearest is "
+        "--tokenizer_type bpe --word_tokenizer none",
+        flush=True,
+    )
+    plain = {name: getattr(Options, name) for name in ("limit_alphabet", "min_frequency")}
+    return dataclasses.replace(options, tokenizer_type="unigram", character_coverage=coverage, **plain)
 
 
 def words_of(options: Options) -> WordTokenizer:
@@ -174,7 +202,7 @@ def request_of(options: Options, source: str, words: WordTokenizer) -> str:
     chosen = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
     if options.objective == "masked":
         del chosen["objective"]  # so that tokenizers of earlier versions are known again
-    for name in ("delimiter", "quotes", "input_format"):  # likewise
+    for name in ("delimiter", "quotes", "input_format", "character_coverage"):  # likewise
         if chosen[name] == getattr(Options, name):
             del chosen[name]
     facts = [source, chosen, words.description(), library_versions(words)]
@@ -355,6 +383,8 @@ def run(options: Options, origins: dict[str, str]) -> None:
     from lmscripts.tokenizer.training_text import SplitTask, splits_folder
 
     causal = options.objective == "causal"
+    if options.tokenizer_type == "sentencepiece":
+        options = dataclasses.replace(options, tokenizer_type="unigram") if causal else as_there(options)
     if causal:
         changes = {name: value for name, value in CAUSAL_DEFAULTS.items() if origins[name] == "default"}
         options = dataclasses.replace(options, **changes)

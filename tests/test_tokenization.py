@@ -241,6 +241,30 @@ def test_words_that_wordpiece_cannot_cut_are_left_out_and_told(tmp_path):
     assert "gattaca" in "".join(train_vocabulary("unigram", [file], settings, segmented=True).pieces)
 
 
+def test_coverage_keeps_the_characters_that_are_a_share_of_the_text(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text(f"{'ab ' * 498}\n{'c ' * 3}\nd\n" * 10, encoding="utf-8")  # of 1,000: 498, 498, 3, 1
+    for coverage, kept in ((0.9, 2), (0.996, 2), (0.9961, 3), (0.999, 3), (1.0, 4)):
+        settings = VocabularySettings(size=64, limit_alphabet=1, num_unused=0, character_coverage=coverage)
+        trained = train_vocabulary("unigram", [file], settings, segmented=True)
+        assert trained.num_characters == kept
+        assert sum(piece in "abcd" for piece in trained.pieces) == kept
+
+
+def test_unigram_says_what_it_needs(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("".join(f"{chr(0x4E00 + n)} " for n in range(200)), encoding="utf-8")
+    sentence = r"leave 49 characters .* 98% of it: 196 characters, so at least --vocab_size 202$"
+    with pytest.raises(UserError, match=sentence):
+        train_vocabulary("unigram", [file], VocabularySettings(size=55, num_unused=0), segmented=True)
+    with pytest.raises(UserError, match=r"202 and --limit_alphabet 196 \(or --character_coverage 0.98\)$"):
+        train_vocabulary(
+            "unigram", [file], VocabularySettings(size=900, num_unused=0, limit_alphabet=9), segmented=True
+        )
+    trained = train_vocabulary("unigram", [file], VocabularySettings(size=202, num_unused=0), segmented=True)
+    assert trained.num_characters == 196
+
+
 def test_language_without_spaces_is_seen():
     japanese, spaced = sample_lines(), sample_lines("english.txt")
     segment = make_segmenter(WordTokenizer())

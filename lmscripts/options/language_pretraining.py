@@ -26,7 +26,7 @@ TOKENIZER: dict[str, Mapping[str, Any]] = {
         "subword_tokenizer_type": "tokenizer_type",
         "sudachi_dict_type": "sudachi_dict",
     },
-    "renamed_values": {"tokenizer_type": {"sentencepiece": "unigram"}, "word_tokenizer": {"basic": "whitespace"}},
+    "renamed_values": {"word_tokenizer": {"basic": "whitespace"}},
     "accepted_unused": {
         "language": "--word_tokenizer says how the text is cut into words, whatever the language",
         "pretokenized_prefix": "segmented text is written to --intermediate_dir only",

@@ -56,6 +56,7 @@ _NEVER = -10_000.0
 _SENTENCEPIECE_MARKS = "\u2581\u2585\t\x00"
 # What `decoders.ByteFallback` reads as a byte: hexadecimal digits of both cases, also behind a sign.
 _READ_AS_BYTE = re.compile("<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
+_LEAST_COVERAGE = 0.98  # sentencepiece refuses less
 # Characters of a text below which sentencepiece may find nothing at all.
 _LITTLE_TEXT = 10_000
 
@@ -68,6 +69,7 @@ class VocabularySettings:
         size: entries, special and unused ones included.
         min_frequency: pairs (wordpiece, bpe) or characters (character) that are rarer are left out.
         limit_alphabet: number of different characters that are kept, the most frequent ones.
+        character_coverage: for unigram, instead: as many of them as cover this share of the text; 0 for none.
         num_unused: number of [unusedN] entries behind the special tokens.
         multiple: the size is filled up to a multiple of this with further [unusedN]; 0 leaves it.
         causal: lossless, with `CAUSAL_SPECIAL_TOKENS`.
@@ -79,6 +81,7 @@ class VocabularySettings:
     num_unused: int = 10
     multiple: int = 64
     causal: bool = False
+    character_coverage: float = 0.0
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -87,7 +90,7 @@ class VocabularySettings:
 
     def facts(self) -> dict[str, Any]:
         """The settings as plain values, for the record of a tokenizer; the usual special tokens are not mentioned."""
-        facts = asdict(self)
+        facts = {name: value for name, value in asdict(self).items() if name != "character_coverage" or value}
         return facts | {"special_tokens": self.special_tokens} if facts.pop("causal") else facts
 
     def reserved(self) -> list[str]:
@@ -141,6 +144,11 @@ class Trained:
             sentences.append(
                 f"the vocabulary has {len(self.pieces):,} entries, not {full_size:,}: the text, the minimum frequency "
                 "and the limit of the alphabet support no more"
+            )
+        if filling := sum(map(bool, map(UNUSED.fullmatch, self.pieces))) - settings.num_unused:
+            sentences.append(
+                f"{filling} further [unusedN] fill the vocabulary up to a multiple of {settings.multiple}; "
+                "--pad_vocab_to_multiple_of 0 leaves them out"
             )
         if self.num_characters < self.num_text_characters:
             sentences.append(
@@ -315,9 +323,23 @@ def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmente
             seen[" ".join(part.split()).replace("``", '"').replace("''", '"')] += count
     del seen[""]
     characters = count_characters(seen)
+    limit = _num_covering(characters, settings.character_coverage) or settings.limit_alphabet
     # The mark of a word's beginning takes an entry too.
-    alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
+    alphabet = most_frequent(characters, min(limit, settings.room() - 1))
+    if len(alphabet) < (needed := _num_covering(characters, _LEAST_COVERAGE)):
+        raise UserError(
+            f"--vocab_size {settings.size} and --limit_alphabet {settings.limit_alphabet} leave {len(alphabet):,} "
+            f"characters of this text, but unigram needs those that are {_LEAST_COVERAGE:.0%} of it: {needed:,} "
+            f"characters, so at least --vocab_size {settings.size - settings.room() + 1 + needed}"
+            + (f" and --limit_alphabet {needed} (or --character_coverage {_LEAST_COVERAGE})" if limit < needed else "")
+        )
     return _run_sentencepiece(seen, settings, characters, alphabet)
+
+
+def _num_covering(characters: Counter[str], share: float) -> int:
+    """How many of the most frequent characters are this share of the text."""
+    sums = itertools.accumulate(characters[each] for each in most_frequent(characters, len(characters)))
+    return sum(number < share * characters.total() for number in sums) + (share > 0)
 
 
 def _run_sentencepiece(
@@ -357,7 +379,8 @@ def _run_sentencepiece(
             )
         except RuntimeError as error:
             raise UserError(
-                f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text ({error})"
+                f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text: give "
+                "another --vocab_size, or more text"
             ) from error
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model.getvalue())  # noqa: B009 (made at run time)
     for entry in settings.fill_up(len(proto.pieces)):

@@ -163,8 +163,7 @@ def write_splits(
 
 
 def _place(task: SplitTask) -> Callable[[], str]:
-    first = task.spans[0]
-    return lambda: f"from {first.path}:{lines_before(first.path, first.start) + 1} on"
+    return lambda: "".join(f"from {s.path}:{lines_before(s.path, s.start) + 1} on" for s in task.spans[:1])
 
 
 def _write(task: SplitTask, done: Any, show: Callable[[], None] | None) -> SplitResult:
