@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lmscripts.tokenizer.training_text import SplitTask
 
 EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
-IMPORTING = ("from_sentencepiece", "input_file", "document_format", "text_column", "model_max_length", *EXTENDING[2:])
+IMPORTING = ("from_sentencepiece", "input_file", "document_per_line", "text_column", "model_max_length", *EXTENDING[2:])
 IMPORTING += ("delimiter", "quotes", "input_format")
 # What does not decide the tokenizer that is trained.
 ELSEWHERE = ("input_file", "model_dir", "overwrite", "intermediate_dir", "num_files", "num_workers")
@@ -55,9 +55,7 @@ class Options:
         "txt, jsonl, csv, tsv, parquet, each also .gz .xz .bz2 .zst",
         group="text",
     )
-    document_format: Literal["blank_line", "line"] = option(
-        "blank_line", help="of txt: sentences with a blank line after a document, or a document a line", group="text"
-    )
+    document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence", group="text")
     text_column: str = option("text", help="column or key of the text in jsonl, csv, tsv and parquet", group="text")
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="text")
     quotes: bool = option(True, help="csv: a field may stand in double quotes", group="text")
@@ -136,7 +134,7 @@ def refuse_useless(options: Options, origins: dict[str, str], paths: Sequence[Pa
     if all(plain):
         refuse(origins, "where all input is plain text", "text_column", "delimiter", "quotes", "on_bad_line")
     if not any(plain):
-        refuse(origins, "where no input is plain text", "document_format")
+        refuse(origins, "where no input is plain text", "document_per_line")
 
 
 def vocabulary_of(options: Options) -> VocabularySettings:
@@ -200,9 +198,11 @@ def request_of(options: Options, source: str, words: WordTokenizer) -> str:
     from lmscripts.tokenizer.folder import library_versions
 
     chosen = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    # Names and defaults as earlier versions had them, so that their tokenizers are known again.
+    chosen["document_format"] = "line" if chosen.pop("document_per_line") else "blank_line"
     if options.objective == "masked":
-        del chosen["objective"]  # so that tokenizers of earlier versions are known again
-    for name in ("delimiter", "quotes", "input_format", "character_coverage"):  # likewise
+        del chosen["objective"]
+    for name in ("delimiter", "quotes", "input_format", "character_coverage"):
         if chosen[name] == getattr(Options, name):
             del chosen[name]
     facts = [source, chosen, words.description(), library_versions(words)]
@@ -259,7 +259,8 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path],
     if warning := numeral_run_warning(results):
         print(f"warning: {warning}")
     if not report.num_documents:
-        raise UserError("the input holds no text: every file is empty or blank")
+        names = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        raise UserError("; ".join([f"the input holds no text, empty or blank: {names}", *report.sentences()[1:]]))
 
 
 def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
@@ -366,7 +367,7 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
     refuse(origins, "with --from_sentencepiece", *[name for name in origins if name not in IMPORTING])
     target, model = Path(options.model_dir), Path(options.from_sentencepiece)
     paths = find_files(options.input_file) if options.input_file else []
-    per_line = options.document_format == "line"
+    per_line = options.document_per_line
     form = {"document_per_line": per_line, "keep_spaces": True}
     lines = spread_sample(paths, CHECKED_LINES, table_of(options), **form) if paths else []
     length = options.model_max_length if origins["model_max_length"] != "default" else None
@@ -405,7 +406,7 @@ def run(options: Options, origins: dict[str, str]) -> None:
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = options.num_workers or cpus or 1
-    per_line = options.document_format == "line"
+    per_line = options.document_per_line
     spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line, input_format=table.format)
     form = {"document_per_line": per_line, "keep_spaces": causal}
     split = (source, words, needs_words(options.tokenizer_type, words), table, form)

@@ -97,8 +97,8 @@ def test_one_line_of_50_megabytes_is_cut_and_memory_stays_small(tokenizer_dir, t
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("empty.txt", b"", ["no training token"]),
-        ("blank.txt", b"\n  \n\n\t\n" * 50, ["no training token"]),
+        ("empty.txt", b"", ["txt is empty"]),
+        ("blank.txt", b"\n  \n\n\t\n" * 50, ["txt is empty"]),
         ("sjis.txt", FEW.encode("cp932", "ignore"), ["sjis.txt", "iconv"]),
         ("utf16.txt", FEW.encode("utf-16"), ["utf16.txt", "iconv"]),
         ("cut.txt.gz", __import__("gzip").compress(FEW.encode())[:-200], ["cut.txt.gz"]),

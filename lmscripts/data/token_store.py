@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256, new_folder
+from lmscripts.text.records import in_words
+from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.workers import in_order
 
@@ -290,6 +292,16 @@ class _PartWriter:
         }
 
 
+def _no_tokens(documents: dict[str, int], files: list[str], report: dict[str, Any]) -> UserError:
+    if documents["train"]:
+        return UserError(f"the tokenizer makes no token of the {documents['train']:,} documents of the text")
+    if documents["validation"]:
+        return UserError(f"all {documents['validation']:,} documents fell to the validation part, none is for training")
+    left_out = TextReport.from_dict(report).sentences()[1:] if report else []
+    empty = f"{in_words(files)} {'is' if len(files) == 1 else 'are'} empty: no line with text"
+    return UserError("; ".join([empty, *left_out]))
+
+
 def build_store(
     folder: Path,
     batches: Iterable[Documents],
@@ -338,7 +350,8 @@ def build_store(
                 validation.append(batch, batch.in_validation)
         parts = {"train": train.close(), "validation": validation.close()}
         if parts["train"]["tokens"] == 0:
-            raise UserError("the text gives no training token: it is empty, or all of it fell to the validation part")
+            documents = {name: part["documents"] for name, part in parts.items()}
+            raise _no_tokens(documents, described["source"]["files"], text_report())
         copy_tokenizer(tokenizer_dir, aside / "tokenizer")
         manifest = {
             "format": "lmscripts token store",
