@@ -17,7 +17,7 @@ from lmscripts.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-KILLED = "a worker process was killed, probably for memory: give fewer --num_workers"
+DIED = "a worker process died{where}; if memory ran out, give fewer --num_workers"
 
 
 def in_order(
@@ -26,7 +26,8 @@ def in_order(
     num_workers: int,
     *,
     tick: Callable[[], None] = lambda: None,
-    if_killed: str = KILLED,
+    place: Callable[[Item], Callable[[], str]] = lambda item: str,
+    if_died: str = DIED,
 ) -> Iterator[Result]:
     """Yield `function` of each item, in the order of the items, computed by several processes.
 
@@ -35,7 +36,8 @@ def in_order(
         items: taken as they are needed, about twice as many as there are workers at a time.
         num_workers: processes; with one or fewer all is done in this one.
         tick: called in this process about every second, and at each result, while workers work.
-        if_killed: the sentence of the `UserError` where a worker was killed.
+        place: called as an item is taken, gives what names its place in the text, should a worker die.
+        if_died: the sentence of the `UserError` then.
 
     What `function` raises is raised here, also that of a later item.
     """
@@ -47,15 +49,20 @@ def in_order(
     asked, asking = spawn.Pipe(duplex=False)
     with ProcessPoolExecutor(num_workers, spawn, _start, (function, asked)) as pool:
         waiting: deque[Future[Result]] = deque()
+        places: deque[Callable[[], str]] = deque()
         try:
             for item in items:
+                places.append(place(item))
                 waiting.append(pool.submit(_call, item))
                 if len(waiting) > 2 * num_workers:
                     yield _first(waiting, tick)
+                    places.popleft()
             while waiting:
                 yield _first(waiting, tick)
+                places.popleft()
         except BrokenProcessPool:
-            raise UserError(if_killed) from None
+            where = places[0]() if places else ""
+            raise UserError(if_died.format(where=where and f" on the text {where}")) from None
         finally:
             asking.close()
             pool.shutdown(cancel_futures=True)

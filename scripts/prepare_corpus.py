@@ -134,11 +134,18 @@ def progress_bar() -> Iterator[Callable[[int], None]]:
 
 
 def print_parts(store: TokenStore) -> None:
-    """A table of what is in a store."""
+    """A table of what is in a store; "unknown" is the share of characters that the tokenizer does not know."""
     names = ("documents", "sentences", "words", "tokens", "text_bytes")
-    print(f"{'part':<12}" + "".join(f"{name:>14}" for name in names))
+    print(f"{'part':<12}" + "".join(f"{name:>14}" for name in names) + f"{'unknown':>10}")
     for part, facts in store.manifest["parts"].items():
-        print(f"{part:<12}" + "".join(f"{facts[name]:>14,}" for name in names))
+        share = store.unknown_share(part)
+        shown = "-" if share is None else f"{share:.2%}"
+        print(f"{part:<12}" + "".join(f"{facts[name]:>14,}" for name in names) + f"{shown:>10}")
+    if (share := store.unknown_share()) is not None and share > 0.01:
+        print(
+            f"warning: {share:.1%} of the characters are unknown to the tokenizer; its unknown token stands for them "
+            "in the store: train a tokenizer on text of this kind (train_tokenizer.py; unigram cuts long words, too)"
+        )
 
 
 def inspect(folder: Path) -> None:

@@ -62,7 +62,8 @@ POSITIVE = [
     "num_workers", "phase_steps", "n_layer", "n_head", "n_embd"
 ]  # fmt: skip
 NOT_NEGATIVE = [
-    "warmup_steps", "eval_rows", "keep_last", "keep_every", "weight_decay", "epsilon", "max_grad_norm"
+    "warmup_steps", "eval_rows", "keep_last", "keep_every", "weight_decay", "epsilon", "max_grad_norm",
+    "max_unknown_share"
 ]  # fmt: skip
 BELOW_ONE = ["hidden_dropout", "attention_dropout", "beta1", "beta2", "final_lr_ratio", "validation_fraction"]
 PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_size"
@@ -113,6 +114,7 @@ class Options:
     validation_fraction: float | None = option(None, help="share of documents held out (0.01)", group="data")
     validation_file: tuple[str, ...] = option((), help="with --input_file: text held out instead", group="data")
     num_workers: int | None = option(None, help="processes that tokenise --input_file (2)", group="data")
+    max_unknown_share: float = option(0.5, help="refuse text with a larger share of unknown characters", group="data")
     sequence_length: tuple[int, ...] = option((), help="tokens per row; default: the preset's", group="data")
     packing: Packing = option("isolated", help="documents of a row see only themselves, or the whole row", group="data")
 
@@ -332,6 +334,7 @@ def run(options: Options, further: Further) -> None:
     logging.disable_progress_bar()  # of transformers, at every save
     asked = read_inputs(options, further)
     options, run_dir = asked.options, Path(options.model_dir)
+    plan.check_unknown(asked.phases, options.max_unknown_share)
     wanted = {name: getattr(asked.older, name) for name in ("tokenizer_type", "mecab_dic", "word_tokenizer_type")}
     tokenizer, sources = plan.open_sources(asked.phases, asked.objective, options.packing, **wanted)
     accelerator = start(asked)
@@ -363,6 +366,7 @@ def run(options: Options, further: Further) -> None:
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
     words |= {"schedule": options.schedule, "corners": [options.warmup_steps], "kept": vars(options)}
+    words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
     accelerator.print("\n".join([said, *asked.notices, *notices]), flush=True)
     if options.dry_run:

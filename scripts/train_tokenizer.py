@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lmscripts.tokenizer.training_text import SplitTask
 
 EXTENDING = ("extend_tokenizer_dir", "new_words_file", "model_dir", "overwrite")  # all that an extension reads
-IMPORTING = ("from_sentencepiece", "input_file", "document_format", "text_column", "model_max_length", *EXTENDING[2:])
+IMPORTING = ("from_sentencepiece", "input_file", "document_per_line", "text_column", "model_max_length", *EXTENDING[2:])
 IMPORTING += ("delimiter", "quotes", "input_format")
 # What does not decide the tokenizer that is trained.
 ELSEWHERE = ("input_file", "model_dir", "overwrite", "intermediate_dir", "num_files", "num_workers")
@@ -55,9 +55,7 @@ class Options:
         "txt, jsonl, csv, tsv, parquet, each also .gz .xz .bz2 .zst",
         group="text",
     )
-    document_format: Literal["blank_line", "line"] = option(
-        "blank_line", help="of txt: sentences with a blank line after a document, or a document a line", group="text"
-    )
+    document_per_line: bool = option(False, help=".txt files hold one document a line, not one sentence", group="text")
     text_column: str = option("text", help="column or key of the text in jsonl, csv, tsv and parquet", group="text")
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="text")
     quotes: bool = option(True, help="csv: a field may stand in double quotes", group="text")
@@ -80,12 +78,17 @@ class Options:
     sudachi_dict: Literal["small", "core", "full"] = option("core", help="dictionary of Sudachi", group="words")
     normalization: Literal["nfkc", "none"] = option("nfkc", help="of training and encoding", group="words")
 
-    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character"] = option(
-        "wordpiece", help="how words are cut into pieces", group="vocabulary"
+    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character", "sentencepiece"] = option(
+        "wordpiece", help="how words are cut into pieces; sentencepiece: unigram by coverage", group="vocabulary"
     )
     vocab_size: int = option(32768, help="entries, special and unused ones included", group="vocabulary")
     min_frequency: int = option(2, help="of a pair (wordpiece, bpe) or a character (character)", group="vocabulary")
     limit_alphabet: int = option(6129, help="different characters that are kept; not for bpe", group="vocabulary")
+    character_coverage: float | None = option(
+        None,
+        help="of unigram: keep the characters that are this share of the text; not --limit_alphabet",
+        group="vocabulary",
+    )
     num_unused_tokens: int = option(10, help="entries [unusedN] left free for fine-tuning", group="vocabulary")
     pad_vocab_to_multiple_of: int = option(64, help="filled up with [unusedN]; 0: left as it is", group="vocabulary")
     model_max_length: int = option(512, help="tokens beyond which transformers warns", group="vocabulary")
@@ -123,11 +126,15 @@ def refuse_useless(options: Options, origins: dict[str, str], paths: Sequence[Pa
     for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
         if options.tokenizer_type == kind and getattr(options, name) != getattr(Options, name):
             refuse(origins, f"with --tokenizer_type {kind}", name)
+    if options.tokenizer_type != "unigram" or options.objective == "causal":
+        refuse(origins, f"with --tokenizer_type {options.tokenizer_type}", "character_coverage")
+    elif options.character_coverage is not None and options.limit_alphabet != Options.limit_alphabet:
+        refuse(origins, "with --character_coverage", "limit_alphabet")
     plain = [is_plain(str(path), options.input_format or "") for path in paths]
     if all(plain):
         refuse(origins, "where all input is plain text", "text_column", "delimiter", "quotes", "on_bad_line")
     if not any(plain):
-        refuse(origins, "where no input is plain text", "document_format")
+        refuse(origins, "where no input is plain text", "document_per_line")
 
 
 def vocabulary_of(options: Options) -> VocabularySettings:
@@ -137,6 +144,9 @@ def vocabulary_of(options: Options) -> VocabularySettings:
     not_negative = ("num_unused_tokens", "pad_vocab_to_multiple_of", "num_files", "num_workers")
     positive = ("min_frequency", "limit_alphabet", "model_max_length")
     check_numbers(vars(options), positive=positive, not_negative=not_negative)
+    coverage = options.character_coverage
+    if coverage is not None and not 0 < coverage <= 1:
+        raise UserError(f"--character_coverage must be greater than 0 and at most 1, got {coverage}")
     settings = VocabularySettings(
         size=options.vocab_size,
         min_frequency=options.min_frequency,
@@ -144,9 +154,25 @@ def vocabulary_of(options: Options) -> VocabularySettings:
         num_unused=options.num_unused_tokens,
         multiple=options.pad_vocab_to_multiple_of,
         causal=options.objective == "causal",
+        character_coverage=coverage or 0.0,
     )
     settings.room()
     return settings
+
+
+def as_there(options: Options) -> Options:
+    """What `sentencepiece` means in language-pretraining, said in words: unigram with the coverage of sentencepiece."""
+    coverage = options.character_coverage or 0.9995
+    print(
+        f"--tokenizer_type sentencepiece is now --tokenizer_type unigram --character_coverage {coverage}: as there, "
+        "--limit_alphabet and --min_frequency have no effect on it. Pieces stay inside the words of --word_tokenizer: "
+        "text is encoded word by word, so the pieces across words that later versions there learnt could never be "
+        "used. Its first versions (2021) trained BPE on characters, which is not built here: the nearest is "
+        "--tokenizer_type bpe --word_tokenizer none",
+        flush=True,
+    )
+    plain = {name: getattr(Options, name) for name in ("limit_alphabet", "min_frequency")}
+    return dataclasses.replace(options, tokenizer_type="unigram", character_coverage=coverage, **plain)
 
 
 def words_of(options: Options) -> WordTokenizer:
@@ -172,9 +198,11 @@ def request_of(options: Options, source: str, words: WordTokenizer) -> str:
     from lmscripts.tokenizer.folder import library_versions
 
     chosen = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    # Names and defaults as earlier versions had them, so that their tokenizers are known again.
+    chosen["document_format"] = "line" if chosen.pop("document_per_line") else "blank_line"
     if options.objective == "masked":
-        del chosen["objective"]  # so that tokenizers of earlier versions are known again
-    for name in ("delimiter", "quotes", "input_format"):  # likewise
+        del chosen["objective"]
+    for name in ("delimiter", "quotes", "input_format", "character_coverage"):
         if chosen[name] == getattr(Options, name):
             del chosen[name]
     facts = [source, chosen, words.description(), library_versions(words)]
@@ -231,7 +259,8 @@ def segment(tasks: Sequence[SplitTask], num_workers: int, paths: Sequence[Path],
     if warning := numeral_run_warning(results):
         print(f"warning: {warning}")
     if not report.num_documents:
-        raise UserError("the input holds no text: every file is empty or blank")
+        names = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        raise UserError("; ".join([f"the input holds no text, empty or blank: {names}", *report.sentences()[1:]]))
 
 
 def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySettings) -> Trained:
@@ -246,7 +275,26 @@ def train(options: Options, tasks: Sequence[SplitTask], settings: VocabularySett
     return trained
 
 
-def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, lossless: bool) -> None:
+def check_words(options: Options, lines: Sequence[str]) -> None:
+    """Say so where a language without spaces is cut into words at spaces."""
+    from lmscripts.tokenizer.report import unspaced_share
+
+    kind = options.word_tokenizer
+    cut_at_spaces = kind == "whitespace" or (kind == "none" and options.tokenizer_type == "wordpiece")
+    if cut_at_spaces and options.tokenizer_type != "bpe" and (share := unspaced_share(lines)) > 0.2:
+        advice = (
+            "have the text cut into words before (Japanese: --word_tokenizer mecab), or take --tokenizer_type unigram "
+        )
+        print(
+            f"warning: {share:.0%} of the characters stand in long runs without spaces, as Thai, Chinese or Japanese "
+            f"is written; --word_tokenizer {kind} takes whole clauses for words: {advice}--word_tokenizer none",
+            flush=True,
+        )
+
+
+def check_and_measure(
+    folder: Path, lines: Sequence[str], words: WordTokenizer, trained: Trained, lossless: bool
+) -> None:
     """Compare the fast path with AutoTokenizer on a sample, and print and write the tokenizer report."""
     from lmscripts.tokenizer.encoder import load_encoder
     from lmscripts.tokenizer.folder import REPORT_FILE, write_json
@@ -257,6 +305,7 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, 
         report_table,
         tokenizer_report,
     )
+    from lmscripts.tokenizer.training import LONG_WORDS_ADVICE, MAX_WORD_CHARACTERS
 
     encoder = load_encoder(folder)
     step = max(1, len(lines) // CHECKED_LINES)
@@ -267,13 +316,18 @@ def check_and_measure(folder: Path, lines: Sequence[str], words: WordTokenizer, 
         check_lossless(encoder, [*DIFFICULT_LINES, *checked])
         print(f"lossless: decoding gives {len(checked):,} lines and {len(DIFFICULT_LINES)} difficult ones back exactly")
     report = tokenizer_report(encoder, lines)
+    report |= {"long_words": trained.num_long_words, "long_words_share": round(trained.long_words_share, 6)}
     write_json(folder / REPORT_FILE, report)
     print(report_table(report))
-    if (report["unknown_rate"] or 0) > 0.01:
+    if (share := report["unknown_character_rate"] or 0) > 0.01 or (report["unknown_rate"] or 0) > 0.01:
         advice = "raise --limit_alphabet or --vocab_size, or lower --min_frequency"
         if words.kind == "none":
             advice += ", or let a --word_tokenizer cut the text into words"
-        print(f"warning: {report['unknown_rate']:.1%} of the tokens are unknown: {advice}")
+        if trained.long_words_share > share / 2:
+            advice = f"most of them stand in words of over {MAX_WORD_CHARACTERS} characters: {LONG_WORDS_ADVICE}"
+        print(
+            f"warning: {report['unknown_rate']:.1%} of the tokens, {share:.1%} of the characters, are unknown: {advice}"
+        )
 
 
 def main() -> None:
@@ -313,7 +367,7 @@ def take_over(options: Options, origins: dict[str, str]) -> None:
     refuse(origins, "with --from_sentencepiece", *[name for name in origins if name not in IMPORTING])
     target, model = Path(options.model_dir), Path(options.from_sentencepiece)
     paths = find_files(options.input_file) if options.input_file else []
-    per_line = options.document_format == "line"
+    per_line = options.document_per_line
     form = {"document_per_line": per_line, "keep_spaces": True}
     lines = spread_sample(paths, CHECKED_LINES, table_of(options), **form) if paths else []
     length = options.model_max_length if origins["model_max_length"] != "default" else None
@@ -330,6 +384,8 @@ def run(options: Options, origins: dict[str, str]) -> None:
     from lmscripts.tokenizer.training_text import SplitTask, splits_folder
 
     causal = options.objective == "causal"
+    if options.tokenizer_type == "sentencepiece":
+        options = dataclasses.replace(options, tokenizer_type="unigram") if causal else as_there(options)
     if causal:
         changes = {name: value for name, value in CAUSAL_DEFAULTS.items() if origins[name] == "default"}
         options = dataclasses.replace(options, **changes)
@@ -349,21 +405,22 @@ def run(options: Options, origins: dict[str, str]) -> None:
     check_target(target, options.overwrite)
 
     workers = options.num_workers or num_cpus()
-    per_line = options.document_format == "line"
+    per_line = options.document_per_line
     spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line, input_format=table.format)
     form = {"document_per_line": per_line, "keep_spaces": causal}
     split = (source, words, needs_words(options.tokenizer_type, words), table, form)
     with splits_folder(target, options.intermediate_dir) as folder:
         tasks = [SplitTask(i, tuple(part), folder, *split) for i, part in enumerate(spans)]
         segment(tasks, workers, paths, report)
+        lines = spread_sample(paths, MEASURED_LINES, table, **form)
+        check_words(options, lines)
         trained = train(options, tasks, settings)
-    lines = spread_sample(paths, MEASURED_LINES, table, **form)
     record = {"request": request, "source_sha256": source, "text": report.as_dict(), "settings": settings.facts()}
     del record["text"]["examples"]  # names of files
     made = {"causal": causal, "model_max_length": options.model_max_length, "record": record}
     with replaced_folder(target, options.overwrite) as aside:
         write_tokenizer(aside, trained, options.tokenizer_type, words, **made)
-        check_and_measure(aside, lines, words, causal)
+        check_and_measure(aside, lines, words, trained, causal)
     inputs = shlex.join(["--input_file", *options.input_file, "--tokenizer_dir", str(target)])
     print(f"the tokenizer is in {target}; next:\n  python scripts/prepare_corpus.py {inputs} --output_dir store")
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -431,12 +432,42 @@ def test_tables_of_a_spreadsheet_and_of_an_old_mac(tmp_path):
 
 
 def test_marks_and_lines_that_nobody_sees(tmp_path):
-    """A byte order mark of a file that was put behind another; a line of U+200B ends a document."""
+    """A byte order mark of a file that was put behind another; a line of U+200B ends a document, and is counted."""
     report = TextReport()
     path = write(tmp_path / "a.txt", "eins\n\n\ufeffzwei\n\u200b\ndrei\n")
     assert read(path, report) == [["eins"], ["zwei"], ["drei"]]
-    assert report.changes == {"byte_order_marks": 1}
+    assert report.changes == {"byte_order_marks": 1, "invisible_lines": 1}
+    for unseen in ("\u2060", "\u200c\u200d", "\u00ad", "\u200e \u200b", "\u3164", "\u3000", "\x0b", "\x85"):
+        assert read(write(tmp_path / "b.txt", f"eins\n{unseen}\nzwei\n")) == [["eins"], ["zwei"]], repr(unseen)
+    assert read(write(tmp_path / "c.txt", "a\u200bb\n\u200d👩\u200d👩\n")) == [["a\u200bb", "\u200d👩\u200d👩"]]
     assert [d for spans in plan_spans([path], 9) for d in read_documents(spans, TextReport())] == read(path)
+
+
+def test_characters_in_two_halves_are_joined(tmp_path):
+    """As Java and Oracle write them; half of one alone is no UTF-8."""
+    report, halves = TextReport(), "😀".encode("utf-16-be").hex()
+    two = b"".join(chr(int(half, 16)).encode("utf-8", "surrogatepass") for half in (halves[:4], halves[4:]))
+    (tmp_path / "a.txt").write_bytes(b"eins " + two * 2 + b"\nzwei " + two[:3] + b"!\n")
+    assert read(tmp_path / "a.txt", report) == [["eins 😀😀", "zwei \ufffd\ufffd\ufffd!"]]
+    assert report.changes == {"joined_halves": 2, "invalid_utf8_lines": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "iso-2022-jp"])
+@pytest.mark.parametrize("name", ["articles.txt", "english.txt"])
+def test_encodings_without_a_mark_are_named(tmp_path, encoding, name):
+    text = (SAMPLE / name).read_text(encoding="utf-8") + "漢字\n"
+    (tmp_path / "it's.txt").write_bytes(text.encode(encoding, "ignore"))
+    with pytest.raises(UserError, match=rf"is {encoding.upper()}; .* iconv -f {encoding} -t UTF-8 '.*it'\"'\"'s.txt'"):
+        read(tmp_path / "it's.txt")
+
+
+def test_what_is_no_text_is_called_so(tmp_path):
+    for number, data in enumerate(
+        (bytes(9000), random.Random(1).randbytes(9000), b"\x89PNG\r\n" + bytes(range(256)) * 9)
+    ):
+        (tmp_path / f"{number}.txt").write_bytes(data)
+        with pytest.raises(UserError, match=r"\.txt is no text: "):
+            read(tmp_path / f"{number}.txt")
 
 
 def test_spaces_before_a_text_in_a_table_are_kept_where_they_are_asked_for(tmp_path):

@@ -1,12 +1,21 @@
 """Hostile input to whole commands: handled and counted, or one sentence and exit code 2; nothing lost."""
 
+import gzip
+import io
 import json
+import lzma
 import os
+import random
 import resource
 import shutil
+import tarfile
+import zipfile
 
 import pytest
 from conftest import SAMPLE, TINY_PRESET, run_script
+
+from lmscripts.data.preparation import Source, prepare_store
+from lmscripts.errors import UserError
 
 TEXT = (SAMPLE / "articles.txt").read_text(encoding="utf-8")
 FEW = TEXT[: TEXT.index("\n\n", 4000)] + "\n"
@@ -91,17 +100,193 @@ def test_one_line_of_50_megabytes_is_cut_and_memory_stays_small(tokenizer_dir, t
     assert kilobytes < 400_000
 
 
+# ---- texts of every kind, each through a whole store -------------------------------------------------------------
+
+
+def halves(character):
+    """A character beyond U+FFFF as Java writes it."""
+    code = ord(character) - 0x10000
+    pair = (0xD800 + (code >> 10), 0xDC00 + (code & 0x3FF))
+    return b"".join(chr(half).encode("utf-8", "surrogatepass") for half in pair)
+
+
+def archive(*names):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name in names:
+            file.writestr(name, FEW)
+    return packed.getvalue()
+
+
+def tar():
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as file:
+        file.add(SAMPLE / "english.txt", "english.txt")
+    return packed.getvalue()
+
+
+def around(line):
+    """A text in the midst of which a line stands."""
+    return f"{FEW}\n{line}\n\n{FEW}".encode()
+
+
+NOISE = random.Random(7)
+RECORDS = [{"text": line} for line in FEW.split("\n")[:6] if line]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+SCRIPTS = {
+    "Thai": "ภาษาไทยเขียนติดกัน",
+    "runes": "ᚠᚢᚦᚨᚱᚲ",
+    "Hangul": "한국어는재미있다",
+    "Arabic": "العربيةجميلة",
+    "Devanagari": "हिन्दीभाषा",
+    "emoji": "😀👨‍👩‍👧‍👦🏳️‍🌈",
+    "Egyptian": "𓀀𓁀𓂀",
+    "private": "\ue000\uf8ff",
+    "combining": "e\u0301" * 9,
+    "marks alone": "\u0301" * 40,
+    "bidi": "\u202eabc\u202c def",
+    "tags": "a\U000e0041b",
+    "noncharacters": "\ufffe\uffff\U0010ffff",
+    "replaced": "\ufffd" * 30,
+    "half width": "ﾊﾝｶｸｶﾅ",
+    "full width": "ＡＢＣ１２３",
+    "expands": "\ufdfa" * 20,
+    "kanji beyond": "𠮷𩸽葛\U000e0100",
+}
+LONG = {
+    "letters": "ab" * 60_000,
+    "digits": "9" * 120_000,
+    "base64": "".join(NOISE.choices("ABCDwxyz0189+/", k=150_000)),
+    "kana": "あ" * 50_000,
+    "kanji": "漢" * 50_000,
+    "no space": FEW.replace("\n", "") * 40,
+    "spaces": "a" + " " * 70_000 + "b",
+    "full-width spaces": "a" + "\u3000" * 70_000 + "b",
+    "marks": "。" * 50_000,
+    "word": "x" * 101,
+    "emoji": "😀" * 30_000,
+}
+SPECIAL = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "［ＭＡＳＫ］",
+    "[mask]",
+    "[MASK][MASK]",
+    "##[SEP]",
+    "[ MASK ]",
+    "[SEP",
+]
+UNSEEN = ["\u200b", "\u2060", "\u200c\u200d", "\u00ad", "\u3164", "\u200e\u200f", "\u200b \u200b"]
+# name of the file -> its content, and what its refusal says
+REFUSED = {
+    **{
+        f"{code}.txt": (TEXT.encode(code, "ignore"), f"iconv -f {code} ")
+        for code in (
+            "utf-16-le",
+            "utf-16-be",
+            "utf-32-le",
+            "utf-32-be",
+            "utf-16",
+            "utf-32",
+            "cp932",
+            "euc-jp",
+            "iso-2022-jp",
+        )
+    },
+    "a b.txt": (TEXT.encode("utf-16-le"), "a b.txt' > '"),
+    "$(x).txt": (TEXT.encode("utf-16-be"), "$(x).txt'"),
+    "nothing.txt": (b"", "is empty"),
+    "nothing.txt.gz": (gzip.compress(b""), "is empty"),
+    "nothing.jsonl": (b"", "is empty"),
+    "blank.txt": (b" \n\t\n\r\n", "is empty"),
+    "unseen.txt": ("\u200b\n\u2060\n".encode(), "invisible"),
+    "header.csv": (b"text,id\n", "is empty"),
+    "zero.csv": (b"", "is empty"),
+    "column.csv": (b"body\nx\n", "no column 'text'"),
+    "zip.txt": (archive("a.txt"), "zip archive"),
+    "zip.csv": (archive("a.xml"), "zip archive"),
+    "none.zip": (archive(), "zip"),
+    "tar.txt": (tar(), "tar archive"),
+    "a.tar.gz": (gzip.compress(tar()), "tar archive"),
+    "gz.txt": (gzip.compress(FEW.encode()), "packed with gzip"),
+    "cut.txt.xz": (lzma.compress(FEW.encode())[:-9], "cut off"),
+    "plain.txt.gz": (FEW.encode(), "damaged"),
+    "pdf.txt": (b"%PDF-1.7\n" + bytes(99), "PDF"),
+    "zeros.txt": (bytes(999), "no text"),
+    "png.txt": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20, "no text"),
+    "noise.txt": (NOISE.randbytes(9000), "no text"),
+    "array.jsonl": (b"[" + LINES.strip().replace(b"\n", b",\n") + b"]", "one JSON array"),
+    "array.json": (json.dumps(RECORDS, indent=1).encode(), "one JSON array"),
+    "strings.json": (b'["a", "b"]', "{text: .}"),
+    "object.json": (json.dumps({"text": FEW}, indent=1).encode(), "one JSON object"),
+    "html.txt": (b"<!DOCTYPE html><p>x", "markup"),
+    "lists.jsonl": (b"[1]\n[2]\n", "2 x no JSON record"),
+    "numbers.jsonl": (b"1\n2\n", "no JSON record"),
+    "other.jsonl": (b'{"body": "x"}\n', "no column 'text'"),
+    "nulls.jsonl": (b'{"text": null}\n' * 3, "3 records had no text"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 90_000 + b"\n", "no JSON record"),
+    "fake.parquet": (b"PAR1" + bytes(64), "fake.parquet"),
+}
+# name of the file -> its content, and what is counted
+READ = {
+    **{f"script {name}.txt": (around(line), {}) for name, line in SCRIPTS.items()},
+    **{f"long {name}.txt": (around(line), {}) for name, line in LONG.items()},
+    **{f"special {n}.txt": (around(f"{x}と{x}です。{x} {x}"), {}) for n, x in enumerate(SPECIAL)},
+    **{f"unseen {n}.txt": (around(x), {"invisible_lines": 1}) for n, x in enumerate(UNSEEN)},
+    "halves.txt": (around("笑") + halves("😀") * 3, {"joined_halves": 3}),
+    "half.jsonl": (LINES + b'{"text": "\\ud83d x"}\n', {"half_characters": 1}),
+    "pair.jsonl": (LINES + b'{"text": "\\ud83d\\ude00"}\n', {}),
+    "marks.txt": (b"\xef\xbb\xbf" + FEW.encode() + b"\n\xef\xbb\xbf" + FEW.encode(), {"byte_order_marks": 2}),
+    "records.json": (LINES, {"json_lines_files": 1}),
+    "records.txt": (LINES, {"json_lines_files": 1}),
+    "cr.csv": (b"text,id\none\rtwo,1\nthree,2\n", {}),
+    "mac.csv": (b"text,id\rone,1\rtwo,2\r", {}),
+    "twice.csv": (b"text\none\ntext\ntwo\n", {"bad_records_dropped": 1}),
+    "wide.csv": (b"text,id\n" + b"x y " * 50_000 + b",1\n", {}),
+    "stray.csv": (b'text,id\n"one,1\ntwo,2\n', {"bad_records_dropped": 1}),
+    "mixed.txt": (b"a\rb\r\nc\n\rd", {}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_text_that_is_refused_by_what_it_is(name, tokenizer_dir, tmp_path):
+    data, words = REFUSED[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as refusal:
+        prepare_store(Source((str(tmp_path / name),), tokenizer_dir, validation_fraction=0.0), tmp_path / "store", 1)
+    assert words in str(refusal.value)
+    assert name in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_text_that_is_read_with_all_that_was_done_to_it(name, tokenizer_dir, tmp_path):
+    data, changes = READ[name]
+    (tmp_path / name).write_bytes(data)
+    store = prepare_store(
+        Source((str(tmp_path / name),), tokenizer_dir, validation_fraction=0.0), tmp_path / "store", 1
+    )
+    assert store.manifest["text"]["changes"] == changes
+    facts = store.manifest["parts"]["train"]
+    assert 0 <= facts["unknown_characters"] <= facts["characters"]
+    assert not {0, 2, 3, 4}.intersection(store.part("train").tokens.tolist())  # no text gives a special token
+
+
 # ---- text that is refused ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("empty.txt", b"", ["no training token"]),
-        ("blank.txt", b"\n  \n\n\t\n" * 50, ["no training token"]),
+        ("empty.txt", b"", ["txt is empty"]),
+        ("blank.txt", b"\n  \n\n\t\n" * 50, ["txt is empty"]),
         ("sjis.txt", FEW.encode("cp932", "ignore"), ["sjis.txt", "iconv"]),
         ("utf16.txt", FEW.encode("utf-16"), ["utf16.txt", "iconv"]),
-        ("cut.txt.gz", __import__("gzip").compress(FEW.encode())[:-200], ["cut.txt.gz"]),
+        ("cut.txt.gz", gzip.compress(FEW.encode())[:-200], ["cut.txt.gz"]),
         ("text.docx", b"PK\x03\x04" + bytes(range(1, 256)) * 40, ["text.docx"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -265,6 +450,22 @@ def test_used_run_folder_and_other_settings(run, tmp_path):
     sentence = sentence_of(run("--max_steps", "4", "--do_continue", "--weight_decay", "0.5"))
     assert "weight_decay: 0.01 then, 0.5 now" in sentence
     assert contents(tmp_path / "run") == before
+
+
+def test_text_that_the_tokenizer_does_not_know(run, tokenizer_dir, tmp_path):
+    """The share of its characters stands in table, manifest and plan; training asks before it learns that."""
+    runes = "".join(chr(0x16A0 + 7 * n % 75) + " " * (n % 6 == 5) for n in range(6000))
+    (tmp_path / "runes.txt").write_text("\n\n".join(runes[n : n + 60] for n in range(0, 6000, 60)), encoding="utf-8")
+    done = prepare(tokenizer_dir, tmp_path / "store", "--input_file", tmp_path / "runes.txt", check=True)
+    assert "warning: 100.0% of the characters are unknown" in done.stdout
+    part = json.loads((tmp_path / "store" / "manifest.json").read_text(encoding="utf-8"))["parts"]["train"]
+    assert part["unknown_characters"] == part["characters"] > 4000
+    more = ("--dataset_dir", tmp_path / "store", "--max_steps", 1)
+    sentence = sentence_of(run(*more))
+    assert "100.0% of the characters" in sentence
+    assert "--max_unknown_share 0.5" in sentence
+    done = run(*more, "--max_unknown_share", 1, "--dry_run", check=True)
+    assert "100.00% of the characters of the text; warning" in done.stdout
 
 
 def test_accumulation_in_the_accelerate_config(run):

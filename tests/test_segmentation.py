@@ -118,3 +118,15 @@ def test_a_dictionary_of_sudachi_that_is_installed_is_named():
     missing = next(name for name in ("full", "core") if importlib.util.find_spec(f"sudachidict_{name}") is None)
     with pytest.raises(UserError, match=rf"pip install SudachiPy sudachidict_{missing}; --sudachi_dict \w+ is inst"):
         make_segmenter(WordTokenizer("sudachi", sudachi_dictionary=missing))
+
+
+@pytest.mark.parametrize("piece", ["ab1/", "7", "東京の天気は晴れ。", "漢", "x ", "\u0e2a\u0e27\u0e31"])
+def test_lines_that_mecab_cannot_bear_are_cut(piece):
+    """Each of these, of 120,000 characters, may end the process or takes minutes where MeCab gets all of it."""
+    segment = make_segmenter(WordTokenizer(dictionary="ipadic"))
+    line = piece * (120_000 // len(piece))
+    words = segment(line)
+    assert "".join(words) == line.replace(" ", "")
+    if piece.endswith(("。", " ")):  # a cut behind a sentence, or at a space, changes no word
+        assert words == segment(piece) * (120_000 // len(piece))
+    assert max(map(len, words)) < 100

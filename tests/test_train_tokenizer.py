@@ -113,8 +113,11 @@ def test_other_languages_and_kinds(tmp_path):
     english = ROOT / "sample_data" / "english.txt"
     options = ["--input_file", english, "--word_tokenizer", "whitespace", "--vocab_size", 400, "--language", "en"]
     output = run(*options, "--tokenizer_type", "sentencepiece", "--model_dir", tmp_path / "e")
-    assert "--tokenizer_type sentencepiece is now --tokenizer_type unigram" in output
+    assert "--tokenizer_type sentencepiece is now --tokenizer_type unigram --character_coverage 0.9995" in output
     assert "--language has no effect" in output
+    record = json.loads((tmp_path / "e" / "lmscripts_tokenizer.json").read_text(encoding="utf-8"))
+    assert (record["tokenizer_type"], record["settings"]["character_coverage"]) == ("unigram", 0.9995)
+    assert "further [unusedN] fill the vocabulary up to a multiple of 64; --pad_vocab_to_multiple_of 0" in output
     assert (tmp_path / "e" / "tokenizer.json").exists()
     table = tmp_path / "texts.csv"
     table.write_text("body,id\n" + "NA is text,1\nand null too,2\n" * 30)

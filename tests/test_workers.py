@@ -63,8 +63,10 @@ def test_what_is_raised_in_a_worker_is_raised_here(num_workers):
         list(in_order(partial(fail_at, 4), range(100), num_workers))
 
 
-def test_a_worker_that_is_killed_is_one_sentence():
-    with pytest.raises(UserError, match="give fewer --num_workers"):
+def test_a_worker_that_is_killed_is_one_sentence_that_names_the_place():
+    with pytest.raises(UserError, match=r"died on the text up to line 0; .* give fewer --num_workers"):
+        list(in_order(die, range(3), 2, place=lambda item: f"up to line {item}".__str__))
+    with pytest.raises(UserError, match="a worker process died; "):
         list(in_order(die, range(3), 2))
 
 

@@ -1,10 +1,8 @@
 """Token folding: a text that is longer than a row becomes several rows, cut between words, and nothing is lost.
 
-What is folded are the ids of the whole text, line feeds included, as `tokenizer(text, split_special_tokens=True)` gives
-them: the rows of a text, without special tokens and repeated tokens, one after the other, are those ids exactly.
-
-What looks like a special token in a text ("</s>", "[SEP]") is text: nobody who writes it ends a row or makes a gap. A
-tokenizer that cannot be told so, as its vocabulary itself has the piece, gives its unknown token for it.
+What is folded are the ids of the whole text, line feeds included, as `Encoder` gives them: the rows of a text, without
+special tokens and repeated tokens, one after the other, are those ids exactly. What looks like a special token in a
+text ("</s>", "[SEP]") is text: nobody who writes it ends a row or makes a gap.
 
 A row begins where a word begins. A word is what stands between white space; in scripts that are written without spaces
 it is what `Encoder` takes for one (a word of MeCab or Sudachi). Only a word that alone exceeds a row is cut: where the
@@ -104,7 +102,7 @@ class Fold:
 
 
 class Folder:
-    """Folds texts with one tokenizer, for which special tokens in a text are text from then on.
+    """Folds texts with one tokenizer.
 
     Attributes:
         encoder: the tokenizer.
@@ -113,8 +111,7 @@ class Folder:
         room: tokens of text that a row holds.
 
     Raises:
-        UserError: `max_length` leaves no room beside the special tokens; when called, a special token that stands in a
-            text and cannot be told from a real one.
+        UserError: `max_length` leaves no room beside the special tokens; when called, what `Encoder.encode` raises.
     """
 
     def __init__(self, encoder: Encoder, settings: FoldSettings) -> None:
@@ -128,26 +125,16 @@ class Folder:
             )
         self._aligner = None if tokenizer.is_fast else Aligner(tokenizer)
         self._bytes = fallback_bytes(tokenizer)
-        self._special = np.array([id for id in encoder.special_ids if id != encoder.unk_id], np.int32)
-        # A slow one would take all added tokens for text, not only the special ones.
-        if tokenizer.is_fast or set(tokenizer.get_added_vocab().values()) <= set(encoder.special_ids):
-            tokenizer.split_special_tokens = True
 
     def __reduce__(self) -> tuple[type[Folder], tuple[Encoder, FoldSettings]]:
         return Folder, (self.encoder, self.settings)
 
     def __call__(self, texts: Sequence[str]) -> list[list[Fold]]:
         """Rows of every text; blank ones, and ones of which the tokenizer makes nothing, give no row."""
-        if self.encoder.tokenizer.is_fast:
-            # Whoever called the tokenizer with truncation since has left it set, and the ends of texts would be lost.
-            backend = self.encoder.tokenizer.backend_tokenizer
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = True
         encoded = self.encoder.encode(texts)
         shortest = 1 if self.settings.unit == "words" else self.room + 1
         long = [place for place, length in enumerate(encoded.lengths) if length >= shortest and texts[place].strip()]
-        ids = [self._as_text(row.astype(np.int32), text) for row, text in zip(encoded.rows(), texts)]
+        ids = [row.astype(np.int32) for row in encoded.rows()]
         words = np.split(encoded.word_starts, np.cumsum(encoded.lengths)[:-1])
         cuts = dict(zip(long, self._cuts([(texts[place], ids[place], words[place]) for place in long])))
         folds = []
@@ -160,24 +147,11 @@ class Folder:
                 folds.append([])
         return folds
 
-    def _as_text(self, ids: NDArray[np.int32], text: str) -> NDArray[np.int32]:
-        """Ids of a text with the unknown token where they have a special one all the same."""
-        found = np.isin(ids, self._special)
-        if not found.any():
-            return ids
-        if self.encoder.unk_id is None:
-            token = self.encoder.tokenizer.convert_ids_to_tokens(int(ids[found][0]))
-            raise UserError(
-                f"the text {text[:60]!r} holds {token}, which the tokenizer {self.encoder.folder} takes for its "
-                "special token, and it has no unknown token to put in its place: take it out of the text"
-            )
-        return np.where(found, np.int32(self.encoder.unk_id), ids)
-
     def _cuts(self, long: list[tuple[str, NDArray[np.int32], Flags]]) -> list[tuple[Ints, Ints]]:
         """Where words begin in texts, with ids and word starts: as tokens and, for all tokens, as characters."""
         if self._aligner is None:
-            backend = self.encoder.tokenizer.backend_tokenizer
-            found = backend.encode_batch([text for text, _, _ in long], add_special_tokens=False)
+            assert self.encoder.backend is not None
+            found = self.encoder.backend.encode_batch([text for text, _, _ in long], add_special_tokens=False)
             places = [(starts_by_offsets(e.offsets, self._bytes[ids]), True) for e, (_, ids, _) in zip(found, long)]
         else:
             places = [self._aligner(*each) for each in long]

@@ -317,7 +317,12 @@ def _add_tokenization(connection: sqlite3.Connection, task: _Task) -> int:
     """Tokenise into a temporary table, so that the file itself is locked for the moment of copying only."""
     connection.execute(f"CREATE TEMP TABLE fresh({_FOLD_COLUMNS})")
     fold = partial(_fold_rows, Folder(task.encoder, task.folds))
-    for num_documents, rows in in_order(fold, _batches(connection), task.num_workers):
+
+    def place(batch: list[tuple[int, str]]) -> Callable[[], str]:
+        sql = "SELECT 'from ' || file || ':' || line || ' on' FROM documents WHERE doc_id = ?"
+        return lambda: str(connection.execute(sql, batch[0][:1]).fetchone()[0])
+
+    for num_documents, rows in in_order(fold, _batches(connection), task.num_workers, place=place):
         connection.execute("BEGIN")
         connection.executemany("INSERT INTO fresh VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         connection.execute("COMMIT")

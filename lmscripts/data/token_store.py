@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256, new_folder
+from lmscripts.text.records import in_words
+from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.workers import in_order
 
@@ -89,6 +91,11 @@ class TokenStore:
     def tokenizer_dir(self) -> Path:
         """The tokenizer folder inside the store."""
         return self.folder / "tokenizer"
+
+    def unknown_share(self, name: str = "train") -> float | None:
+        """Share of the characters of a part that the tokenizer does not know; None if an older store says nothing."""
+        part = self.manifest["parts"][name]
+        return part["unknown_characters"] / max(part["characters"], 1) if "unknown_characters" in part else None
 
     def part(self, name: str) -> Part:
         """Memory-map one part, "train" or "validation"."""
@@ -172,7 +179,8 @@ class EncodedBatch:
 
     Attributes:
         ids: (n,) uint16 or uint32. word_starts: (n,) bool. sentence_lengths: (s,) uint32.
-        document_sizes: (d, 3) int64, tokens, sentences and raw bytes of each document.
+        document_sizes: (d, 5) int64, tokens, sentences, raw bytes, characters but spaces, and how many of these are
+            unknown to the tokenizer, of each document.
         in_validation: (d,) bool.
     """
 
@@ -195,22 +203,26 @@ class _Encode:
         self.encoder: Any = None
 
     def __call__(self, documents: Documents) -> EncodedBatch:
-        from lmscripts.tokenizer.encoder import load_encoder
+        from lmscripts.tokenizer.encoder import load_encoder, num_filled
 
         if self.encoder is None:
             self.encoder = load_encoder(self.tokenizer_dir)
         ended = [[line + self.line_end for line in document[:-1]] + document[-1:] for document in documents]
-        encoded = self.encoder.encode([line for document in ended for line in document])
+        lines = [line for document in ended for line in document]
+        encoded = self.encoder.encode(lines)
+        unknown = np.append(0, np.cumsum(self.encoder.unknown_characters(lines, encoded)))
         sentences = np.array([len(document) for document in documents], np.int64)
         token_ends = np.concatenate([[0], np.cumsum(encoded.lengths)])
         sentence_ends = np.cumsum(sentences)
         tokens = token_ends[sentence_ends] - token_ends[sentence_ends - sentences]
         size = [sum(len(line.encode()) + 1 for line in document) for document in documents]
+        characters = [sum(map(num_filled, document)) for document in documents]
+        unknown = unknown[sentence_ends] - unknown[sentence_ends - sentences]
         return EncodedBatch(
             encoded.ids.astype(self.dtype),
             encoded.word_starts,
             encoded.lengths.astype(np.uint32),
-            np.stack([tokens, sentences, np.array(size, np.int64)], axis=1),
+            np.stack([tokens, sentences, size, characters, np.minimum(unknown, characters)], axis=1),
             np.array([in_validation(document, self.validation_fraction) for document in documents], np.bool_),
         )
 
@@ -234,7 +246,7 @@ class _PartWriter:
         self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
         self.hashes = {name: hashlib.sha256() for name in _FILES}
         self.sizes = dict.fromkeys(_FILES, 0)
-        self.totals = np.zeros(3, np.int64)
+        self.totals = np.zeros(5, np.int64)
         self.words = 0
         self.documents = 0
         self.open_bits = np.zeros(0, np.bool_)
@@ -271,15 +283,27 @@ class _PartWriter:
         self._write("word_starts", np.packbits(self.open_bits, bitorder="little"))
         for file in self.files.values():
             file.close()
-        tokens, sentences, size = (int(total) for total in self.totals)
+        tokens, sentences, size, characters, unknown = (int(total) for total in self.totals)
         return {
             "documents": self.documents,
             "sentences": sentences,
             "words": self.words,
             "tokens": tokens,
             "text_bytes": size,
+            "characters": characters,
+            "unknown_characters": unknown,
             "files": {n: {"bytes": self.sizes[n], "sha256": self.hashes[n].hexdigest()} for n in _FILES},
         }
+
+
+def _no_tokens(documents: dict[str, int], files: list[str], report: dict[str, Any]) -> UserError:
+    if documents["train"]:
+        return UserError(f"the tokenizer makes no token of the {documents['train']:,} documents of the text")
+    if documents["validation"]:
+        return UserError(f"all {documents['validation']:,} documents fell to the validation part, none is for training")
+    left_out = TextReport.from_dict(report).sentences()[1:] if report else []
+    empty = f"{in_words(files)} {'is' if len(files) == 1 else 'are'} empty: no line with text"
+    return UserError("; ".join([empty, *left_out]))
 
 
 def build_store(
@@ -291,6 +315,7 @@ def build_store(
     validation_batches: Iterable[Documents] | None = None,
     num_workers: int = 1,
     text_report: Callable[[], dict[str, Any]] = dict,
+    place: Callable[[], str] = str,
     progress: Callable[[int], None] = lambda _: None,
 ) -> TokenStore:
     """Encode documents into a store, written aside and renamed when it is whole.
@@ -305,6 +330,7 @@ def build_store(
         validation_batches: documents of a validation part of their own.
         num_workers: processes that encode; the result does not depend on it.
         text_report: called at the end; what was read, repaired and dropped.
+        place: says up to where the text was read.
         progress: called with the bytes of text of each finished batch.
 
     Raises:
@@ -314,17 +340,22 @@ def build_store(
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
         encode = _Encode(str(tokenizer_dir), dtype, settings["validation_fraction"], settings.get("line_ends"))
-        for batch in in_order(encode, batches, num_workers):
+
+        def place_of(batch: Documents) -> Callable[[], str]:
+            return f"up to {place()}".__str__
+
+        for batch in in_order(encode, batches, num_workers, place=place_of):
             train.append(batch, ~batch.in_validation)
             validation.append(batch, batch.in_validation)
             progress(int(batch.document_sizes[:, 2].sum()))
         if validation_batches is not None:
             encode = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
-            for batch in in_order(encode, validation_batches, num_workers):
+            for batch in in_order(encode, validation_batches, num_workers, place=place_of):
                 validation.append(batch, batch.in_validation)
         parts = {"train": train.close(), "validation": validation.close()}
         if parts["train"]["tokens"] == 0:
-            raise UserError("the text gives no training token: it is empty, or all of it fell to the validation part")
+            documents = {name: part["documents"] for name, part in parts.items()}
+            raise _no_tokens(documents, described["source"]["files"], text_report())
         copy_tokenizer(tokenizer_dir, aside / "tokenizer")
         manifest = {
             "format": "lmscripts token store",

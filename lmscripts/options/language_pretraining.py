@@ -84,8 +84,12 @@ TOKENIZER: dict[str, Mapping[str, Any]] = {
         "word_tokenizer_type": "word_tokenizer",
         "subword_tokenizer_type": "tokenizer_type",
         "sudachi_dict_type": "sudachi_dict",
+        "document_format": "document_per_line",  # of earlier versions here
     },
-    "renamed_values": {"tokenizer_type": {"sentencepiece": "unigram"}, "word_tokenizer": {"basic": "whitespace"}},
+    "renamed_values": {
+        "word_tokenizer": {"basic": "whitespace"},
+        "document_per_line": {"line": "true", "blank_line": "false"},
+    },
     "accepted_unused": {
         "language": "--word_tokenizer says how the text is cut into words, whatever the language",
         "pretokenized_prefix": "segmented text is written to --intermediate_dir only",

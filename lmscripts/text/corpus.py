@@ -205,11 +205,11 @@ def read_documents(
             lines = _record_lines(span.path, table, report, keep_spaces)
         document: list[str] = []
         size = 0
-        for line, place in lines:
+        for line, report.at in lines:
             length = 0 if line is None else len(line.encode())
             if document and (line is None or size + length > MAX_DOCUMENT_BYTES):
                 if line is not None:
-                    report.count("long_documents_cut", 1, place)
+                    report.count("long_documents_cut", 1, report.at)
                 report.add_document(document, size)
                 yield document
                 document, size = [], 0
@@ -233,7 +233,7 @@ def _text_lines(span: Span, document_per_line: bool, report: TextReport, keep_sp
     number = 0  # complete lines before the present one, counted from the start of the span
 
     def place() -> str:
-        return f"{span.path}:{_lines_before(span.path, span.start) + number + 1}"
+        return f"{span.path}:{lines_before(span.path, span.start) + number + 1}"
 
     whole = True
     with opened(span.path) as file:
@@ -262,7 +262,7 @@ def _record_lines(path: str, table: TableOptions, report: TextReport, keep_space
 
 
 @lru_cache(maxsize=64)
-def _lines_before(path: str, start: int) -> int:
+def lines_before(path: str, start: int) -> int:
     """Lines before a byte of a plain file; asked for only when a place has to be named."""
     lines, left = 0, start
     with open(path, "rb") as file:

@@ -13,6 +13,7 @@ import json
 import lzma
 import re
 import shlex
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,11 @@ _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 LINE_END = re.compile("\r\n|\r|\n")
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not of the encoding, as "surrogateescape" has them
+# The same for a character in two halves of three bytes each, as Java and Oracle write it (CESU-8).
+_TWO_HALVES = re.compile("\udced[\udca0-\udcaf][\udc80-\udcbf]\udced[\udcb0-\udcbf][\udc80-\udcbf]")
+_BLANK = re.compile(  # white space, and what is neither seen nor space
+    r"[\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0]*\Z"
+)
 _SENTENCE_ENDS = tuple(mark.encode() for mark in "。．！？!?")
 _SPACES = tuple(mark.encode() for mark in " \t\u3000")
 _MARKS = (  # the longer ones first, as one begins with another
@@ -45,6 +51,7 @@ _MARKS = (  # the longer ones first, as one begins with another
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _NO_TEXT = {  # beginning of a file -> what it is, and the way out
+    b"PK\x05\x06": "an empty zip archive",
     b"PK\x03\x04": "an office file (.xlsx, .docx) or a zip archive: save it as CSV or text, or unpack it",
     b"\xd0\xcf\x11\xe0": "an older office file (.xls, .doc): save it as CSV or text",
     b"%PDF-": "a PDF: take its text out, for example with pdftotext",
@@ -57,6 +64,7 @@ _NO_TEXT = {  # beginning of a file -> what it is, and the way out
     b"\xfd7zXZ": "packed with xz: let its name end in .xz",
     b"\x28\xb5\x2f\xfd": "packed with zstandard: let its name end in .zst",
 }
+_NO_TEXT_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _MARKUP = re.compile(rb"<(!doctype|html|\?xml|mediawiki|rss|svg)\b", re.IGNORECASE)
 _RECORD = re.compile(rb'\{\s*"[^"]*"\s*:')
 
@@ -127,7 +135,9 @@ def kind_of(path: str, given: str = "") -> str:
     is_json = Path(path.lower().removesuffix(format_of(path)[1])).suffix == ".json"
     as_it_is = ", or give --input_format txt to read it as it stands" if kind == "txt" else ""
     if (text.startswith(b"[") and _RECORD.match(text[1:].lstrip())) or (is_json and text[:1] in (b"[", b"{")):
-        way_out = f": jq -c '.[]' {shlex.quote(path)} > {shlex.quote(path + 'l')}" if text[:1] == b"[" else ""
+        each = "'.[]'" if _RECORD.match(text[1:].lstrip()) else "'.[] | {text: .}'"
+        lines = Path(path.removesuffix(format_of(path)[1])).with_suffix(".lines.jsonl")
+        way_out = f": jq -c {each} {shlex.quote(path)} > {shlex.quote(str(lines))}" if text[:1] == b"[" else ""
         what = "array" if way_out else "object"
         raise UserError(f"{path} is one JSON {what} from end to end; write a record a line{way_out}{as_it_is}")
     if kind == "txt" and (markup := _MARKUP.match(text)) is not None:
@@ -167,6 +177,18 @@ def encodings_of(head: bytes) -> list[str]:
     return fits
 
 
+def _wide_encoding(head: bytes) -> str:
+    """Which UTF-32 or UTF-16 without a mark reads the beginning of a file as text; empty for none."""
+    found: dict[str, int] = {}
+    for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
+        with suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+            strange = sum(unicodedata.category(c) in ("Cc", "Cn", "Co") and not c.isspace() for c in text)
+            if strange * 10 <= len(text):
+                found[encoding] = sum(map(str.isascii, text))  # the wrong order of bytes makes letters rare characters
+    return max(found, key=found.__getitem__, default="")
+
+
 def check_utf8(path: str) -> None:
     """Refuse a file whose beginning is not UTF-8 text at all, as opposed to one with a few damaged bytes.
 
@@ -174,16 +196,24 @@ def check_utf8(path: str) -> None:
         UserError: UTF-16 or UTF-32, an older encoding, or no text; with the command that converts it.
     """
     head = head_of(path)
-    encoding = mark_of(head).replace("utf-8-sig", "") or ("utf-16le" if head.count(0) > len(head) // 5 else "")
-    finding = f"looks like {encoding.upper()} or is not text"
+    encoding = mark_of(head).replace("utf-8-sig", "")
     lines = head.split(b"\n")
-    texts = [line.decode("utf-8", "replace") for line in (lines[:-1] if len(head) == _HEAD_BYTES else lines)]
+    texts = [_decoded(line)[0] for line in (lines[:-1] if len(head) == _HEAD_BYTES else lines)]
     filled = [text for text in texts if text.strip()]
     invalid = sum(text.count("\ufffd") for text in filled)
     foreign = sum(not character.isascii() for text in filled for character in text)
     # A few damaged bytes are repaired and counted; another encoding spoils most of what is not ASCII in many lines.
     spoilt_lines = sum("\ufffd" in text for text in filled)
-    if not encoding and invalid >= 10 and spoilt_lines * 10 > len(filled) and invalid * 10 >= foreign * 3:
+    is_spoilt = invalid >= 10 and spoilt_lines * 10 > len(filled) and invalid * 10 >= foreign * 3
+    has_nuls = head.count(0) > len(head) // 5
+    if not encoding and (has_nuls or is_spoilt):
+        encoding = _wide_encoding(head) if 0 in head else ""
+        if not encoding and (has_nuls or len(_NO_TEXT_BYTES.findall(head)) * 50 > len(head)):
+            raise UserError(f"{path} is no text: its beginning is full of bytes that no text holds")
+    if b"\x1b$B" in head or b"\x1b$@" in head:
+        encoding = "iso-2022-jp"
+    finding = f"is {encoding.upper()}"
+    if not encoding and is_spoilt:
         fits = encodings_of(head)
         encoding, finding = fits[0], f"is not UTF-8 ({' or '.join(fits)} would read it)"
     if encoding:
@@ -260,7 +290,21 @@ def _cut_position(line: bytes, limit: int) -> int:
 
 def is_blank(line: str) -> bool:
     """Whether nothing can be seen in a line."""
-    return not line.replace("\u200b", "").strip()
+    return _BLANK.match(line) is not None
+
+
+def _decoded(line: bytes) -> tuple[str, int]:
+    """A line with U+FFFD for what is not UTF-8, and how many characters were joined of two halves."""
+    return _joined(line.decode("utf-8", "surrogateescape"))
+
+
+def _joined(text: str) -> tuple[str, int]:
+    def join(found: re.Match[str]) -> str:
+        halves = found[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogatepass")
+        return halves.encode("utf-16", "surrogatepass").decode("utf-16")
+
+    text, number = _TWO_HALVES.subn(join, text)
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), number
 
 
 def without_faults(text: str) -> tuple[str, dict[str, int]]:
@@ -283,8 +327,11 @@ def clean_line(text: str, report: TextReport, place: Place, keep_spaces: bool = 
     """A line without control characters and (unless `keep_spaces`) surrounding white space, repairs counted."""
     if not text.isascii():
         if UNDECODED.search(text):
-            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            report.count("invalid_utf8_lines", 1, place)
+            text, number = _joined(text)
+            if number:
+                report.count("joined_halves", number, place)
+            if "\ufffd" in text:
+                report.count("invalid_utf8_lines", 1, place)
         if text.startswith("\ufeff"):
             text = text[1:]
             report.count("byte_order_marks", 1, place)
@@ -292,6 +339,8 @@ def clean_line(text: str, report: TextReport, place: Place, keep_spaces: bool = 
         text, number = _CONTROL.subn(" ", _mended(text, report, place))
         if number:
             report.count("control_characters", number, place)
+    if not text.isascii() and is_blank(text) and text.strip():
+        report.count("invisible_lines", 1, place)
     return text if keep_spaces else text.strip()
 
 

@@ -17,9 +17,11 @@ SENTENCES = {
     "json_lines_files": "{n} files hold JSON lines and were read so; --input_format txt reads them as they stand",
     "byte_order_marks": "{n} byte order marks were removed",
     "invalid_utf8_lines": "{n} lines held bytes that are not UTF-8; each was replaced by U+FFFD",
+    "joined_halves": "{n} characters in two halves (CESU-8) were joined",
     "half_characters": "{n} half characters (of escapes in JSON) were replaced by U+FFFD",
     "nul_characters": "{n} NUL characters were removed",
     "control_characters": "{n} control characters were replaced by spaces",
+    "invisible_lines": "{n} lines of invisible characters alone (U+200B and the like) were taken for blank ones",
     "lines_of_dashes": "{n} lines of dashes under a header were left out",
     "long_lines_cut": "{n} cuts were made in lines longer than 1 MiB",
     "long_documents_cut": "{n} cuts were made in documents longer than 16 MiB; the rest went on as a new document",
@@ -31,7 +33,10 @@ _NUMBERS = ("files", "documents", "sentences", "characters", "bytes")
 
 @dataclass
 class TextReport:
-    """Bytes are those of the kept sentences in UTF-8; `examples` has the first places of each change and reason."""
+    """Bytes are those of the kept sentences in UTF-8; `examples` has the first places of each change and reason.
+
+    `at` says the place that is being read.
+    """
 
     num_files: int = 0
     num_documents: int = 0
@@ -41,6 +46,7 @@ class TextReport:
     changes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    at: Place = field(default=str, compare=False)
 
     def count(self, kind: str, number: int = 1, place: Place | None = None) -> None:
         """Add to one kind of repair or drop (a key of `SENTENCES`); `place` is asked for the first few only."""
@@ -62,6 +68,9 @@ class TextReport:
         self.num_sentences += len(lines)
         self.num_characters += sum(map(len, lines))
         self.num_bytes += num_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "at": str}  # a place belongs to the file that is open
 
     def merge(self, other: TextReport) -> None:
         """Add the counts of a report over other spans of the same corpus."""

@@ -34,6 +34,9 @@ MECAB_DICTIONARIES = {
 }
 SUDACHI_DICTIONARIES = ("core", "full", "small")
 SUDACHI_MAX_BYTES = 49149
+# MeCab keeps the cost of a path in 31 bits, to which a word adds less than 2**16, and ends the process beyond. Every
+# word has a character at least.
+MECAB_MAX_CHARACTERS = 32767
 # What transformers takes where the settings of an analyser are silent.
 MECAB_DEFAULTS: dict[str, Any] = {"mecab_dic": "unidic_lite", "mecab_option": None, "normalize_text": True}
 SUDACHI_DEFAULTS: dict[str, Any] = {
@@ -125,7 +128,10 @@ def _normalizer(nfkc: bool) -> Callable[[str], str]:
 
 
 def mecab_segmenter(mecab_kwargs: dict[str, Any]) -> Segmenter:
-    """The words of transformers' `MecabTokenizer(**mecab_kwargs)`, without its lower-casing."""
+    """The words of transformers' `MecabTokenizer(**mecab_kwargs)`, without its lower-casing.
+
+    A line beyond MECAB_MAX_CHARACTERS, on which MeCab may crash, is cut at sentence ends, else at spaces.
+    """
     settings = MECAB_DEFAULTS | mecab_kwargs
     tagger, normalize = _mecab_tagger(settings), _normalizer(settings["normalize_text"])
     parse, inexact = tagger.parse, _INEXACT.search
@@ -135,6 +141,11 @@ def mecab_segmenter(mecab_kwargs: dict[str, Any]) -> Segmenter:
 
     def segment(line: str) -> list[str]:
         text = normalize(line)
+        if len(text) > MECAB_MAX_CHARACTERS:
+            return [word for piece in pieces(text, MECAB_MAX_CHARACTERS) for word in segment_piece(piece)]
+        return segment_piece(text)
+
+    def segment_piece(text: str) -> list[str]:
         if string_is_exact and not inexact(text):
             words: list[str] = parse(text).split()
             return words

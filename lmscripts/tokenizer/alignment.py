@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscripts.tokenizer.encoder import added_tokens, own_segmenter
+from lmscripts.tokenizer.encoder import added_tokens, bare, own_segmenter
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -65,7 +65,7 @@ class Aligner:
     """Finds the character at which each token of a slow tokenizer begins."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.pieces = {number: _bare(piece) for piece, number in tokenizer.get_vocab().items()}
+        self.pieces = {number: bare(piece) for piece, number in tokenizer.get_vocab().items()}
         self.unknown: int | None = tokenizer.unk_token_id
         self.segment = own_segmenter(tokenizer)
         arguments = getattr(tokenizer, f"{tokenizer.word_tokenizer_type}_kwargs") or {} if self.segment else {}
@@ -161,10 +161,6 @@ def _only_places(text: str, runs: list[str]) -> list[int] | None:
         rightmost.append(start)
     places = [*leftmost, last]
     return places if end < last and places == [*reversed([*rightmost, 0])] else None
-
-
-def _bare(piece: str) -> str:
-    return piece[2:] if piece.startswith("##") and len(piece) > 2 else piece.replace("▁", "")
 
 
 def _origins(text: str, normal: str) -> Ints | None:

@@ -11,6 +11,8 @@ Word starts, which whole-word masking needs, are
   word there. A byte of a byte fallback counts as the character that it begins;
 - for other slow tokenizers: pieces without `##`, or with `▁`, whichever mark the vocabulary uses; without either,
   every piece.
+
+Text is text: where a special token is written in it, it is encoded by its characters, whatever `AutoTokenizer` does.
 """
 
 from __future__ import annotations
@@ -21,19 +23,27 @@ import json
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordPiece
 
 from lmscripts.errors import UserError, shortened
-from lmscripts.text.words import SUDACHI_DEFAULTS, Segmenter, mecab_facts, mecab_segmenter, sudachi_segmenter
+from lmscripts.text.words import (
+    MECAB_MAX_CHARACTERS,
+    SUDACHI_DEFAULTS,
+    Segmenter,
+    mecab_facts,
+    mecab_segmenter,
+    sudachi_segmenter,
+)
 
 MAX_CACHED_WORDS = 1_000_000
 # Entries that no text gives, kept free for later words.
@@ -41,7 +51,8 @@ UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
 # Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
 UNSPACED = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3001, 0x30FF), (0x3400, 0x9FFF)]
 UNSPACED += [(0xF900, 0xFAFF), (0xFF01, 0xFF9F), (0x20000, 0x3FFFF)]
-_UNSPACED = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED) + "]")
+UNSPACED_CLASS = "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED)
+_UNSPACED = re.compile(f"[{UNSPACED_CLASS}]")
 _UNSPACED_BYTES = frozenset(f"<0x{byte:02X}>" for byte in (*range(0xE3, 0xEA), 0xF0))
 _LINE_CONTROLS = frozenset("\t\n\r") | {"<0x09>", "<0x0A>", "<0x0D>"}
 
@@ -68,6 +79,7 @@ class Encoder:
         pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id: None where the tokenizer has no such token.
         special_ids, reserved_ids: sorted ids of all special tokens, and of `[unusedN]` entries, which no text gives.
         fingerprint, description: see `fingerprint`; one line for people.
+        backend: of a fast tokenizer, the one of `tokenizers` that encodes; no other caller changes its settings.
     """
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
@@ -94,12 +106,53 @@ class Encoder:
             kind = f"{words}, {tokenizer.subword_tokenizer_type}"
         kind = f"{type(tokenizer).__name__} ({kind})" if kind else type(tokenizer).__name__
         self.description = f"{kind}, {self.vocab_size:,} entries, fingerprint {self.fingerprint[:16]}"
-        way = _JapaneseWay if is_bert_japanese(tokenizer) else _fast_way if tokenizer.is_fast else _slow_way
-        self._encode: Callable[[Sequence[str]], Encoded] = way(tokenizer)
+        self.backend = _text_backend(tokenizer) if tokenizer.is_fast else None
+        way = _JapaneseWay if is_bert_japanese(tokenizer) else _slow_way
+        self._encode: Callable[[Sequence[str]], Encoded]
+        self._encode = way(tokenizer) if self.backend is None else _fast_way(tokenizer, self.backend)
+        # Of a fast one all are hidden; which id is its unknown one its model says, whatever the class does.
+        left = set() if tokenizer.is_fast else set(self.special_ids) - {self.unk_id}
+        self._never = _flags(vocabulary, lambda piece: vocabulary[piece] in left)
+        self._sizes = np.zeros(len(self._never), np.int64)  # characters that a piece stands for
+        for piece, number in vocabulary.items():
+            self._sizes[number] = 0 if number in self.special_ids else len(bare(piece))
 
     def encode(self, lines: Sequence[str]) -> Encoded:
-        """Ids and word starts of every line; no [CLS], [SEP] or the like is added."""
-        return self._encode(lines)
+        """Ids and word starts of every line; no [CLS], [SEP] or the like is added.
+
+        Raises:
+            UserError: a special token in a line cannot be told from a real one, and there is no unknown token.
+        """
+        encoded = self._encode(lines)
+        if not (taken := self._never[encoded.ids]).any():
+            return encoded
+        if self.unk_id is None:
+            token = self.tokenizer.convert_ids_to_tokens(int(encoded.ids[taken][0]))
+            line = next(line for line in lines if token in line)
+            raise UserError(
+                f"the text {line[:60]!r} holds {token}, which the tokenizer {self.folder} takes for its special "
+                "token, and it has no unknown token to put in its place: take it out of the text"
+            )
+        return replace(encoded, ids=np.where(taken, np.uint32(self.unk_id), encoded.ids))
+
+    def unknown_characters(self, lines: Sequence[str], encoded: Encoded) -> NDArray[np.int64]:
+        """How many characters of each of the lines, which gave `encoded`, the unknown token stands for, shape [lines].
+
+        White space is not counted; characters are those after normalisation.
+        """
+        found = np.zeros(len(lines), np.int64)
+        ends = np.cumsum(encoded.lengths)
+        rows = np.searchsorted(ends, np.flatnonzero(encoded.ids == self.unk_id), "right")
+        for row, times in zip(*np.unique(rows, return_counts=True)):
+            known = self._sizes[encoded.ids[ends[row] - encoded.lengths[row] : ends[row]]].sum()
+            filled = len("".join(self._normalize(lines[row]).replace("▁", " ").split()))
+            found[row] = max(filled - known, times)
+        return found
+
+    def _normalize(self, line: str) -> str:
+        if self.backend is not None:
+            return line if self.backend.normalizer is None else str(self.backend.normalizer.normalize_str(line))
+        return unicodedata.normalize("NFKC", line) if is_bert_japanese(self.tokenizer) else line
 
     def __reduce__(self) -> tuple[Callable[[str], Encoder], tuple[str]]:
         return load_encoder, (str(self.folder),)
@@ -162,10 +215,37 @@ def own_segmenter(tokenizer: Any) -> Segmenter | None:
     return None
 
 
+def special_tokens(tokenizer: Any) -> set[str]:
+    """What stands for no text, as it is written."""
+    marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return marked.union(tokenizer.all_special_tokens)
+
+
+def any_of(entries: Iterable[str], flags: int = 0) -> re.Pattern[str]:
+    """What finds entries in a text, as its only group; the longest first."""
+    found = sorted(entries, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, found)) or '(?!)'})", flags)
+
+
 def added_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What finds special and added tokens, as its only group, in a text; the longest first."""
-    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})")
+    """What finds tokens that were added to a vocabulary in a text, but not the special ones, which are text there."""
+    return any_of(set(tokenizer.get_added_vocab()) - special_tokens(tokenizer))
+
+
+def _hidden(tokenizer: Any) -> Callable[[str], str]:
+    """A function that gives a special token a name that no text holds, and all other pieces as they are."""
+    special = special_tokens(tokenizer)
+    return lambda piece: f"\0special\0{piece}" if piece in special else piece
+
+
+def bare(piece: str) -> str:
+    """The text of a piece, without what marks its place in a word."""
+    return piece[2:] if piece.startswith("##") and len(piece) > 2 else piece.replace("▁", "")
+
+
+def num_filled(line: str) -> int:
+    """Characters of a line but spaces."""
+    return len(line) - line.count(" ") - line.count("\u3000")
 
 
 def _first_places(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -180,9 +260,9 @@ class _JapaneseWay:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         theirs = tokenizer.word_tokenizer.tokenize if tokenizer.do_word_tokenize else lambda line, never_split: [line]
-        self.segment = own_segmenter(tokenizer) or partial(theirs, never_split=tokenizer.all_special_tokens)
+        self.segment = own_segmenter(tokenizer) or partial(theirs, never_split=[])
         self.cache = _WordCache(tokenizer)
-        self.added = added_tokens(tokenizer)
+        self.added, self.special = added_tokens(tokenizer), any_of(special_tokens(tokenizer))
 
     def __call__(self, lines: Sequence[str]) -> Encoded:
         look_up, segment, find_added = self.cache.__getitem__, self.segment, self.added.search
@@ -199,7 +279,10 @@ class _JapaneseWay:
         return Encoded(ids, starts, np.diff(tokens_before))
 
     def _with_added(self, line: str) -> list[bytes]:
-        """Words of a line in which a special or added token stands; the tokenizer itself has the last word."""
+        """Words of a line in which an added token stands; if no special one does, the tokenizer has the last word.
+
+        It would hand a very long line to MeCab as it is, and is not asked.
+        """
         added = self.tokenizer.get_added_vocab()
         words: list[bytes] = []
         for number, part in enumerate(self.added.split(line)):
@@ -207,6 +290,8 @@ class _JapaneseWay:
                 words.append(_as_bytes([added[part]]))
             elif part:
                 words += map(self.cache.__getitem__, self.segment(part))
+        if self.special.search(line) or len(line) > MECAB_MAX_CHARACTERS:
+            return words
         exact = _as_bytes(self.tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"])
         # Tokens that take neighbouring spaces or want to stand alone: every token counts as a word then.
         return words if b"".join(words) == exact else [exact[place : place + 4] for place in range(0, len(exact), 4)]
@@ -222,7 +307,7 @@ class _WordCache(dict[str, bytes]):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.pieces_of = _subwords_of(tokenizer)
-        never_split = {*(tokenizer.never_split or []), *tokenizer.all_special_tokens}
+        never_split = set(tokenizer.never_split or [])
         self.lower_except = never_split if tokenizer.do_lower_case and tokenizer.do_word_tokenize else None
 
     def __missing__(self, word: str) -> bytes:
@@ -235,12 +320,12 @@ class _WordCache(dict[str, bytes]):
 
 
 def _subwords_of(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Ids of one word, exactly those of the tokenizer's own subword tokenizer."""
-    vocabulary: dict[str, int] = getattr(tokenizer, "vocab", {})
-    unknown = tokenizer.unk_token_id
+    """Ids of one word, exactly those of the tokenizer's own subword tokenizer unless it is a special token."""
+    name, unknown = _hidden(tokenizer), tokenizer.unk_token_id
+    vocabulary = {name(piece): number for piece, number in getattr(tokenizer, "vocab", {}).items()}
     if tokenizer.do_subword_tokenize and tokenizer.subword_tokenizer_type == "wordpiece":
         limit = tokenizer.subword_tokenizer.max_input_chars_per_word
-        model = WordPiece(vocabulary, unk_token=tokenizer.unk_token, max_input_chars_per_word=limit)
+        model = WordPiece(vocabulary, unk_token=name(tokenizer.unk_token), max_input_chars_per_word=limit)
         return lambda word: [token.id for part in word.split() for token in model.tokenize(part)]
     if tokenizer.do_subword_tokenize and tokenizer.subword_tokenizer_type == "character":
         return lambda word: [vocabulary.get(character, unknown) for character in unicodedata.normalize("NFKC", word)]
@@ -255,10 +340,29 @@ def _flags(vocabulary: dict[str, int], is_flagged: Callable[[str], bool]) -> NDA
     return flags
 
 
-def _fast_way(tokenizer: Any) -> Callable[[Sequence[str]], Encoded]:
-    backend, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+def _text_backend(tokenizer: Any) -> Tokenizer:
+    """A copy of a fast tokenizer that takes special tokens in a text for text, and neither cuts nor pads."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, name = settings["model"], _hidden(tokenizer)
+    # These find an entry wherever it is written; in other BPE nothing is joined to a special one.
+    if model["type"] != "BPE" or model["ignore_merges"]:
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {name(piece): number for piece, number in model["vocab"].items()}
+        else:
+            model["vocab"] = [[name(piece), score] for piece, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = name(model["unk_token"])
+        for token in settings["added_tokens"]:
+            token["content"] = name(token["content"])
+    backend = Tokenizer.from_str(json.dumps(settings))
+    backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
+    return backend
+
+
+def _fast_way(tokenizer: Any, backend: Tokenizer) -> Callable[[Sequence[str]], Encoded]:
+    vocabulary = tokenizer.get_vocab()
     begins_unspaced = _begins_unspaced(backend)
     if isinstance(backend.model, WordPiece):  # the pre-tokens alone are its words
         is_control = begins_word = _flags(vocabulary, lambda piece: False)
@@ -266,9 +370,7 @@ def _fast_way(tokenizer: Any) -> Callable[[Sequence[str]], Encoded]:
         is_control = _flags(vocabulary, _LINE_CONTROLS.__contains__)
         begins_word = is_control | _flags(vocabulary, lambda piece: piece[:1] in ("▁", " ") or begins_unspaced(piece))
     # Where nothing cuts a line before the model does, nobody has to ask each token for its word.
-    added = tokenizer.added_tokens_decoder.values()
-    cuts_added = any(not (token.special and tokenizer.split_special_tokens) for token in added)
-    has_words = backend.pre_tokenizer is not None or cuts_added
+    has_words = backend.pre_tokenizer is not None or bool(set(tokenizer.get_added_vocab()) - special_tokens(tokenizer))
     encode_batch = backend.encode_batch if has_words else backend.encode_batch_fast
 
     def encode(lines: Sequence[str]) -> Encoded:
@@ -307,9 +409,12 @@ def _slow_way(tokenizer: Any) -> Callable[[Sequence[str]], Encoded]:
         begins_word = _flags(vocabulary, lambda piece: piece.startswith("▁") or bool(_UNSPACED.match(piece)))
     else:
         begins_word = _flags(vocabulary, lambda piece: True)
+    # It would take all added tokens for text, not only the special ones.
+    only_special = set(tokenizer.get_added_vocab()) <= special_tokens(tokenizer)
+    asked = {"add_special_tokens": False, "verbose": False, "split_special_tokens": only_special}
 
     def encode(lines: Sequence[str]) -> Encoded:
-        rows = [tokenizer(line, add_special_tokens=False, verbose=False)["input_ids"] for line in lines]
+        rows = [tokenizer(line, **asked)["input_ids"] for line in lines]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.fromiter(itertools.chain.from_iterable(rows), np.uint32, int(lengths.sum()))
         starts = begins_word[ids]

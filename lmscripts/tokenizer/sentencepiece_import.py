@@ -74,9 +74,9 @@ def import_sentencepiece(
     kind = _kind(proto)
     facts = {"tokenizer_type": kind, "from_sentencepiece": model_file.name, "vocab_size": len(proto.pieces)}
     write_json(folder / RECORD_FILE, facts)
-    # sentencepiece itself does not read a mask of the kind control out of a text.
-    masks = [p.piece for p in proto.pieces if p.type == _CONTROL and p.piece == special.get("mask_token")]
-    checked = [line for line in (*DIFFICULT_LINES, *lines) if not any(mask in line for mask in masks)]
+    # sentencepiece itself reads those out of a text that are symbols of their own.
+    read = [p.piece for p in proto.pieces if p.type == _USER_DEFINED and p.piece in special.values()]
+    checked = [line for line in (*DIFFICULT_LINES, *lines) if not any(token in line for token in read)]
     blame = f"{model_file} cannot be taken over: `tokenizers` and sentencepiece"
     check_ids(load_encoder(folder), checked, processor.encode, blame)
     added = tokenizer.encode("").tokens

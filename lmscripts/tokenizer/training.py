@@ -38,6 +38,7 @@ TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CAUSAL_SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
 MAX_WORD_CHARACTERS = 100  # WordPiece gives [UNK] for longer words
+LONG_WORDS_ADVICE = "take --tokenizer_type unigram, which cuts them, or a --word_tokenizer that does"
 
 MAX_COUNTED_WORDS = 8_000_000
 MAX_SAMPLE_BYTES = 1 << 26
@@ -55,6 +56,7 @@ _NEVER = -10_000.0
 _SENTENCEPIECE_MARKS = "\u2581\u2585\t\x00"
 # What `decoders.ByteFallback` reads as a byte: hexadecimal digits of both cases, also behind a sign.
 _READ_AS_BYTE = re.compile("<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
+_LEAST_COVERAGE = 0.98  # sentencepiece refuses less
 # Characters of a text below which sentencepiece may find nothing at all.
 _LITTLE_TEXT = 10_000
 
@@ -67,6 +69,7 @@ class VocabularySettings:
         size: entries, special and unused ones included.
         min_frequency: pairs (wordpiece, bpe) or characters (character) that are rarer are left out.
         limit_alphabet: number of different characters that are kept, the most frequent ones.
+        character_coverage: for unigram, instead: as many of them as cover this share of the text; 0 for none.
         num_unused: number of [unusedN] entries behind the special tokens.
         multiple: the size is filled up to a multiple of this with further [unusedN]; 0 leaves it.
         causal: lossless, with `CAUSAL_SPECIAL_TOKENS`.
@@ -78,6 +81,7 @@ class VocabularySettings:
     num_unused: int = 10
     multiple: int = 64
     causal: bool = False
+    character_coverage: float = 0.0
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -86,7 +90,7 @@ class VocabularySettings:
 
     def facts(self) -> dict[str, Any]:
         """The settings as plain values, for the record of a tokenizer; the usual special tokens are not mentioned."""
-        facts = asdict(self)
+        facts = {name: value for name, value in asdict(self).items() if name != "character_coverage" or value}
         return facts | {"special_tokens": self.special_tokens} if facts.pop("causal") else facts
 
     def reserved(self) -> list[str]:
@@ -119,6 +123,8 @@ class Trained:
         scores, sentencepiece: for unigram, one logarithm of a probability per entry (0 for reserved ones), and the
             model in sentencepiece's own format.
         num_characters, num_text_characters: different characters that are kept, and in the text.
+        num_long_words, long_words_share: words that WordPiece leaves out for their length, and how much of the
+            characters of all words they are.
     """
 
     pieces: list[str]
@@ -127,6 +133,8 @@ class Trained:
     sentencepiece: bytes = b""
     num_characters: int = 0
     num_text_characters: int = 0
+    num_long_words: int = 0
+    long_words_share: float = 0.0
 
     def remarks(self, settings: VocabularySettings) -> list[str]:
         """Sentences about where the vocabulary differs from what was asked for."""
@@ -137,10 +145,21 @@ class Trained:
                 f"the vocabulary has {len(self.pieces):,} entries, not {full_size:,}: the text, the minimum frequency "
                 "and the limit of the alphabet support no more"
             )
+        if filling := sum(map(bool, map(UNUSED.fullmatch, self.pieces))) - settings.num_unused:
+            sentences.append(
+                f"{filling} further [unusedN] fill the vocabulary up to a multiple of {settings.multiple}; "
+                "--pad_vocab_to_multiple_of 0 leaves them out"
+            )
         if self.num_characters < self.num_text_characters:
             sentences.append(
                 f"the vocabulary keeps the {self.num_characters:,} most frequent of the {self.num_text_characters:,} "
                 "different characters of the text"
+            )
+        if self.num_long_words:
+            sentences.append(
+                f"warning: {self.num_long_words:,} words are longer than {MAX_WORD_CHARACTERS} characters, "
+                f"{self.long_words_share:.2%} of the characters of the text; WordPiece gives its unknown token for "
+                f"each, and they were left out here: {LONG_WORDS_ADVICE}"
             )
         return sentences
 
@@ -226,6 +245,15 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
     """
     room = settings.room()
     words = count_words(files)
+    long = Counter({word: count for word, count in words.items() if len(word) > MAX_WORD_CHARACTERS})
+    total, in_long = (sum(len(word) * count for word, count in each.items()) for each in (words, long))
+    for word in long:
+        del words[word]
+    if not words:
+        raise UserError(
+            f"every word of the text is longer than {MAX_WORD_CHARACTERS} characters, for which WordPiece gives its "
+            f"unknown token: {LONG_WORDS_ADVICE}"
+        )
     characters, inside = count_characters(words), {letter for word in words for letter in word[1:]}
     alphabet = most_frequent(characters, settings.limit_alphabet)
     # Each character takes an entry, and another one where it continues a word.
@@ -237,9 +265,21 @@ def _train_wordpiece(files: Sequence[Path], settings: VocabularySettings) -> Tra
     model = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_limits(settings, fixed, alphabet))
-    model.train([str(path) for path in files if path.stat().st_size], trainer)
+    if long:  # the time for a word grows with the square of its length
+        short = (
+            " ".join(word for word in line.split() if len(word) <= MAX_WORD_CHARACTERS) for line in read_lines(files)
+        )
+        model.train_from_iterator(short, trainer)
+    else:
+        model.train([str(path) for path in files if path.stat().st_size], trainer)
     pieces = [piece for piece, _ in sorted(model.get_vocab().items(), key=itemgetter(1))]
-    return Trained(pieces, num_characters=len(alphabet), num_text_characters=len(characters))
+    return Trained(
+        pieces,
+        num_characters=len(alphabet),
+        num_text_characters=len(characters),
+        num_long_words=long.total(),
+        long_words_share=in_long / total,
+    )
 
 
 def _train_character(files: Sequence[Path], settings: VocabularySettings) -> Trained:
@@ -278,12 +318,28 @@ def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmente
     units = count_words(files) if segmented else Counter(sampled_lines(files))
     seen: Counter[str] = Counter()
     for unit, count in units.items():  # what transformers does to a word before sentencepiece sees it
-        seen[" ".join(unit.split()).replace("``", '"').replace("''", '"')] += count
+        for start in range(0, len(unit), MAX_SAMPLE_LINE):  # it would leave longer ones out
+            part = unit[start : start + MAX_SAMPLE_LINE]
+            seen[" ".join(part.split()).replace("``", '"').replace("''", '"')] += count
     del seen[""]
     characters = count_characters(seen)
+    limit = _num_covering(characters, settings.character_coverage) or settings.limit_alphabet
     # The mark of a word's beginning takes an entry too.
-    alphabet = most_frequent(characters, min(settings.limit_alphabet, settings.room() - 1))
+    alphabet = most_frequent(characters, min(limit, settings.room() - 1))
+    if len(alphabet) < (needed := _num_covering(characters, _LEAST_COVERAGE)):
+        raise UserError(
+            f"--vocab_size {settings.size} and --limit_alphabet {settings.limit_alphabet} leave {len(alphabet):,} "
+            f"characters of this text, but unigram needs those that are {_LEAST_COVERAGE:.0%} of it: {needed:,} "
+            f"characters, so at least --vocab_size {settings.size - settings.room() + 1 + needed}"
+            + (f" and --limit_alphabet {needed} (or --character_coverage {_LEAST_COVERAGE})" if limit < needed else "")
+        )
     return _run_sentencepiece(seen, settings, characters, alphabet)
+
+
+def _num_covering(characters: Counter[str], share: float) -> int:
+    """How many of the most frequent characters are this share of the text."""
+    sums = itertools.accumulate(characters[each] for each in most_frequent(characters, len(characters)))
+    return sum(number < share * characters.total() for number in sums) + (share > 0)
 
 
 def _run_sentencepiece(
@@ -323,7 +379,8 @@ def _run_sentencepiece(
             )
         except RuntimeError as error:
             raise UserError(
-                f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text ({error})"
+                f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text: give "
+                "another --vocab_size, or more text"
             ) from error
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model.getvalue())  # noqa: B009 (made at run time)
     for entry in settings.fill_up(len(proto.pieces)):

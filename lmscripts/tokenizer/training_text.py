@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from lmscripts.files import new_text, write_text
-from lmscripts.text.corpus import Span, read_documents
+from lmscripts.text.corpus import Span, lines_before, read_documents
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
 from lmscripts.text.words import WordTokenizer, make_segmenter, numeral_run_finder
 from lmscripts.tokenizer.training import most_frequent
-from lmscripts.workers import KILLED, given_up, in_order
+from lmscripts.workers import DIED, given_up, in_order
 
-_KILLED = f"{KILLED}; finished splits are kept in --intermediate_dir"
+_DIED = f"{DIED}; finished splits are kept in --intermediate_dir"
 _REPORT_EVERY_BYTES = 1 << 18
 
 
@@ -155,10 +155,15 @@ def write_splits(
         progress(done.value, len(results))
 
     write = partial(_write, done=done, show=show if num_workers == 1 else None)
-    for result, task in zip(in_order(write, missing, num_workers, tick=show, if_killed=_KILLED), missing):
+    done_splits = in_order(write, missing, num_workers, tick=show, place=_place, if_died=_DIED)
+    for result, task in zip(done_splits, missing):
         results[task.index] = result
         show()
     return [results[task.index] for task in tasks]
+
+
+def _place(task: SplitTask) -> Callable[[], str]:
+    return lambda: "".join(f"from {s.path}:{lines_before(s.path, s.start) + 1} on" for s in task.spans[:1])
 
 
 def _write(task: SplitTask, done: Any, show: Callable[[], None] | None) -> SplitResult:

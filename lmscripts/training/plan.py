@@ -104,6 +104,17 @@ def open_stores(
     return stores
 
 
+def check_unknown(phases: Sequence[PhaseSettings], most: float) -> None:
+    """Refuse text of which the tokenizer knows too little: the unknown token alone gives a low loss then."""
+    for phase in phases:
+        if (share := phase.store.unknown_share() or 0.0) > most:
+            raise UserError(
+                f"{share:.1%} of the characters of {phase.store.folder} are unknown to its tokenizer, more than "
+                f"--max_unknown_share {most}: make a tokenizer of this text with train_tokenizer.py and a store with "
+                f"it, or give --max_unknown_share 1 to train on it all the same"
+            )
+
+
 def lengths_of_run(run_dir: Path) -> tuple[int, ...]:
     """Tokens of a row in each phase of a run, from its newest whole checkpoint; empty if it has none."""
     from lmscripts.models.finding import look_for_whole, read_state
@@ -238,6 +249,7 @@ def plan_text(
     schedule: str = "",
     corners: Sequence[int] = (),
     kept: Mapping[str, Any] | None = None,
+    unknown: Sequence[float | None] = (),
 ) -> str:
     """The plan of a run in words: model, rows, steps, rates, processes, memory, disk.
 
@@ -252,6 +264,7 @@ def plan_text(
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
         kept: save_steps, keep_last and keep_every, by name, which decide the checkpoints that stay.
+        unknown: share of the characters of each phase's text that the tokenizer does not know; None: not counted.
     """
     from lmscripts.training.optim import rates_text
     from lmscripts.training.processes import in_words
@@ -262,6 +275,9 @@ def plan_text(
     for number, (phase, end) in enumerate(zip(data.phases, data.ends, strict=True)):
         lines += [("phase", f"{number + 1}: steps {begin + 1:,} to {end:,}")] if several else []
         lines += _phase_lines(phase)
+        if (share := dict(enumerate(unknown)).get(number)) is not None:
+            warning = "; warning: the model learns to write the unknown token for them" if share > 0.01 else ""
+            lines.append(("unknown", f"{share:.2%} of the characters of the text{warning}"))
         begin = end
     rates = rates_text(rate, data.num_steps, corners, [step for end in data.ends[:-1] for step in (end - 1, end)])
     lines += [
