@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import socket
 import stat
+import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 
-from lmscripts.errors import UserError, naming
+from lmscripts.errors import UserError, naming, shortened
 
 _HOST = re.sub(r"\W", "_", socket.gethostname())
 
@@ -28,6 +30,92 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+# ---- what is read back -------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, form: Any, way_out: str) -> Any:
+    """What a JSON file of ours holds, which must have a form.
+
+    A form is a type, a tuple of the values that there are, `[form]` for a list, `{key: form}` for an object with at
+    least these keys, and `{str: form}` for one with any. Numbers are not negative.
+
+    Raises:
+        UserError: the file is no JSON or has another form; it names the file and the place in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({shortened(error)}); {way_out}") from None
+    if wrong := _misfit(content, form, ""):
+        raise UserError(f"{path} is damaged ({wrong}); {way_out}")
+    return content
+
+
+def _misfit(value: Any, form: Any, place: str) -> str:
+    """The first place of a value that has not its form, in words; empty where there is none."""
+    if isinstance(form, tuple):
+        return "" if value in form else f"{place} is {_short(value)}, not {' or '.join(map(str, form))}"
+    kind = form if isinstance(form, type) else type(form)
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind in (int, float) and not 0 <= value < float("inf")):
+        return f"{place or 'it'} is {_short(value)}, not {_KINDS[kind]}"
+    if isinstance(form, list):
+        members = [(f"{place}[{number}]", item, form[0]) for number, item in enumerate(value)]
+    elif isinstance(form, dict):
+        wanted = dict.fromkeys(value, form[str]) if str in form else form
+        if lacking := [key for key in wanted if key not in value]:
+            return f"{place or 'it'} has no {lacking[0]}"
+        members = [(f"{place}.{key}".lstrip("."), value[key], each) for key, each in wanted.items()]
+    else:
+        return ""
+    return next(filter(None, (_misfit(item, each, name) for name, item, each in members)), "")
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_KINDS |= {list: "a list", dict: "an object with keys"}
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:40]
+
+
+def check_once(note: Path, files: Iterable[Path], check: Callable[[], None]) -> None:
+    """Call `check` on files, unless a note says that it went well on these: same size, inode and time of change."""
+    seen = [
+        (file.name, status.st_size, status.st_ino, status.st_ctime_ns) for file in files for status in [file.stat()]
+    ]
+    now = json.dumps(seen)
+    with suppress(OSError, ValueError):
+        if note.read_text(encoding="utf-8") == now:
+            return
+    check()
+    with suppress(OSError, UserError):  # who cannot write it down checks again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, now)
+
+
+def user_cache() -> Path:
+    """The user's own folder for what can be made again: nobody else can write there, or lay something out for us.
+
+    Raises:
+        UserError: it belongs to somebody else.
+    """
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    folders = [Path(place) if os.path.isabs(place) else Path("~/.cache").expanduser()]
+    folders = [folders[0] / "lmscripts", Path(tempfile.gettempdir()) / f"lmscripts-{os.getuid()}"]
+    for folder in folders:
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and os.access(folder, os.W_OK):
+                folder.chmod(0o700)
+                return folder
+    raise UserError(f"neither {folders[0]} nor {folders[1]} is a folder of yours: set XDG_CACHE_HOME to one")
+
+
+# ---- what is written ---------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:

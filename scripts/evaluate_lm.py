@@ -109,7 +109,7 @@ def evaluate(options: Options) -> None:
     files = find_files(options.input_file)
     output = check_output(options.output_file, files)
     import torch
-    from transformers import AutoTokenizer, logging
+    from transformers import logging
 
     from lmscripts.evaluation import sums as evaluation
     from lmscripts.models import saved as saved_models
@@ -131,7 +131,7 @@ def evaluate(options: Options) -> None:
         )
 
     with evaluation.temporary_store(source_of(options, saved), options.num_workers) as store:
-        tokenizer, rows = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True), None
+        tokenizer, rows = store.load_tokenizer(), None
         if kind.SCORES == "masks":
             rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
         accelerator = distributed.start_processes(mixed_precision=options.precision.replace("fp32", "no"))

@@ -144,7 +144,6 @@ def print_parts(store: TokenStore) -> None:
 def inspect(folder: Path) -> None:
     """Print counts and some text of a store and check every hash."""
     from lmscripts.data.token_store import open_store, verify_store
-    from lmscripts.tokenizer.encoder import load_tokenizer
     from lmscripts.tokenizer.report import readable_pieces
 
     store = open_store(folder)
@@ -153,7 +152,7 @@ def inspect(folder: Path) -> None:
     print(f"tokenizer    {manifest['tokenizer']['fingerprint'][:16]}, {manifest['tokenizer']['description']}")
     print(f"source       {manifest['source']['fingerprint'][:16]}, {len(manifest['source']['files'])} files")
     print_parts(store)
-    tokenizer = load_tokenizer(store.tokenizer_dir)
+    tokenizer = store.load_tokenizer()
     part = store.part("train")
     print("\nthe first tokens of a few documents, | before each word:")
     for document in sorted({0, part.num_documents // 2, part.num_documents - 1}):

@@ -140,13 +140,14 @@ def open_sources(
         wanted: what the tokenizer has to be, see `lmscripts.tokenizer.folder.check_tokenizer`.
 
     Raises:
-        UserError: the tokenizer is another or lacks a special token, or a store has no training text.
+        UserError: the tokenizer is another or lacks a special token, or a store is damaged or has no training text.
     """
-    from transformers import AutoTokenizer
-
+    from lmscripts.data.token_store import check_store
     from lmscripts.tokenizer.folder import check_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(phases[0].store.tokenizer_dir, local_files_only=True)
+    for store in {phase.store.folder: phase.store for phase in phases}.values():
+        check_store(store)
+    tokenizer = phases[0].store.load_tokenizer()
     check_tokenizer(tokenizer, **wanted)
     opened = []
     for phase in phases:

@@ -1,0 +1,256 @@
+"""Stores, tokenizers and checkpoints that were damaged or edited: one sentence that names the file, nothing lost."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY_PRESET, run_script
+
+
+def sentence_of(done):
+    assert done.returncode == 2, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    return line
+
+
+@pytest.fixture
+def train(store_dir, tmp_path):
+    """Starts a run of a tiny preset on a copy of the store, which it gives before."""
+    presets, store = tmp_path / "presets.json", tmp_path / "store"
+    presets.write_text(json.dumps({"bert-test": TINY_PRESET}), encoding="utf-8")
+    shutil.copytree(store_dir, store)
+
+    def start(*more, **settings):
+        arguments = ["--parameter_file", presets, "--model_dir", tmp_path / "run", "--tracker", "none"]
+        arguments += ["--model_type", "bert-test", "--dataset_dir", store, "--logging_steps", "100", *more]
+        return run_script("run_pretraining.py", *arguments, **settings)
+
+    start.store = store
+    return start
+
+
+def edited(file, change):
+    """Change a file of numbers in place and put its times back, as a careful hand would."""
+    before = file.stat()
+    numbers = np.fromfile(file, "int64" if "document" in file.name else "uint16")
+    change(numbers)
+    with open(file, "r+b") as opened:
+        opened.write(numbers.tobytes())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def one_id(numbers):
+    numbers[100] = 7 if numbers[100] != 7 else 8
+
+
+def beyond(numbers):
+    numbers[5] = 60000
+
+
+def swapped(numbers):
+    numbers[[1, 2]] = numbers[[2, 1]]
+
+
+def far(numbers):
+    numbers[3] = 10**12
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "change"),
+    [
+        ("train", "tokens", one_id),
+        ("train", "tokens", beyond),
+        ("validation", "tokens", one_id),
+        ("train", "document_tokens", swapped),
+        ("train", "document_tokens", far),
+        ("train", "document_sentences", swapped),
+        ("train", "document_bytes", far),
+    ],
+)
+def test_content_that_is_not_as_it_was_written_is_not_trained_on(train, part, file, change):
+    path = train.store / part / f"{file}.bin"
+    edited(path, change)
+    sentence = sentence_of(train("--dry_run", check=False))
+    assert str(path) in sentence
+    assert "damaged" in sentence
+
+
+def test_content_is_checked_once_and_again_after_a_change(train, monkeypatch):
+    """Also where size and time of modification are as before."""
+    from lmscripts.data import token_store
+
+    seen = []
+    monkeypatch.setattr(token_store, "file_sha256", lambda path: seen.append(path) or real(path))
+    real = __import__("lmscripts.files").files.file_sha256
+    store = token_store.open_store(train.store)
+    token_store.check_store(store)
+    token_store.check_store(store)
+    assert len(seen) == len(set(seen)) == 12
+    edited(train.store / "train" / "tokens.bin", one_id)
+    with pytest.raises(token_store.UserError, match=r"tokens\.bin has hash"):
+        token_store.check_store(store)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("tokens", beyond, "ids beyond"),
+        ("document_tokens", swapped, "document_tokens that are no offsets"),
+        ("document_sentences", far, "document_sentences that are no offsets"),
+        ("document_bytes", far, "other sums"),
+    ],
+)
+def test_hashes_that_were_made_to_fit_do_not_help(train, file, change, words):
+    from lmscripts.files import file_sha256
+
+    path, manifest = train.store / "train" / f"{file}.bin", train.store / "manifest.json"
+    edited(path, change)
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    values["parts"]["train"]["files"][file]["sha256"] = file_sha256(path)
+    manifest.write_text(json.dumps(values), encoding="utf-8")
+    assert words in sentence_of(train("--dry_run", check=False))
+
+
+def put(*keys):
+    """Sets or, with `del` as the value, removes what stands under keys."""
+
+    def change(values):
+        *path, last, value = keys
+        for key in path:
+            values = values[key]
+        if value is del_:
+            del values[last]
+        else:
+            values[last] = value
+
+    return change
+
+
+del_ = object()
+MANIFESTS = {
+    "list for parts": put("parts", []),
+    "list for a part": put("parts", "train", [1, 2]),
+    "no validation": put("parts", "validation", del_),
+    "no train": put("parts", "train", del_),
+    "null part": put("parts", "train", None),
+    "no files": put("parts", "train", "files", del_),
+    "one file less": put("parts", "train", "files", "tokens", del_),
+    "file as text": put("parts", "train", "files", "tokens", "many"),
+    "size as text": put("parts", "train", "files", "tokens", "bytes", "12"),
+    "size as half": put("parts", "train", "files", "tokens", "bytes", 12.5),
+    "negative count": put("parts", "train", "tokens", -1),
+    "another count": put("parts", "train", "tokens", 5),
+    "documents": put("parts", "train", "documents", 10**30),
+    "truth as count": put("parts", "train", "sentences", True),
+    "unknown dtype": put("dtype", "float64"),
+    "dtype as list": put("dtype", ["uint16"]),
+    "another dtype": put("dtype", "uint32"),
+    "no dtype": put("dtype", del_),
+    "no tokenizer": put("tokenizer", del_),
+    "tokenizer as text": put("tokenizer", "mecab"),
+    "tokenizer without fingerprint": put("tokenizer", "fingerprint", del_),
+    "another tokenizer": put("tokenizer", "fingerprint", "0" * 64),
+    "no source": put("source", del_),
+    "files as number": put("source", "files", 3),
+    "no options": put("options", None),
+    "other options": put("options", "validation_fraction", 0.9),
+    "fingerprint as number": put("fingerprint", 5),
+    "another fingerprint": put("fingerprint", "0" * 64),
+    "version as text": put("format_version", "1"),
+    "no version": put("format_version", del_),
+    "another version": put("format_version", 99),
+    "text as list": put("text", []),
+}
+
+
+@pytest.mark.parametrize("script", ["run_pretraining.py", "prepare_corpus.py"])
+def test_edited_manifests_are_one_sentence_each(train, script):
+    manifest = train.store / "manifest.json"
+    whole = manifest.read_text(encoding="utf-8")
+    contents = {"list": "[]", "null": "null", "text": '"a"', "empty": "", "deep": "[" * 100_000, "cut": whole[:-200]}
+    contents |= {"not UTF-8": whole.encode("utf-16"), "long number": '{"format_version": ' + "1" * 5000 + "}"}
+    for name, change in MANIFESTS.items():
+        values = json.loads(whole)
+        change(values)
+        contents[name] = json.dumps(values)
+    for name, content in contents.items():
+        manifest.write_bytes(content if isinstance(content, bytes) else content.encode())
+        inspect = ("prepare_corpus.py", "--inspect", train.store)
+        done = train("--dry_run", check=False) if script == "run_pretraining.py" else run_script(*inspect, check=False)
+        sentence = sentence_of(done)
+        assert str(train.store) in sentence, (name, sentence)
+    assert sorted(path.name for path in train.store.iterdir()) == ["manifest.json", "tokenizer", "train", "validation"]
+
+
+def folder_for_file(path):
+    path.unlink()
+    path.mkdir()
+
+
+TOKENIZERS = {
+    "gone": lambda folder: shutil.rmtree(folder),
+    "empty": lambda folder: [file.unlink() for file in folder.iterdir()],
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+    "vocabulary gone": lambda folder: (folder / "vocab.txt").unlink(),
+    "vocabulary cut": lambda folder: shorten(folder / "vocab.txt", 1000),
+    "vocabulary swapped": lambda folder: swap_lines(folder / "vocab.txt", 500, 501),
+    "vocabulary longer": lambda folder: append(folder / "vocab.txt", "another\n"),
+    "vocabulary a folder": lambda folder: folder_for_file(folder / "vocab.txt"),
+    "vocabulary of bytes": lambda folder: (folder / "vocab.txt").write_bytes(bytes(range(256)) * 9),
+    "settings gone": lambda folder: (folder / "tokenizer_config.json").unlink(),
+    "settings cut": lambda folder: shorten(folder / "tokenizer_config.json", 3),
+    "settings a list": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "settings deep": lambda folder: (folder / "tokenizer_config.json").write_text("[" * 100_000),
+    "another class": lambda folder: settings(folder, tokenizer_class="BertTokenizer"),
+    "no such class": lambda folder: settings(folder, tokenizer_class="NoSuchTokenizer"),
+    "code of its own": lambda folder: own_code(folder),
+    "lower case": lambda folder: settings(folder, do_lower_case=True),
+    "another dictionary": lambda folder: settings(folder, mecab_kwargs={"mecab_dic": "nowhere"}),
+}
+
+
+def shorten(file, lines):
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]), encoding="utf-8")
+
+
+def swap_lines(file, one, other):
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[one], lines[other] = lines[other], lines[one]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def append(file, text):
+    file.write_text(file.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+def settings(folder, **values):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def own_code(folder):
+    """Whoever runs it leaves a mark; its class is one that transformers does not know."""
+    mark = folder.parent / "mark"
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Own: pass\n", encoding="utf-8")
+    settings(folder, tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_tokenizer_of_a_store_is_the_one_that_made_it(train, name):
+    folder = train.store / "tokenizer"
+    TOKENIZERS[name](folder)
+    for done in (
+        train("--dry_run", check=False),
+        run_script("prepare_corpus.py", "--inspect", train.store, check=False),
+    ):
+        assert str(folder) in sentence_of(done)
+    assert not (train.store / "mark").exists()
+
+
+def test_a_store_that_is_whole_trains_and_says_nothing_about_it(train):
+    done = train("--max_steps", "1")
+    assert "damaged" not in done.stdout + done.stderr
+    assert (train.store / "rows" / "checked.json").is_file()
