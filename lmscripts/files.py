@@ -208,15 +208,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; nothing was changed. Choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.aside-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:6]}")
-    aside.mkdir()
-    try:
+    with folder_aside(folder) as aside:
         yield aside
         give_usual_modes(aside)
         sync_folder(aside)
         os.rename(aside, folder)
         fsync(folder.parent)
+
+
+@contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, with a name by which `remove_leftovers` knows it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.aside-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:6]}")
+    aside.mkdir()
+    try:
+        yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

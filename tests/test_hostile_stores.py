@@ -1,12 +1,18 @@
 """Stores, tokenizers and checkpoints that were damaged or edited: one sentence that names the file, nothing lost."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
-from conftest import TINY_PRESET, run_script
+from conftest import ROOT, SAMPLE, TINY_PRESET, run_script
 
 
 def sentence_of(done):
@@ -254,3 +260,31 @@ def test_a_store_that_is_whole_trains_and_says_nothing_about_it(train):
     done = train("--max_steps", "1")
     assert "damaged" not in done.stdout + done.stderr
     assert (train.store / "rows" / "checked.json").is_file()
+
+
+@pytest.mark.parametrize("script", ["prepare_corpus.py", "train_tokenizer.py"])
+def test_work_that_is_stopped_leaves_no_process_and_no_file(tokenizer_dir, tmp_path, script):
+    """SIGKILL leaves a folder that the next start removes."""
+    text, output = tmp_path / "long.txt", tmp_path / "output"
+    text.write_bytes((SAMPLE / "articles.txt").read_bytes() * 60)
+    command = [sys.executable, str(ROOT / "scripts" / script), "--input_file", text, "--num_workers", 2]
+    if script == "prepare_corpus.py":
+        command += ["--tokenizer_dir", tokenizer_dir, "--output_dir", output]
+    else:
+        command += ["--vocab_size", 1000, "--model_dir", output]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        workers, deadline = set(), time.monotonic() + 60
+        while len(workers) < 2 and process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(psutil.Error):
+                children = psutil.Process(process.pid).children()
+                workers |= {child for child in children if "spawn_main" in " ".join(child.cmdline())}
+            time.sleep(0.02)
+        process.send_signal(number)
+        said = process.communicate()[1].decode()
+        assert len(workers) == 2, said
+        assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [line for line in said.splitlines() if "error:" in line] == ["error: stopped by SIGTERM"]
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == [text]
