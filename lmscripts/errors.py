@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -78,6 +79,8 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
         reason = error.strerror or str(error) or type(error).__name__
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
         sentence = f"{' -> '.join(names)}: {reason}" if names else reason
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sentence += "; what is half written is removed, free some space and run the same again"
     except (MemoryError, RuntimeError) as error:  # torch's own is no MemoryError
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
             raise

@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
-
 from lmscripts.errors import UserError, naming, shortened
 
 _HOST = re.sub(r"\W", "_", socket.gethostname())
@@ -147,6 +145,44 @@ def new_text(path: Path) -> Iterator[TextIO]:
         aside.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole, as `new_text` does it."""
+    aside, place, mode = _beside(path)
+    try:
+        with naming(path), open(aside, "wb") as file:
+            file.write(content)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+        os.replace(aside, place)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_place(path: Path, is_folder: bool) -> None:
+    """Refuse where a file or folder of this name cannot be made: better said now than after hours.
+
+    Raises:
+        UserError: it is something else already, a link to nowhere, or lies where nothing can be written.
+    """
+    near = path.parent
+    try:
+        if os.path.lexists(path):
+            if is_folder and not path.is_dir():
+                raise UserError(f"{path} is {'a file' if path.exists() else 'a link to nowhere'}: give another folder")
+            if not is_folder and path.is_dir():
+                raise UserError(f"{path} is a folder: give the name of a file")
+            if not is_folder and path.exists() and not path.is_file():
+                return  # a device
+            if is_folder and any(path.iterdir()):
+                return  # who reads what is there judges it
+        while not os.path.lexists(near):
+            near = near.parent
+        with tempfile.TemporaryDirectory(dir=near, prefix=f".{path.name[:40]}."):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written, {near}: {error.strerror}") from error
+
+
 def check_writable(path: Path) -> None:
     """Try out what `write_text` will do, and refuse what it cannot: better said now than after hours."""
     try:
@@ -206,7 +242,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` exists already.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder} exists already; nothing was changed. Choose another folder or remove it")
     with folder_aside(folder) as aside:
         yield aside
@@ -248,6 +284,8 @@ def remove_leftovers(folder: Path) -> None:
 
     Only folders of this machine whose process is gone are touched, judged by the names of both in theirs.
     """
+    import psutil
+
     for path in folder.parent.glob(f".{folder.name}.aside-{_HOST}-*"):
         number = path.name.rsplit("-", 2)[-2]
         if number.isdigit() and not psutil.pid_exists(int(number)):

@@ -32,8 +32,8 @@ class Options:
 
     input_file: tuple[str, ...] = option((), help="text files, globs or folders")
     tokenizer_dir: str | None = option(None, help="tokenizer folder, from train_tokenizer.py, or a Hub name")
-    output_dir: str | None = option(None, help="where the store will be")
-    num_workers: int = option(2, help="processes that tokenise; the store does not depend on it")
+    output_dir: str | None = option(None, help="where the store will be", writes="folder")
+    num_workers: int = option(2, help="processes that tokenise; the store does not depend on it", most=1024)
     validation_fraction: float = option(0.01, help="share of the documents held out, by a hash of their text")
     validation_file: tuple[str, ...] = option((), help="held-out text of its own instead")
     max_documents: int | None = option(None, help="read no more than so many documents")

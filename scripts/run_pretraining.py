@@ -88,7 +88,7 @@ FIXED = [
 class Options:
     """Every option of this script; one field is one flag and one YAML key."""
 
-    model_dir: str = option(help="folder of the run", required=True, group="run")
+    model_dir: str = option(help="folder of the run", required=True, group="run", writes="folder")
     do_continue: bool = option(False, help="go on from the newest whole checkpoint in --model_dir", group="run")
     dry_run: bool = option(False, help="print the plan and exit", group="run")
     decay_from: str | None = option(None, help="branch off a wsd run's checkpoint: --decay_steps to 0", group="run")
@@ -103,15 +103,19 @@ class Options:
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
     logging_steps: int | None = option(None, help="steps between log lines; default: the preset's", group="run")
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
-    seed: int = option(42, help="decides the initial weights, the order, the masks and the dropout", group="run")
+    seed: int = option(
+        42, help="decides the initial weights, the order, the masks and the dropout", group="run", most=2**63 - 1
+    )
 
     dataset_dir: tuple[str, ...] = option((), help="token store made by prepare_corpus.py", group="data")
     input_file: tuple[str, ...] = option((), help="text files instead of a store", group="data")
     tokenizer_dir: str | None = option(None, help="tokenizer folder or Hub name; must be the store's", group="data")
     validation_fraction: float | None = option(None, help="share of documents held out (0.01)", group="data")
     validation_file: tuple[str, ...] = option((), help="with --input_file: text held out instead", group="data")
-    num_workers: int | None = option(None, help="processes that tokenise --input_file (2)", group="data")
-    sequence_length: tuple[int, ...] = option((), help="tokens per row; default: the preset's", group="data")
+    num_workers: int | None = option(None, help="processes that tokenise --input_file (2)", group="data", most=1024)
+    sequence_length: tuple[int, ...] = option(
+        (), help="tokens per row; default: the preset's", group="data", most=65536
+    )
     packing: Packing = option("isolated", help="documents of a row see only themselves, or the whole row", group="data")
 
     parameter_file: str | None = option(None, help="presets; default: the project's parameter.json", group="model")
@@ -120,17 +124,23 @@ class Options:
     pretrained_generator_model_name_or_path: str | None = option(None, help="ELECTRA: generator", group="model")
     pretrained_discriminator_model_name_or_path: str | None = option(None, help="ELECTRA: the other", group="model")
     objective: str | None = option(None, help=f"default: the family's; {OBJECTIVES}", group="model")
-    n_layer: int | None = option(None, help="layers instead of the preset's", group="model")
-    n_head: int | None = option(None, help="attention heads instead of the preset's", group="model")
-    n_embd: int | None = option(None, help="width; the feed-forward layers are 4 times as wide", group="model")
+    n_layer: int | None = option(None, help="layers instead of the preset's", group="model", most=10_000)
+    n_head: int | None = option(None, help="attention heads instead of the preset's", group="model", most=1_000_000)
+    n_embd: int | None = option(
+        None, help="width; the feed-forward layers are 4 times as wide", group="model", most=1_000_000
+    )
     frozen_layers: int | None = option(None, help="freeze embeddings and so many layers; -1 = none", group="model")
     hidden_dropout: float = option(0.1, help="dropout of the hidden states", group="model")
     attention_dropout: float = option(0.0, help="dropout of the attention weights; takes eager", group="model")
     attention: Attention = option("auto", help="auto = varlen on CUDA in half precision, else sdpa", group="model")
 
     phase_steps: tuple[int, ...] = option((), help=f"several phases: steps of each; {PER_PHASE}", group="optimizer")
-    batch_size: tuple[int, ...] = option((), help="rows per step, all processes; or the preset's", group="optimizer")
-    micro_batch_size: tuple[int, ...] = option((32,), help="rows of one forward pass on one process", group="optimizer")
+    batch_size: tuple[int, ...] = option(
+        (), help="rows per step, all processes; or the preset's", group="optimizer", most=10**9
+    )
+    micro_batch_size: tuple[int, ...] = option(
+        (32,), help="rows of one forward pass on one process", group="optimizer", most=10**6
+    )
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="optimizer")
     optimizer: Optimizer = option("adamw", help="muon is for the layers' matrices, with adamw", group="optimizer")
     learning_rate: float | None = option(None, help="peak; default: the preset's", group="optimizer")
@@ -564,8 +574,6 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
     from lmscripts.training import log
 
     accelerator, data, state, run_dir = run.accelerator, run.data, run.state, run.folder.path
-    if accelerator.is_main_process:
-        log.draw_curves(run_dir, data.ends[:-1])
     if stopped_by:
         accelerator.print(
             f"stopped by {stopped_by} at step {state.step:,}; everything is saved, go on with --do_continue"
@@ -580,6 +588,8 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
         final = run.folder.export(state.step, run.average and run.average.module.models, describe)
         places = f"the curves in {run_dir / 'curves.png'}, the numbers in {run_dir / 'log.jsonl'}"
         accelerator.print(f"the model is in {final}, {places}")
+    if accelerator.is_main_process:  # last, as nothing depends on it
+        log.draw_curves(run_dir, data.ends[:-1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

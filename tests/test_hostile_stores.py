@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, SAMPLE, TINY_PRESET, run_script
+from runs import wait_for_step
 
 
 def sentence_of(done):
@@ -288,3 +289,41 @@ def test_work_that_is_stopped_leaves_no_process_and_no_file(tokenizer_dir, tmp_p
     assert [line for line in said.splitlines() if "error:" in line] == ["error: stopped by SIGTERM"]
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == [text]
+
+
+# ---- taken away while a run is under way -------------------------------------------------------------------------
+
+
+def lose_the_text(run_dir, store):
+    """The store with its tokenizer, and the log, in whose place is something that nobody can write to."""
+    shutil.rmtree(store)
+    (run_dir / "log.jsonl").unlink()
+    (run_dir / "log.jsonl").mkdir()
+
+
+def lose_the_run(run_dir, store):
+    shutil.rmtree(run_dir)
+    run_dir.write_text("")
+
+
+@pytest.mark.parametrize(("lose", "code"), [(lose_the_text, 0), (lose_the_run, 2)])
+def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
+    run_dir, command = tmp_path / "run", [sys.executable, str(ROOT / "scripts" / "run_pretraining.py")]
+    command += ["--parameter_file", tmp_path / "presets.json", "--model_type", "bert-test", "--model_dir", run_dir]
+    command += ["--dataset_dir", train.store, "--tracker", "none", "--max_steps", 300, "--save_steps", 25]
+    with open(tmp_path / "said.txt", "w+", encoding="utf-8") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
+        wait_for_step(process, run_dir, 25)
+        lose(run_dir, train.store)
+        assert process.wait(timeout=120) == code
+        log.seek(0)
+        said = log.read()
+    assert "Traceback" not in said
+    assert said.count("log.jsonl or the tracker's file") == 1
+    if code == 0:
+        assert (run_dir / "final" / "vocab.txt").is_file()
+        assert (run_dir / "checkpoint-300" / "checksums.json").is_file()
+    else:
+        (sentence,) = [line for line in said.splitlines() if line.startswith("error:")]
+        assert f"could not save {run_dir}" in sentence
+        assert "go on with --do_continue" in sentence
