@@ -166,6 +166,8 @@ def check_place(path: Path, is_folder: bool) -> None:
     """
     near = path.parent
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # of a name that is too long
         if os.path.lexists(path):
             if is_folder and not path.is_dir():
                 raise UserError(f"{path} is {'a file' if path.exists() else 'a link to nowhere'}: give another folder")

@@ -124,7 +124,7 @@ class Options:
     pretrained_generator_model_name_or_path: str | None = option(None, help="ELECTRA: generator", group="model")
     pretrained_discriminator_model_name_or_path: str | None = option(None, help="ELECTRA: the other", group="model")
     objective: str | None = option(None, help=f"default: the family's; {OBJECTIVES}", group="model")
-    n_layer: int | None = option(None, help="layers instead of the preset's", group="model", most=10_000)
+    n_layer: int | None = option(None, help="layers instead of the preset's", group="model", most=1000)
     n_head: int | None = option(None, help="attention heads instead of the preset's", group="model", most=1_000_000)
     n_embd: int | None = option(
         None, help="width; the feed-forward layers are 4 times as wide", group="model", most=1_000_000

@@ -198,7 +198,7 @@ def _shaped(head: Any, config: Any) -> PreTrainedModel:
         parameters = num_parameters({"": make(config)})
     if (size := 4 * parameters) > (there := psutil.virtual_memory().total):
         raise UserError(
-            f"a model of these sizes has {parameters:,} parameters, which take {size / 2**30:,.0f} GiB, and this machine "
+            f"a model of these sizes has {parameters:,} parameters, which take {size / 2**30:,.0f} GiB; this machine "
             f"has {there / 2**30:,.0f} GiB of memory: give smaller sizes"
         )
     return make(config)  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 import textwrap
 import types
@@ -367,9 +368,10 @@ class _Reader:
 
     def _typed(self, flag: Flag, text: str | None) -> Any:
         """What jsonargparse makes of a value; MISSING where it refuses it."""
-        # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750.
-        # Beyond some thousand digits Python makes no number of them.
-        if text is None or (flag.kinds & {int, float} and (":" in text or len(text) > 400)):
+        # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750 and 010 for 8; Python makes no number of
+        # some thousand digits.
+        odd = text is None or ":" in text or len(text) > 400 or re.match("[-+]?0[0-9xXbBoO_]", text)
+        if text is None or (odd and flag.kinds & {int, float}):
             return MISSING
         if flag.kinds <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file
             return text

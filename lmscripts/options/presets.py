@@ -118,7 +118,7 @@ class Preset:
 
     name: str
     family: str
-    layers: int | None = key_of("number-of-layers", _whole(1, 10_000), kind="size")
+    layers: int | None = key_of("number-of-layers", _whole(1, 1000), kind="size")
     hidden_size: int | None = key_of("hidden-size", _whole(1, 1_000_000), kind="size")
     ffn_size: int | None = key_of("ffn-inner-hidden-size", _whole(1, 10_000_000), kind="size")
     heads: int | None = key_of("attention-heads", _whole(1, 1_000_000), kind="size")
