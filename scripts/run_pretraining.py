@@ -359,12 +359,13 @@ def run(options: Options, further: Further) -> None:
         decay_steps=options.decay_steps,
         final_ratio=options.final_lr_ratio or 0.0,
     )
+    overlap = [sentence for phase in asked.phases for sentence in phase.store.sentences()]
     models, notices = build_models(asked, tokenizer, data, attention, like)
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     words = {"attention": attention, "schedule": options.schedule, "corners": [options.warmup_steps]}
     said = plan.plan_text(data, rate, accelerator, parameters=building.num_parameters(models), **words)
-    accelerator.print("\n".join([said, *notices]), flush=True)
+    accelerator.print("\n".join([said, *notices, *dict.fromkeys(overlap)]), flush=True)
     if options.dry_run:
         return
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)

@@ -87,7 +87,9 @@ class Options:
     min_frequency: int = option(2, help="of a pair (wordpiece, bpe) or a character (character)", group="vocabulary")
     limit_alphabet: int = option(6129, help="different characters that are kept; not for bpe", group="vocabulary")
     num_unused_tokens: int = option(10, help="entries [unusedN] left free for fine-tuning", group="vocabulary")
-    pad_vocab_to_multiple_of: int = option(64, help="filled up with [unusedN]; 0: left as it is", group="vocabulary")
+    pad_vocab_to_multiple_of: int = option(
+        64, help="filled up with [unusedN]; 0: left as it is", group="vocabulary", most=65536
+    )
     model_max_length: int = option(512, help="tokens beyond which transformers warns", group="vocabulary")
 
     model_dir: str = option(help="folder of the tokenizer", group="output", writes="folder")

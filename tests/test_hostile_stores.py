@@ -327,3 +327,101 @@ def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
         (sentence,) = [line for line in said.splitlines() if line.startswith("error:")]
         assert f"could not save {run_dir}" in sentence
         assert "go on with --do_continue" in sentence
+
+
+# ---- checkpoints and models --------------------------------------------------------------------------------------
+
+STATES = {
+    "progress as list": put("progress", []),
+    "no progress": put("progress", del_),
+    "step as text": put("progress", "step", "2"),
+    "step as half": put("progress", "step", 2.5),
+    "step below 0": put("progress", "step", -3),
+    "another step": put("progress", "step", 10**15),
+    "truth": put("progress", "skipped_steps", True),
+    "sums as list": put("progress", "window_sums", [1]),
+    "sum as text": put("progress", "window_sums", {"mlm": "much"}),
+    "no counts": put("progress", "window_counts", None),
+    "origin": put("progress", "origin", 7),
+    "tokens": put("progress", "real_tokens", "many"),
+    "groups as object": put("groups", {}),
+    "no group": put("groups", []),
+    "group as list": put("groups", 0, []),
+    "rate as text": put("groups", 0, "lr", "fast"),
+    "one beta": put("groups", 0, "betas", [0.9]),
+    "beta as text": put("groups", 0, "betas", [0.9, "0.99"]),
+    "settings as list": put("fixed", []),
+    "no settings": put("fixed", del_),
+    "length as text": put("fixed", "sequence_length", "64"),
+}
+
+
+@pytest.fixture
+def stopped(train, tmp_path):
+    """A run that stopped at step 2, and how it goes on."""
+    train("--max_steps", 4, "--stop_at_step", 2)
+    line = ["--max_steps", 4, "--stop_at_step", 3, "--do_continue"]
+    return tmp_path / "run" / "checkpoint-2", lambda: sentence_of(train(*line, check=False))
+
+
+def test_states_of_wrong_types_with_checksums_made_to_fit(stopped):
+    from lmscripts.models.finding import write_checksums
+
+    checkpoint, go_on = stopped
+    file, sums = checkpoint / "training_state.json", checkpoint / "checksums.json"
+    whole = file.read_text(encoding="utf-8")
+    contents = {"list": "[]", "empty": "", "deep": "[" * 100_000, "digits": f'{{"fixed": {"1" * 5000}}}'}
+    for name, change in STATES.items():
+        values = json.loads(whole)
+        change(values)
+        contents[name] = json.dumps(values)
+    for name, content in contents.items():
+        file.write_text(content, encoding="utf-8")
+        sums.unlink()
+        write_checksums(checkpoint)
+        assert "checkpoint-2" in go_on(), name
+    assert [path.name for path in checkpoint.parent.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "", '{"config.json": 5}', "[" * 100_000, "one"])
+def test_checksums_that_name_nothing_or_little_are_no_checksums(stopped, content):
+    checkpoint, go_on = stopped
+    sums = checkpoint / "checksums.json"
+    if content == "one":
+        content = json.dumps({"vocab.txt": json.loads(sums.read_text())["vocab.txt"]})
+    sums.write_text(content, encoding="utf-8")
+    assert "checkpoint-2 is damaged (checksums.json" in go_on()
+
+
+def test_optimizer_states_of_other_shapes(stopped):
+    from safetensors.torch import load_file, save_file
+
+    from lmscripts.models.finding import write_checksums
+
+    checkpoint, go_on = stopped
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, checkpoint / "optimizer.safetensors")
+    (checkpoint / "checksums.json").unlink()
+    write_checksums(checkpoint)
+    assert f"{name} has the shape" in go_on()
+
+
+def test_code_that_a_model_brings_along_is_not_run_whatever_is_answered(train, tmp_path):
+    """`yes |` answers what transformers would ask on a terminal."""
+    train("--max_steps", 1)
+    folder, mark = tmp_path / "run" / "final", tmp_path / "mark"
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForMaskedLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate_lm.py"), "--model_dir", str(folder)]
+    command += ["--input_file", str(SAMPLE / "english.txt")]
+    done = subprocess.run(command, input="y\n" * 99, capture_output=True, text=True)
+    assert str(folder) in sentence_of(done)
+    assert not mark.exists()
+
+
+def test_what_would_train_on_nothing_or_be_ignored_is_refused(train):
+    assert "nothing would be learnt" in sentence_of(train("--mask_probability", "1e-8", check=False))
+    assert "--node_rank 7 cannot be" in sentence_of(train("--node_rank", 7, check=False))

@@ -101,6 +101,16 @@ class TokenStore:
         """The tokenizer folder inside the store."""
         return self.folder / "tokenizer"
 
+    def sentences(self) -> list[str]:
+        """What a user should know of its parts."""
+        held_out = self.manifest["parts"]["validation"]
+        if not (trained_on := held_out.get("also_in_training", 0)):
+            return []
+        return [
+            f"warning: {trained_on:,} of the {held_out['documents']:,} held-out documents of {self.folder} are in the "
+            "training text too: held-out figures tell less than they seem to"
+        ]
+
     def load_tokenizer(self) -> Any:
         """The tokenizer in the store, from transformers.
 
@@ -250,6 +260,7 @@ class EncodedBatch:
         ids: (n,) uint16 or uint32. word_starts: (n,) bool. sentence_lengths: (s,) uint32.
         document_sizes: (d, 3) int64, tokens, sentences and raw bytes of each document.
         in_validation: (d,) bool.
+        hashes: (d,) uint64, of the text of each document.
     """
 
     ids: NDArray[Any]
@@ -257,6 +268,7 @@ class EncodedBatch:
     sentence_lengths: NDArray[np.uint32]
     document_sizes: NDArray[np.int64]
     in_validation: NDArray[np.bool_]
+    hashes: NDArray[np.uint64]
 
 
 Documents = list[list[str]]
@@ -282,13 +294,19 @@ class _Encode:
         sentence_ends = np.cumsum(sentences)
         tokens = token_ends[sentence_ends] - token_ends[sentence_ends - sentences]
         size = [sum(len(line.encode()) + 1 for line in document) for document in documents]
+        hashes = [_hash(document) for document in documents]
         return EncodedBatch(
             encoded.ids.astype(self.dtype),
             encoded.word_starts,
             encoded.lengths.astype(np.uint32),
             np.stack([tokens, sentences, np.array(size, np.int64)], axis=1),
-            np.array([in_validation(document, self.validation_fraction) for document in documents], np.bool_),
+            np.array([number < self.validation_fraction * 2**64 for number in hashes], np.bool_),
+            np.array(hashes, np.uint64),
         )
+
+
+def _hash(document: list[str]) -> int:
+    return int.from_bytes(hashlib.blake2b("\n".join(document).encode(), digest_size=8).digest(), "big")
 
 
 def in_validation(document: list[str], fraction: float) -> bool:
@@ -296,10 +314,25 @@ def in_validation(document: list[str], fraction: float) -> bool:
 
     So identical documents fall on the same side, and a document keeps its side when the corpus grows.
     """
-    if fraction <= 0:
-        return False
-    digest = hashlib.blake2b("\n".join(document).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return _hash(document) < fraction * 2**64
+
+
+class _Overlap:
+    """Counts held-out documents that are trained on too; memory for the held-out ones alone."""
+
+    def __init__(self, held_out: list[NDArray[np.uint64]]) -> None:
+        self.hashes, self.times = np.unique(np.concatenate([*held_out, np.zeros(0, np.uint64)]), return_counts=True)
+        self.seen = np.zeros(self.hashes.size, np.bool_)
+
+    def add(self, hashes: NDArray[np.uint64]) -> None:
+        """Look at documents of the training part."""
+        if self.hashes.size:
+            places = np.minimum(np.searchsorted(self.hashes, hashes), self.hashes.size - 1)
+            self.seen[places[self.hashes[places] == hashes]] = True
+
+    def documents(self) -> int:
+        """Held-out documents that were among them."""
+        return int(self.times[self.seen].sum())
 
 
 class _PartWriter:
@@ -390,15 +423,21 @@ def build_store(
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
         encode = _Encode(str(tokenizer_dir), dtype, settings["validation_fraction"], settings.get("line_ends"))
+        held_out = []
+        if validation_batches is not None:
+            encode_all = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
+            for batch in in_order(encode_all, validation_batches, num_workers):
+                validation.append(batch, batch.in_validation)
+                held_out.append(batch.hashes)
+        overlap = _Overlap(held_out)
         for batch in in_order(encode, batches, num_workers):
             train.append(batch, ~batch.in_validation)
             validation.append(batch, batch.in_validation)
+            overlap.add(batch.hashes)
             progress(int(batch.document_sizes[:, 2].sum()))
-        if validation_batches is not None:
-            encode = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
-            for batch in in_order(encode, validation_batches, num_workers):
-                validation.append(batch, batch.in_validation)
         parts = {"train": train.close(), "validation": validation.close()}
+        if trained_on := overlap.documents():
+            parts["validation"]["also_in_training"] = trained_on
         if parts["train"]["tokens"] == 0:
             raise UserError("the text gives no training token: it is empty, or all of it fell to the validation part")
         copy_tokenizer(tokenizer_dir, aside / "tokenizer")

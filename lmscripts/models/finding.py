@@ -41,7 +41,10 @@ def read_state(checkpoint: Path, *names: Literal["progress", "groups"]) -> dict[
     """training_state.json of a checkpoint with its settings, and what else is needed; a UserError if it is damaged."""
     kinds: dict[str, Any] = {"progress": {"step": int}, "groups": [dict]}
     form = {"fixed": dict} | {name: kinds[name] for name in names}
-    return read_json(checkpoint / STATE, form, "take another checkpoint")  # type: ignore[no-any-return]
+    state: dict[str, Any] = read_json(checkpoint / STATE, form, "take another checkpoint")
+    if "progress" in names and (step := state["progress"]["step"]) != (checkpoint_step(checkpoint) or step):
+        raise UserError(f"{checkpoint / STATE} says step {step:,}: it is that of another checkpoint")
+    return state
 
 
 # ---- whole or damaged --------------------------------------------------------------------------------------------

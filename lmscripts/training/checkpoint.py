@@ -304,9 +304,16 @@ def load_optimizer_state(
         raise UserError(f"{file} was saved by another optimizer: it has {len(groups)} groups of parameters")
     for group, numbers in zip(optimizer.param_groups, groups, strict=True):
         kept = {key: v for key, v in numbers.items() if key == "step" or not another_run}
-        if odd := [key for key, v in kept.items() if isinstance(v, (str, dict)) != isinstance(group.get(key, v), str)]:
+        if odd := [key for key, v in kept.items() if not _alike(v, group.get(key, v))]:
             raise UserError(f"{file}: {odd[0]} of a group of parameters is {kept[odd[0]]!r}; take another checkpoint")
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in kept.items()})
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two plain values are of one kind, lists of one length."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return not isinstance(one, (str, list, dict)) if not isinstance(other, str) else isinstance(one, str)
 
 
 def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:

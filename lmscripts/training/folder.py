@@ -25,6 +25,7 @@ from lmscripts.models.finding import (
     AVERAGE,
     OF_TRAINING,
     OPTIMIZER,
+    STATE,
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
@@ -205,7 +206,10 @@ class RunFolder:
             return TrainingState(own=own)
         if average is not None and (source / AVERAGE).is_file():
             load_average(average, load_file(source / AVERAGE))
-        state = TrainingState.from_json(facts["progress"], own)
+        try:
+            state = TrainingState.from_json(facts["progress"], own)
+        except UserError as error:
+            raise UserError(f"{source / STATE} is damaged ({error}); take another checkpoint") from None
         if another_run:
             state.evaluated_step, state.window_sums, state.window_counts = -1, {}, {}
         return state

@@ -63,7 +63,7 @@ class TrainingState:
         hints = get_type_hints(cls) | ({} if own is None else get_type_hints(type(own)))
         for name in values if own is not None else shared:
             if name not in hints or not _is_a(values[name], hints[name]):
-                raise UserError(f"the checkpoint's state is damaged: {name} is {str(values[name])[:40]}; take another")
+                raise UserError(f"{name} is {str(values[name])[:40]}")
         return cls(**{name: values[name] for name in shared}, own=None if own is None else type(own)(**rest))
 
     def open_window(self, process: int) -> tuple[Sums, Sums]:
