@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -42,20 +45,29 @@ class _Outlet:
                 os.dup2(nothing.fileno(), self._stream.fileno())
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+
+
 @contextmanager
 def user_errors(only_words: bool = False) -> Iterator[None]:
     """Wrap a script's main: what the user can solve ends as one sentence on standard error and exit code 2.
 
-    Covers `UserError`, `OSError` (missing file, permission, full disk; with the file's name) and an interrupt from
-    the keyboard. Anything else is a fault of the program and keeps its traceback.
+    Covers `UserError`, `OSError` (missing file, permission, full disk; with the file's name), memory that does not
+    suffice, an interrupt from the keyboard, and, where one process works, SIGTERM and SIGHUP, so that what was written
+    aside is removed. Anything else is a fault of the program and keeps its traceback.
 
     Args:
         only_words: what is printed are words about the work, not its result: the work goes on where nobody reads them
             any more, and letters that the terminal's encoding lacks are printed as escapes.
 
     Raises:
-        SystemExit: with code 2, after the sentence was written.
+        SystemExit: with code 2, or 128 and the signal's number, after the sentence was written.
     """
+    code, handlers = 2, {}
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # under nohup SIGHUP stays ignored
+                handlers[number] = signal.signal(number, _interrupt)
     if only_words:
         sys.stdout, sys.stderr = _Outlet(sys.stdout), _Outlet(sys.stderr)
     try:
@@ -67,15 +79,30 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
         reason = error.strerror or str(error) or type(error).__name__
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
         sentence = f"{' -> '.join(names)}: {reason}" if names else reason
-    except KeyboardInterrupt:
-        sentence = "stopped from the keyboard"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sentence += "; what is half written is removed, free some space and run the same again"
+    except (MemoryError, RuntimeError) as error:  # torch's own is no MemoryError
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        sentence = f"not enough memory ({shortened(error)}): give smaller sizes or batches"
+    except KeyboardInterrupt as stop:
+        sentence = f"stopped by {stop.args[0].name}" if stop.args else "stopped from the keyboard"
+        code = 128 + stop.args[0] if stop.args else 2
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _interrupt:
+                signal.signal(number, handler)
     # A second line would hide the sentence among the output of other processes.
     one_line = " ".join(sentence.split())
     try:
         sys.stderr.write(f"error: {one_line}\n")
         sys.stderr.flush()
     finally:
-        leave(2)
+        leave(code)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(number))
 
 
 def shortened(error: BaseException, most: int = 200) -> str:

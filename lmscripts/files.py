@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import socket
 import stat
+import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-import psutil
-
-from lmscripts.errors import UserError, naming
+from lmscripts.errors import UserError, naming, shortened
 
 _HOST = re.sub(r"\W", "_", socket.gethostname())
 
@@ -28,6 +28,92 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+# ---- what is read back -------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, form: Any, way_out: str) -> Any:
+    """What a JSON file of ours holds, which must have a form.
+
+    A form is a type, a tuple of the values that there are, `[form]` for a list, `{key: form}` for an object with at
+    least these keys, and `{str: form}` for one with any. Numbers are not negative.
+
+    Raises:
+        UserError: the file is no JSON or has another form; it names the file and the place in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({shortened(error)}); {way_out}") from None
+    if wrong := _misfit(content, form, ""):
+        raise UserError(f"{path} is damaged ({wrong}); {way_out}")
+    return content
+
+
+def _misfit(value: Any, form: Any, place: str) -> str:
+    """The first place of a value that has not its form, in words; empty where there is none."""
+    if isinstance(form, tuple):
+        return "" if value in form else f"{place} is {_short(value)}, not {' or '.join(map(str, form))}"
+    kind = form if isinstance(form, type) else type(form)
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind in (int, float) and not 0 <= value < float("inf")):
+        return f"{place or 'it'} is {_short(value)}, not {_KINDS[kind]}"
+    if isinstance(form, list):
+        members = [(f"{place}[{number}]", item, form[0]) for number, item in enumerate(value)]
+    elif isinstance(form, dict):
+        wanted = dict.fromkeys(value, form[str]) if str in form else form
+        if lacking := [key for key in wanted if key not in value]:
+            return f"{place or 'it'} has no {lacking[0]}"
+        members = [(f"{place}.{key}".lstrip("."), value[key], each) for key, each in wanted.items()]
+    else:
+        return ""
+    return next(filter(None, (_misfit(item, each, name) for name, item, each in members)), "")
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_KINDS |= {list: "a list", dict: "an object with keys"}
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:40]
+
+
+def check_once(note: Path, files: Iterable[Path], check: Callable[[], None]) -> None:
+    """Call `check` on files, unless a note says that it went well on these: same size, inode and time of change."""
+    seen = [
+        (file.name, status.st_size, status.st_ino, status.st_ctime_ns) for file in files for status in [file.stat()]
+    ]
+    now = json.dumps(seen)
+    with suppress(OSError, ValueError):
+        if note.read_text(encoding="utf-8") == now:
+            return
+    check()
+    with suppress(OSError, UserError):  # who cannot write it down checks again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, now)
+
+
+def user_cache() -> Path:
+    """The user's own folder for what can be made again: nobody else can write there, or lay something out for us.
+
+    Raises:
+        UserError: it belongs to somebody else.
+    """
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    folders = [Path(place) if os.path.isabs(place) else Path("~/.cache").expanduser()]
+    folders = [folders[0] / "lmscripts", Path(tempfile.gettempdir()) / f"lmscripts-{os.getuid()}"]
+    for folder in folders:
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and os.access(folder, os.W_OK):
+                folder.chmod(0o700)
+                return folder
+    raise UserError(f"neither {folders[0]} nor {folders[1]} is a folder of yours: set XDG_CACHE_HOME to one")
+
+
+# ---- what is written ---------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,6 +143,46 @@ def new_text(path: Path) -> Iterator[TextIO]:
         os.replace(aside, place)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole, as `new_text` does it."""
+    aside, place, mode = _beside(path)
+    try:
+        with naming(path), open(aside, "wb") as file:
+            file.write(content)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+        os.replace(aside, place)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_place(path: Path, is_folder: bool) -> None:
+    """Refuse where a file or folder of this name cannot be made: better said now than after hours.
+
+    Raises:
+        UserError: it is something else already, a link to nowhere, or lies where nothing can be written.
+    """
+    near = path.parent
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # of a name that is too long
+        if os.path.lexists(path):
+            if is_folder and not path.is_dir():
+                raise UserError(f"{path} is {'a file' if path.exists() else 'a link to nowhere'}: give another folder")
+            if not is_folder and path.is_dir():
+                raise UserError(f"{path} is a folder: give the name of a file")
+            if not is_folder and path.exists() and not path.is_file():
+                return  # a device
+            if is_folder and any(path.iterdir()):
+                return  # who reads what is there judges it
+        while not os.path.lexists(near):
+            near = near.parent
+        with tempfile.TemporaryDirectory(dir=near, prefix=f".{path.name[:40]}."):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written, {near}: {error.strerror}") from error
 
 
 def check_writable(path: Path) -> None:
@@ -118,17 +244,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` exists already.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder} exists already; nothing was changed. Choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.aside-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:6]}")
-    aside.mkdir()
-    try:
+    with folder_aside(folder) as aside:
         yield aside
         give_usual_modes(aside)
         sync_folder(aside)
         os.rename(aside, folder)
         fsync(folder.parent)
+
+
+@contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, with a name by which `remove_leftovers` knows it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.aside-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:6]}")
+    aside.mkdir()
+    try:
+        yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -153,6 +286,8 @@ def remove_leftovers(folder: Path) -> None:
 
     Only folders of this machine whose process is gone are touched, judged by the names of both in theirs.
     """
+    import psutil
+
     for path in folder.parent.glob(f".{folder.name}.aside-{_HOST}-*"):
         number = path.name.rsplit("-", 2)[-2]
         if number.isdigit() and not psutil.pid_exists(int(number)):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.files import write_bytes
 from lmscripts.options import check_numbers, option, parse_options
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ class Options:
     )
     run: int | None = option(None, help="number of the run; default: what the input says, else the newest finished")
     other_run: int | None = option(None, help="run to compare with, in the second database or, without one, the first")
-    output_dir: str | None = option(None, help="folder for the report; default: NAME_report beside the database")
+    output_dir: str | None = option(
+        None, help="folder for the report; default: NAME_report beside the database", writes="folder"
+    )
     level: Literal["document", "fragment"] = option("document", help="what tables and charts are about")
-    resamples: int = option(2000, help="samples of the test documents behind each interval")
-    seed: int = option(0, help="of the samples, and of the training documents that baselines see")
+    resamples: int = option(2000, help="samples of the test documents behind each interval", most=10**6)
+    seed: int = option(0, help="of the samples, and of the training documents that baselines see", most=2**63 - 1)
     most_wrong: int = option(20, help="wrong documents to show with their text")
     spreadsheet_safe: bool = option(False, help="tables for a spreadsheet: no cell is a formula, with a BOM")
     baselines: bool = option(True, help="fit TF-IDF and logistic regression on the same split")
@@ -101,9 +104,7 @@ def analyze(options: Options) -> None:
     contents |= {f"_{chart}.png": image for chart, image in images.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for ending, content in contents.items():  # written aside: an earlier report is never half overwritten
-        aside = folder / f".{name}{ending}.part"
-        aside.write_bytes(content)
-        aside.replace(folder / f"{name}{ending}")
+        write_bytes(folder / f"{name}{ending}", content)
     print(report.summary(numbers), f"report: {folder / f'{name}.html'}", sep="\n")
 
 

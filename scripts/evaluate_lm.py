@@ -40,7 +40,9 @@ class Options:
 
     model_dir: str = option(help="model folder, checkpoint, folder of a run, or a Hub name", required=True)
     input_file: tuple[str, ...] = option((), help="text files, globs or folders", required=True)
-    output_file: str | None = option(None, help="JSON file for the result; replaced only by a whole result")
+    output_file: str | None = option(
+        None, help="JSON file for the result; replaced only by a whole result", writes="file"
+    )
     tokenizer_dir: str | None = option(None, help="tokenizer, if the model folder has none")
     generator_dir: str | None = option(None, help="ELECTRA: the generator, if it is not in generator/")
     require_trained: bool = option(False, help="make it an error if the model was never trained")
@@ -55,9 +57,11 @@ class Options:
     line_ends: Literal["keep", "drop"] | None = option(
         None, help="causal: line ends and white space around lines; default: as prepare_corpus.py", group="text"
     )
-    num_workers: int = option(1, help="processes that tokenise", group="text")
+    num_workers: int = option(1, help="processes that tokenise", group="text", most=1024)
 
-    block_size: int | None = option(None, help="tokens of an input; default: the model's longest", group="scores")
+    block_size: int | None = option(
+        None, help="tokens of an input; default: the model's longest", group="scores", most=10**6
+    )
     stride: int | None = option(
         None, help="causal: tokens from one window to the next; default: block_size, the quickest", group="scores"
     )
@@ -67,10 +71,10 @@ class Options:
     mask_probability: float | None = option(None, help="masked: share to predict (0.15)", group="scores")
     pseudo_perplexity: bool = option(False, help="masked: also mask every token once, a row each", group="scores")
     max_documents: int | None = option(None, help="of --pseudo_perplexity: the first documents only", group="scores")
-    batch_size: int = option(8, help="full inputs of one forward pass on one process", group="scores")
+    batch_size: int = option(8, help="full inputs of one forward pass on one process", group="scores", most=10**9)
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", help="of the matrix products", group="scores")
     cpu_threads: int = option(
-        1, help="threads of a process without a GPU; the last digits depend on it", group="scores"
+        1, help="threads of a process without a GPU; the last digits depend on it", group="scores", most=1024
     )
 
     def __post_init__(self) -> None:
@@ -106,7 +110,7 @@ def evaluate(options: Options) -> None:
     files = find_files(options.input_file)
     output = check_output(options.output_file, files)
     import torch
-    from transformers import AutoTokenizer, logging
+    from transformers import logging
 
     from lmscripts.evaluation import sums as evaluation
     from lmscripts.models import saved as saved_models
@@ -128,7 +132,7 @@ def evaluate(options: Options) -> None:
         )
 
     with evaluation.temporary_store(source_of(options, saved), options.num_workers) as store:
-        tokenizer, rows = AutoTokenizer.from_pretrained(store.tokenizer_dir, local_files_only=True), None
+        tokenizer, rows = store.load_tokenizer(), None
         if kind.SCORES == "masks":
             rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
         accelerator = distributed.start_processes(mixed_precision=options.precision.replace("fp32", "no"))

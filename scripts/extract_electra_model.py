@@ -32,7 +32,7 @@ class Options:
     """Every option of this script; one field is one flag and one YAML key."""
 
     input_dir: str = option(help="checkpoint-STEP or final of an ELECTRA run, or the run's folder", required=True)
-    output_dir: str = option(help="gets the folders generator and discriminator", required=True)
+    output_dir: str = option(help="gets the folders generator and discriminator", required=True, writes="folder")
     generator: bool | None = option(None, help="a flag: write the generator; without either flag both")
     discriminator: bool | None = option(None, help="a flag: write the discriminator")
     model_type: str | None = option(None, help="preset that the sizes must be those of")

@@ -82,13 +82,15 @@ class Options:
     train_share: float = option(0.8, help="share of the documents for training", group="data")
     validation_share: float = option(0.1, help="for choosing the best epoch, and calibration", group="data")
     test_share: float = option(0.1, help="for testing", group="data")
-    split_seed: int = option(1, help="another gives other parts", group="data")
-    database: str | None = option(None, help="default: NAME.sqlite beside the table", group="data")
+    split_seed: int = option(1, help="another gives other parts", group="data", most=2**63 - 1)
+    database: str | None = option(None, help="default: NAME.sqlite beside the table", group="data", writes="file")
     overwrite: bool = option(False, help="build the database again if it was made otherwise", group="data")
-    num_workers: int = option(1, help="processes that tokenise", group="data")
+    num_workers: int = option(1, help="processes that tokenise", group="data", most=1024)
     preponly: bool = option(False, help="only read the table and write the database", short="p", group="data")
 
-    max_length: int | None = option(None, help="tokens of a row; default: the model's longest, <= 512", group="folding")
+    max_length: int | None = option(
+        None, help="tokens of a row; default: the model's longest, <= 512", group="folding", most=65536
+    )
     fold_unit: Literal["tokens", "words"] = option("tokens", help="what overlap is counted in", group="folding")
     max_words: int = option(0, help="with --fold_unit words: words of a row", group="folding")
     overlap: int = option(0, help="units that a row repeats of the row before", group="folding")
@@ -109,21 +111,25 @@ class Options:
     metric: Metric = option("macro_f1", help="of validation documents: which epoch is the best", group="training")
     class_weights: Literal["none", "balanced"] = option("none", help="weigh rare labels up", group="training")
     label_smoothing: float = option(0.0, help="share spread over all labels", group="training")
-    batch_size: int = option(32, help="rows per step, all processes", group="training")
-    micro_batch_size: int = option(32, help="rows of one forward pass on one process", group="training")
+    batch_size: int = option(32, help="rows per step, all processes", group="training", most=10**9)
+    micro_batch_size: int = option(32, help="rows of one forward pass on one process", group="training", most=10**6)
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="training")
     learning_rate: float | None = option(None, help="2e-5; LoRA 2e-4; from scratch 1e-4", group="training")
     warmup_share: float = option(0.06, help="share of the steps; then linear to 0", group="training")
     weight_decay: float = option(0.01, help="on matrices only", group="training")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 = never", group="training")
-    seed: int = option(42, help="decides the new weights, the order and the dropout", group="training")
+    seed: int = option(42, help="decides the new weights, the order and the dropout", group="training", most=2**63 - 1)
 
-    output_dir: str | None = option(None, help="folder of the results; default: beside the table", group="run")
+    output_dir: str | None = option(
+        None, help="folder of the results; default: beside the table", group="run", writes="folder"
+    )
     run_name: str | None = option(None, help="NAME in the names of the results; default: the table's", group="run")
     spreadsheet_safe: bool = option(
         False, help="tables for a spreadsheet: no cell is a formula, with a BOM", group="run"
     )
-    logfile: str | None = option(None, help="also write what is shown to this file", short="f", group="run")
+    logfile: str | None = option(
+        None, help="also write what is shown to this file", short="f", group="run", writes="file"
+    )
     do_continue: bool = option(False, help="go on from the newest whole checkpoint", group="run")
     dry_run: bool = option(False, help="build the database, print the plan and exit", group="run")
     save_steps: int | None = option(None, help="steps between checkpoints, beside each epoch's", group="run")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from lmscripts.errors import UserError, leave, user_errors
+from lmscripts.files import new_text
 from lmscripts.options import check_numbers, option, parse_options
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ class Options:
     input_format: Literal["txt", "csv", "tsv", "jsonl", "parquet"] | None = option(
         None, help="default: by the name of the input; standard input is txt"
     )
-    output_file: str = option("-", help="csv or jsonl by its name; - is standard output, as csv", short="o")
+    output_file: str = option(
+        "-", help="csv or jsonl by its name; - is standard output, as csv", short="o", writes="file"
+    )
     output_format: Literal["csv", "jsonl"] | None = option(None, help="default: by the name of the output")
     spreadsheet_safe: bool = option(False, help="csv for a spreadsheet: no cell is a formula, with a BOM")
     text: str = option("text", help="column of the texts in a table", short="t")
@@ -46,8 +49,8 @@ class Options:
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header")
     quotes: bool = option(True, help="csv: a field may stand in double quotes")
     encoding: str | None = option(None, help="of the input; default: UTF-8, or what a byte order mark says")
-    batch_size: int = option(32, help="rows of a forward pass")
-    texts_at_once: int = option(256, help="texts that are read before they are answered")
+    batch_size: int = option(32, help="rows of a forward pass", most=10**9)
+    texts_at_once: int = option(256, help="texts that are read before they are answered", most=10**6)
     bf16: bool = option(False, help="compute in bfloat16")
     overwrite: bool = option(False, help="replace the output file")
 
@@ -143,13 +146,8 @@ def output(target: Path | None) -> Iterator[TextIO]:
             leave(0)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part-{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            yield file
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with new_text(target) as file:
+        yield file
 
 
 # ---- lines -------------------------------------------------------------------------------------------------------

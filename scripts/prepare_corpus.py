@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
-from lmscripts.options import PREPARATION, option, parse_options_with_origin
+from lmscripts.options import PREPARATION, check_numbers, option, parse_options_with_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +32,8 @@ class Options:
 
     input_file: tuple[str, ...] = option((), help="text files, globs or folders")
     tokenizer_dir: str | None = option(None, help="tokenizer folder, from train_tokenizer.py, or a Hub name")
-    output_dir: str | None = option(None, help="where the store will be")
-    num_workers: int = option(2, help="processes that tokenise; the store does not depend on it")
+    output_dir: str | None = option(None, help="where the store will be", writes="folder")
+    num_workers: int = option(2, help="processes that tokenise; the store does not depend on it", most=1024)
     validation_fraction: float = option(0.01, help="share of the documents held out, by a hash of their text")
     validation_file: tuple[str, ...] = option((), help="held-out text of its own instead")
     max_documents: int | None = option(None, help="read no more than so many documents")
@@ -49,6 +49,10 @@ class Options:
         help="and white space around lines: for the model to learn or not; default: keep if the tokenizer is causal",
     )
     inspect: str | None = option(None, help="print counts and rows of this store, check its hashes, and exit")
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense before anything is read."""
+        check_numbers(vars(self), positive=("max_documents",), not_negative=("num_workers",))
 
 
 def main() -> None:
@@ -98,6 +102,7 @@ def build(options: Options) -> None:
         for sentence in TextReport.from_dict(store.manifest["text"]).sentences():
             print(sentence)
     print_parts(store)
+    print("".join(f"{sentence}\n" for sentence in store.sentences()), end="")
     if parts["validation"]["documents"] == 0 and options.validation_fraction > 0 and not options.validation_file:
         print(
             f"no document fell into the validation part at --validation_fraction {options.validation_fraction}: "
@@ -151,7 +156,6 @@ def print_parts(store: TokenStore) -> None:
 def inspect(folder: Path) -> None:
     """Print counts and some text of a store and check every hash."""
     from lmscripts.data.token_store import open_store, verify_store
-    from lmscripts.tokenizer.encoder import load_tokenizer
     from lmscripts.tokenizer.report import readable_pieces
 
     store = open_store(folder)
@@ -160,7 +164,8 @@ def inspect(folder: Path) -> None:
     print(f"tokenizer    {manifest['tokenizer']['fingerprint'][:16]}, {manifest['tokenizer']['description']}")
     print(f"source       {manifest['source']['fingerprint'][:16]}, {len(manifest['source']['files'])} files")
     print_parts(store)
-    tokenizer = load_tokenizer(store.tokenizer_dir)
+    print("".join(f"{sentence}\n" for sentence in store.sentences()), end="")
+    tokenizer = store.load_tokenizer()
     part = store.part("train")
     print("\nthe first tokens of a few documents, | before each word:")
     for document in sorted({0, part.num_documents // 2, part.num_documents - 1}):

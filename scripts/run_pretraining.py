@@ -91,7 +91,7 @@ FIXED = [
 class Options:
     """Every option of this script; one field is one flag and one YAML key."""
 
-    model_dir: str = option(help="folder of the run", required=True, group="run")
+    model_dir: str = option(help="folder of the run", required=True, group="run", writes="folder")
     do_continue: bool = option(False, help="go on from the newest whole checkpoint in --model_dir", group="run")
     dry_run: bool = option(False, help="print the plan and exit", group="run")
     decay_from: str | None = option(None, help="branch off a wsd run's checkpoint: --decay_steps to 0", group="run")
@@ -106,16 +106,20 @@ class Options:
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
     logging_steps: int | None = option(None, help="steps between log lines; default: the preset's", group="run")
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
-    seed: int = option(42, help="decides the initial weights, the order, the masks and the dropout", group="run")
+    seed: int = option(
+        42, help="decides the initial weights, the order, the masks and the dropout", group="run", most=2**63 - 1
+    )
 
     dataset_dir: tuple[str, ...] = option((), help="token store made by prepare_corpus.py", group="data")
     input_file: tuple[str, ...] = option((), help="text files instead of a store", group="data")
     tokenizer_dir: str | None = option(None, help="tokenizer folder or Hub name; must be the store's", group="data")
     validation_fraction: float | None = option(None, help="share of documents held out (0.01)", group="data")
     validation_file: tuple[str, ...] = option((), help="with --input_file: text held out instead", group="data")
-    num_workers: int | None = option(None, help="processes that tokenise --input_file (2)", group="data")
+    num_workers: int | None = option(None, help="processes that tokenise --input_file (2)", group="data", most=1024)
     max_unknown_share: float = option(0.5, help="refuse text with a larger share of unknown characters", group="data")
-    sequence_length: tuple[int, ...] = option((), help="tokens per row; default: the preset's", group="data")
+    sequence_length: tuple[int, ...] = option(
+        (), help="tokens per row; default: the preset's", group="data", most=65536
+    )
     packing: Packing = option("isolated", help="documents of a row see only themselves, or the whole row", group="data")
 
     parameter_file: str | None = option(None, help="presets; default: the project's parameter.json", group="model")
@@ -124,17 +128,23 @@ class Options:
     pretrained_generator_model_name_or_path: str | None = option(None, help="ELECTRA: generator", group="model")
     pretrained_discriminator_model_name_or_path: str | None = option(None, help="ELECTRA: the other", group="model")
     objective: str | None = option(None, help=f"default: the family's; {OBJECTIVES}", group="model")
-    n_layer: int | None = option(None, help="layers instead of the preset's", group="model")
-    n_head: int | None = option(None, help="attention heads instead of the preset's", group="model")
-    n_embd: int | None = option(None, help="width; the feed-forward layers are 4 times as wide", group="model")
+    n_layer: int | None = option(None, help="layers instead of the preset's", group="model", most=1000)
+    n_head: int | None = option(None, help="attention heads instead of the preset's", group="model", most=1_000_000)
+    n_embd: int | None = option(
+        None, help="width; the feed-forward layers are 4 times as wide", group="model", most=1_000_000
+    )
     frozen_layers: int | None = option(None, help="freeze embeddings and so many layers; -1 = none", group="model")
     hidden_dropout: float | None = option(None, help="of hidden states; default: the preset's", group="model")
     attention_dropout: float | None = option(None, help="of attention weights (0); takes eager", group="model")
     attention: Attention = option("auto", help="auto = varlen on CUDA in half precision, else sdpa", group="model")
 
     phase_steps: tuple[int, ...] = option((), help=f"several phases: steps of each; {PER_PHASE}", group="optimizer")
-    batch_size: tuple[int, ...] = option((), help="rows per step, all processes; or the preset's", group="optimizer")
-    micro_batch_size: tuple[int, ...] = option((32,), help="rows of one forward pass on one process", group="optimizer")
+    batch_size: tuple[int, ...] = option(
+        (), help="rows per step, all processes; or the preset's", group="optimizer", most=10**9
+    )
+    micro_batch_size: tuple[int, ...] = option(
+        (32,), help="rows of one forward pass on one process", group="optimizer", most=10**6
+    )
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="optimizer")
     optimizer: Optimizer = option("adamw", help="muon is for the layers' matrices, with adamw", group="optimizer")
     learning_rate: float | None = option(None, help="peak; default: the preset's", group="optimizer")
@@ -360,7 +370,6 @@ def run(options: Options, further: Further) -> None:
         final_ratio=options.final_lr_ratio or 0.0,
     )
     models, notices = build_models(asked, tokenizer, data, attention, dropouts, like)
-    notices += asked.objective.remarks(tokenizer) if hasattr(asked.objective, "remarks") else []
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
@@ -368,7 +377,7 @@ def run(options: Options, further: Further) -> None:
     words |= {"schedule": options.schedule, "corners": [options.warmup_steps], "kept": vars(options)}
     words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
-    accelerator.print("\n".join([said, *asked.notices, *notices]), flush=True)
+    accelerator.print("\n".join([said, *notices, *remarks(asked, tokenizer)]), flush=True)
     if options.dry_run:
         return
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)
@@ -436,6 +445,13 @@ def build_models(
     if asked.options.activation_checkpointing:
         building.recompute_activations(models)
     return models, notices
+
+
+def remarks(asked: Inputs, tokenizer: Any) -> list[str]:
+    """What a user should know of options, tokenizer and text."""
+    of_objective = asked.objective.remarks(tokenizer) if hasattr(asked.objective, "remarks") else []
+    of_stores = [sentence for phase in asked.phases for sentence in phase.store.sentences()]
+    return list(dict.fromkeys([*asked.notices, *of_objective, *of_stores]))
 
 
 def begin(
@@ -575,8 +591,6 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
     from lmscripts.training import log
 
     accelerator, data, state, run_dir = run.accelerator, run.data, run.state, run.folder.path
-    if accelerator.is_main_process:
-        log.draw_curves(run_dir, data.ends[:-1])
     if stopped_by:
         accelerator.print(
             f"stopped by {stopped_by} at step {state.step:,}; everything is saved, go on with --do_continue"
@@ -591,6 +605,8 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
         final = run.folder.export(state.step, run.average and run.average.module.models, describe)
         places = f"the curves in {run_dir / 'curves.png'}, the numbers in {run_dir / 'log.jsonl'}"
         accelerator.print(f"the model is in {final}, {places}")
+    if accelerator.is_main_process:  # last, as nothing depends on it
+        log.draw_curves(run_dir, data.ends[:-1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -81,7 +81,7 @@ class Options:
     tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character", "sentencepiece"] = option(
         "wordpiece", help="how words are cut into pieces; sentencepiece: unigram by coverage", group="vocabulary"
     )
-    vocab_size: int = option(32768, help="entries, special and unused ones included", group="vocabulary")
+    vocab_size: int = option(32768, help="entries, special and unused ones included", group="vocabulary", most=10**8)
     min_frequency: int = option(2, help="of a pair (wordpiece, bpe) or a character (character)", group="vocabulary")
     limit_alphabet: int = option(6129, help="different characters that are kept; not for bpe", group="vocabulary")
     character_coverage: float | None = option(
@@ -90,14 +90,18 @@ class Options:
         group="vocabulary",
     )
     num_unused_tokens: int = option(10, help="entries [unusedN] left free for fine-tuning", group="vocabulary")
-    pad_vocab_to_multiple_of: int = option(64, help="filled up with [unusedN]; 0: left as it is", group="vocabulary")
+    pad_vocab_to_multiple_of: int = option(
+        64, help="filled up with [unusedN]; 0: left as it is", group="vocabulary", most=65536
+    )
     model_max_length: int = option(512, help="tokens beyond which transformers warns", group="vocabulary")
 
-    model_dir: str = option(help="folder of the tokenizer", group="output")
+    model_dir: str = option(help="folder of the tokenizer", group="output", writes="folder")
     overwrite: bool = option(False, help="replace another tokenizer that is in model_dir", group="output")
-    intermediate_dir: str = option("", help="folder that keeps the segmented splits; else removed", group="output")
-    num_files: int = option(0, help="number of splits; 0: one for each worker process", group="output")
-    num_workers: int = option(0, help="worker processes; 0: one for each CPU", group="output")
+    intermediate_dir: str = option(
+        "", help="folder that keeps the segmented splits; else removed", group="output", writes="folder"
+    )
+    num_files: int = option(0, help="number of splits; 0: one for each worker process", group="output", most=10_000)
+    num_workers: int = option(0, help="worker processes; 0: one for each CPU", group="output", most=1024)
 
     extend_tokenizer_dir: str = option("", help="tokenizer to extend instead of training one", group="extension")
     new_words_file: str = option("", help="a new word a line, each for an unused token", group="extension")

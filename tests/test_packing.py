@@ -1,3 +1,6 @@
+import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,11 +124,44 @@ def test_too_short_rows_are_refused(tmp_path):
         rows_of(part, Layout(6, "isolated", BEGIN, END, PAD), tmp_path)
 
 
-def test_files_that_were_cut_short_are_named(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "facts", "form", "no hashes", "a file"])
+def test_a_damaged_index_is_made_again(tmp_path, damage):
     part, _ = make_part(CORPORA["short"])
     layout = Layout(64, "isolated", BEGIN, END, PAD)
-    rows_of(part, layout, tmp_path)
+    whole = np.array(rows_of(part, layout, tmp_path).segment_length)
     (folder,) = (tmp_path / "rows").iterdir()
-    (folder / "segment_length.bin").write_bytes(b"1234")
-    with pytest.raises(UserError, match=r"segment_length.bin has 4 bytes, expected \d+; remove .*train-isolated-64"):
-        rows_of(part, layout, tmp_path)
+    file, facts = folder / "segment_length.bin", folder / "index.json"
+    if damage == "cut":
+        file.write_bytes(b"1234")
+    elif damage == "flipped":
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 4]) + file.read_bytes()[1:])
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "facts":
+        facts.write_text("[" * 100_000)
+    elif damage == "form":
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"rows": "many"}))
+    elif damage == "no hashes":  # as an earlier version wrote it
+        facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if k != "sha256"}))
+    else:
+        shutil.rmtree(folder)
+        folder.write_text("")
+    assert np.array_equal(rows_of(part, layout, tmp_path).segment_length, whole)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == [folder.name]
+
+
+def test_an_index_of_a_store_that_cannot_be_written_is_kept_for_its_user_alone(tmp_path, monkeypatch):
+    part, _ = make_part(CORPORA["short"])
+    layout, cache = Layout(64, "isolated", BEGIN, END, PAD), tmp_path / "cache"
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path).startswith(str(cache)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    rows_of(part, layout, tmp_path / "store")
+    assert len(list((cache / "lmscripts" / "rows" / "fingerprint").iterdir())) == 1
+    assert (cache / "lmscripts").stat().st_mode & 0o077 == 0
+    (tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(cache / "lmscripts")
+    (cache / "lmscripts").symlink_to(tmp_path / "elsewhere")  # laid out by somebody
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        rows_of(part, layout, tmp_path / "store")
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -226,3 +226,24 @@ def test_bad_rows_and_skipped_files_are_told_by_every_script_that_reads_a_corpus
         assert "stray quote" not in done.stdout
     assert open_store(tmp_path / "skipped0").manifest["text"]["documents"] == 39
     assert open_store(tmp_path / "taken0").manifest["text"]["documents"] == 40
+
+
+def test_held_out_text_that_is_trained_on_is_counted_and_told(tokenizer_dir, tmp_path):
+    """A part of it, in another file and order; and all of it."""
+    documents = (SAMPLE / "articles.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    (tmp_path / "train.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    other = ["これは別の文章です。", "これも別の文章です。", *documents[7:3:-1], documents[5]]
+    (tmp_path / "held_out.txt").write_text("\n\n".join(other), encoding="utf-8")
+    for file, counted, of in (("held_out.txt", 5, 7), ("train.txt", len(documents), len(documents))):
+        files = ["--input_file", tmp_path / "train.txt", "--validation_file", tmp_path / file]
+        store = tmp_path / f"store_{file}"
+        done = run_script("prepare_corpus.py", *files, "--tokenizer_dir", tokenizer_dir, "--output_dir", store)
+        sentence = f"{counted} of the {of} held-out documents of {store} are in the training text too"
+        assert sentence in done.stdout
+        assert open_store(store).manifest["parts"]["validation"]["also_in_training"] == counted
+    run = ["--dataset_dir", store, "--model_dir", tmp_path / "run", "--model_type", "bert-tiny", "--dry_run"]
+    assert sentence in run_script("run_pretraining.py", *run).stdout
+    shutil.rmtree(store)
+    files = ["--input_file", tmp_path / "train.txt", "--validation_file", SAMPLE / "finnish.txt"]
+    done = run_script("prepare_corpus.py", *files, "--tokenizer_dir", tokenizer_dir, "--output_dir", store)
+    assert "training text too" not in done.stdout

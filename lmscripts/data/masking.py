@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscripts.counters import U64, hash32, hash_counters, small_permutations, stream_key, unit_interval
+from lmscripts.errors import UserError
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int32]
@@ -119,10 +120,10 @@ def mask_rows(ids: IntArray, content: BoolArray, word_starts: BoolArray, keys: U
         plan: the settings.
 
     Raises:
-        ValueError: rows of more than 65536 tokens.
+        UserError: rows of more than 65536 tokens.
     """
     if ids.shape[1] > 1 << 16:
-        raise ValueError(f"rows may have at most 65536 tokens, got {ids.shape[1]}")
+        raise UserError(f"rows may have at most 65536 tokens, got {ids.shape[1]}: give --sequence_length")
     starts = content if plan.unit == "token" else word_starts & content
     spans = _divide_into_spans(starts, content, keys) if plan.unit == "span" else None
     word, size, used = _choose_words(starts, content, spans, keys, plan)

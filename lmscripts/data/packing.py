@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -28,9 +29,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lmscripts.data.masking import expand_ranges
-from lmscripts.data.token_store import Part, TokenStore
-from lmscripts.errors import UserError
-from lmscripts.files import new_folder
+from lmscripts.data.token_store import Part, TokenStore, rows_folders
+from lmscripts.errors import UserError, naming
+from lmscripts.files import check_once, file_sha256, new_folder, read_json
 
 Ints = NDArray[np.int64]
 Packing = Literal["isolated", "contiguous"]
@@ -305,9 +306,9 @@ def kept_arrays(
 ) -> tuple[list[NDArray[Any]], dict[str, int]]:
     """Arrays that describe rows of a store, made on first use and then mapped from files; and facts about them.
 
-    They lie in the store or, where it may not be written, among the temporary files. Several processes may ask at
-    once. Of those that a launcher started on one machine, the first builds and the others wait for the folder to
-    appear; else each builds aside and the first to rename wins.
+    They lie in the store or, where it may not be written, in the user's cache; damaged ones are made again. Several
+    processes may ask at once. Of those that a launcher started on one machine, the first builds and the others wait
+    for whole ones to appear; else each builds aside and the first to rename wins.
 
     Args:
         store: of the rows.
@@ -316,35 +317,47 @@ def kept_arrays(
         facts_file: name of the file with the facts.
         dtypes: of each array. The first holds (R + 1,) offsets of R rows into the others.
         build: gives the next elements of all arrays, again and again, and fills in the facts, "rows" among them.
-
-    Raises:
-        UserError: a file has another size; it names the folder to remove, which is then made anew.
     """
-    kept = store.folder / "rows"
-    if not os.access(store.folder, os.W_OK):
-        kept = Path(tempfile.gettempdir()) / f"lmscripts_rows_{store.fingerprint[:16]}"
     digest = hashlib.sha256(json.dumps([_VERSION, store.fingerprint, *what]).encode()).hexdigest()
-    folder = kept / f"{name}-{digest[:12]}"
-    while not folder.is_dir() and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    places = [place / f"{name}-{digest[:12]}" for place in rows_folders(store)]
+    while True:
+        for place in places:
+            with suppress(UserError, OSError):
+                return _open_kept(place, facts_file, dtypes)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            break
         time.sleep(0.1)  # if the builder fails, the launcher ends this process as well
-    if not folder.is_dir():
-        try:
-            with new_folder(folder) as aside, ExitStack() as opened:
-                files = [opened.enter_context((aside / f"{file}.bin").open("wb")) for file in dtypes]
-                facts: dict[str, int] = {}
-                for chunk in build(facts):
-                    for file, values, dtype in zip(files, chunk, dtypes.values(), strict=True):
-                        file.write(np.asarray(values, np.dtype(dtype).base).tobytes())
-                (aside / facts_file).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        except (UserError, OSError):
-            if not folder.is_dir():
-                raise
-    facts = json.loads((folder / facts_file).read_text(encoding="utf-8"))
-    arrays, size = list[NDArray[Any]](), facts["rows"] + 1
-    for array, dtype in dtypes.items():
-        path, expected = folder / f"{array}.bin", size * np.dtype(dtype).itemsize
-        if path.stat().st_size != expected:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, expected {expected}; remove {folder}")
-        arrays.append(np.asarray(np.memmap(path, dtype, mode="r")))
-        size = int(arrays[0][-1])
-    return arrays, facts
+    folder = places[0]
+    with suppress(OSError):  # damaged, or of a version that wrote no hashes
+        broken = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        folder.rename(broken)
+        shutil.rmtree(broken, ignore_errors=True)
+        broken.unlink(missing_ok=True)
+    try:
+        with naming(folder), new_folder(folder) as aside, ExitStack() as opened:
+            files = [opened.enter_context((aside / f"{file}.bin").open("wb")) for file in dtypes]
+            facts: dict[str, Any] = {}
+            for chunk in build(facts):
+                for file, values, dtype in zip(files, chunk, dtypes.values(), strict=True):
+                    file.write(np.asarray(values, np.dtype(dtype).base).tobytes())
+            opened.close()
+            facts["sha256"] = {file: file_sha256(aside / f"{file}.bin") for file in dtypes}
+            (aside / facts_file).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    except (UserError, OSError):
+        if not folder.is_dir():
+            raise
+    return _open_kept(folder, facts_file, dtypes)
+
+
+def _open_kept(folder: Path, facts_file: str, dtypes: Mapping[str, str]) -> tuple[list[NDArray[Any]], dict[str, int]]:
+    """Arrays and facts of a folder of `kept_arrays`; an error where they are not as they were written."""
+    form = {"rows": int, "sha256": dict.fromkeys(dtypes, str)}
+    facts = read_json(folder / facts_file, form, f"remove {folder}")
+    hashes, files = facts.pop("sha256"), {name: folder / f"{name}.bin" for name in dtypes}
+
+    def check() -> None:
+        if {name: file_sha256(file) for name, file in files.items()} != hashes:
+            raise UserError(f"{folder} is damaged; remove it")
+
+    check_once(folder / "checked.json", files.values(), check)
+    return [np.asarray(np.memmap(file, dtypes[name], mode="r")) for name, file in files.items()], facts

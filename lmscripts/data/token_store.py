@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +30,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscripts.errors import UserError
-from lmscripts.files import file_sha256, new_folder
+from lmscripts.files import check_once, file_sha256, new_folder, read_json, user_cache
 from lmscripts.text.records import in_words
 from lmscripts.text.report import TextReport
+from lmscripts.tokenizer.encoder import fingerprint, load_tokenizer
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.workers import in_order
 
 FORMAT_VERSION = 1
 _FILES = ("tokens", "word_starts", "sentence_lengths", "document_tokens", "document_sentences", "document_bytes")
+_PART = dict.fromkeys(("documents", "sentences", "words", "tokens", "text_bytes"), int)
+_PART_FORM = {**_PART, "files": {name: {"bytes": int, "sha256": str} for name in _FILES}}
+_FORM = {
+    "fingerprint": str,
+    "source": {"fingerprint": str, "files": [str]},
+    "tokenizer": {"fingerprint": str, "description": str, "vocab_size": int},
+    "options": dict,
+    "dtype": ("uint16", "uint32"),
+    "parts": {"train": _PART_FORM, "validation": _PART_FORM},
+    "text": dict,
+}
+_BLOCK = 1 << 22  # numbers that are looked at together
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,30 @@ class TokenStore:
         part = self.manifest["parts"][name]
         return part["unknown_characters"] / max(part["characters"], 1) if "unknown_characters" in part else None
 
+    def sentences(self) -> list[str]:
+        """What a user should know of its parts."""
+        held_out = self.manifest["parts"]["validation"]
+        if not (trained_on := held_out.get("also_in_training", 0)):
+            return []
+        return [
+            f"warning: {trained_on:,} of the {held_out['documents']:,} held-out documents of {self.folder} are in the "
+            "training text too: held-out figures tell less than they seem to"
+        ]
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer in the store, from transformers.
+
+        Raises:
+            UserError: it cannot be loaded, or is not the one that made the store any more.
+        """
+        tokenizer, made_with = load_tokenizer(self.tokenizer_dir), self.manifest["tokenizer"]["fingerprint"]
+        if (found := fingerprint(tokenizer)) != made_with:
+            raise UserError(
+                f"{self.tokenizer_dir} has the fingerprint {found[:16]}, the store was made with {made_with[:16]}: a "
+                "file in it was changed; prepare the store again, or put the tokenizer back that made it"
+            )
+        return tokenizer
+
     def part(self, name: str) -> Part:
         """Memory-map one part, "train" or "validation"."""
         folder, described = self.folder / name, self.manifest["parts"][name]
@@ -122,30 +161,31 @@ def store_fingerprint(source: str, tokenizer: str, settings: dict[str, Any]) -> 
 
 
 def open_store(folder: Path, tokenizer_fingerprint: str | None = None) -> TokenStore:
-    """Open a store and check that it is whole and made with the expected tokenizer.
+    """Open a store and check that it is whole and made with the expected tokenizer; for the content see `check_store`.
 
     Raises:
-        UserError: no store there, another format version, a file missing or of the wrong size, another tokenizer.
+        UserError: no store there, another format version, a damaged manifest, a file missing or of the wrong size,
+            another tokenizer.
     """
-    manifest_file = folder / "manifest.json"
+    manifest_file, way_out = folder / "manifest.json", "prepare the store again"
     if not manifest_file.is_file():
         raise UserError(f"{folder} is not a token store: it has no manifest.json; make one with prepare_corpus.py")
-    try:
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        described = {name: part["files"] for name, part in manifest["parts"].items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest_file} is damaged ({error}); prepare the store again") from None
+    version = read_json(manifest_file, {"format_version": int}, way_out)["format_version"]
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has store format {version}, this program reads {FORMAT_VERSION}; prepare it again")
-    for name, files in described.items():
-        for file, facts in files.items():
-            path = folder / name / f"{file}.bin"
-            size = path.stat().st_size if path.is_file() else None
-            if size != facts["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"{path} {found}, the manifest says {facts['bytes']} bytes; prepare the store again")
+    manifest = read_json(manifest_file, _FORM, way_out)
     made_with = manifest["tokenizer"]["fingerprint"]
+    if manifest["fingerprint"] != store_fingerprint(manifest["source"]["fingerprint"], made_with, manifest["options"]):
+        raise UserError(
+            f"{manifest_file} is damaged (its fingerprint is not that of its source, tokenizer and options); {way_out}"
+        )
+    for name, part in manifest["parts"].items():
+        for file, size in _sizes(part, manifest["dtype"]).items():
+            path = folder / name / f"{file}.bin"
+            found = path.stat().st_size if path.is_file() else None
+            if not found == size == part["files"][file]["bytes"]:
+                words = "is missing" if found is None else f"has {found} bytes"
+                raise UserError(f"{path} {words}, the manifest says {size} bytes; {way_out}")
     if tokenizer_fingerprint is not None and tokenizer_fingerprint != made_with:
         raise UserError(
             f"the store {folder} was made with the tokenizer {made_with[:16]}, not with {tokenizer_fingerprint[:16]}; "
@@ -154,20 +194,70 @@ def open_store(folder: Path, tokenizer_fingerprint: str | None = None) -> TokenS
     return TokenStore(folder, manifest)
 
 
+def _sizes(part: dict[str, Any], dtype: str) -> dict[str, int]:
+    """Bytes of each file of a part by its counts."""
+    tokens, sentences, documents = (part[name] for name in ("tokens", "sentences", "documents"))
+    offsets = 8 * (documents + 1)
+    sizes = (np.dtype(dtype).itemsize * tokens, -(-tokens // 8), 4 * sentences, offsets, offsets, 8 * documents)
+    return dict(zip(_FILES, sizes, strict=True))
+
+
+def rows_folders(store: TokenStore) -> list[Path]:
+    """Where what is kept beside a store may lie: in it, and where nobody may write there in the user's own cache."""
+    rows = store.folder / "rows"
+    if os.access(rows if rows.exists() else store.folder, os.W_OK):
+        return [rows]
+    return [user_cache() / "rows" / store.fingerprint[:16], rows]
+
+
+def check_store(store: TokenStore) -> None:
+    """As `verify_store`, but only where it was not done before on these very files."""
+    files = [store.folder / name / f"{file}.bin" for name in store.manifest["parts"] for file in _FILES]
+    note = rows_folders(store)[0] / "checked.json"
+    check_once(note, [store.folder / "manifest.json", *files], lambda: verify_store(store))
+
+
 def verify_store(store: TokenStore) -> None:
-    """Compare the hash of every file with the manifest.
+    """Compare the content of every file with the manifest; a bar on a terminal.
 
     Raises:
-        UserError: names the first file that differs, with both hashes.
+        UserError: names the first file that differs, with both hashes, or what cannot be in a store.
     """
-    for name, part in store.manifest["parts"].items():
-        for file, facts in part["files"].items():
-            path = store.folder / name / f"{file}.bin"
-            found = file_sha256(path)
-            if found != facts["sha256"]:
-                raise UserError(
-                    f"{path} has hash {found[:16]}, the manifest says {facts['sha256'][:16]}: it is damaged"
-                )
+    from tqdm import tqdm
+
+    files = [(name, file) for name in store.manifest["parts"] for file in _FILES]
+    for name, file in tqdm(files, "checking", delay=2, leave=False, disable=not sys.stderr.isatty()):
+        path, told = store.folder / name / f"{file}.bin", store.manifest["parts"][name]["files"][file]["sha256"]
+        if (found := file_sha256(path)) != told:
+            raise UserError(
+                f"{path} has hash {found[:16]}, the manifest says {told[:16]}: it is damaged; prepare the store again"
+            )
+    for name, facts in store.manifest["parts"].items():
+        part, entries = store.part(name), store.manifest["tokenizer"]["vocab_size"]
+        wrong = "" if _largest(part.tokens) < entries else f"holds ids beyond its {entries:,} entries"
+        for file, items in (("document_tokens", facts["tokens"]), ("document_sentences", facts["sentences"])):
+            if not _are_offsets(getattr(part, file), items):
+                wrong = f"holds {file} that are no offsets"
+        if _total(part.document_bytes) != facts["text_bytes"] or _total(part.sentence_lengths) != facts["tokens"]:
+            wrong = "has other sums than its manifest says"
+        if wrong:
+            raise UserError(f"{part.folder} {wrong}: it is damaged; prepare the store again")
+
+
+def _blocks(array: NDArray[Any], more: int = 0) -> Iterable[NDArray[Any]]:
+    return (array[at : at + _BLOCK + more] for at in range(0, array.size, _BLOCK))
+
+
+def _largest(array: NDArray[Any]) -> int:
+    return max((int(block.max()) for block in _blocks(array)), default=0)
+
+
+def _total(array: NDArray[Any]) -> int:
+    return sum(int(block.sum(dtype=np.int64)) for block in _blocks(array))
+
+
+def _are_offsets(array: NDArray[np.int64], items: int) -> bool:
+    return array[0] == 0 and array[-1] == items and all((np.diff(block) >= 0).all() for block in _blocks(array, 1))
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
@@ -182,6 +272,7 @@ class EncodedBatch:
         document_sizes: (d, 5) int64, tokens, sentences, raw bytes, characters but spaces, and how many of these are
             unknown to the tokenizer, of each document.
         in_validation: (d,) bool.
+        hashes: (d,) uint64, of the text of each document.
     """
 
     ids: NDArray[Any]
@@ -189,6 +280,7 @@ class EncodedBatch:
     sentence_lengths: NDArray[np.uint32]
     document_sizes: NDArray[np.int64]
     in_validation: NDArray[np.bool_]
+    hashes: NDArray[np.uint64]
 
 
 Documents = list[list[str]]
@@ -218,13 +310,19 @@ class _Encode:
         size = [sum(len(line.encode()) + 1 for line in document) for document in documents]
         characters = [sum(map(num_filled, document)) for document in documents]
         unknown = unknown[sentence_ends] - unknown[sentence_ends - sentences]
+        hashes = [_hash(document) for document in documents]
         return EncodedBatch(
             encoded.ids.astype(self.dtype),
             encoded.word_starts,
             encoded.lengths.astype(np.uint32),
             np.stack([tokens, sentences, size, characters, np.minimum(unknown, characters)], axis=1),
-            np.array([in_validation(document, self.validation_fraction) for document in documents], np.bool_),
+            np.array([number < self.validation_fraction * 2**64 for number in hashes], np.bool_),
+            np.array(hashes, np.uint64),
         )
+
+
+def _hash(document: list[str]) -> int:
+    return int.from_bytes(hashlib.blake2b("\n".join(document).encode(), digest_size=8).digest(), "big")
 
 
 def in_validation(document: list[str], fraction: float) -> bool:
@@ -232,10 +330,25 @@ def in_validation(document: list[str], fraction: float) -> bool:
 
     So identical documents fall on the same side, and a document keeps its side when the corpus grows.
     """
-    if fraction <= 0:
-        return False
-    digest = hashlib.blake2b("\n".join(document).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return _hash(document) < fraction * 2**64
+
+
+class _Overlap:
+    """Counts held-out documents that are trained on too; memory for the held-out ones alone."""
+
+    def __init__(self, held_out: list[NDArray[np.uint64]]) -> None:
+        self.hashes, self.times = np.unique(np.concatenate([*held_out, np.zeros(0, np.uint64)]), return_counts=True)
+        self.seen = np.zeros(self.hashes.size, np.bool_)
+
+    def add(self, hashes: NDArray[np.uint64]) -> None:
+        """Look at documents of the training part."""
+        if self.hashes.size:
+            places = np.minimum(np.searchsorted(self.hashes, hashes), self.hashes.size - 1)
+            self.seen[places[self.hashes[places] == hashes]] = True
+
+    def documents(self) -> int:
+        """Held-out documents that were among them."""
+        return int(self.times[self.seen].sum())
 
 
 class _PartWriter:
@@ -344,15 +457,21 @@ def build_store(
         def place_of(batch: Documents) -> Callable[[], str]:
             return f"up to {place()}".__str__
 
+        held_out = []
+        if validation_batches is not None:
+            encode_all = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
+            for batch in in_order(encode_all, validation_batches, num_workers, place=place_of):
+                validation.append(batch, batch.in_validation)
+                held_out.append(batch.hashes)
+        overlap = _Overlap(held_out)
         for batch in in_order(encode, batches, num_workers, place=place_of):
             train.append(batch, ~batch.in_validation)
             validation.append(batch, batch.in_validation)
+            overlap.add(batch.hashes)
             progress(int(batch.document_sizes[:, 2].sum()))
-        if validation_batches is not None:
-            encode = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
-            for batch in in_order(encode, validation_batches, num_workers, place=place_of):
-                validation.append(batch, batch.in_validation)
         parts = {"train": train.close(), "validation": validation.close()}
+        if trained_on := overlap.documents():
+            parts["validation"]["also_in_training"] = trained_on
         if parts["train"]["tokens"] == 0:
             documents = {name: part["documents"] for name, part in parts.items()}
             raise _no_tokens(documents, described["source"]["files"], text_report())

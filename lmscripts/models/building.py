@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -208,8 +209,19 @@ def num_parameters(models: Mapping[str, PreTrainedModel]) -> int:
 
 
 def _shaped(head: Any, config: Any) -> PreTrainedModel:
-    """A new model, or one in the shape of a checkpoint whose weights are loaded later."""
+    """A new model, or one in the shape of a checkpoint whose weights are loaded later.
+
+    Raises:
+        UserError: this machine has not the memory for its weights.
+    """
     make: Any = head.from_config if head is AutoModelForCausalLM else head
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        parameters = num_parameters({"": make(config)})
+    if (size := 4 * parameters) > (there := psutil.virtual_memory().total):
+        raise UserError(
+            f"a model of these sizes has {parameters:,} parameters, which take {size / 2**30:,.0f} GiB; this machine "
+            f"has {there / 2**30:,.0f} GiB of memory: give smaller sizes"
+        )
     return make(config)  # type: ignore[no-any-return]
 
 

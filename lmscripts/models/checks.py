@@ -23,7 +23,7 @@ from lmscripts.errors import UserError, shortened
 from lmscripts.models.attention import AttentionPath, attention_paths, use_attention
 from lmscripts.models.dropout import probe
 from lmscripts.models.loading import quiet_loading
-from lmscripts.tokenizer.encoder import Encoder, segmentation_difference
+from lmscripts.tokenizer.encoder import Encoder, load_tokenizer, segmentation_difference
 from lmscripts.tokenizer.folder import copy_tokenizer
 
 # ---- isolation ---------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def _declared(model: Any, settings: dict[str, Any], name: str) -> dict[str, byte
 
 def _check_auto_class(model: Any, auto: str, folder: str) -> None:
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             found = type(getattr(transformers, auto).from_config(config))
     except Exception as error:  # whatever a configuration makes transformers raise
@@ -290,7 +290,7 @@ def _check_auto_class(model: Any, auto: str, folder: str) -> None:
 def _other_tokenizer(ours: Encoder, folder: str) -> str | None:
     """How the tokenizer that AutoTokenizer makes in a folder differs; None where it does not."""
     try:
-        beside = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+        beside = load_tokenizer(Path(folder))
         if ours.tokenizer.get_vocab() != beside.get_vocab():
             return f"a vocabulary of {len(beside)} other entries"
         return segmentation_difference(ours.tokenizer, beside)

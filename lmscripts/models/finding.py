@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmscripts.errors import UserError, shortened
-from lmscripts.files import file_sha256
+from lmscripts.files import file_sha256, read_json
 
 CHECKSUMS = "checksums.json"
 AVERAGE = "average.safetensors"
@@ -37,9 +37,14 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """training_state.json of a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+def read_state(checkpoint: Path, *names: Literal["progress", "groups"]) -> dict[str, Any]:
+    """training_state.json of a checkpoint with its settings, and what else is needed; a UserError if it is damaged."""
+    kinds: dict[str, Any] = {"progress": {"step": int}, "groups": [dict]}
+    form = {"fixed": dict} | {name: kinds[name] for name in names}
+    state: dict[str, Any] = read_json(checkpoint / STATE, form, "take another checkpoint")
+    if "progress" in names and (step := state["progress"]["step"]) != (checkpoint_step(checkpoint) or step):
+        raise UserError(f"{checkpoint / STATE} says step {step:,}: it is that of another checkpoint")
+    return state
 
 
 # ---- whole or damaged --------------------------------------------------------------------------------------------
@@ -66,9 +71,11 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has another content than was written"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return f"{CHECKSUMS} is damaged"
-    return None if facts else f"{CHECKSUMS} names no file"
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")}
+    unnamed = ({STATE} | there) - {CHECKSUMS, *facts}
+    return f"{CHECKSUMS} does not name {min(unnamed)}" if unnamed else None
 
 
 def look_for_whole(run_dir: Path) -> tuple[Path | None, list[str]]:

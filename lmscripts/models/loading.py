@@ -53,7 +53,7 @@ def read_config(name: str | Path, architecture: Any = None) -> Any:
     of_type: Any = getattr(architecture, "config_class", None)
     try:
         if of_type is None:
-            return AutoConfig.from_pretrained(str(place), local_files_only=True)
+            return AutoConfig.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
         settings, _ = PretrainedConfig.get_config_dict(str(place), local_files_only=True)
         saved_type = settings.get("model_type", of_type.model_type)  # old files are silent: the weights will tell
         config = of_type.from_dict(settings)
@@ -107,6 +107,7 @@ def load_model(
                 config=config,
                 dtype=torch.float32,
                 local_files_only=local,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # refused below, with the sizes
                 output_loading_info=True,
             )
@@ -161,7 +162,7 @@ def tokenizer_beside(name: str | Path) -> Encoder | None:
     place = _folder(name)
     if not Path(name).expanduser().is_dir():
         try:
-            AutoTokenizer.from_pretrained(name)  # type: ignore[no-untyped-call]  # brings its files to the cache
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-untyped-call]  # brings its files to the cache
         except Exception as error:
             raise UserError(f"the tokenizer of {name} cannot be loaded ({shortened(error)})") from error
     if not any(file.is_file() for name in TOKENIZER_FILES for file in place.glob(name)):

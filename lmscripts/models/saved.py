@@ -230,7 +230,7 @@ def _state(place: Path) -> tuple[int | None, list[str]]:
     """Steps done, and why the state says that nothing was trained."""
     if not (place / STATE).is_file():
         return checkpoint_step(place), []
-    progress = read_state(place)["progress"]
+    progress = read_state(place, "progress")["progress"]
     step = int(progress["step"])
     begun_anew = step == 0 and not progress.get("origin")  # else the weights are those of an earlier training
     return step, [f"{STATE} says step 0"] if begun_anew else []

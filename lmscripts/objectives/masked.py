@@ -83,6 +83,11 @@ def plan(tokenizer: Any, layout: Layout, settings: Any, **corruption: Any) -> Ma
     (probability,) = settings.mask_probability
     if not 0 < probability < 1:
         raise UserError(f"--mask_probability must lie between 0 and 1, got {probability}")
+    if (per_row := probability * layout.most_real_tokens) < 0.01:
+        raise UserError(
+            f"--mask_probability {probability} of rows of {layout.sequence_length} tokens masks one token in "
+            f"{1 / per_row:,.0f} rows: nothing would be learnt"
+        )
     special = set(tokenizer.all_special_ids)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     ordinary = sorted(i for token, i in vocabulary.items() if i not in special and not UNUSED.fullmatch(token))

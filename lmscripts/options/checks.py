@@ -10,10 +10,33 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lmscripts.errors import UserError
-from lmscripts.options.yaml_text import shown
+from lmscripts.files import check_place
+from lmscripts.options.yaml_text import Flag, shown
+
+
+def check_value(flag: Flag, given: Any) -> None:
+    """Check what was given for an option against what it is for.
+
+    Raises:
+        UserError: a whole number beyond all sense, a place where nothing can be written, or no name.
+    """
+    for value in given if isinstance(given, tuple) else (given,):
+        if isinstance(value, int) and not -flag.most <= value <= flag.most:
+            raise UserError(f"--{flag.name} must be at most {flag.most:,}, got {value:,}")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--{flag.name} {value!r} holds a character that no name can have")
+    if flag.writes and given is not None and given != flag.default:
+        if not given.strip():
+            raise UserError(f"--{flag.name} is empty: give the name of a {flag.writes}")
+        if os.environ.get("RANK", "0") == "0":  # the process that writes
+            try:
+                check_place(Path(given), flag.writes == "folder")
+            except UserError as error:
+                raise UserError(f"--{flag.name} {error}") from None
 
 
 def check_numbers(

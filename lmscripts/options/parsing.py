@@ -11,18 +11,19 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 import jsonargparse
 
 from lmscripts.errors import UserError
-from lmscripts.options.checks import num_cpus
+from lmscripts.options.checks import check_value, num_cpus
 from lmscripts.options.yaml_text import LINE, Entry, Flag, by_group, listed, nearest, normal, read_yaml, shown, to_yaml
 
 MISSING = dataclasses.MISSING
@@ -60,6 +61,8 @@ def option(
     group: str = "",
     short: str = "",
     positional: bool = False,
+    most: float = 10**12,
+    writes: Literal["", "folder", "file"] = "",
 ) -> Any:
     """One option of a script; the field's name is the option's name and its YAML key.
 
@@ -70,9 +73,12 @@ def option(
         group: heading in `--help` and in the YAML.
         short: a letter that stands for it on the line, after one dash.
         positional: words of the line that belong to no option are its values.
+        most: the largest whole number that it may be, with either sign.
+        writes: it names a folder or a file that is written, where that has to be possible.
     """
     metadata = {"help": help, "required": required or default is MISSING, "group": group, "short": short}
-    return dataclasses.field(default=default, kw_only=True, metadata={**metadata, "positional": positional})
+    metadata |= {"positional": positional, "most": most, "writes": writes}
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
 def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None = None, **rest: Any) -> Any:
@@ -161,6 +167,9 @@ def _parse(
             sys.exit(0)
         if missing := [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]:
             raise UserError(f"missing {listed(missing, 'and')} (on the line or in the file of --config)")
+
+        for name, flag in flags.items():
+            check_value(flag, values.get(name))
 
         def made(cls: type[Any]) -> Any:
             return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
@@ -400,8 +409,10 @@ class _Reader:
 
     def _typed(self, flag: Flag, text: str | None) -> Any:
         """What jsonargparse makes of a value; MISSING where it refuses it."""
-        # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750.
-        if text is None or (flag.kinds & {int, float} and ":" in text):
+        # YAML 1.1, with which jsonargparse reads numbers, takes 12:30 for 750 and 010 for 8; Python makes no number of
+        # some thousand digits.
+        odd = text is None or ":" in text or len(text) > 400 or re.match("[-+]?0[0-9xXbBoO_]", text)
+        if text is None or (odd and flag.kinds & {int, float}):
             return MISSING
         if flag.kinds <= {str, types.NoneType}:  # verbatim: "null" in quotation marks is a text in a file
             return text

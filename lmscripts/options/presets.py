@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from lmscripts.errors import UserError
 from lmscripts.options.yaml_text import listed, nearest, normal
 
 Reader = Callable[[Any], Any]
+MOST_TOKENS = 1 << 16  # of a row
 
 # ---- how a value is read -----------------------------------------------------------------------------------------
 
@@ -39,9 +41,12 @@ def _is_number(value: Any, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def _whole(least: int, most: float = math.inf) -> Reader:
-    bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-    return _checked(f"a whole number {bounds}", lambda value: _is_number(value, int) and least <= value <= most)
+def _whole(least: int, most: int = 10**12) -> Reader:
+    bounds = f"from {least} to {most}" if most < 10 else f"of at least {least}"
+    whole = _checked(f"a whole number {bounds}", lambda value: _is_number(value, int) and value >= least)
+    return lambda value: _checked(
+        f"a whole number {bounds}" if most < 10 else f"at most {most:,}", lambda v: v <= most
+    )(whole(value))
 
 
 def _number(bounds: str, below: float, made: Reader) -> Reader:
@@ -50,8 +55,9 @@ def _number(bounds: str, below: float, made: Reader) -> Reader:
 
 def _fraction(value: Any) -> Fraction:
     """`"1/4"`, or a number such as 0.25: above 0 and at most 1."""
-    try:
-        fraction = Fraction(0 if isinstance(value, bool) else str(value))
+    text = "" if isinstance(value, bool) else str(value)
+    try:  # Fraction would write an exponent out, however many digits that are
+        fraction = Fraction(text if re.fullmatch(r"[\d./ ]{1,40}(e-?\d{1,2})?", text, re.ASCII) else 0)
     except (ValueError, ZeroDivisionError):
         fraction = Fraction(0)
     _checked('a fraction such as "1/4", at most 1', lambda _: 0 < fraction <= 1)(value)
@@ -62,7 +68,7 @@ def _rows_of_nodes(value: Any) -> dict[int, int]:
     """Rows of a step by the number of the node, in their order; -1 where there is a single one."""
     form = '{"-1": rows} or {"0": rows of node 0, "1": rows of node 1, ...}'
     _checked(form, lambda value: isinstance(value, dict) and bool(value))(value)
-    wrong = {node: rows for node, rows in value.items() if not (_is_number(rows, int) and rows >= 1)}
+    wrong = {node: rows for node, rows in value.items() if not (_is_number(rows, int) and 1 <= rows <= 10**9)}
     _checked("whole numbers of at least 1", lambda wrong: not wrong)(wrong)
     if "-1" in value and len(value) > 1:
         raise ValueError(f'has "-1" (a single node) beside node numbers: {json.dumps(value)}')
@@ -113,12 +119,12 @@ class Preset:
 
     name: str
     family: str
-    layers: int | None = key_of("number-of-layers", _whole(1), kind="size")
-    hidden_size: int | None = key_of("hidden-size", _whole(1), kind="size")
-    ffn_size: int | None = key_of("ffn-inner-hidden-size", _whole(1), kind="size")
-    heads: int | None = key_of("attention-heads", _whole(1), kind="size")
-    sequence_length: int | None = key_of("sequence-length", _whole(8), kind="length")
-    embedding_size: int | None = key_of("embedding-size", _whole(1), kind="family")
+    layers: int | None = key_of("number-of-layers", _whole(1, 1000), kind="size")
+    hidden_size: int | None = key_of("hidden-size", _whole(1, 1_000_000), kind="size")
+    ffn_size: int | None = key_of("ffn-inner-hidden-size", _whole(1, 10_000_000), kind="size")
+    heads: int | None = key_of("attention-heads", _whole(1, 1_000_000), kind="size")
+    sequence_length: int | None = key_of("sequence-length", _whole(8, MOST_TOKENS), kind="length")
+    embedding_size: int | None = key_of("embedding-size", _whole(1, 1_000_000), kind="family")
     generator_fraction: Fraction | None = key_of("generator-size", _fraction, kind="family")
     warmup_steps: int = key_of("warmup-steps", _whole(0), kind="schedule")
     learning_rate: float = key_of("learning-rate", _rate, kind="schedule")
@@ -330,6 +336,10 @@ def _read_json(parameter_file: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{parameter_file}, {place}: not valid JSON ({error.msg})") from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{parameter_file} cannot be read: nested too deeply, or a number of too many digits") from None
     if not isinstance(content, dict):
         raise UserError(f"{parameter_file} must be an object of presets, not {type(content).__name__}")
     if not _is_comment(content.get("comment", "")):

@@ -10,7 +10,6 @@ import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union
 
 import yaml
@@ -18,6 +17,7 @@ import yaml
 from lmscripts.errors import UserError
 
 LINE = "command line"
+_LARGEST = 1 << 20
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -32,6 +32,8 @@ class Flag(NamedTuple):
     group: str = ""
     short: str = ""
     positional: bool = False
+    most: float = 10**12
+    writes: str = ""
 
     @property
     def one_value(self) -> Any:
@@ -139,7 +141,13 @@ def read_yaml(file_name: str, blocks: Collection[str] = ()) -> list[Entry]:
         UserError: the file cannot be read or holds something else.
     """
     try:
-        node = yaml.compose(Path(file_name).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        with open(file_name, "rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise UserError(f"{file_name} has over {_LARGEST:,} bytes: it is no file of options")
+        node = yaml.compose(content.decode("utf-8-sig"), Loader=yaml.SafeLoader)
+        if _size(node, {}) > _LARGEST:
+            raise UserError(f"{file_name} stands for over {_LARGEST:,} values, as its aliases multiply")
         if not isinstance(node, (yaml.MappingNode, types.NoneType)):
             raise UserError(f"{file_name} must hold lines of the form `option: value`")
         return list(_entries(node, "", file_name, blocks)) if node else []
@@ -166,10 +174,11 @@ def _entries(root: yaml.MappingNode, prefix: str, file_name: str, blocks: Collec
         seen.add(key)
         if key in ("compute_environment", "distributed_type"):
             raise UserError(f"{file_name} is a file for Accelerate: give it to `accelerate launch --config_file`")
-        value = _plain(node)
         if key in blocks and isinstance(node, yaml.MappingNode):
             yield from _entries(node, f"{key}.", file_name, blocks)
-        elif key in blocks and value is not None:
+            continue
+        value = _plain(node, label)
+        if key in blocks and value is not None:
             raise UserError(f"{label} must hold indented lines of the form `option: value`")
         elif key not in blocks:
             is_list = isinstance(value, list)
@@ -188,17 +197,30 @@ def plain_value(text: str) -> Any:
     if not text.startswith(("[", "{")):
         return text
     try:
-        return _plain(yaml.compose(text, Loader=yaml.SafeLoader))
+        return _plain(yaml.compose(text, Loader=yaml.SafeLoader), text)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{text} is not valid YAML") from error
 
 
-def _plain(node: yaml.Node | None) -> Any:
+def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Values that a node stands for, with its aliases written out, each of which is counted but once."""
+    if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) and id(node) not in known:
+        members = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(member, known) for member in members)
+    return known.get(id(node), 1)
+
+
+def _plain(node: yaml.Node | None, label: str) -> Any:
     """A node as texts, None for null, lists and mappings of these."""
     if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _plain(value) for key, value in node.value}
+        plain: dict[str, Any] = {}
+        for key, value in node.value:
+            if str(key.value) in plain:
+                raise UserError(f"{label}: {key.value} stands there a second time in line {key.start_mark.line + 1}")
+            plain[str(key.value)] = _plain(value, label)
+        return plain
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
+        return [_plain(item, label) for item in node.value]
     if not isinstance(node, yaml.ScalarNode) or (node.style is None and node.value in _NULLS):
         return None
     return node.value
@@ -232,6 +254,7 @@ def _yaml_value(value: Any) -> str:
 def shown(value: Any) -> str:
     """A value as one would type it, in quotation marks only where it would be hard to see."""
     if isinstance(value, str):
+        value = value if len(value) <= 100 else f"{value[:60]}... ({len(value):,} characters)"
         return value if value.split() == [value] else repr(value)
     return " ".join(shown(item) for item in value) if isinstance(value, tuple) else _yaml_value(value)
 

@@ -191,7 +191,8 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer folder {folder} does not exist (seen from {Path.cwd()}); make one with train_tokenizer.py"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-untyped-call]
+        # False: a folder that names code of its own would have it asked for on the terminal, and run.
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a foreign folder makes transformers raise
         reason = shortened(error, 300)
         raise UserError(f"{folder} holds no tokenizer that AutoTokenizer can load ({reason})") from error

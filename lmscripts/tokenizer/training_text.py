@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmscripts.files import new_text, write_text
+from lmscripts.files import folder_aside, new_text, remove_leftovers, write_text
 from lmscripts.text.corpus import Span, lines_before, read_documents
 from lmscripts.text.records import TEXTS, TableOptions
 from lmscripts.text.report import MAX_EXAMPLES, TextReport
@@ -37,10 +36,9 @@ def splits_folder(model_dir: Path, intermediate_dir: str) -> Iterator[Path]:
         Path(intermediate_dir).mkdir(parents=True, exist_ok=True)
         yield Path(intermediate_dir)
         return
-    model_dir.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{model_dir.name}.words-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=model_dir.parent, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    remove_leftovers(model_dir)
+    with folder_aside(model_dir) as folder:
+        yield folder
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,11 @@ def save_checkpoint(
             text = json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True)
             (aside / STATE).write_text(text + "\n", encoding="utf-8")
             write_checksums(aside)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        free = shutil.disk_usage(run_dir).free
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(run_dir if run_dir.is_dir() else ".").free
         raise UserError(
-            f"could not save {folder} ({error}); {free:,} bytes are free there. Earlier checkpoints are untouched"
+            f"could not save {folder} ({error}); {free:,} bytes are free there. Earlier checkpoints are untouched: "
+            "when it can be written again, go on with --do_continue"
         ) from None
     return folder
 
@@ -288,6 +289,11 @@ def load_optimizer_state(
             continue  # trained in the other run, frozen in this one
         if another_run:
             state = {key: _fitted(value, parameter) for key, value in state.items()}
+        if odd := [key for key, value in state.items() if value.ndim and value.shape != parameter.shape]:
+            raise UserError(
+                f"{file}: {name}/{odd[0]} has the shape {tuple(state[odd[0]].shape)}, the parameter "
+                f"{tuple(parameter.shape)}: it is of another run; take another checkpoint"
+            )
         counts_on_device = group_of[parameter].get("fused") or group_of[parameter].get("capturable")
         optimizer.state[parameter] = {
             # Fused kernels want their step counter on the device; for all others that would be a wait in every step.
@@ -298,7 +304,16 @@ def load_optimizer_state(
         raise UserError(f"{file} was saved by another optimizer: it has {len(groups)} groups of parameters")
     for group, numbers in zip(optimizer.param_groups, groups, strict=True):
         kept = {key: v for key, v in numbers.items() if key == "step" or not another_run}
+        if odd := [key for key, v in kept.items() if not _alike(v, group.get(key, v))]:
+            raise UserError(f"{file}: {odd[0]} of a group of parameters is {kept[odd[0]]!r}; take another checkpoint")
         group.update({key: tuple(v) if isinstance(v, list) else v for key, v in kept.items()})
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two plain values are of one kind, lists of one length."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return not isinstance(one, (str, list, dict)) if not isinstance(other, str) else isinstance(one, str)
 
 
 def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:

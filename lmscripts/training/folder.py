@@ -13,17 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
 from lmscripts.models.checks import check_exports
 from lmscripts.models.finding import (
     AVERAGE,
     OF_TRAINING,
     OPTIMIZER,
+    STATE,
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
@@ -190,7 +192,7 @@ class RunFolder:
         source, another_run = self.source, self._carry_over is not None
         if source is None or self._carry_over == "weights":
             return TrainingState(own=own)
-        facts = read_state(source)
+        facts = read_state(source, "progress", "groups")
         if another_run and facts["fixed"].get("optimizer") != optimizer_name:
             raise UserError(
                 f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use "
@@ -204,7 +206,10 @@ class RunFolder:
             return TrainingState(own=own)
         if average is not None and (source / AVERAGE).is_file():
             load_average(average, load_file(source / AVERAGE))
-        state = TrainingState.from_json(facts["progress"], own)
+        try:
+            state = TrainingState.from_json(facts["progress"], own)
+        except UserError as error:
+            raise UserError(f"{source / STATE} is damaged ({error}); take another checkpoint") from None
         if another_run:
             state.evaluated_step, state.window_sums, state.window_counts = -1, {}, {}
         return state
@@ -359,11 +364,14 @@ def _in_numbers(rate: Callable[[int], float]) -> dict[str, Any]:
 
 def write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None = None) -> None:
     """A model as the Auto classes load it; `weights` if they had to be gathered."""
-    if weights is None:
-        model.save_pretrained(folder)
-    else:
+    given: dict[str, Any] = {}
+    if weights is not None:
         tied = set(model.all_tied_weights_keys)
-        model.save_pretrained(folder, state_dict={k: v for k, v in weights.items() if k not in tied})
+        given = {"state_dict": {name: tensor for name, tensor in weights.items() if name not in tied}}
+    try:
+        model.save_pretrained(folder, **given)
+    except SafetensorError as error:
+        raise UserError(f"{folder} cannot be written ({shortened(error)})") from None
 
 
 # ---- the best weights so far ---------------------------------------------------------------------------------------
@@ -374,7 +382,7 @@ def keep_best(run_dir: Path, name: str, model: PreTrainedModel) -> None:
     folder = run_dir / f"best-{name}"
     remove_leftovers(folder)
     with replaced_folder(folder) as aside:  # of an epoch that was repeated after a stop
-        model.save_pretrained(aside)
+        write_weights(aside, model)
 
 
 def prune_best(run_dir: Path, named: Callable[[dict[str, Any]], Any]) -> None:
@@ -384,7 +392,7 @@ def prune_best(run_dir: Path, named: Callable[[dict[str, Any]], Any]) -> None:
         run_dir: the run's folder.
         named: gives the name of the best weights from what a checkpoint says of its progress.
     """
-    kept = {str(named(read_state(folder)["progress"])) for folder in list_checkpoints(run_dir)}
+    kept = {str(named(read_state(folder, "progress")["progress"])) for folder in list_checkpoints(run_dir)}
     for folder in run_dir.glob("best-*"):
         if folder.name.removeprefix("best-") not in kept:
             shutil.rmtree(folder, ignore_errors=True)

@@ -41,7 +41,9 @@ _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors",
 
 def read_log(file: Path) -> list[dict[str, Any]]:
     """Records of a log.jsonl; a damaged line, such as a last one cut off by a crash, is left out."""
-    records = []
+    records: list[dict[str, Any]] = []
+    if not file.is_file():
+        return records
     with open(file, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -73,7 +75,7 @@ class Reporter:
         from tqdm import tqdm
 
         main, self._file = accelerator.is_main_process, run_dir / "log.jsonl"
-        self._accelerator, self._stop_step = accelerator, stop_step
+        self._accelerator, self._stop_step, self._lost = accelerator, stop_step, False
         if main:
             kept = read_log(self._file) if continued and self._file.exists() else []
             lines = (json.dumps(record) + "\n" for record in kept if record.get("step", 0) <= step)
@@ -108,13 +110,26 @@ class Reporter:
         """Write a record of a step and show it in words."""
         if self._accelerator.is_main_process:
             known = {name: value if isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
-            with open(self._file, "a", encoding="utf-8") as file:
+            with self._unharmed(), open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **known}, ensure_ascii=False) + "\n")
-        self._accelerator.log(dict(record), step=step)
+        with self._unharmed():
+            self._accelerator.log(dict(record), step=step)
         self.bar.set_postfix_str(words)
         if self.bar.disable:
             self._told, line = True, ", ".join(filter(None, (words, self._left(step))))
             self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {line}", flush=True)
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """What cannot be written down, as on a full disk, is said once, and costs no training."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                self._accelerator.print(
+                    f"warning: {self._file} or the tracker's file: {error.strerror}; training goes on"
+                )
+            self._lost = True
 
 
 def gpu_statistics(device: torch.device) -> dict[str, float]:

@@ -120,7 +120,8 @@ def lengths_of_run(run_dir: Path) -> tuple[int, ...]:
     from lmscripts.models.finding import look_for_whole, read_state
 
     own = look_for_whole(run_dir)[0]
-    return () if own is None else tuple(read_state(own)["fixed"]["sequence_length"])
+    lengths = None if own is None else read_state(own)["fixed"].get("sequence_length")
+    return tuple(lengths) if isinstance(lengths, list) else ()
 
 
 def by_phase(values: Mapping[str, Sequence[Any]], num_phases: int) -> list[dict[str, Any]]:
@@ -158,13 +159,14 @@ def open_sources(
         wanted: what the tokenizer has to be, see `lmscripts.tokenizer.folder.check_tokenizer`.
 
     Raises:
-        UserError: the tokenizer is another or lacks a special token, or a store has no training text.
+        UserError: the tokenizer is another or lacks a special token, or a store is damaged or has no training text.
     """
-    from transformers import AutoTokenizer
-
+    from lmscripts.data.token_store import check_store
     from lmscripts.tokenizer.folder import check_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(phases[0].store.tokenizer_dir, local_files_only=True)
+    for store in {phase.store.folder: phase.store for phase in phases}.values():
+        check_store(store)
+    tokenizer = phases[0].store.load_tokenizer()
     check_tokenizer(tokenizer, **wanted)
     opened = []
     for phase in phases:
@@ -402,14 +404,17 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
     if own is None and steps is None:
         raise UserError(f"--decay_from {decay_from} needs --decay_steps")
     checkpoint = own or find_checkpoint(Path(decay_from))[0]
-    state = read_state(checkpoint)
+    state = read_state(checkpoint, "progress")
     plan, fixed, step = state.get("schedule"), state["fixed"], state["progress"]["step"]
-    if plan is None:
+    if not isinstance(plan, dict):
         raise UserError(f"{checkpoint} does not say its schedule: it was saved by an older version")
     if fixed.get("phase_steps"):
         raise UserError(
             f"{checkpoint} is of a run with --phase_steps {shown(tuple(fixed['phase_steps']))}: no branches"
         )
+    numbers = {name: plan.get(name) for name in ("warmup_steps", "max_steps", "peak")}
+    if not all(isinstance(value, (int, float)) for value in (*numbers.values(), plan.get("decay_steps") or 0)):
+        raise UserError(f"{checkpoint} does not say its schedule in numbers, which a branch needs")
     decay = {"wsd": plan["decay_steps"] or 0, "constant": 0}.get(plan["schedule"])
     if decay is None:
         raise UserError(f"{checkpoint} was trained with --schedule {plan['schedule']}, whose rate is never stable")

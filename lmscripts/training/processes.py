@@ -225,6 +225,8 @@ def process_shares(
             raise UserError(f"{len(weights)} process shares were given for {len(nodes)} processes")
         return split_shares(batch_size, list(weights))
     if node_batch_sizes is None:
+        if max(nodes) >= len(nodes):
+            raise UserError(f"--node_rank {max(nodes)} cannot be: {len(nodes)} processes were started, on fewer nodes")
         return split_shares(batch_size, [1] * len(nodes))
     if set(nodes) != set(node_batch_sizes):
         raise UserError(

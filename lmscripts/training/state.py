@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -53,9 +54,16 @@ class TrainingState:
         Args:
             values: the values.
             own: an object of the class of `own`, of which an equal one with the saved values is made.
+
+        Raises:
+            UserError: a value is of another type than it should be, or is of no field.
         """
         shared = {each.name for each in fields(cls)} & values.keys()
         rest = {name: value for name, value in values.items() if name not in shared}
+        hints = get_type_hints(cls) | ({} if own is None else get_type_hints(type(own)))
+        for name in values if own is not None else shared:
+            if name not in hints or not _is_a(values[name], hints[name]):
+                raise UserError(f"{name} is {str(values[name])[:40]}")
         return cls(**{name: values[name] for name in shared}, own=None if own is None else type(own)(**rest))
 
     def open_window(self, process: int) -> tuple[Sums, Sums]:
@@ -82,6 +90,16 @@ class TrainingState:
                 "learning rate or look at the text; the last checkpoint is from before"
             )
         return False
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON gave is of a type; what stands in lists is not looked at."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind is UnionType:
+        return any(_is_a(value, each) for each in arguments)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_a(each, arguments[1]) for each in value.values())
+    return kind is Any or (isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool))
 
 
 def of_process(sums: Sums, process: int) -> Sums:
