@@ -73,6 +73,7 @@ class Options:
     split_column: str | None = option(None, help="column that says train, validation or test", group="data")
     labels: tuple[str, ...] = option((), help="all labels in their order; default: those of the table", group="data")
     separator: str | None = option(None, help="several labels a row, with this between them: '|'", group="data")
+    label_columns: tuple[str, ...] = option((), help="or a column for each label, with 1 or 0", group="data")
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="data")
     encoding: str | None = option(None, help="default: UTF-8, or what a byte order mark says", group="data")
     quotes: bool = option(True, help="csv: a field may stand in double quotes", group="data")
@@ -142,7 +143,9 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
         check_numbers(vars(self), positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
-        check_metric(self, multi_label=bool(self.separator))
+        check_metric(self, multi_label=bool(self.separator or self.label_columns))
+        if self.label_columns and (self.separator or self.labels or self.label != Options.label):
+            raise UserError("--label_columns says what the labels are: leave out --label, --labels and --separator")
         parse_duration(self.max_time)
         if self.split_column or self.validation_file or self.test_file:
             check_shares(self)
@@ -237,7 +240,7 @@ def open_task(options: Options) -> Task:
     names = {"id": options.id_column, "group": options.group_column, "split": options.split_column}
     names |= {name: getattr(options, name) for name in ("separator", "delimiter", "encoding")}
     table = {name: value or "" for name, value in names.items()}
-    table |= {name: getattr(options, name) for name in ("labels", "quotes", "on_bad_row")}
+    table |= {name: getattr(options, name) for name in ("labels", "label_columns", "quotes", "on_bad_row")}
     with tqdm(unit="document", disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0") as bar:
         database = open_or_build(
             options.input_file,

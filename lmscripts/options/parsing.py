@@ -150,7 +150,10 @@ def _parse(
             _say(to_yaml(flags.values(), values), sys.stdout)
             sys.exit(0)
         if missing := [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]:
-            raise UserError(f"missing {listed(missing, 'and')} (on the line or in the file of --config)")
+            took = (e for n, (_, e) in given.items() if flags[n].is_tuple and e.origin == LINE and e.values)
+            taken = next((e for e in took if Path(e.values[-1] or "").is_file()), None)
+            hint = f"; {taken.label} took {taken.values[-1]} for one of its values: write that first" if taken else ""
+            raise UserError(f"missing {listed(missing, 'and')} (on the line or in the file of --config){hint}")
 
         def made(cls: type[Any]) -> Any:
             return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
