@@ -120,12 +120,13 @@ TEXTS = corpus_table()
 
 @dataclass(frozen=True)
 class BadRow:
-    """One row that cannot be used: its first line, a reason of few kinds, the details, and its beginning."""
+    """One row that cannot be used: its first line, a reason of few kinds, details, its beginning, its id if known."""
 
     line: int
     reason: str
     details: str
     raw: str
+    name: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "raw", SURROGATE.sub("\ufffd", self.raw)[:_RAW_CHARACTERS])
@@ -418,7 +419,8 @@ def _row(line: int, fields: Fields, table: TableOptions, known: frozenset[str], 
     labels: tuple[str, ...] | None = ()
 
     def bad(reason: str, details: str) -> BadRow:
-        return BadRow(line, reason, details, " | ".join(f"{name}={fields.get(name)!s:.80}" for name in table.columns()))
+        raw = " | ".join(f"{name}={fields.get(name)!s:.80}" for name in table.columns())
+        return BadRow(line, reason, details, raw, values.get("id") or None)
 
     for name, column in table.columns().items():
         value = fields.get(name)
