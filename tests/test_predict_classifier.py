@@ -204,7 +204,7 @@ def test_a_table_on_standard_input_is_one(model_dir, tmp_path):
         rows = predict(*arguments, "--input_format", kind, standard_input=table.encode())
         for row, wanted in zip(rows, expected, strict=True):
             assert [row[name] for name in list(row)[2:]] == [wanted[name] for name in list(wanted)[1:]], kind
-    XX
+            assert row["name"] == str(int(wanted["line"]) - 1)
     done = run_here(SCRIPT, *arguments, "--input_format", "csv", standard_input=b"no,txt\n", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "standard input has no column '本文'" in done.stderr
