@@ -662,12 +662,12 @@ def test_what_a_killed_process_left_beside_the_results_goes_and_nothing_else(tmp
 
 def test_a_card_shows_names_as_they_are(tmp_path):
     hostile = "<script>alert(1)</script> a|b *c* [d](e) `f` \\"
-    card = card_text("x <b>", {"labels": hostile}, "label: |\n  ```\n  <img>\n")
+    card = card_text("x <b>", {"labels": hostile}, "# ---- data ----\n\n# what it is\nlabel: |\n  ```\n  <img>\n")
     (row,) = (line for line in card.splitlines() if line.startswith("| labels"))
     assert not set("<>*`[]\\") & set(row)
     assert html.unescape(row) == f"| labels | {hostile} |"
     assert "# x &lt;b&gt;" in card
-    assert card.rstrip().endswith("````yaml\nlabel: |\n  ```\n  <img>\n````")
+    assert card.rstrip().endswith("</summary>\n\n````yaml\nlabel: |\n  ```\n  <img>\n````\n\n</details>")
 
 
 def several_labels(part):

@@ -22,6 +22,7 @@ from lmscripts.data.labelled_rows import Part
 from lmscripts.data.labelled_store import Database, RunKey
 from lmscripts.errors import UserError
 from lmscripts.evaluation.judging import (
+    LAST_EPOCH,
     Judged,
     RowAnswers,
     answer_rows,
@@ -30,6 +31,7 @@ from lmscripts.evaluation.judging import (
     decided,
     judge,
     names_of,
+    told_apart,
 )
 from lmscripts.evaluation.metrics import plain
 from lmscripts.evaluation.report import csv_text, visible
@@ -364,10 +366,14 @@ def finish(
     else:
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
+    notices = [LAST_EPOCH] if 0 < progress.best_epoch == len(progress.history) else []
     if (tested := _judged(database, run, parts, settings).get("test")) is not None:
+        truth, given = parts["test"][0].truth[tested.places], decided(tested.probabilities, settings)
+        notices += told_apart(truth, given, labels)
         write_tables(files, places, parts["test"][0], tested, labels, settings)
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
-    facts["best_epoch"] = progress.best_epoch
+    facts |= {"best_epoch": progress.best_epoch, "notices": notices}
+    said += [f"beware: {notice}" for notice in notices]
     place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
     about = {"run": run.run_id, "database": place, **facts}
     write_text(files.statistics, statistics_text(about, progress.history, tested))
@@ -380,6 +386,7 @@ def finish(
     numbers = plain({} if tested is None else tested.document)
     shown = {name.replace("_", " "): "undefined" if v is None else f"{v:.4f}" for name, v in numbers.items()}
     told |= {f"test documents: {name}": value for name, value in shown.items()}
+    told |= {f"beware ({number})": notice for number, notice in enumerate(notices, 1)}
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
