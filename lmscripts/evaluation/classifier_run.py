@@ -379,14 +379,10 @@ def finish(
     write_text(files.statistics, statistics_text(about, progress.history, tested))
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
-    told: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
-    told |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
-    told |= {"temperature": f"{settings.temperature:.4f}"}
-    told["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
     numbers = plain({} if tested is None else tested.document)
     shown = {name.replace("_", " "): "undefined" if v is None else f"{v:.4f}" for name, v in numbers.items()}
-    told |= {f"test documents: {name}": value for name, value in shown.items()}
-    told |= {f"beware ({number})": notice for number, notice in enumerate(notices, 1)}
+    told = {"labels": ", ".join(labels), "began with": began_with, "architecture": model.config.model_type}
+    told |= _learnt(settings, progress, notices) | {f"test documents: {name}": value for name, value in shown.items()}
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
@@ -399,6 +395,16 @@ def finish(
     said += [where, f"the predictions are in {files.predictions}"]
     said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
     return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
+
+
+def _learnt(settings: ClassifierSettings, progress: ClassifierProgress, notices: list[str]) -> dict[str, Any]:
+    """Rows of the card."""
+    return {
+        "best epoch": progress.best_epoch or "the last",
+        "temperature": f"{settings.temperature:.4f}",
+        "rows": f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}",
+        **{f"beware ({number})": notice for number, notice in enumerate(notices, 1)},
+    }
 
 
 def _judged(
