@@ -55,7 +55,8 @@ class Options:
 
 def main() -> None:
     """Parse, analyse, write."""
-    options = parse_options(Options, description=__doc__ or "")
+    drawn = "the report has all charts, and so have the PNG files beside it"
+    options = parse_options(Options, description=__doc__ or "", accepted_unused={"charts": drawn, "c": drawn})
     with user_errors(only_words=True):
         analyze(options)
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel
 
 from lmscripts.data.labelled_rows import Part
 from lmscripts.data.labelled_store import Database, RunKey
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, naming
 from lmscripts.evaluation.judging import (
     LAST_EPOCH,
     Judged,
@@ -237,6 +238,7 @@ class ResultFiles:
         self.model = folder / f"{name}_trained_model"
         self.predictions = folder / f"{name}_testset_predictions.csv"
         self.fragments = folder / f"{name}_testset_fragments.csv"  # the rows of the same documents
+        self.weights = folder / f"{name}_trained_model.sav"  # where they were asked for
         self.statistics = folder / f"{name}_train_test_stats.json"  # numbers of every epoch and of the test part
 
     def check_free(self, do_continue: bool) -> None:
@@ -251,6 +253,14 @@ class ResultFiles:
                 f"{there[0]} is there already: give another --run_name or --output_dir, or --do_continue to go on "
                 "with the run that wrote it"
             )
+
+    def write_weights(self, model: PreTrainedModel) -> Path:
+        """Write the weights for `torch.load`, aside first; an older tool left them so."""
+        aside = self.weights.with_name(f".{self.weights.name}.part")
+        with naming(aside):
+            torch.save(model.state_dict(), aside)
+            aside.replace(self.weights)
+        return self.weights
 
     def remove_leftovers(self) -> None:
         """Remove what `write_text` of an earlier, killed process of this run left beside the files."""
@@ -278,7 +288,7 @@ def write_tables(
 
     `places` are line and name of every document; the settings are those after calibration.
     """
-    head = ["document", "line", "name", "true_label", "predicted_label", *(f"probability of {each}" for each in labels)]
+    head = ["document", "line", "name", "true_label", "prediction", *(f"probability of {each}" for each in labels)]
     doc_ids, between = part.doc_ids.tolist(), settings.separator
     truth = list(map(between.join, names_of(part.truth, labels)))
 

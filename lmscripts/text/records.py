@@ -149,7 +149,8 @@ def read_records(path: str, table: TableOptions, repairs: Counter[str]) -> Itera
         UserError: no such file, format, column or encoding; a damaged file, or one that is no table.
     """
     columns = list(table.columns().values())
-    if not table.text or len(set(columns)) < len(columns):
+    twice = len(set(table.label_columns)) < len(table.label_columns)
+    if not table.text or twice or len(set(columns)) < len(columns):
         raise UserError(f"text, labels, id, group and split must be columns of their own, not {', '.join(columns)}")
     if table.delimiter and (len(table.delimiter) != 1 or table.delimiter in '"\r\n'):
         raise UserError(f"the delimiter must be one character, not {table.delimiter!r:.60}")
