@@ -168,5 +168,5 @@ def _key(name: str) -> str:
     text = "".join(sign for sign in _INVISIBLE.sub("", text) if unicodedata.category(sign) not in ("Cc", "Cf"))
     if _NUMBER.fullmatch(text.strip()):
         return str(float(text) + 0.0)  # of -0.0 too
-    text = re.sub(r"(?<=\w)[-_\s\u2010-\u2015]+(?=\w)", " ", text)
-    return " ".join(text.strip(" \t.,;:'\"`。、").split()) or name
+    text = re.sub(r"(?<=\w)[-_\s\u2010-\u2015]+(?=\w)", "", text)
+    return "".join(text.strip(" \t.,;:'\"`。、").split()) or name

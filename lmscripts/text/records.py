@@ -259,19 +259,21 @@ def _csv_records(path: str, kind: str, table: TableOptions, repairs: Counter[str
         raise UserError(f"{path}:{top.first}: {_stray_quote(top)}; the header must name the columns")
     header = [name.strip() for name in top.fields]
     columns = _find_columns(path, header, table)
-    may_be_dashes = True
+    names, may_be_dashes = _normal(header, sum(map(bool, header)) > 1), True
     for row in rows:
         if may_be_dashes and not row.stray_from and _DASHES.fullmatch(delimiter.join(row.fields)):
             repairs["lines_of_dashes"] += 1
         else:
-            fields = _csv_fields(row, header, columns, delimiter)
+            fields = _csv_fields(row, header, names, columns, delimiter)
             if isinstance(fields, BadRow) and fields.reason == _OTHER_ORDER:
                 raise fields.error(path)
             yield row.first, fields
         may_be_dashes = False
 
 
-def _csv_fields(row: CsvRow, header: list[str], columns: dict[str, int], delimiter: str) -> Fields | BadRow:
+def _csv_fields(
+    row: CsvRow, header: list[str], names: list[str], columns: dict[str, int], delimiter: str
+) -> Fields | BadRow:
     """What is read from a row, or why it is none; columns without a name at the end may be missing."""
     fields, most = row.fields, len(header)
     least = max((place for place, name in enumerate(header, 1) if name), default=0)
@@ -286,23 +288,27 @@ def _csv_fields(row: CsvRow, header: list[str], columns: dict[str, int], delimit
         fault = "too few fields", f"{number} {least}{upto}"
     elif any(field.strip() for field in fields[most:]):
         fault = "too many fields", f"{number} {most}{upto}; a text with {delimiter!r} in it must stand in quotes"
-    elif again := _header_again(fields, header):
+    elif again := _header_again(fields, names):
         fault = again, "were tables put one behind the other? Cut the file in front of this line"
     else:
         return {name: fields[place] for name, place in columns.items()}
     return BadRow(row.first, *fault, raw)
 
 
-def _header_again(fields: list[str], header: list[str]) -> str:
-    """What a row is that holds the names of the columns and nothing else, of several in any case; "" for others."""
-    names = [name.casefold() if len(header) > 1 else name for name in header if name]
-    first = fields[0].strip()
-    if first not in names and first.casefold() not in names:  # most rows
+def _header_again(fields: list[str], names: list[str]) -> str:
+    """What a row is that holds the names of the columns (see `_normal`) and nothing else; "" for others."""
+    if fields[0].strip().casefold() not in names and fields[0].strip() not in names:  # most rows
         return ""
-    found = [field.strip().casefold() if len(header) > 1 else field.strip() for field in fields if field.strip()]
+    found = _normal(fields, len(names) > 1)
     if found == names:
         return "header repeated"
     return _OTHER_ORDER if sorted(found) == sorted(names) else ""
+
+
+def _normal(fields: list[str], several: bool) -> list[str]:
+    """The cells that are not empty; case says nothing where there are several columns."""
+    filled = filter(None, map(str.strip, fields))
+    return list(map(str.casefold, filled) if several else filled)
 
 
 def _stray_quote(row: CsvRow) -> str:
