@@ -431,7 +431,7 @@ def test_labels_are_ordered():
     [
         ("Yes", "yes"), ("カナ", "ｶﾅ"), ("ABC", "ＡＢＣ"), ("in", "i\u200bn"), ("in", "in\u00ad"), ("on", "on."),
         ("7", "7.0"), ("7", "07"), ("①", "1"), ("caf\u00e9", "cafe\u0301"), ("left wing", "left_wing"), ("a", "\u0430"),
-        ("x\u2060", "x"), ("東 京", "東京"),
+        ("x\u2060", "x"), ("東 京", "東京"), ("-1", "\u22121"), ("don't", "don\u2019t"),
     ],
 )  # fmt: skip
 def test_labels_that_look_alike_are_told_apart_by_code_points(names):

@@ -20,7 +20,9 @@ _SHOWN_NAMES = 20
 _SHOWN_DOUBTS = 8
 _NUMBER = re.compile(r"[+-]?(\d{1,15}\.?\d{0,15}|\.\d{1,15})([eE][+-]?\d{1,2})?", re.ASCII)
 _MISSING = frozenset(["na", "n/a", "#n/a", "#na", "<na>", "nan", "-nan", "none", "null", "nil"])  # to other readers
-_LOOKALIKES = str.maketrans("аеорсухіјѕАВЕКМНОРСТУХІЈЅΑΒΕΖΗΙΚΜΝΟΡΤΥΧο", "aeopcyxijsABEKMHOPCTYXIJSABEZHIKMNOPTYXo")
+_LOOKALIKES = str.maketrans(
+    "аеорсухіјѕАВЕКМНОРСТУХІЈЅΑΒΕΖΗΙΚΜΝΟΡΤΥΧο−‐‑‒–—’‘“”", "aeopcyxijsABEKMHOPCTYXIJSABEZHIKMNOPTYXo------''\"\""
+)
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\ufe00-\ufe0f\uffa0]")  # and those of Cc and Cf
 _ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[+-]?\d+(?:\.\d+)?)"""
 _ITEMS = re.compile(_ITEM)

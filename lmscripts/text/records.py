@@ -484,7 +484,9 @@ def _labels(value: Any, separator: str, known: frozenset[str], repairs: Counter[
     if items is None and not separator:
         return (whole,)
     if not separator:
-        raise _WrongKindError(f"the list {quoted(whole)}: give --separator '|' to read several labels a row")
+        raise _WrongKindError(
+            f"the list {quoted(whole)}: give --separator '|' where a row has several labels, --labels where that is one"
+        )
     found = whole.split(separator) if items is None else items
     if items is None and len(found) > 1 and whole[0] + whole[-1] in ("[]", "{}", "()") and whole[-1] not in found[0]:
         raise _WrongKindError(f"{quoted(whole)}, which looks like a list and cannot be read as one")
