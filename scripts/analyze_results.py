@@ -58,7 +58,8 @@ class Options:
 
 def main() -> None:
     """Parse, analyse, write."""
-    options = parse_options(Options, description=__doc__ or "")
+    drawn = "the report has all charts, and so have the PNG files beside it"
+    options = parse_options(Options, description=__doc__ or "", accepted_unused={"charts": drawn, "c": drawn})
     with user_errors(only_words=True):
         analyze(options)
 
@@ -86,7 +87,7 @@ def analyze(options: Options) -> None:
     numbers, versus = numbers_of(run, decided, options)
     numbers |= {"thresholds": thresholds, "notices": notices}
     add_confidence(numbers, run)
-    add_notices(numbers, run)
+    add_notices(numbers, run, decided)
     add_baselines(numbers, versus, run, options)
     if other is not None:
         add_comparison(numbers, versus, run, other)
@@ -189,21 +190,22 @@ def add_confidence(numbers: dict[str, Any], run: Run) -> None:
     numbers["coverage"], numbers["coverage_curve"] = points
 
 
-def add_notices(numbers: dict[str, Any], run: Run) -> None:
+def add_notices(numbers: dict[str, Any], run: Run, decided: dict[str, Any]) -> None:
     """What a reader must know before believing a number."""
+    from lmscripts.evaluation.charts import without_font
+    from lmscripts.evaluation.judging import LAST_EPOCH, told_apart
+
     notices, tested = numbers["notices"], numbers["levels"]["document"]
     labels = dict(zip(run.labels, tested["per_label"], strict=True))
     absent = [label for label, found in labels.items() if not found["support"]]
-    given = [label for label, found in labels.items() if found["predicted"]]
     if absent:
         more = f" or one of {len(absent) - 5:,} others" if len(absent) > 5 else ""
         notices.append(f"No test document has the label {' or '.join(map(repr, absent[:5]))}{more}.")
-    if len(labels) - len(absent) > 1 == len(given):
-        notices.append(f"The run gives no test document another label than {given[0]!r}: it does not tell them apart.")
-    elif not run.multi_label and len(labels) - len(absent) == 1:
+    notices += told_apart(run.predictions["test", "document"].truth, decided["document"], list(run.labels))
+    if not run.multi_label and len(labels) - len(absent) == 1:
         notices.append("All test documents have one label: only accuracy says something.")
     if run.record["facts"].get("best_epoch") == max((record["epoch"] for record in run.epochs), default=0) > 0:
-        notices.append("The best epoch was the last one: more epochs may make it better.")
+        notices.append(LAST_EPOCH)
     documents, units = tested["documents"], tested["units"]
     if units == 1:
         what = "There is one test document" if documents == 1 else f"All {documents:,} test documents are of one group"
@@ -218,6 +220,8 @@ def add_notices(numbers: dict[str, Any], run: Run) -> None:
         )
     if lacking := len(set(run.parts["test"].tolist()) - set(run.predictions["test", "document"].doc_ids.tolist())):
         notices.append(f"{lacking:,} of {len(run.parts['test']):,} documents of the test part have no prediction.")
+    if not run.multi_label:
+        notices += without_font(run.labels)
     for (level, name), value in run.stored_metrics.items():
         now = numbers["levels"].get(level, {}).get("metrics", {}).get(name, {}).get("value")
         if now is not None and value is not None and abs(now - value) > 1e-6:

@@ -43,6 +43,8 @@ STARTED = monotonic()  # the time of a job counts from here, not from when the i
 Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
 Metric = Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "mcc"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+DEFAULT_MODEL = "bert-base-uncased"  # English; of the script whose command lines are taken here
+SCREEN = ("stdout", "stderr", "/dev/stdout", "/dev/stderr")
 POSITIVE = [
     "epochs", "patience", "lora_rank", "batch_size", "micro_batch_size", "learning_rate", "save_steps",
     "keep_last", "stop_at_step", "max_length", "num_workers", "logging_steps", "expected_processes", "timeout"
@@ -73,6 +75,7 @@ class Options:
     split_column: str | None = option(None, help="column that says train, validation or test", group="data")
     labels: tuple[str, ...] = option((), help="all labels in their order; default: those of the table", group="data")
     separator: str | None = option(None, help="several labels a row, with this between them: '|'", group="data")
+    label_columns: tuple[str, ...] = option((), help="or a column for each label, with 1 or 0", group="data")
     delimiter: str | None = option(None, help="of csv and tsv; default: found in the header", group="data")
     encoding: str | None = option(None, help="default: UTF-8, or what a byte order mark says", group="data")
     quotes: bool = option(True, help="csv: a field may stand in double quotes", group="data")
@@ -92,7 +95,7 @@ class Options:
         None, help="tokens of a row; default: the model's longest, <= 512", group="folding", most=65536
     )
     fold_unit: Literal["tokens", "words"] = option("tokens", help="what overlap is counted in", group="folding")
-    max_words: int = option(0, help="with --fold_unit words: words of a row", group="folding")
+    max_words: int = option(0, help="words of a row; --fold_unit is words then", group="folding")
     overlap: int = option(0, help="units that a row repeats of the row before", group="folding")
     balance: bool = option(False, help="rows of a text about equally long", group="folding")
     policy: Literal["fold", "truncate", "head_tail"] = option("fold", help="or one row a text", group="folding")
@@ -100,7 +103,7 @@ class Options:
     aggregate: Aggregate = option("mean_probabilities", help="from rows to documents", group="folding")
     count_documents_once: bool = option(True, help="a row of k of its text weighs 1/k", group="folding")
 
-    model_name_or_path: str = option(help="model, checkpoint or run to begin with", group="model")
+    model_name_or_path: str = option(DEFAULT_MODEL, help="model, checkpoint or run to begin with", group="model")
     tokenizer_dir: str | None = option(None, help="tokenizer, if the model's folder has none", group="model")
     from_scratch: bool = option(False, help="its architecture alone, with fresh weights", group="model")
     lora_rank: int | None = option(None, help="train low-rank additions only (needs peft)", group="model")
@@ -130,6 +133,7 @@ class Options:
     logfile: str | None = option(
         None, help="also write what is shown to this file", short="f", group="run", writes="file"
     )
+    torch_save: bool = option(False, help="also NAME_trained_model.sav, weights for torch.load", group="run")
     do_continue: bool = option(False, help="go on from the newest whole checkpoint", group="run")
     dry_run: bool = option(False, help="build the database, print the plan and exit", group="run")
     save_steps: int | None = option(None, help="steps between checkpoints, beside each epoch's", group="run")
@@ -148,7 +152,9 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
         check_numbers(vars(self), positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
-        check_metric(self, multi_label=bool(self.separator))
+        check_metric(self, multi_label=bool(self.separator or self.label_columns))
+        if self.label_columns and (self.separator or self.labels or self.label != Options.label):
+            raise UserError("--label_columns says what the labels are: leave out --label, --labels and --separator")
         parse_duration(self.max_time)
         if self.split_column or self.validation_file or self.test_file:
             check_shares(self)
@@ -233,9 +239,12 @@ def open_task(options: Options) -> Task:
     if not Path(options.input_file).exists():  # said before the Hub is asked for a model
         raise UserError(f"the table {options.input_file} does not exist (seen from {Path.cwd()})")
     check_logfile(options)
+    if options.model_name_or_path == DEFAULT_MODEL:
+        say(options, f"beginning with {DEFAULT_MODEL}, which is for English; another: --model_name_or_path")
     source = find_source(options.model_name_or_path, options.tokenizer_dir)
     folding = {name: getattr(options, name) for name in FOLDING}
-    folds = fold_settings(source, options.max_length, unit=options.fold_unit, **folding)
+    folding["unit"] = "words" if options.max_words else options.fold_unit
+    folds = fold_settings(source, options.max_length, **folding)
     files = {"validation": options.validation_file, "test": options.test_file}
     files = {part: file for part, file in files.items() if file}
     shares = (options.train_share, options.validation_share, options.test_share)
@@ -243,7 +252,7 @@ def open_task(options: Options) -> Task:
     names = {"id": options.id_column, "group": options.group_column, "split": options.split_column}
     names |= {name: getattr(options, name) for name in ("separator", "delimiter", "encoding")}
     table = {name: value or "" for name, value in names.items()}
-    table |= {name: getattr(options, name) for name in ("labels", "quotes", "on_bad_row")}
+    table |= {name: getattr(options, name) for name in ("labels", "label_columns", "quotes", "on_bad_row")}
     with tqdm(unit="document", disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0") as bar:
         database = open_or_build(
             options.input_file,
@@ -298,7 +307,8 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, judge, export."""
-    options = parse_options(Options, description=__doc__ or "", renamed={"epoch": "epochs"})
+    renamed = {"epoch": "epochs", "sequence_length": "max_length"}
+    options = parse_options(Options, description=__doc__ or "", renamed=renamed)
     with user_errors(only_words=True):
         run(options)
 
@@ -312,6 +322,9 @@ def run(options: Options) -> None:
     from lmscripts.training import folder, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
+    if options.logfile in SCREEN:
+        options = replace(options, logfile=None)
+        say(options, "what is shown is on the screen: --logfile is for a file beside it")
     as_yaml, default_rate = dump_options(options), 2e-4 if options.lora_rank else 1e-4 if options.from_scratch else 2e-5
     options = replace(options, learning_rate=options.learning_rate or default_rate)
     task = open_task(options)
@@ -322,6 +335,8 @@ def run(options: Options) -> None:
     name = options.run_name or task.database.path.stem
     files = classifier_run.ResultFiles(output_dir, name, options.spreadsheet_safe)
     accelerator = start(options, task, files)
+    if not options.dry_run:
+        processes.from_main(accelerator, partial(files.check_free, options.do_continue))
     torch.use_deterministic_algorithms(options.deterministic)
     parts, positive_weights, steps = lay_out(options, task, accelerator)
     num_steps = steps.per_epoch * options.epochs
@@ -336,7 +351,6 @@ def run(options: Options) -> None:
     say(options, *said, *plan_lines(options, accelerator, task, parts, steps, network), rates, *doubts)
     if options.dry_run:
         return
-    processes.from_main(accelerator, partial(files.check_free, options.do_continue))
     run_folder = folder.RunFolder(files.training, fixed_facts(options, task), rate, beside)
     run = begin(options, accelerator, task, parts, steps, rate, files, run_folder, settings, network, positive_weights)
     with classifier_run.failing(task.database, run.state.own.entry, accelerator.is_main_process):
@@ -419,7 +433,12 @@ def plan_lines(
     from lmscripts.training import processes
 
     rows = {name: f"{part.num_rows:,}" for name, part in parts.items()}
+    encoder = task.source.encoder
+    unknown = float((parts["train"].folds.ids == encoder.unk_id).mean())
+    is_foreign = unknown > 0.01 and encoder.unk_id not in (encoder.bos_id, encoder.eos_id, encoder.pad_id)
+    beware = f"beware: {unknown:.1%} of the tokens for training are unknown to the model: is it for other text?"
     return [
+        *([beware] if is_foreign else []),
         f"model: {task.source.name}, {network.config.model_type}, {network.num_parameters():,} parameters",
         f"rows of at most {task.folds.max_length} tokens: {rows['train']} for training "
         f"({parts['train'].lengths.sum():,} tokens), {rows['validation']} for validation, {rows['test']} for testing",
@@ -588,6 +607,9 @@ def finish(options: Options, run: Run, as_yaml: str, stop_asked: StopRequest, st
         about = (run.files, task.database, own, run.settings, run.objective.models[""], run.folder.beside)
         about += (run.facts | {"steps": state.step}, task.source.name, as_yaml, parts)
         say(options, *processes.from_main(accelerator, partial(classifier_run.finish, *about)))
+        if options.torch_save:
+            weights = partial(run.files.write_weights, run.objective.models[""])
+            say(options, f"the weights for torch.load are in {processes.from_main(accelerator, weights)}")
     else:
         say(options, f"--stop_at_step {run.stop_step} is reached; go on with --do_continue")
     if stopped or not complete:

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from lmscripts.files import new_text
 from lmscripts.options import check_numbers, option, parse_options
 
 if TYPE_CHECKING:
-    from lmscripts.evaluation.applying import Answer
+    from lmscripts.evaluation.applying import Answer, Text
 
 TABLE_OPTIONS = ("text", "id_column", "delimiter", "quotes", "encoding")  # how the input is read
 
@@ -83,6 +84,7 @@ def predict(options: Options) -> None:
     from lmscripts.evaluation.applying import Classifier, check_input_options, read_texts
     from lmscripts.evaluation.report import csv_text
     from lmscripts.models.classifier import open_classifier
+    from lmscripts.text.labels import shown
     from lmscripts.text.records import TableOptions
 
     check_input_options(options.input_file, options.input_format, given)
@@ -102,7 +104,8 @@ def predict(options: Options) -> None:
         model, source, settings, batch_size=options.batch_size, device=device, autocast=options.bf16
     )
     with_names = options.id_column is not None
-    num_texts = num_silent = 0
+    num_texts, silent = 0, Counter[str]()
+    first: dict[str, Text] = {}
     with output(target) as file:
         if not is_json:
             columns = [*head(with_names), *(f"probability of {label}" for label in classifier.labels)]
@@ -116,9 +119,14 @@ def predict(options: Options) -> None:
                     row = as_row(answer, classifier.labels, with_names, settings.separator)
                     file.write(csv_text([row], options.spreadsheet_safe, begins_file=False))
             file.flush()
-            num_texts, num_silent = num_texts + len(answers), num_silent + sum(bool(a.note) for a in answers)
+            num_texts += len(answers)
+            silent.update(answer.note for answer in answers if answer.note)
+            first = {answer.note: answer.text for answer in reversed(answers)} | first
     where = "" if target is None else f", in {target}"
-    print(f"{num_texts:,} texts, {num_silent:,} of them without an answer{where}", file=sys.stderr)
+    print(f"{num_texts:,} texts, {silent.total():,} of them without an answer{where}", file=sys.stderr)
+    for note, number in silent.items():
+        details = first[note].details and f": {shown(first[note].details, 400)}"
+        print(f"{number:,} x {note}, first {options.input_file}:{first[note].line}{details}", file=sys.stderr)
 
 
 def is_json_name(name: str) -> bool:

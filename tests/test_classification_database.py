@@ -870,6 +870,41 @@ def test_labels_are_shown_bounded_and_without_control_characters(tmp_path, open_
     assert any("42 labels" in line and "and 22 more" in line for line in said)
 
 
+def test_what_a_table_says_of_its_labels_and_bad_rows_is_said_whole(tmp_path, open_task):
+    rows = [(f"x{n}", f"text {n}", label, "") for n, label in enumerate(["Bad", "bad\u200b"] * 4)]
+    rows += [("s", "a", "b", "c", "d")]
+    said = open_task(write_table(tmp_path / "t.csv", 40, extra=rows)).database.sentences()
+    place = len((tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()) + 1 - len(rows)
+    (beware,) = [line for line in said if line.startswith("beware: '")]
+    assert f"'Bad' (4 rows, first t.csv:{place}, U+0042)" in beware
+    assert f"'bad\\u200b' (4 rows, first t.csv:{place + 1}, U+0062, U+200B)" in beware
+    (left_out,) = [line for line in said if line.startswith("left out")]
+    assert left_out.endswith("(the first: 5 where the header has 4; a text with ',' in it must stand in quotes)")
+    lists = write_table(tmp_path / "l.csv", 40, labels=("['x', 'y']", "['y']"))
+    with pytest.raises(UserError, match=r"no row that can be used; .*l\.csv:2: .*'x', 'y'.*--separator"):
+        open_task(lists)
+
+
+def test_a_label_that_only_the_test_table_has_is_named_with_its_line(tmp_path, open_task):
+    table, test = write_table(tmp_path / "t.csv", 40), write_table(tmp_path / "e.csv", 9, labels=("good", "bad", "odd"))
+    with pytest.raises(UserError, match=r"1 of 3 labels .*'odd' \(3, first e\.csv:\d+\).*--labels"):
+        open_task(table, test_file=str(test))
+    task = open_task(table, test_file=str(test), labels=("bad", "good"))
+    assert "left out 3 rows, unknown label: e.csv:" in "\n".join(task.database.sentences())
+
+
+def test_a_column_for_each_label_is_a_task_with_several_labels(tmp_path, open_task):
+    rows = [(f"text {n}", n % 2, int(n % 3 == 0), "true") for n in range(30)]
+    with open(tmp_path / "t.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "odd", "third", "all"), *rows])
+    task = open_task(tmp_path / "t.csv", label_columns=("third", "odd", "all"))
+    assert (task.multi_label, task.database.labels()) == (True, ["third", "odd", "all"])
+    truth = dict(zip(*(found.tolist() for found in task.database.read_labels("train"))))
+    assert all(flags == [n % 3 == 0, n % 2 == 1, True] for n, flags in truth.items())
+    again = open_task(task.database.path)
+    assert (again.multi_label, again.meta["options"]["label_columns"]) == (True, ["third", "odd", "all"])
+
+
 # ---- runs ----
 
 
@@ -1062,6 +1097,31 @@ def test_a_new_file_is_read_again_and_compared_with_what_was_written(table, enco
     write_table(table, 66, seed=5)
     with pytest.raises(UserError, match=r"not what was just written|truncated or damaged"):
         open_or_build(table, encoder, FOLDS, SPLIT, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["EXCLUSIVE", "IMMEDIATE"])
+def test_a_file_that_another_program_holds_is_a_sentence_within_seconds(table, encoder, monkeypatch, kind):
+    """Nothing is written then; results of a run that has begun wait longer."""
+    made = open_or_build(table, encoder, FOLDS, SPLIT)
+    run = made.start_run("r", {}, {}, model_dir="m")
+    before, other = files(table.parent), {"max_length": 16}
+    monkeypatch.setattr(labelled_store, "_BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(labelled_store, "_PATIENT_SECONDS", 2.0)
+    with contextlib.closing(sqlite3.connect(made.path, isolation_level=None)) as connection:
+        connection.execute(f"BEGIN {kind}")
+        for settings, more in ((FOLDS, {}), (replace(FOLDS, **other), {}), (FOLDS, {"overwrite": True})):
+            if kind == "EXCLUSIVE" or settings != FOLDS:
+                start = time.monotonic()
+                with pytest.raises(UserError, match=r"leanings\.sqlite cannot be used now .*another program"):
+                    open_or_build(table, encoder, settings, SPLIT, **more)
+                assert time.monotonic() - start < 1.5
+        start = time.monotonic()
+        with pytest.raises(UserError, match="another program"):
+            made.write_epoch(run, 1, 1, "train", {"loss": 1.0})
+        assert time.monotonic() - start > 1.9
+        connection.execute("ROLLBACK")
+    made.end_run(run, "done")
+    assert files(table.parent).keys() >= before.keys() - {path for path in before if path.endswith(".lock")}
 
 
 def test_what_a_killed_builder_left_goes_and_what_a_living_one_needs_stays(table, encoder):

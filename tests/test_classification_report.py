@@ -13,7 +13,7 @@ import pytest
 
 from lmscripts.data.labelled_store import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, opened
 from lmscripts.errors import UserError
-from lmscripts.evaluation import baselines, charts, comparison, report
+from lmscripts.evaluation import baselines, charts, comparison, judging, report
 
 WORDS = ("beat", "my", "opponent", "she", "will", "remove", "stop", "signs", "buy", "this", "vote", "now")
 
@@ -393,6 +393,22 @@ def test_numbers_and_plain_text_stay(value):
     assert report.csv_text([[value, ""]], True, begins_file=False) == report.csv_text([[value, ""]])
 
 
+@pytest.mark.parametrize(
+    ("truth", "given", "said"),
+    [
+        ([[1, 0], [0, 1]], [[1, 0], [1, 0]], "another label than 'a'"),
+        ([[1, 0], [0, 1]], [[0, 0], [0, 0]], "any label"),
+        ([[1, 0], [0, 1]], [[0, 0], [0, 1]], "another label than 'b'"),
+        ([[1, 0], [0, 1]], [[0, 1], [1, 0]], None),
+        ([[1, 0], [1, 0]], [[1, 0], [1, 0]], None),
+        ([[0, 0], [1, 0]], [[1, 0], [1, 0]], None),
+    ],
+)
+def test_a_run_that_gives_all_documents_one_label_is_told(truth, given, said):
+    found = judging.told_apart(np.array(truth, bool), np.array(given, bool), ["a", "b"])
+    assert found == ([f"The run gives no test document {said}: it does not tell them apart."] if said else [])
+
+
 def test_markup_in_data_is_text():
     hostile = "<script>alert(1)</script>&\"'\x00\ud800"
     shown = report.environment().from_string('<p title="{{ x }}">{{ x }}</p>').render(x=hostile)
@@ -457,6 +473,22 @@ def test_charts_take_the_colours_of_the_page_and_do_not_clash():
 @pytest.mark.parametrize("names", [("$x^$", "$\\frac{"), ("猫", "\U0001f408"), ("<b>", "a" * 200)])
 def test_any_name_of_a_label_can_be_drawn(names):
     assert charts.draw_confusion([[3, 1], [0, 0]], names, "documents").startswith(b"\x89PNG")
+
+
+def test_names_that_no_font_has_are_told_with_the_numbers_that_stand_for_them(monkeypatch):
+    monkeypatch.setattr(charts, "_installed_fonts", lambda: ["DejaVu Sans"])
+    assert charts.without_font(("left", "café", "Ж")) == []
+    (said,) = charts.without_font(("left", "猫", "right", "犬" * 100))
+    assert "2 labels" in said
+    assert "'猫' 'label 1'" in said
+    assert charts._drawable(("left", "猫")) == ["left", "label 1"]
+
+
+def test_a_correlation_has_an_axis_of_its_own():
+    epochs = [{"epoch": n, "part": "validation", "metric": metric, "value": -0.1 * n}
+              for n in (1, 2) for metric in ("loss", "mcc", "macro_f1")]  # fmt: skip
+    svg, _ = charts.draw_training(epochs)
+    assert [svg.count(f">{axis}<") for axis in ("loss (nats)", "macro f1", "correlation", "share")] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("number", [40, 200])

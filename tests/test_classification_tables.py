@@ -10,6 +10,7 @@ import lzma
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from conftest import ROOT
 
 from lmscripts.errors import UserError
 from lmscripts.text.csv_rows import csv_rows
-from lmscripts.text.records import BadRow, TableOptions, check_classes, in_words, order_labels, quoted, read_table
+from lmscripts.text.labels import check_classes, doubts, in_words, items_of, order_labels, quoted
+from lmscripts.text.records import BadRow, TableOptions, read_table
 
 ROWS = [
     ("今日は晴れ、散歩した。", "good"),
@@ -409,10 +411,126 @@ def test_quotes_may_mean_nothing(tmp_path):
 
 
 def test_labels_are_ordered():
-    assert order_labels(Counter(b=1, a=2), TableOptions()) == ["a", "b"]
-    assert order_labels(Counter({"10": 1, "9": 1, "-1": 1}), TableOptions()) == ["-1", "9", "10"]
-    assert order_labels(Counter({"10": 1, "9": 1, "x": 1}), TableOptions()) == ["10", "9", "x"]
-    assert order_labels(Counter(b=1, a=2), TableOptions(labels=("b", "a"))) == ["b", "a"]
+    assert order_labels(Counter(b=1, a=2)) == ["a", "b"]
+    assert order_labels(["10", "9", "-1", "2.50", ".5", "1e1", "10.0"]) == [
+        "-1",
+        ".5",
+        "2.50",
+        "9",
+        "10",
+        "10.0",
+        "1e1",
+    ]
+    assert order_labels(["10", "9", "x"]) == ["10", "9", "x"]
+    assert order_labels(["10", "9", "nan"]) == ["10", "9", "nan"]
+    assert order_labels(["b", "a"], ("b", "a")) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Yes", "yes"), ("カナ", "ｶﾅ"), ("ABC", "ＡＢＣ"), ("in", "i\u200bn"), ("in", "in\u00ad"), ("on", "on."),
+        ("7", "7.0"), ("7", "07"), ("①", "1"), ("caf\u00e9", "cafe\u0301"), ("left wing", "left_wing"), ("a", "\u0430"),
+        ("x\u2060", "x"), ("東 京", "東京"), ("-1", "\u22121"), ("don't", "don\u2019t"),
+    ],
+)  # fmt: skip
+def test_labels_that_look_alike_are_told_apart_by_code_points(names):
+    """They stay labels of their own; the sentence has both, their rows, where they stand and in what they differ."""
+    (said,) = doubts({name: (place + 2, f"t.csv:{place}") for place, name in enumerate((*names, "other"))})
+    assert all(f"{name!r} ({place + 2} rows, first t.csv:{place}" in said for place, name in enumerate(names))
+    assert "'other'" not in said
+    assert all(
+        f"U+{ord(sign):04X}" in said for name in names for sign in sorted({*name} - {*names[names[0] == name]})[:4]
+    )
+
+
+def test_labels_that_only_resemble_each_other_are_left_alone_and_missing_ones_are_shown():
+    plain = ["+", "-", "A", "A+", "A-", "C#", "C", "1", "-1", "10", "1-0", "ハ", "バ", "re", "ré", "!", "?"]
+    assert doubts(dict.fromkeys(plain, (2, "t.csv:2"))) == []
+    (said,) = doubts({name: (3, f"t.csv:{place}") for place, name in enumerate(("pos", "N/A", "none"))})
+    assert "'N/A' (3 rows, first t.csv:1) and 'none'" in said
+    assert "--labels" in said
+    assert "no regression" in doubts({"0.5": (2, ""), "1": (2, "")})[0]
+    many = {f"{letter}{number}": (2, "") for letter in "aA" for number in range(50)}
+    assert len(doubts(many)) == 9
+    assert max(map(len, doubts({"a" * 10**5: (1, ""), "A" * 10**5: (1, "")}))) < 500
+
+
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        ("['a', 'b c']", ["a", "b c"]), ('["a", "b"]', ["a", "b"]), ("[]", []), ("['it\\'s', \"x\"]", ["it's", "x"]),
+        ("[1, 2.5]", ["1", "2.5"]), ('["\\u00e9/\\/"]', ["é//"]), ("['a',]", ["a"]), ("[NEG]", None), ("(1)", None),
+        ("a", None), ("", None), ("[a, b]", None),
+    ],
+)  # fmt: skip
+def test_cells_that_are_lists(cell, items):
+    assert items_of(cell) == items
+
+
+@pytest.mark.parametrize(
+    "cell", ["['a' 'b']", "['a', None]", "['a', ['b']]", "{'a': 1}", "['a", "['a'; 'b']", "('a', 'b')"]
+)
+def test_cells_that_look_like_lists_are_bad_rows_with_the_cell_shown(tmp_path, cell):
+    path = tmp_path / "t.jsonl"
+    write(path, json.dumps({"text": "t", "label": f"{cell}]" if cell == "['a" else cell}))
+    with pytest.raises(UserError, match=r"t\.jsonl:1: label of the wrong kind: 'label' is ") as raised:
+        read(path, separator=",", on_bad_row="fail")
+    assert repr(cell)[1:-1] in str(raised.value)
+
+
+def test_lists_in_cells_are_read_where_several_labels_are_wanted_and_refused_where_one_is(tmp_path):
+    rows = """a,"['x, y', 'z']"\nb,[]\nc,"[""x"", ""z""]"\nd,x|z\ne,"{x,z}"\n"""
+    path = write(tmp_path / "t.csv", "text,label\n" + rows)
+    good, bad, repairs = read(path, separator="|")
+    assert good == [("a", ("x, y", "z")), ("b", ()), ("c", ("x", "z")), ("d", ("x", "z")), ("e", ("{x,z}",))]
+    assert (bad, repairs["lists_of_labels_in_one_cell"]) == ([], 3)
+    assert read(path, separator=",")[1] == [(6, "label of the wrong kind")]
+    assert [line for line, _ in read(path)[1]] == [2, 3, 4]
+    with pytest.raises(UserError, match=r"t\.csv:2: .*'x, y', 'z'.*--separator"):
+        read(path, on_bad_row="fail")
+    assert read(path, labels=("[]", "x|z"))[0] == [("b", ("[]",)), ("d", ("x|z",))]
+
+
+def test_a_column_for_each_label(tmp_path):
+    rows = "a,1,0\nb,0,0\nc,TRUE,yes\nd,1.0,0.0\ne,2,0\nf,1,\n"
+    path = write(tmp_path / "t.csv", "text,second,first\n" + rows)
+    good, bad, _ = read(path, label_columns=("first", "second"))
+    assert good == [("a", ("second",)), ("b", ()), ("c", ("first", "second")), ("d", ("second",))]
+    assert bad == [(6, "label second of the wrong kind"), (7, "empty label")]
+    lines = [{"text": "a", "x": True, "y": 0}, {"text": "b", "x": None, "y": 1}]
+    path = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)))
+    assert read(path, label_columns=("x", "y"))[:2] == ([("a", ("x",))], [(2, "empty label")])
+    with pytest.raises(UserError, match=r"no column 'z'.*--label_columns"):
+        read(path, label_columns=("x", "z"))
+
+
+def test_what_stands_between_tables_put_one_behind_the_other(tmp_path):
+    """The header again is a bad row; in another order it stops the reading, as all rows behind it would be wrong."""
+    path = write(tmp_path / "t.csv", "text,label,\nx,a\nText, LABEL\ny,b,\n")
+    assert read(path)[:2] == ([("x", ("a",)), ("y", ("b",))], [(3, "header repeated")])
+    path = write(tmp_path / "t.csv", "text,label,n\nx,a,1\ntext,n,label\ny,2,b\n")
+    with pytest.raises(UserError, match=r"t\.csv:3: .*another order.*Cut the file"):
+        read(path)
+    path = write(tmp_path / "t.csv", "text\nx\nText\ntext\n")
+    assert read(path, label="")[:2] == ([("x", ()), ("Text", ())], [(4, "header repeated")])
+
+
+def test_line_ends_of_several_kinds_in_one_table(tmp_path):
+    rows = [("a", "x"), ("b\r\nc", "y"), ("d\re", "x"), ("f", "y")]
+    lines = ["text,label", *(f'"{text}",{label}' for text, label in rows)]
+    for ends in ("\r\n\n\r\n", "\n\n\r\n\r\n", "\r\n\r\n\n", "\r\r\n\n\r"):
+        mixed = re.findall("\r\n|\n|\r", ends + ends)
+        data = "".join(line + end for line, end in zip(lines, mixed, strict=False)).encode()
+        assert read(write(tmp_path / "t.csv", data))[0] == [(text, (label,)) for text, label in rows], ends
+
+
+def test_an_id_comes_back_as_it_stands_and_trimmed_labels_are_counted(tmp_path):
+    path = write(tmp_path / "t.csv", "id,text,label\n -1,x, a\n007 ,y,b\n =1+1,z,a\n,w,b\n")
+    repairs = Counter()
+    rows = list(read_table(path, TableOptions(id="id"), repairs))
+    assert [row.name for row in rows] == [" -1", "007 ", " =1+1", None]
+    assert (rows[0].labels, repairs["labels_with_white_space_around_them"]) == (("a",), 1)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +541,8 @@ def test_labels_are_ordered():
         ({"a": 5, "b": 0}, 5, "every row of .* 'a'"),
         ({"a": 5}, 9, "every row with a label .* 'a'"),
         ({"a": 0, "b": 0}, 9, "no row of .* has a label"),
-        ({"a": 5, "b": 1, "c": 2}, 8, r"fewer than 2 rows: 'b' \(1\)"),
+        ({"a": 5, "b": 1, "c": 2}, 8, r"1 of 3 labels .* fewer than 2 rows: 'b' \(1\); add rows"),
+        ({"0.5": 5, "1.25": 1, "2": 2}, 8, "they are numbers, and classes are learnt here, no regression"),
     ],
 )
 def test_tables_from_which_nothing_can_be_learnt(counts, number, said):

@@ -417,6 +417,26 @@ def test_a_table_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) ->
     assert "missing --input_file" in capsys.readouterr().err
 
 
+def test_a_table_that_an_option_took_for_a_value_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").touch()
+    line = ["--labels", "left", str(tmp_path / "a.csv"), "-p"]
+    with pytest.raises(SystemExit):
+        parse_options(TableOptions, description="", argv=line)
+    assert f"--labels took {tmp_path / 'a.csv'} for one of its values: write that first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_options(TableOptions, description="", argv=["--labels", "left", "right"])
+    assert "took" not in capsys.readouterr().err
+
+
+def test_an_older_letter_without_effect_is_no_word_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    unused = {"charts": "drawn in any case", "c": "drawn in any case"}
+    options = parse_options(TableOptions, description="", argv=["-c", "a.csv"], accepted_unused=unused)
+    assert options.input_file == ("a.csv",)
+    assert "-c has no effect: drawn in any case" in capsys.readouterr().err
+    options = parse_options(TableOptions, description="", argv=["a.csv", "--labels", "-c", "-d"])
+    assert options.labels == ("-c", "-d")
+
+
 # ---- further dataclasses of options ------------------------------------------------------------------------------
 
 

@@ -208,7 +208,7 @@ def test_every_test_document_stands_once_in_order_with_its_truth(trained, table)
     names = [name for name in rows[0] if name.startswith("probability of ")]
     for row in rows:
         best = max(names, key=lambda name: float(row[name]))
-        assert row["predicted_label"] == best.removeprefix("probability of ")
+        assert row["prediction"] == best.removeprefix("probability of ")
     fragments = predictions(trained[0], "topics_testset_fragments.csv")
     assert len(fragments) == sum(int(row["fragments"]) for row in rows) > len(rows)
 
@@ -295,7 +295,7 @@ def test_several_labels_a_document(bert, here, tmp_path):
     for row in rows:
         shares = [float(row[f"probability of {name}"]) for name in config.id2label.values()]
         given = [name for name, p, t in zip(config.id2label.values(), shares, stats["thresholds"]) if p >= t]
-        assert row["predicted_label"] == "|".join(given)
+        assert row["prediction"] == "|".join(given)
     run_script("analyze_results.py", tmp_path / "many.sqlite", "--resamples", 20, "--baselines", "false")
 
 
@@ -361,6 +361,8 @@ def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_tab
         (["--aggregate", "median"], "mean_probabilities"),
         (["--keep_last", 0], "keep_last"),
         (["--model_name_or_path", "no/such/folder/here"], "no/such/folder/here"),
+        (["--label_columns", "a", "--separator", "|"], "leave out --label, --labels and --separator"),
+        (["--label_columns", "label", "work"], "no column 'work'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, sentence, table, bert, here, tmp_path):
@@ -372,6 +374,42 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, sentence, tab
     assert "error: " in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_users_of_the_older_scripts_write_and_look_for(table, bert, here, tmp_path, monkeypatch):
+    """Four words a row, the screen as log, weights for torch.load; a second run is refused before a model is built."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model_name_or_path", bert, *COMMON[:2], "-e", 1, "--sequence_length", 32, "--max_words", 4]
+    arguments += ["--tracker", "none", "--output_dir", tmp_path, "--database", tmp_path / "own.sqlite"]
+    said = here(table, *arguments, "-f", "stdout", "--torch_save", "--run_name", "topics")
+    assert not (tmp_path / "stdout").exists()
+    assert "--logfile is for a file" in said
+    assert "beware: The best epoch was the last one" in said
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "topics_trained_model")
+    assert same_bits(torch.load(tmp_path / "topics_trained_model.sav"), model.state_dict())
+    assert {"true_label", "prediction"} <= predictions(tmp_path)[0].keys()
+    fragments = predictions(tmp_path, "topics_testset_fragments.csv")
+    assert max(int(row["char_end"]) - int(row["char_start"]) for row in fragments) < 20
+    monkeypatch.setattr("lmscripts.models.classifier.build_classifier", None)
+    said = here(table, *arguments, "--run_name", "topics", code=2)
+    assert "topics_trained_model is there already" in said
+    said = here(table, *arguments[2:], "--model_name_or_path", tmp_path / "topics_trained_model.sav", code=2)
+    assert f"is a file, not a folder: give the folder of the model, a checkpoint or a run, such as {tmp_path}" in said
+
+
+def test_without_a_model_that_of_the_older_script_is_asked_for(table, here, monkeypatch, tmp_path):
+    def asked(name, tokenizer):
+        raise UserError(f"asked for {name}")
+
+    monkeypatch.setattr("lmscripts.models.classifier.find_source", asked)
+    assert here(table, "-p", "--database", tmp_path / "x.sqlite", code=2) == "error: asked for bert-base-uncased\n"
+
+
+def test_text_that_the_tokenizer_does_not_know_is_told(bert, here, tmp_path):
+    rows = "".join(f"星 Ж {n} ภาษา,{'ab'[n % 2]}\n" for n in range(40))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    said = here(tmp_path / "t.csv", "--model_name_or_path", bert, "--tracker", "none", "--dry_run")
+    assert "% of the tokens for training are unknown to the model" in said
 
 
 def test_a_run_that_ends_with_an_error_does_not_stand_as_running(table, bert, here, tmp_path):
@@ -662,12 +700,12 @@ def test_what_a_killed_process_left_beside_the_results_goes_and_nothing_else(tmp
 
 def test_a_card_shows_names_as_they_are(tmp_path):
     hostile = "<script>alert(1)</script> a|b *c* [d](e) `f` \\"
-    card = card_text("x <b>", {"labels": hostile}, "label: |\n  ```\n  <img>\n")
+    card = card_text("x <b>", {"labels": hostile}, "# ---- data ----\n\n# what it is\nlabel: |\n  ```\n  <img>\n")
     (row,) = (line for line in card.splitlines() if line.startswith("| labels"))
     assert not set("<>*`[]\\") & set(row)
     assert html.unescape(row) == f"| labels | {hostile} |"
     assert "# x &lt;b&gt;" in card
-    assert card.rstrip().endswith("````yaml\nlabel: |\n  ```\n  <img>\n````")
+    assert card.rstrip().endswith("</summary>\n\n````yaml\nlabel: |\n  ```\n  <img>\n````\n\n</details>")
 
 
 def several_labels(part):
@@ -723,7 +761,7 @@ def test_names_that_hold_a_bar_are_parted_by_the_separator_of_the_table(tmp_path
     write_tables(files, places, part, judged, ["a|a", "b|b", "c"], tuned)
     for name in ("topics_testset_predictions.csv", "topics_testset_fragments.csv"):
         for row in predictions(tmp_path, name):
-            assert row["true_label"] == row["predicted_label"]
+            assert row["true_label"] == row["prediction"]
             assert row["true_label"].split(";")[:2] == ["a|a", "b|b"]
 
 

@@ -520,3 +520,149 @@ def test_a_tokenizer_of_the_hub_comes_from_its_cache(tmp_path, tokenizer_dir):
     done = run_script("prepare_corpus.py", *arguments, "--tokenizer_dir", "nobody/tokenizer", env=env, check=False)
     assert done.returncode == 2
     assert "nobody/tokenizer is neither a folder" in done.stderr
+
+
+# ---- tables, all in one process ----------------------------------------------------------------------------------
+
+ROWS = [(f"sentence number {n} of the table", ("left", "right")[n % 2]) for n in range(20)]
+
+
+def csv_of(rows=(), *, head="text,label", end="\n", before="", mark=","):
+    """A good table with rows put behind it."""
+    good = [mark.join(row) for row in ROWS]
+    return before + end.join([head, *good, *rows]) + end
+
+
+def jsonl_of(*lines):
+    return "\n".join([*(json.dumps({"text": text, "label": label}) for text, label in ROWS), *lines]) + "\n"
+
+
+# Name of the file, what it holds, options of reading, and what is said: of rows that are left out (their reasons), put
+# right or doubted where the table is taken, or of the refusal where it begins with "!".
+TABLES = [
+    ("t.csv", csv_of(), {}, "2 labels: left, right"),
+    ("t.csv", csv_of(end="\r\n"), {}, "2 labels: left, right"),
+    ("t.csv", csv_of(end="\r"), {}, "2 labels: left, right"),
+    ("t.csv", csv_of(["a,left\r", "b,right\r"]), {}, "built"),
+    ("t.csv", "\ufeff" + csv_of(), {}, "built"),
+    ("t.csv", csv_of(["\ufeffa,left"]), {}, "put right 1 byte order marks"),
+    ("t.csv", csv_of(before="\n\n  \n"), {}, "built"),
+    ("t.csv", csv_of(before="sep=,\n"), {}, "built"),
+    ("t.csv", csv_of(before='"sep=;"\n', head="text;label", mark=";"), {}, "built"),
+    ("t.csv", csv_of(head="text;label", mark=";"), {}, "built"),
+    ("t.csv", csv_of(head="text\tlabel", mark="\t"), {}, "built"),
+    ("t.csv", csv_of(head="text|label", mark="|"), {}, "built"),
+    ("t.csv", csv_of(head="text#label", mark="#"), {}, "!give --text"),
+    ("t.csv", csv_of(head="text#label", mark="#"), {"delimiter": "#"}, "built"),
+    ("t.csv", csv_of().replace("label", "------\nlabel", 1), {}, "!no column 'label'"),
+    ("t.csv", csv_of().replace("label\n", "label\n-----,----\n", 1), {}, "put right 1 lines of dashes"),
+    ("t.csv", csv_of(['"open,left', "a,right"]), {}, "stray quote"),
+    ("t.csv", csv_of(['"open,left', "a,right"]), {"quotes": False}, "22 documents, 0 bad rows"),
+    ("t.csv", csv_of(['"a"b,left']), {}, "stray quote"),
+    ("t.csv", csv_of(["a"]), {}, "too few fields"),
+    ("t.csv", csv_of(["a,b,left"]), {}, "too many fields"),
+    ("t.csv", csv_of([",left"]), {}, "empty text"),
+    ("t.csv", csv_of(["a,"]), {}, "empty label"),
+    ("t.csv", csv_of(["\0,left"]), {}, "empty text"),
+    ("t.csv", csv_of(["a\0b,left"]), {}, "put right 1 nul characters"),
+    ("t.csv", csv_of(["text,label"]), {}, "header repeated"),
+    ("t.csv", csv_of(["TEXT,Label"]), {}, "header repeated"),
+    ("t.csv", csv_of(["label,text", "left,a"]), {}, "!t.csv:22: the columns are named again in another order"),
+    ("t.csv", csv_of(["a,Left", "b,Left"]), {}, "beware: 'Left' (2 rows, first t.csv:22, U+004C) and 'left'"),
+    ("t.csv", csv_of(["a,le\u200bft", "b,le\u200bft"]), {}, "U+200B"),
+    ("t.csv", csv_of(["a,l\u0435ft", "b,l\u0435ft"]), {}, "U+0435"),
+    ("t.csv", csv_of(["a,N/A", "b,N/A"]), {}, "'N/A' (2 rows, first t.csv:22)"),
+    ("t.csv", csv_of(["a,nan", "b,nan"]), {"labels": ("left", "right")}, "unknown label"),
+    ("t.csv", csv_of(["a, left "]), {}, "put right 1 labels with white space around them"),
+    ("t.csv", csv_of(["a,middle"]), {}, "!1 of 3 labels of 'label' have fewer than 2 rows: 'middle' (1)"),
+    ("t.csv", csv_of(["a,0.5", "b,1.25"]).replace("left", "1.5").replace("right", "2"), {}, "!no regression"),
+    ("t.csv", csv_of(["a,\"['left']\""]), {}, "label of the wrong kind"),
+    ("t.csv", csv_of(["a,\"['left', 'right']\""]), {"separator": ","}, "put right 1 lists of labels in one cell"),
+    ("t.csv", csv_of(["a,\"['left' 'right']\""]), {"separator": ","}, "label of the wrong kind"),
+    ("t.csv", csv_of(['a,"{left,right}"']), {"separator": ","}, "'{left,right}'"),
+    ("t.csv", csv_of(['a,"[left, right]"']), {"separator": ","}, "'[left, right]'"),
+    (
+        "t.csv",
+        "text,left,right\n" + "a,1,0\nb,0,1\n" * 3 + "c,x,0\n",
+        {"label_columns": ("left", "right")},
+        "label left of the wrong kind",
+    ),
+    ("t.csv", csv_of(), {"label_columns": ("left",)}, "!no column 'left'"),
+    ("t.csv", csv_of(), {"label_columns": ("label", "label")}, "!columns of their own"),
+    ("t.csv", csv_of(), {"label": "lable"}, "!did you mean 'label'?"),
+    ("t.csv", csv_of(head="text,text"), {}, "!more than once"),
+    ("t.csv", csv_of(head="label,label"), {}, "!no column 'text'"),
+    ("t.csv", csv_of(head="text,label,label"), {}, "!more than once"),
+    ("t.csv", csv_of(), {"labels": ("left",)}, "!every row of"),
+    ("t.csv", csv_of(), {"labels": ("left", "up")}, "!left out: 10 x unknown label"),
+    ("t.csv", csv_of(), {"labels": ("left", "left")}, "!must differ"),
+    ("t.csv", csv_of(), {"delimiter": "ab"}, "!one character"),
+    ("t.csv", csv_of(), {"encoding": "hex"}, "!no encoding of text"),
+    ("t.csv", csv_of().encode("utf-16"), {}, "built"),
+    ("t.csv", csv_of().encode("utf-32"), {}, "built"),
+    ("t.csv", csv_of().encode("utf-16-le"), {}, "!--encoding utf-16-le"),
+    ("t.csv", csv_of().encode("utf-16-le"), {"encoding": "utf-16-le"}, "built"),
+    ("t.csv", csv_of(["星は光る,left"]).encode("cp932"), {}, "!--encoding"),
+    ("t.csv", csv_of(["星は光る,left"]).encode("cp932"), {"encoding": "cp932"}, "built"),
+    ("t.csv", csv_of().encode() + b"caf\xe9,left\n", {"encoding": "utf-8"}, "cannot be decoded"),
+    ("t.csv", csv_of().encode() + b"\xed\xa0\x80,left\n", {}, "!t.csv:22: byte 1"),
+    ("t.csv", "", {}, "!is empty"),
+    ("t.csv", "text,label\n", {}, "!no row that can be used"),
+    ("t.csv", "text,label\na,left\nb,left\n", {}, "!every row"),
+    ("t.csv", b"PK\x03\x04" + bytes(99), {}, "!is an office file"),
+    ("t.csv", b"\xd0\xcf\x11\xe0" + bytes(99), {}, "!older office file"),
+    ("t.csv", b"%PDF-1.7\n", {}, "!is a PDF"),
+    ("t.csv", b"\x1f\x8b" + bytes(99), {}, "!packed with gzip"),
+    ("t.csv", b"PAR1" + bytes(99), {}, "!is a parquet file"),
+    ("t.csv", b"SQLite format 3\0" + bytes(99), {}, "!SQLite"),
+    ("t.csv", jsonl_of(), {}, "built"),
+    ("t.tsv", csv_of(head="text\tlabel", mark="\t"), {}, "built"),
+    ("t.jsonl", jsonl_of(), {}, "built"),
+    ("t.jsonl", jsonl_of("{", "[1]", '"a"', "1", "null", "{}"), {}, "no JSON record"),
+    ("t.jsonl", jsonl_of('{"text": null, "label": "left"}'), {}, "empty text"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": null}'), {}, "empty label"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": NaN}'), {}, "empty label"),
+    ("t.jsonl", jsonl_of('{"text": 5, "label": "left"}'), {}, "text of the wrong kind"),
+    ("t.jsonl", jsonl_of('{"text": ["a"], "label": "left"}'), {}, "text of the wrong kind"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": ["left"]}'), {}, "label of the wrong kind"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": ["left", "right"]}'), {"separator": "|"}, "built"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": ["left", null]}'), {"separator": "|"}, "label of the wrong kind"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": {"left": 1}}'), {}, "label of the wrong kind"),
+    ("t.jsonl", jsonl_of('{"text": "\\ud83d", "label": "left"}'), {}, "put right 1 half characters"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": ' + "[" * 9999 + "}"), {}, "no JSON record"),
+    ("t.jsonl", jsonl_of('{"text": "a", "label": 1' + "0" * 6000 + "}"), {}, "left out 1 rows"),
+    ("t.jsonl", '[{"text": "a", "label": "left"}]\n', {}, "!one JSON array"),
+    ("t.jsonl", '{"body": "a"}\n', {}, "!no column 'text'"),
+    ("t.parquet", b"PAR1" + bytes(99), {}, "!not a parquet file"),
+    ("t.parquet", csv_of(), {}, "!not a parquet file"),
+    ("t.csv.gz", __import__("gzip").compress(csv_of().encode()), {}, "built"),
+    ("t.csv.gz", __import__("gzip").compress(csv_of().encode() * 99)[:-20], {}, "!damaged or cut off"),
+    ("t.csv.gz", csv_of(), {}, "!damaged or cut off"),
+    ("t.csv.zst", csv_of(), {}, "!damaged or cut off"),
+    ("t.txt", csv_of(), {}, "!let it end in .csv"),
+    ("t.xlsx", b"PK\x03\x04" + bytes(99), {}, "!is an office file"),
+]
+
+
+def test_hostile_tables_are_read_and_counted_or_refused_in_one_sentence(tokenizer_dir, tmp_path):
+    from lmscripts.data.folding import FoldSettings
+    from lmscripts.data.labelled_build import SplitSettings, TableOptions, open_or_build
+    from lmscripts.errors import UserError
+    from lmscripts.tokenizer.encoder import load_encoder
+
+    encoder, split, wrong = load_encoder(tokenizer_dir), SplitSettings(validation=0.0, test=0.0, train=1.0), []
+    for number, (name, data, options, expected) in enumerate(TABLES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+        before = contents(folder)
+        try:
+            made = open_or_build(folder / name, encoder, FoldSettings(32), split, TableOptions(**options))
+            said, left = made.sentences(), {*before, made.path}
+        except UserError as error:
+            said, left = [f"!{error}"], {*before}
+        fits = expected.removeprefix("!") in "\n".join(said) and said[0].startswith("!") == expected.startswith("!")
+        fits = fits and contents(folder).keys() == left and before.items() <= contents(folder).items()
+        if not fits or not all(len(line) < 1500 and line.isprintable() for line in said):
+            wrong.append((number, name, expected, said))
+    assert wrong == []

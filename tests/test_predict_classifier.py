@@ -115,7 +115,7 @@ def test_tables_json_lines_and_standard_input_are_answered_alike(model_dir, tmp_
     table = ["--input_file", tmp_path / "texts.csv.gz", "--text", "本文", "--id_column", "no"]
     run_here(SCRIPT, "--model_dir", model_dir, *table, "--output_file", tmp_path / "out.jsonl")
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [record["name"] for record in records] == ["t0", None, "t2", "t3", None, "t5"]
+    assert [record["name"] for record in records] == ["t0", "t1", "t2", "t3", "t4", "t5"]
     assert [record.get("note") for record in records] == [None, "empty text", None, None, "empty text", None]
     done = from_standard_input(model_dir, "\n".join(TEXTS).encode() + b"\n\xff\xfe\n")
     rows = list(csv.DictReader(io.StringIO(done.stdout.decode())))
@@ -124,6 +124,27 @@ def test_tables_json_lines_and_standard_input_are_answered_alike(model_dir, tmp_
         shares = [float(row[f"probability of {name}"]) for name in record["probabilities"]]
         assert shares == pytest.approx(list(record["probabilities"].values()), abs=2e-6)
     assert b"7 texts, 3 of them without an answer" in done.stderr
+
+
+def test_rows_that_cannot_be_read_keep_their_line_and_are_told_with_the_way_out(model_dir, tmp_path):
+    """Answers joined with the input by id match all that have one, whatever the id begins with."""
+    rows = ["-1,星。", '=2," opened', " @3 ,月。", "+4,", "id,text", "5", '"+5",空。']
+    file = tmp_path / "t.csv"
+    file.write_text("\n".join(["id,text", *rows]), encoding="utf-8")
+    arguments = ["--model_dir", model_dir, "--input_file", file, "--id_column", "id"]
+    done = run_here(SCRIPT, *arguments)
+    found = {row["line"]: (row["name"], row["note"]) for row in csv.DictReader(io.StringIO(done.stdout))}
+    assert found == {
+        "2": ("-1", ""), "3": ("", "stray quote"), "4": (" @3 ", ""), "5": ("+4", "empty text"),
+        "6": ("", "header repeated"), "7": ("", "too few fields"), "8": ("+5", ""),
+    }  # fmt: skip
+    assert f"1 x stray quote, first {file}:3: the quote that opens a field in line 3" in done.stderr
+    assert "--no_quotes" in done.stderr
+    assert '" opened' not in run_here(SCRIPT, *arguments, "--no_quotes").stderr
+    file.write_text("\n".join(["id,text", "1,星。", "text,id", "月。,2"]), encoding="utf-8")
+    done = run_here(SCRIPT, *arguments, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{file}:3: the columns are named again in another order" in done.stderr
 
 
 def test_several_labels_are_those_that_reach_their_thresholds(workspace, tokenizer_dir, tmp_path):
@@ -183,7 +204,7 @@ def test_a_table_on_standard_input_is_one(model_dir, tmp_path):
         rows = predict(*arguments, "--input_format", kind, standard_input=table.encode())
         for row, wanted in zip(rows, expected, strict=True):
             assert [row[name] for name in list(row)[2:]] == [wanted[name] for name in list(wanted)[1:]], kind
-            assert row["name"] == ("" if wanted["note"] else str(int(wanted["line"]) - 1))
+            assert row["name"] == str(int(wanted["line"]) - 1)
     done = run_here(SCRIPT, *arguments, "--input_format", "csv", standard_input=b"no,txt\n", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "standard input has no column '本文'" in done.stderr

@@ -24,6 +24,7 @@ from lmscripts.data.labelled_store import (
     new_file,
     only_builder,
     opened,
+    read_labels,
     read_split_documents,
     remove_leftovers,
     row_checks,
@@ -32,8 +33,9 @@ from lmscripts.data.labelled_store import (
 from lmscripts.data.splits import SplitSettings, split_documents, text_hash
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
+from lmscripts.text.labels import check_classes, order_labels, quoted, shown
 from lmscripts.text.reading import COMPRESSIONS, FORMATS, check_file
-from lmscripts.text.records import PARTS, BadRow, TableOptions, check_classes, order_labels, read_table, shown
+from lmscripts.text.records import PARTS, BadRow, TableOptions, read_table
 from lmscripts.tokenizer.encoder import Encoder, load_encoder
 from lmscripts.workers import in_order
 
@@ -204,7 +206,7 @@ def _found(task: _Task, overwrite: bool, *, add: bool = False) -> Database | Non
         split = connection.execute("SELECT split_id FROM splits WHERE settings = ?", (task.split_key,)).fetchone()
         if not add and not (tok and split):
             return None
-        parts = None if split else split_documents(read_split_documents(connection), task.split)
+        parts = None if split else _parts(connection, task)
         if not tok:
             tok = (_add_tokenization(connection, task),)
             done.append(f"added rows of {task.folds.max_length} tokens to {task.target}")
@@ -216,7 +218,8 @@ def _found(task: _Task, overwrite: bool, *, add: bool = False) -> Database | Non
 
 def _other_source(meta: Mapping[str, Any], task: _Task) -> str:
     """In what the source or the options of a file are not those that were given; "" if they are."""
-    wanted, stored, plain = _reading(task.table), meta["options"], _reading(TableOptions())
+    wanted, plain = _reading(task.table), _reading(TableOptions())
+    stored = plain | meta["options"]  # an older file knows fewer
     different = [
         name for name in wanted if wanted[name] != stored[name] and (task.sources or wanted[name] != plain[name])
     ]
@@ -254,7 +257,7 @@ def _build(task: _Task) -> Database:
     with new_file(task.target) as connection:
         num_documents, num_bad = _add_tables(connection, task.sources, task.table)
         # Before the long work, which a split that cannot be made would waste.
-        split_id = _add_split(connection, task, split_documents(read_split_documents(connection), task.split))
+        split_id = _add_split(connection, task, _parts(connection, task))
         tok_id = _add_tokenization(connection, task)
     done = f"built {task.target}: {num_documents:,} documents, {num_bad:,} bad rows left out"
     return Database(task.target, tok_id, split_id, task.split, (done,))
@@ -262,13 +265,15 @@ def _build(task: _Task) -> Database:
 
 def _add_tables(connection: sqlite3.Connection, sources: Sequence[SourceTable], table: TableOptions) -> tuple[int, int]:
     """Read tables into the documents, labels, bad rows and facts of an empty file; (number of documents, bad rows)."""
-    repairs, counts, reasons = Counter[str](), Counter(dict.fromkeys(table.labels, 0)), Counter[str]()
-    labels: list[tuple[str, ...]] = []
+    given = table.labels or table.label_columns
+    repairs, counts, reasons = Counter[str](), Counter(dict.fromkeys(given, 0)), Counter[str]()
+    labels, first_bad = list[tuple[str, ...]](), ""
     with transaction(connection):
         for source in sources:
             for row in read_table(source.path, table, repairs):
                 place = (source.path.name, row.line)
                 if isinstance(row, BadRow):
+                    first_bad = first_bad or f"{row.error(source.path)}"
                     reasons[row.reason] += 1
                     bad = (*place, row.reason, row.details, row.raw)
                     connection.execute("INSERT INTO bad_rows VALUES (?, ?, ?, ?, ?)", bad)
@@ -281,8 +286,8 @@ def _add_tables(connection: sqlite3.Connection, sources: Sequence[SourceTable], 
             if file_sha256(source.path) != source.sha256:
                 raise UserError(f"{source.path} was changed while it was read; start again when it is whole")
         read = " and ".join(str(source.path) for source in sources)
-        check_classes(read, counts, len(labels), reasons, table.label)
-        names = order_labels(counts, table)
+        check_classes(read, counts, len(labels), reasons, ", ".join(table.label_columns) or table.label, first_bad)
+        names = order_labels(counts, given)
         numbers = {name: number for number, name in enumerate(names)}
         connection.executemany("INSERT INTO labels VALUES (?, ?)", enumerate(names))
         pairs = ((number, numbers[label]) for number, each in enumerate(labels) for label in each)
@@ -292,7 +297,7 @@ def _add_tables(connection: sqlite3.Connection, sources: Sequence[SourceTable], 
             "sources": [(source.part, source.path.name, source.sha256) for source in sources],
             "options": _reading(table),
             "columns": table.columns(),
-            "multi_label": bool(table.separator),
+            "multi_label": table.multi_label,
             "num_documents": len(labels),
             "num_bad_rows": reasons.total(),
             "bad_rows": reasons,
@@ -303,6 +308,11 @@ def _add_tables(connection: sqlite3.Connection, sources: Sequence[SourceTable], 
         rows += [(key, as_json(value)) for key, value in facts.items()]
         connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
     return len(labels), reasons.total()
+
+
+def _parts(connection: sqlite3.Connection, task: _Task) -> list[str]:
+    labels = [f"{quoted(name)} ({rows:,}, first {place})" for name, (rows, place) in read_labels(connection).items()]
+    return split_documents(read_split_documents(connection), task.split, labels)
 
 
 def _add_split(connection: sqlite3.Connection, task: _Task, parts: Sequence[str]) -> int:

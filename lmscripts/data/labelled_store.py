@@ -39,16 +39,17 @@ from lmscripts.counters import hash_counters
 from lmscripts.data.splits import SplitDocument, SplitSettings, split_report
 from lmscripts.errors import UserError, naming
 from lmscripts.files import fsync
-from lmscripts.text.records import in_words, shown
+from lmscripts.text.labels import doubts, in_words, shown
 
 Ints = NDArray[np.int64]
 
 APPLICATION_ID = 0x6C6D7363  # "lmsc"
 SCHEMA_VERSION = 2
 _MAGIC = b"SQLite format 3\0"
-_BUSY_SECONDS = 120.0
+_BUSY_SECONDS, _PATIENT_SECONDS = 10.0, 120.0  # at a beginning, and with the work of hours to be written
 _BUILD_SECONDS = 6 * 3600.0
 _CHECKED_AT_ONCE = 50_000
+_DETAILS = 400  # characters of what is wrong with a row
 _LINES = 5  # lines of bad rows that are named for each reason
 
 SCHEMA = """
@@ -81,6 +82,8 @@ WHERE m.split_id = ? AND m.part = ? ORDER BY m.doc_id, f.idx"""
 _ALL_FOLDS = f"SELECT {_COLUMNS} FROM folds f WHERE f.fold_id > ? AND f.fold_id <= ?"
 _LABELS = """SELECT m.doc_id, coalesce(l.label_id, -1) FROM split_members m LEFT JOIN document_labels l USING(doc_id)
 WHERE m.split_id = ? AND m.part = ?"""
+_FIRST_OF_LABELS = """SELECT l.name, count(*), d.file, d.line, min(d.doc_id) FROM labels l
+JOIN document_labels USING(label_id) JOIN documents d USING(doc_id) GROUP BY l.label_id ORDER BY l.label_id"""
 _RUNS = """SELECT r.*, t.tokenizer, t.fingerprint AS tokenizer_fingerprint, t.settings AS folding, s.settings AS split
 FROM runs r LEFT JOIN tokenizations t USING(tok_id) LEFT JOIN splits s USING(split_id) ORDER BY r.run_id"""
 _PREDICTIONS = """SELECT doc_id, fold_idx, probabilities, logits FROM predictions
@@ -121,8 +124,10 @@ class OtherRunError(UserError):
 
 
 @contextmanager
-def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+def opened(path: Path, *, write: bool = False, patient: bool = False) -> Iterator[sqlite3.Connection]:
     """A connection to one of our files, checked; what is written without a `transaction` is written at once.
+
+    While another program writes, seconds are waited, or if `patient` minutes.
 
     Raises:
         OtherVersionError: of another version, truncated or damaged.
@@ -132,7 +137,7 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
     try:
         if path.with_name(f"{path.name}-journal").exists() and os.access(path, os.W_OK):
             _recover(path)  # which a connection for reading must not
-        with closing(_connect(path, "rw" if write else "ro")) as connection:
+        with closing(_connect(path, "rw" if write else "ro", patient)) as connection:
             connection.execute("SELECT count(*) FROM meta").fetchone()
             yield connection
     except sqlite3.DatabaseError as error:
@@ -151,7 +156,10 @@ def _as_sentence(path: Path, error: sqlite3.DatabaseError) -> UserError:
     if isinstance(error, (sqlite3.IntegrityError, sqlite3.ProgrammingError)):
         return UserError(f"{path}: what was to be written contradicts what is there ({error})")
     if "locked" in str(error).lower():
-        return UserError(f"{path} cannot be used now ({error}): another program is writing into it; wait for its end")
+        return UserError(
+            f"{path} cannot be used now ({error}): another program writes into it, or was "
+            "left open in the midst of that: end it, wait for its end, or give another --database"
+        )
     if any(reason in str(error).lower() for reason in ("full", "readonly", "unable to open", "disk i/o")):
         return UserError(f"{path} cannot be used now ({error}); its folder must be writable, with room on the disk")
     return damaged(path, str(error))
@@ -165,9 +173,10 @@ def damaged(path: Path, what: str) -> OtherVersionError:
     )
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def _connect(path: Path, mode: str, patient: bool = False) -> sqlite3.Connection:
     place = f"file:{quote(str(path.absolute()))}?mode={mode}"
-    connection = sqlite3.connect(place, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    timeout = _PATIENT_SECONDS if patient else _BUSY_SECONDS
+    connection = sqlite3.connect(place, uri=True, timeout=timeout, isolation_level=None)
     connection.execute("PRAGMA temp_store = FILE")
     return connection
 
@@ -438,7 +447,9 @@ class Database:
         for reason, found in sorted(rows.items(), key=lambda item: -len(item[1])):
             places = ", ".join(f"{file}:{line}" for file, line, *_ in found[:_LINES])
             more = ", ..." if len(found) > _LINES else ""
-            lines.append(f"left out {len(found):,} rows, {reason}: {places}{more} (the first: {shown(found[0][3])})")
+            lines.append(
+                f"left out {len(found):,} rows, {reason}: {places}{more} (the first: {shown(found[0][3], _DETAILS)})"
+            )
         lines += [f"put right {number:,} {kind.replace('_', ' ')}" for kind, number in self.meta()["repairs"].items()]
         return lines
 
@@ -452,6 +463,8 @@ class Database:
         """What was read, and how it was split; nothing of it is longer than a person would read."""
         labels = self.labels()
         lines = [*self.done, *self.reading_sentences(), f"{len(labels)} labels: {in_words(labels)}"]
+        with opened(self.path) as connection:
+            lines += doubts(read_labels(connection))
         if self.split.method == "given":
             lines.append("the documents were given their parts by the table or its files")
         lines += self.split_sentences()
@@ -608,7 +621,7 @@ class Database:
     @contextmanager
     def _writing(self, run: RunKey) -> Iterator[tuple[sqlite3.Connection, dict[str, Any]]]:
         """A transaction in which the run is known to be entered, and its facts."""
-        with opened(self.path, write=True) as connection, transaction(connection):
+        with opened(self.path, write=True, patient=True) as connection, transaction(connection):
             yield connection, self._facts(connection, run)
 
     def _facts(self, connection: sqlite3.Connection, run: RunKey) -> dict[str, Any]:
@@ -621,6 +634,11 @@ class Database:
                 "and --do_continue"
             )
         return facts
+
+
+def read_labels(connection: sqlite3.Connection) -> dict[str, tuple[int, str]]:
+    """Label -> (its documents, file and line of the first), in the order of their ids."""
+    return {name: (rows, f"{file}:{line}") for name, rows, file, line, _ in connection.execute(_FIRST_OF_LABELS)}
 
 
 def read_split_documents(connection: sqlite3.Connection) -> list[SplitDocument]:

@@ -31,7 +31,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lmscripts.errors import UserError
-from lmscripts.text.records import PARTS, in_words, shown
+from lmscripts.text.labels import in_words, shown
+from lmscripts.text.records import PARTS
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -99,8 +100,10 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def split_documents(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[str]:
-    """The part of every document: "train", "validation" or "test".
+def split_documents(
+    documents: Sequence[SplitDocument], settings: SplitSettings, labels: Sequence[str] = ()
+) -> list[str]:
+    """The part of every document: "train", "validation" or "test"; `labels` are words for theirs.
 
     Raises:
         UserError: shares that make no sense or have no effect, a part that was asked for and gets nothing, no part for
@@ -108,7 +111,7 @@ def split_documents(documents: Sequence[SplitDocument], settings: SplitSettings)
     """
     train, validation, test = settings.shares()
     if settings.method == "given":
-        return _given(documents, settings)
+        return _given(documents, settings, labels)
     units = units_of_documents(documents, settings.use_groups)
     parts = _assign(documents, units, settings.seed, validation, test)
     for part, share in zip(PARTS, (train, validation, test)):
@@ -158,7 +161,7 @@ def _warnings(documents: Sequence[SplitDocument], parts: Sequence[str]) -> list[
     return [f"beware: {number:,} {what}" for what, number in found.items() if number]
 
 
-def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[str]:
+def _given(documents: Sequence[SplitDocument], settings: SplitSettings, labels: Sequence[str]) -> list[str]:
     if missing := sum(document.given_part is None for document in documents):
         raise UserError(
             f"{missing:,} of {len(documents):,} documents have no part of their own: name the column that says train, "
@@ -179,11 +182,14 @@ def _given(documents: Sequence[SplitDocument], settings: SplitSettings) -> list[
         )
     classes = {label for document in documents for label in document.labels}
     trained = {label for document, part in zip(documents, parts) if part == "train" for label in document.labels}
-    if classes - trained or not trained:
+    if untrained := sorted(classes - trained):
+        named = in_words([labels[label] if label < len(labels) else str(label) for label in untrained], str)
         raise UserError(
-            f"the given parts leave {len(classes - trained)} of {len(classes)} labels without a row for training "
-            f"({parts.count('train'):,} documents are for training)"
+            f"{len(untrained)} of {len(classes)} labels are in no document for training, of which there are "
+            f"{parts.count('train'):,}: {named}; add some, or leave those rows out: give --labels with the others"
         )
+    if not trained:
+        raise UserError(f"none of the {parts.count('train'):,} documents for training has a label")
     return parts
 
 

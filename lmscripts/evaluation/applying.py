@@ -42,6 +42,7 @@ class Text:
     name: str | None
     text: str
     note: str = ""
+    details: str = ""  # of the note
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def read_texts(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
 def _rows(path: str, kind: str, table: TableOptions) -> Iterator[Text]:
     given: Any = kind
     for row in read_table(path, replace(table, format=given)):
-        yield Text(row.line, None, "", row.reason) if isinstance(row, BadRow) else Text(row.line, row.name, row.text)
+        if isinstance(row, BadRow):
+            yield Text(row.line, row.name, "", row.reason, row.details)
+        else:
+            yield Text(row.line, row.name, row.text)
 
 
 def _check_no_table(text: str, table: TableOptions) -> None:

@@ -60,8 +60,9 @@ def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
 
     usable = [record for record in epochs if record["value"] is not None and "rate" not in record["metric"]]
     losses = {record["metric"] for record in usable if record["metric"].endswith("loss")}
-    scores = {record["metric"] for record in usable if abs(record["value"]) <= 1} - losses
-    panels = [(sorted(names), label) for names, label in ((losses, "loss (nats)"), (scores, "score")) if names]
+    scores = {record["metric"] for record in usable if abs(record["value"]) <= 1} - losses - {"mcc"}
+    kinds = ((losses, "loss (nats)"), (scores, "score"), ({r["metric"] for r in usable} & {"mcc"}, "correlation"))
+    panels = [(sorted(names), label) for names, label in kinds if names]
 
     def paint(axes: Any) -> None:
         for panel, (names, label) in zip(axes, panels, strict=True):
@@ -75,9 +76,9 @@ def draw_training(epochs: Sequence[Mapping[str, Any]]) -> Chart | None:
                         panel.plot(*zip(*points), style, label=title, **look)
             panel.set(xlabel="epoch", ylabel=names[0].replace("_", " ") if alone and label == "score" else label)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.legend()
+            panel.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
 
-    return _chart("training", (5.4, 3.4 * len(panels)), paint, nrows=len(panels)) if panels else None
+    return _chart("training", (4.4, 3.2 * len(panels)), paint, nrows=len(panels)) if panels else None
 
 
 def draw_calibration(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Chart:
@@ -102,7 +103,7 @@ def draw_calibration(before: Mapping[str, Any] | None, after: Mapping[str, Any])
         top.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
         bottom.set(xlabel="confidence", ylabel="count")
 
-    return _chart("calibration", (5.4, 5.2), paint, nrows=2, height_ratios=(4, 1.1), sharex=True)
+    return _chart("calibration", (4.4, 4.6), paint, nrows=2, height_ratios=(4, 1.1), sharex=True)
 
 
 def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float], what: str) -> Chart:
@@ -115,7 +116,7 @@ def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float], what: st
         axes[0].set(xlim=(0, 1), ylim=(max(0.0, low - 0.1 * (1 - low) - 0.02), 1.01))
         axes[0].set(xlabel=f"share of {what} that is decided, surest first", ylabel="share of those that is right")
 
-    return _chart("coverage", (5.4, 3.6), paint)
+    return _chart("coverage", (4.4, 3.1), paint)
 
 
 def draw_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], what: str) -> bytes:
@@ -163,26 +164,44 @@ def _chart(name: str, size: tuple[float, float], paint: Callable[[Any], None], *
         paint(figure.subplots(squeeze=False, **panels).ravel())
         none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(vector, format="svg", transparent=True, metadata=none)
-        figure.savefig(raster, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        figure.savefig(raster, format="png", dpi=170, facecolor="white", metadata={"Software": None})
     svg = vector.getvalue().decode("utf-8")
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     opening = f'<svg role="img" aria-label="{name}" viewBox="0 0 {width} {height}" '
-    opening += f'style="max-width:{1.25 * float(width):.0f}px">'
+    opening += f'style="max-width:{1.5 * float(width):.0f}px">'
     svg = opening + re.split("<svg [^>]*>", svg)[1]
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor").strip()
     return Markup(svg), raster.getvalue()
 
 
+def without_font(names: Sequence[str]) -> list[str]:
+    """A sentence on the names that the fonts here cannot draw."""
+    signs = _signs_without_font(names)
+    lacking = [(number, name) for number, name in enumerate(names) if signs & set(name)]
+    if not lacking:
+        return []
+    number, name = lacking[0]
+    return [
+        f"No font of this machine has the letters of {len(lacking):,} labels: the picture of confusions calls them by "
+        f"their place in the list of labels, {name!r:.60} 'label {number}'. Noto Sans CJK has the Japanese ones."
+    ]
+
+
 def _drawable(names: Sequence[str]) -> list[str]:
     """The names, shortened and no formula of matplotlib's; numbers for those that the fonts here cannot draw."""
+    wanted = _signs_without_font(names)
+    short = [" ".join((name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$").split()) for name in names]
+    return [f"label {n}" if wanted & set(name) else short[n] for n, name in enumerate(names)]
+
+
+def _signs_without_font(names: Sequence[str]) -> set[str]:
     from matplotlib import font_manager
 
     wanted = set("".join(names)) - {" "}
     for installed in _installed_fonts():
         font = font_manager.get_font(font_manager.findfont(installed))
         wanted -= {letter for letter in wanted if font.get_char_index(ord(letter))}
-    short = [" ".join((name if len(name) <= 18 else f"{name[:17]}…").replace("$", r"\$").split()) for name in names]
-    return [f"label {n}" if wanted & set(name) else short[n] for n, name in enumerate(names)]
+    return wanted
 
 
 def _installed_fonts() -> list[str]:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel
 
 from lmscripts.data.labelled_rows import Part
 from lmscripts.data.labelled_store import Database, RunKey
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, naming
 from lmscripts.evaluation.judging import (
+    LAST_EPOCH,
     Judged,
     RowAnswers,
     answer_rows,
@@ -30,6 +32,7 @@ from lmscripts.evaluation.judging import (
     decided,
     judge,
     names_of,
+    told_apart,
 )
 from lmscripts.evaluation.metrics import plain
 from lmscripts.evaluation.report import csv_text, visible
@@ -235,6 +238,7 @@ class ResultFiles:
         self.model = folder / f"{name}_trained_model"
         self.predictions = folder / f"{name}_testset_predictions.csv"
         self.fragments = folder / f"{name}_testset_fragments.csv"  # the rows of the same documents
+        self.weights = folder / f"{name}_trained_model.sav"  # where they were asked for
         self.statistics = folder / f"{name}_train_test_stats.json"  # numbers of every epoch and of the test part
 
     def check_free(self, do_continue: bool) -> None:
@@ -249,6 +253,14 @@ class ResultFiles:
                 f"{there[0]} is there already: give another --run_name or --output_dir, or --do_continue to go on "
                 "with the run that wrote it"
             )
+
+    def write_weights(self, model: PreTrainedModel) -> Path:
+        """Write the weights for `torch.load`, aside first; an older tool left them so."""
+        aside = self.weights.with_name(f".{self.weights.name}.part")
+        with naming(aside):
+            torch.save(model.state_dict(), aside)
+            aside.replace(self.weights)
+        return self.weights
 
     def remove_leftovers(self) -> None:
         """Remove what `write_text` of an earlier, killed process of this run left beside the files."""
@@ -276,7 +288,7 @@ def write_tables(
 
     `places` are line and name of every document; the settings are those after calibration.
     """
-    head = ["document", "line", "name", "true_label", "predicted_label", *(f"probability of {each}" for each in labels)]
+    head = ["document", "line", "name", "true_label", "prediction", *(f"probability of {each}" for each in labels)]
     doc_ids, between = part.doc_ids.tolist(), settings.separator
     truth = list(map(between.join, names_of(part.truth, labels)))
 
@@ -364,22 +376,23 @@ def finish(
     else:
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
+    notices = [LAST_EPOCH] if 0 < progress.best_epoch == len(progress.history) else []
     if (tested := _judged(database, run, parts, settings).get("test")) is not None:
+        truth, given = parts["test"][0].truth[tested.places], decided(tested.probabilities, settings)
+        notices += told_apart(truth, given, labels)
         write_tables(files, places, parts["test"][0], tested, labels, settings)
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
-    facts["best_epoch"] = progress.best_epoch
+    facts |= {"best_epoch": progress.best_epoch, "notices": notices}
+    said += [f"beware: {notice}" for notice in notices]
     place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
     about = {"run": run.run_id, "database": place, **facts}
     write_text(files.statistics, statistics_text(about, progress.history, tested))
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
-    told: dict[str, Any] = {"labels": ", ".join(labels), "began with": began_with}
-    told |= {"architecture": model.config.model_type, "best epoch": progress.best_epoch or "the last"}
-    told |= {"temperature": f"{settings.temperature:.4f}"}
-    told["rows"] = f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}"
     numbers = plain({} if tested is None else tested.document)
     shown = {name.replace("_", " "): "undefined" if v is None else f"{v:.4f}" for name, v in numbers.items()}
-    told |= {f"test documents: {name}": value for name, value in shown.items()}
+    told = {"labels": ", ".join(labels), "began with": began_with, "architecture": model.config.model_type}
+    told |= _learnt(settings, progress, notices) | {f"test documents: {name}": value for name, value in shown.items()}
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
@@ -392,6 +405,16 @@ def finish(
     said += [where, f"the predictions are in {files.predictions}"]
     said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
     return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
+
+
+def _learnt(settings: ClassifierSettings, progress: ClassifierProgress, notices: list[str]) -> dict[str, Any]:
+    """Rows of the card."""
+    return {
+        "best epoch": progress.best_epoch or "the last",
+        "temperature": f"{settings.temperature:.4f}",
+        "rows": f"at most {settings.folds.max_length} tokens, combined by {settings.aggregate}",
+        **{f"beware ({number})": notice for number, notice in enumerate(notices, 1)},
+    }
 
 
 def _judged(

@@ -105,6 +105,17 @@ def names_of(flags: Flags, labels: list[str]) -> list[list[str]]:
     return [[labels[place] for place in np.flatnonzero(row)] for row in flags]
 
 
+LAST_EPOCH = "The best epoch was the last one: more epochs may make it better."
+
+
+def told_apart(truth: Flags, given: Flags, labels: list[str]) -> list[str]:
+    """A sentence where (N, K) documents of several labels are all given the same one, or none."""
+    if truth.any(0).sum() < 2 or given.any(0).sum() > 1:
+        return []
+    said = f"another label than {labels[given.any(0).argmax()]!r:.60}" if given.any() else "any label"
+    return [f"The run gives no test document {said}: it does not tell them apart."]
+
+
 # ---- a part of a split -------------------------------------------------------------------------------------------
 
 

@@ -105,7 +105,10 @@ def find_saved(folder: Path, prefer: Literal["final", "checkpoint"] = "final") -
     """
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else f"does not exist (seen from {Path.cwd()})"
-        raise UserError(f"the model folder {folder} {kind}: give the folder of the model, a checkpoint or a run")
+        beside = f", such as {folder.with_suffix('')}" if folder.suffix and folder.with_suffix("").is_dir() else ""
+        raise UserError(
+            f"the model folder {folder} {kind}: give the folder of the model, a checkpoint or a run{beside}"
+        )
     checkpoints, final = list_checkpoints(folder), folder / "final"
     if (folder / "config.json").is_file() or not (checkpoints or (final / "config.json").is_file()):
         of_training = any((folder / name).exists() for name in OF_TRAINING) or checkpoint_step(folder) is not None

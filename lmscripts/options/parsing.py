@@ -166,7 +166,10 @@ def _parse(
             _say(to_yaml(flags.values(), values), sys.stdout)
             sys.exit(0)
         if missing := [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]:
-            raise UserError(f"missing {listed(missing, 'and')} (on the line or in the file of --config)")
+            took = (e for n, (_, e) in given.items() if flags[n].is_tuple and e.origin == LINE and e.values)
+            taken = next((e for e in took if Path(e.values[-1] or "").is_file()), None)
+            hint = f"; {taken.label} took {taken.values[-1]} for one of its values: write that first" if taken else ""
+            raise UserError(f"missing {listed(missing, 'and')} (on the line or in the file of --config){hint}")
 
         for name, flag in flags.items():
             check_value(flag, values.get(name))
@@ -308,6 +311,8 @@ class _Reader:
                 entries.append(Entry(name, [value] if equals else [], f"--{name}"))
             elif word in shorts:
                 entries.append(Entry(shorts[word], [], word))
+            elif word.startswith("-") and word[1:] in self.accepted_unused:
+                entries.append(Entry(word[1:], [], word))
             elif positional is not None and not (entries and self._takes(entries[-1], word)):
                 entries.append(Entry(positional, [word], positional))
             elif entries and word != "--":

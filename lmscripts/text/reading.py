@@ -30,7 +30,8 @@ _HEAD_BYTES = 1 << 16
 FORMATS = {
     ".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
-COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+_UNPACK = {"": "", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}
+COMPRESSIONS = tuple(filter(None, _UNPACK))
 
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 LINE_END = re.compile("\r\n|\r|\n")
@@ -135,9 +136,13 @@ def kind_of(path: str, given: str = "") -> str:
     is_json = Path(path.lower().removesuffix(format_of(path)[1])).suffix == ".json"
     as_it_is = ", or give --input_format txt to read it as it stands" if kind == "txt" else ""
     if (text.startswith(b"[") and _RECORD.match(text[1:].lstrip())) or (is_json and text[:1] in (b"[", b"{")):
+        compression = format_of(path)[1]
+        plain = path.removesuffix(compression)
         each = "'.[]'" if _RECORD.match(text[1:].lstrip()) else "'.[] | {text: .}'"
-        lines = Path(path.removesuffix(format_of(path)[1])).with_suffix(".lines.jsonl")
-        way_out = f": jq -c {each} {shlex.quote(path)} > {shlex.quote(str(lines))}" if text[:1] == b"[" else ""
+        lines = shlex.quote(f"{plain}l" if is_json else f"{plain}.lines.jsonl")
+        jq, source = f"jq -c {each}", shlex.quote(path)
+        command = f"{_UNPACK[compression]} -cd {source} | {jq}" if compression else f"{jq} {source}"
+        way_out = f": {command} > {lines}" if text[:1] == b"[" else ""
         what = "array" if way_out else "object"
         raise UserError(f"{path} is one JSON {what} from end to end; write a record a line{way_out}{as_it_is}")
     if kind == "txt" and (markup := _MARKUP.match(text)) is not None:

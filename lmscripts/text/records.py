@@ -12,8 +12,6 @@ cell or list is the answer "none of them"; a missing one is no answer, and makes
 from __future__ import annotations
 
 import codecs
-import difflib
-import functools
 import io
 import itertools
 import json
@@ -22,13 +20,14 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from lmscripts.errors import UserError, shortened
 from lmscripts.text.csv_rows import CsvRow, csv_rows
+from lmscripts.text.labels import in_words, items_of, nearest, quoted
 from lmscripts.text.reading import (
     LINE_END,
     MAX_RECORD_BYTES,
@@ -53,11 +52,10 @@ _PART_NAMES = {
 _DELIMITERS = (",", "\t", ";", "|")
 _EXCEL_DELIMITER = re.compile(r'\s*"?sep=(.)"?\s*', re.IGNORECASE)
 _DASHES = re.compile(r"(?=.*[-=]{3})[-=_+|:,; \t]*")
+_OTHER_ORDER = "the columns are named again in another order"
 _UNDECODABLE = ("cannot be decoded", "it holds bytes that are not of the given encoding")
 _RAW_CHARACTERS = 200
-_SHOWN_CHARACTERS = 60  # of a name in a sentence
-_SHOWN_NAMES = 20
-_MOST_TO_COMPARE = 200
+_MOST_TO_COMPARE, _LONGEST_TO_COMPARE = 200, 60  # labels, and characters of one
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,9 @@ class TableOptions:
         text, label: names of their columns; an empty `label` reads texts without labels.
         id, group, split: names of further columns, empty for none; what `split` holds is train, validation or test.
         labels: all labels in their order; empty takes those of the table, sorted (as numbers where all are).
-        separator: between the labels of a row in a table with several (`a|b`); empty for one label a row.
+        separator: between the labels of a row in a table with several (`a|b`); empty for one label a row. A cell that
+            is a list, `['a', 'b']`, is read as one.
+        label_columns: in place of `label`, a column for each label, which says 1 or 0 (or true or false).
         format: csv, tsv, jsonl or parquet (of a corpus also txt); empty goes by the file's name and content.
         delimiter: of csv and tsv; empty finds it in the header.
         encoding: empty takes UTF-8, or what a byte order mark says; given, rows that it cannot decode are bad rows.
@@ -83,6 +83,7 @@ class TableOptions:
     split: str = ""
     labels: tuple[str, ...] = ()
     separator: str = ""
+    label_columns: tuple[str, ...] = ()
     format: Literal["", "txt", "csv", "tsv", "jsonl", "parquet"] = ""
     delimiter: str = ""
     encoding: str = ""
@@ -92,7 +93,14 @@ class TableOptions:
     def columns(self) -> dict[str, str]:
         """What is read -> the column from which it is read."""
         names = {name: getattr(self, name) for name in ("text", "label", "id", "group", "split")}
+        names |= {"label": ""} if self.label_columns else {}
+        names |= {f"label {column}": column for column in self.label_columns}
         return {name: column for name, column in names.items() if column}
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row may have several labels, or none."""
+        return bool(self.separator or self.label_columns)
 
 
 def corpus_table(
@@ -112,12 +120,13 @@ TEXTS = corpus_table()
 
 @dataclass(frozen=True)
 class BadRow:
-    """One row that cannot be used: its first line, a reason of few kinds, the details, and its beginning."""
+    """One row that cannot be used: its first line, a reason of few kinds, details, its beginning, its id if known."""
 
     line: int
     reason: str
     details: str
     raw: str
+    name: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "raw", SURROGATE.sub("\ufffd", self.raw)[:_RAW_CHARACTERS])
@@ -140,8 +149,9 @@ def read_records(path: str, table: TableOptions, repairs: Counter[str]) -> Itera
         UserError: no such file, format, column or encoding; a damaged file, or one that is no table.
     """
     columns = list(table.columns().values())
-    if not table.text or len(set(columns)) < len(columns):
-        raise UserError(f"text, label, id, group and split must be columns of their own, not {', '.join(columns)}")
+    twice = len(set(table.label_columns)) < len(table.label_columns)
+    if not table.text or twice or len(set(columns)) < len(columns):
+        raise UserError(f"text, labels, id, group and split must be columns of their own, not {', '.join(columns)}")
     if table.delimiter and (len(table.delimiter) != 1 or table.delimiter in '"\r\n'):
         raise UserError(f"the delimiter must be one character, not {table.delimiter!r:.60}")
     check_codec(table.encoding or "utf-8")
@@ -154,14 +164,6 @@ def read_records(path: str, table: TableOptions, repairs: Counter[str]) -> Itera
         yield from readers[kind](path, table, repairs)
     else:
         yield from _csv_records(path, kind, table, repairs)
-
-
-@functools.lru_cache(1024)  # the same label may be wrong in thousands of rows
-def nearest(name: str, known: tuple[str, ...]) -> str:
-    """The known name nearest to a given one, as the end of a sentence; empty where none is near."""
-    by_case = {each.strip().lower(): each for each in known}
-    near = difflib.get_close_matches(name.strip().lower(), list(by_case), n=1)
-    return f"; did you mean {by_case[near[0]]!r:.60}?" if near else ""
 
 
 def check_codec(encoding: str) -> None:
@@ -188,7 +190,8 @@ def _no_column(path: str, name: str, column: str, header: Iterable[str]) -> User
     names = tuple(header)
     listed = ", ".join(f"{each!r:.40}" for each in names[:12]) + (" ..." if len(names) > 12 else "")
     near = nearest(column, names)
-    option = {"text": "--text (--text_column for a corpus)", "label": "--label"}.get(name, f"--{name}_column")
+    options = {"text": "--text (--text_column for a corpus)", "label": "--label"}
+    option = options.get(name, "--label_columns" if name.startswith("label ") else f"--{name}_column")
     way_out = f"{f'{near} Else ' if near else ': '}give {option}"
     if format_of(path)[0] == "txt":
         way_out += ", or --input_format txt to read its lines as they stand"
@@ -201,7 +204,7 @@ def _no_column(path: str, name: str, column: str, header: Iterable[str]) -> User
 def _text_lines(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[str]:
     """Lines with their ends; bytes that a given encoding cannot decode are characters of `UNDECODED`.
 
-    Where the first line ends with CR, all do; else CR alone is text, as in a cell that was written on an old Mac.
+    Where the first line ends with CR, lines may; else CR alone is text, as in a cell that was written on an old Mac.
     """
     head = head_of(path)
     marked = mark_of(head)
@@ -212,7 +215,7 @@ def _text_lines(path: str, table: TableOptions, repairs: Counter[str]) -> Iterat
     number = 0
     try:
         end = LINE_END.search(head.decode(encoding, "ignore"))
-        newline = "\r" if end is not None and end.group() == "\r" else "\n"
+        newline = "" if end is not None and end.group() == "\r" else "\n"
         with opened(path) as file:
             stream = io.TextIOWrapper(file, encoding, errors=errors, newline=newline)
             while line := stream.readline(MAX_RECORD_BYTES):
@@ -256,16 +259,21 @@ def _csv_records(path: str, kind: str, table: TableOptions, repairs: Counter[str
         raise UserError(f"{path}:{top.first}: {_stray_quote(top)}; the header must name the columns")
     header = [name.strip() for name in top.fields]
     columns = _find_columns(path, header, table)
-    may_be_dashes = True
+    names, may_be_dashes = _normal(header, sum(map(bool, header)) > 1), True
     for row in rows:
         if may_be_dashes and not row.stray_from and _DASHES.fullmatch(delimiter.join(row.fields)):
             repairs["lines_of_dashes"] += 1
         else:
-            yield row.first, _csv_fields(row, header, columns, delimiter)
+            fields = _csv_fields(row, header, names, columns, delimiter)
+            if isinstance(fields, BadRow) and fields.reason == _OTHER_ORDER:
+                raise fields.error(path)
+            yield row.first, fields
         may_be_dashes = False
 
 
-def _csv_fields(row: CsvRow, header: list[str], columns: dict[str, int], delimiter: str) -> Fields | BadRow:
+def _csv_fields(
+    row: CsvRow, header: list[str], names: list[str], columns: dict[str, int], delimiter: str
+) -> Fields | BadRow:
     """What is read from a row, or why it is none; columns without a name at the end may be missing."""
     fields, most = row.fields, len(header)
     least = max((place for place, name in enumerate(header, 1) if name), default=0)
@@ -280,11 +288,27 @@ def _csv_fields(row: CsvRow, header: list[str], columns: dict[str, int], delimit
         fault = "too few fields", f"{number} {least}{upto}"
     elif any(field.strip() for field in fields[most:]):
         fault = "too many fields", f"{number} {most}{upto}; a text with {delimiter!r} in it must stand in quotes"
-    elif fields[0].strip() == header[0] and [field.strip() for field in fields[:most]] == header:
-        fault = "header repeated", "it names the columns again; were tables put one behind the other?"
+    elif again := _header_again(fields, names):
+        fault = again, "were tables put one behind the other? Cut the file in front of this line"
     else:
         return {name: fields[place] for name, place in columns.items()}
     return BadRow(row.first, *fault, raw)
+
+
+def _header_again(fields: list[str], names: list[str]) -> str:
+    """What a row is that holds the names of the columns (see `_normal`) and nothing else; "" for others."""
+    if fields[0].strip().casefold() not in names and fields[0].strip() not in names:  # most rows
+        return ""
+    found = _normal(fields, len(names) > 1)
+    if found == names:
+        return "header repeated"
+    return _OTHER_ORDER if sorted(found) == sorted(names) else ""
+
+
+def _normal(fields: list[str], several: bool) -> list[str]:
+    """The cells that are not empty; case says nothing where there are several columns."""
+    filled = filter(None, map(str.strip, fields))
+    return list(map(str.casefold, filled) if several else filled)
 
 
 def _stray_quote(row: CsvRow) -> str:
@@ -392,57 +416,6 @@ def read_table(path: str | Path, table: TableOptions, repairs: Counter[str] | No
         yield row
 
 
-def order_labels(counts: Counter[str], table: TableOptions) -> list[str]:
-    """The labels in the order of their ids: as given, else sorted, as numbers where all are whole numbers."""
-    if table.labels:
-        return list(table.labels)
-    if all(re.fullmatch(r"-?\d{1,15}", label) for label in counts):
-        return sorted(counts, key=lambda label: (int(label), label))
-    return sorted(counts)
-
-
-def shown(name: str) -> str:
-    """A name from a table as a line of a terminal may show it: not too long, and no control characters."""
-    return name if name.isprintable() and len(name) <= _SHOWN_CHARACTERS else quoted(name)
-
-
-def quoted(name: str) -> str:
-    """A name in quotes, of bounded length."""
-    return f"{name!r:.{_SHOWN_CHARACTERS}}"
-
-
-def in_words(names: Collection[str], show: Callable[[str], str] = shown) -> str:
-    """The first twenty names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(map(show, itertools.islice(names, _SHOWN_NAMES))) + more
-
-
-def check_classes(path: str | Path, counts: Counter[str], num_rows: int, reasons: Counter[str], column: str) -> None:
-    """Refuse a table from which nothing can be learnt: no rows, fewer than two labels, or one with fewer than two rows.
-
-    `counts` are the good rows of each label, labels that were given and never seen among them; `num_rows` all good
-    rows, `reasons` the bad ones.
-    """
-    bad = ", ".join(f"{number:,} x {reason}" for reason, number in reasons.most_common(4))
-    left_out = f"; left out: {bad}" if bad else ""
-    if not num_rows:
-        raise UserError(f"{path} has no row that can be used{left_out or ', only a header or nothing at all'}")
-    seen = [label for label, number in counts.items() if number]
-    if not seen:
-        raise UserError(f"no row of {path} has a label in {column!r}; two labels are needed{left_out}")
-    if len(seen) < 2:
-        which = "every row" if counts[seen[0]] == num_rows else "every row with a label"
-        raise UserError(f"{which} of {path} has the label {quoted(seen[0])} in {column!r}; two are needed{left_out}")
-    rare = sorted(label for label, number in counts.items() if number < 2)
-    if rare:
-        rarest = ", ".join(f"{quoted(label)} ({counts[label]})" for label in rare[:5])
-        more = f" and {len(rare) - 5:,} more" if len(rare) > 5 else ""
-        raise UserError(
-            f"{path}: these labels of {column!r} have fewer than 2 rows: {rarest}{more}; add rows, merge labels, or "
-            f"take another label column{left_out}"
-        )
-
-
 class _WrongKindError(Exception):
     """A value that is no plain text, number or date; says what it is."""
 
@@ -453,15 +426,23 @@ def _row(line: int, fields: Fields, table: TableOptions, known: frozenset[str], 
     labels: tuple[str, ...] | None = ()
 
     def bad(reason: str, details: str) -> BadRow:
-        return BadRow(line, reason, details, " | ".join(f"{name}={fields.get(name)!s:.80}" for name in table.columns()))
+        raw = " | ".join(f"{name}={fields.get(name)!s:.80}" for name in table.columns())
+        return BadRow(line, reason, details, raw, values.get("id") or None)
 
     for name, column in table.columns().items():
         value = fields.get(name)
         try:
             if name == "label":
-                labels = _labels(value, table.separator, repairs)
+                labels = _labels(value, table.separator, known, repairs)
+                continue
+            if name.startswith("label "):
+                if (holds := _yes_or_no(value, repairs)) is None:
+                    return bad("empty label", f"nothing in {column!r}")
+                labels = (*(labels or ()), *([column] if holds else []))
                 continue
             values[name] = _plain(value, repairs) or ""
+            if name == "id" and values[name] and isinstance(value, str):
+                values[name] = without_faults(value)[0]  # as it stands: others join by it
             if name == "text" and values[name] and not isinstance(value, str):
                 raise _WrongKindError(f"a {type(value).__name__}")
         except _WrongKindError as error:
@@ -472,7 +453,7 @@ def _row(line: int, fields: Fields, table: TableOptions, known: frozenset[str], 
         return bad("empty label", f"nothing in {table.label!r}")
     if unknown := [label for label in labels if known and label not in known]:
         # A search among many labels, or for a long one, takes too long.
-        few = len(table.labels) <= _MOST_TO_COMPARE and len(unknown[0]) <= _SHOWN_CHARACTERS
+        few = len(table.labels) <= _MOST_TO_COMPARE and len(unknown[0]) <= _LONGEST_TO_COMPARE
         near = nearest(unknown[0], table.labels) if few else ""
         return bad("unknown label", f"{quoted(unknown[0])} is not one of {in_words(table.labels, quoted)}{near}")
     part = _PART_NAMES.get(values["split"].lower()) if table.split else None
@@ -481,22 +462,47 @@ def _row(line: int, fields: Fields, table: TableOptions, known: frozenset[str], 
     return Row(line, values["text"], labels, values.get("id") or None, values.get("group") or None, part)
 
 
-def _labels(value: Any, separator: str, repairs: Counter[str]) -> tuple[str, ...] | None:
+def _labels(value: Any, separator: str, known: frozenset[str], repairs: Counter[str]) -> tuple[str, ...] | None:
     """The labels of a row, each once; None where none is told."""
-    if not separator:
-        label = _plain(value, repairs)
-        return (label,) if label else None
     parts: list[str | None]
-    if isinstance(value, (list, tuple)):
+    if separator and isinstance(value, (list, tuple)):
         parts = [_plain(part, repairs) for part in value]  # one label each, also where the separator stands in it
         if None in parts:
             raise _WrongKindError("a list in which a value is missing")
-    else:
-        whole = _plain(value, repairs)
-        if whole is None:
-            return None
-        parts = [part.strip() for part in whole.split(separator)]
-    return tuple(dict.fromkeys(part for part in parts if part))
+        return tuple(dict.fromkeys(part for part in parts if part))
+    whole = _plain(value, repairs)
+    if whole is None or not (whole or separator):
+        return None
+    if whole and isinstance(value, str) and value != whole:
+        repairs["labels_with_white_space_around_them"] += 1
+    if whole in known:
+        return (whole,)
+    try:
+        items = items_of(whole)
+    except ValueError:
+        raise _WrongKindError(f"{quoted(whole)}, which looks like a list and cannot be read as one") from None
+    if items is None and not separator:
+        return (whole,)
+    if not separator:
+        raise _WrongKindError(
+            f"the list {quoted(whole)}: give --separator '|' where a row has several labels, --labels where that is one"
+        )
+    found = whole.split(separator) if items is None else items
+    if items is None and len(found) > 1 and whole[0] + whole[-1] in ("[]", "{}", "()") and whole[-1] not in found[0]:
+        raise _WrongKindError(f"{quoted(whole)}, which looks like a list and cannot be read as one")
+    if items is not None:
+        repairs["lists_of_labels_in_one_cell"] += 1
+    return tuple(dict.fromkeys(part for part in map(str.strip, found) if part))
+
+
+def _yes_or_no(value: Any, repairs: Counter[str]) -> bool | None:
+    """What a column of one label says of it; None where nothing."""
+    text = (_plain(value, repairs) or "").casefold()
+    if text in ("1", "1.0", "true", "yes"):
+        return True
+    if text in ("0", "0.0", "false", "no", ""):
+        return False if text else None
+    raise _WrongKindError(f"{quoted(text)}, neither 1 nor 0")
 
 
 def _plain(value: Any, repairs: Counter[str]) -> str | None:

@@ -307,7 +307,7 @@ def model_card(
     Args:
         title: heading.
         rows: table of what was measured, name to value.
-        options_yaml: the options that repeat the run.
+        options_yaml: the options that repeat the run; what they mean stands in the run's folder.
         began: a sentence on what was trained, and from what.
         use: how it is used, as Markdown.
         limits: what it cannot be trusted with.
@@ -315,6 +315,7 @@ def model_card(
         task: name of the folder's task in transformers' pipeline; empty for none.
     """
     table = "\n".join(f"| {name} | {as_cell(value)} |" for name, value in rows.items())
+    without_help = "\n".join(line for line in options_yaml.splitlines() if line and not line.startswith("#"))
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     shown = "\n".join(["", "## Examples", "", *(f"- {example}" for example in examples), ""]) if examples else ""
     return f"""---
@@ -342,7 +343,11 @@ library_name: transformers
 
 {used}; {sys.platform}
 
-{fenced(options_yaml, "yaml")}
+<details><summary>Options</summary>
+
+{fenced(without_help, "yaml")}
+
+</details>
 """
 
 
