@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from lmscripts.errors import UserError
 from lmscripts.files import check_once, file_sha256, new_folder, read_json, user_cache
-from lmscripts.text.records import in_words
+from lmscripts.text.labels import in_words
 from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.encoder import fingerprint, load_tokenizer
 from lmscripts.tokenizer.folder import copy_tokenizer
@@ -452,19 +452,17 @@ def build_store(
     dtype, settings = "uint16" if described["tokenizer"]["vocab_size"] <= 1 << 16 else "uint32", described["options"]
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
-        encode = _Encode(str(tokenizer_dir), dtype, settings["validation_fraction"], settings.get("line_ends"))
 
-        def place_of(batch: Documents) -> Callable[[], str]:
-            return f"up to {place()}".__str__
+        def encoded(documents: Iterable[Documents], fraction: float) -> Iterator[EncodedBatch]:
+            encode = _Encode(str(tokenizer_dir), dtype, fraction, settings.get("line_ends"))
+            return in_order(encode, documents, num_workers, place=lambda _: f"up to {place()}".__str__)
 
         held_out = []
-        if validation_batches is not None:
-            encode_all = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
-            for batch in in_order(encode_all, validation_batches, num_workers, place=place_of):
-                validation.append(batch, batch.in_validation)
-                held_out.append(batch.hashes)
+        for batch in () if validation_batches is None else encoded(validation_batches, 1.0):
+            validation.append(batch, batch.in_validation)
+            held_out.append(batch.hashes)
         overlap = _Overlap(held_out)
-        for batch in in_order(encode, batches, num_workers, place=place_of):
+        for batch in encoded(batches, settings["validation_fraction"]):
             train.append(batch, ~batch.in_validation)
             validation.append(batch, batch.in_validation)
             overlap.add(batch.hashes)
@@ -476,14 +474,8 @@ def build_store(
             documents = {name: part["documents"] for name, part in parts.items()}
             raise _no_tokens(documents, described["source"]["files"], text_report())
         copy_tokenizer(tokenizer_dir, aside / "tokenizer")
-        manifest = {
-            "format": "lmscripts token store",
-            "format_version": FORMAT_VERSION,
-            **described,
-            "dtype": dtype,
-            "parts": parts,
-            "text": text_report(),
-        }
+        manifest = {"format": "lmscripts token store", "format_version": FORMAT_VERSION, "dtype": dtype}
+        manifest |= described | {"parts": parts, "text": text_report()}
         text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
         (aside / "manifest.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     return open_store(folder)

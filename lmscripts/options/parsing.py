@@ -311,7 +311,7 @@ class _Reader:
                 entries.append(Entry(name, [value] if equals else [], f"--{name}"))
             elif word in shorts:
                 entries.append(Entry(shorts[word], [], word))
-            elif word.startswith("-") and word[1:] in self.accepted_unused:
+            elif word.startswith("-") and self.older.get((word[1:], ""), ("",))[0] == "unused":
                 entries.append(Entry(word[1:], [], word))
             elif positional is not None and not (entries and self._takes(entries[-1], word)):
                 entries.append(Entry(positional, [word], positional))
