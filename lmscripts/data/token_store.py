@@ -423,12 +423,10 @@ def build_store(
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
         encode = _Encode(str(tokenizer_dir), dtype, settings["validation_fraction"], settings.get("line_ends"))
-        held_out = []
-        if validation_batches is not None:
-            encode_all = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
-            for batch in in_order(encode_all, validation_batches, num_workers):
-                validation.append(batch, batch.in_validation)
-                held_out.append(batch.hashes)
+        held_out, encode_all = [], _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
+        for batch in in_order(encode_all, validation_batches or (), num_workers if validation_batches else 1):
+            validation.append(batch, batch.in_validation)
+            held_out.append(batch.hashes)
         overlap = _Overlap(held_out)
         for batch in in_order(encode, batches, num_workers):
             train.append(batch, ~batch.in_validation)
