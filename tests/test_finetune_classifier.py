@@ -362,7 +362,7 @@ def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_tab
         (["--keep_last", 0], "keep_last"),
         (["--model_name_or_path", "no/such/folder/here"], "no/such/folder/here"),
         (["--label_columns", "a", "--separator", "|"], "leave out --label, --labels and --separator"),
-        (["--label_columns", "label", "work"], "no column 'work'"),
+        (["--label_columns", "a", "work", "--database", "{tmp}/new.sqlite"], "no column 'a'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, sentence, table, bert, here, tmp_path):

@@ -666,3 +666,54 @@ def test_hostile_tables_are_read_and_counted_or_refused_in_one_sentence(tokenize
         if not fits or not all(len(line) < 1500 and line.isprintable() for line in said):
             wrong.append((number, name, expected, said))
     assert wrong == []
+
+
+# As above, of what is to be labelled: the lines that have an answer and the notes of the others.
+TEXTS = [
+    ("t.csv", "text\na\nb\n", {}, [2, 3]),
+    ("t.csv", "text\r\na\r\nb\r\n", {}, [2, 3]),
+    ("t.csv", "text\ra\rb\r", {}, [2, 3]),
+    ("t.csv", "\n\ntext\na\n", {}, [4]),
+    ("t.csv", "sep=;\nid;text\n1;a,b\n", {"id": "id"}, [3]),
+    ("t.csv", "id;text\n-1;a\n=2;b\n", {"id": "id"}, [2, 3]),
+    ("t.csv", 'text\n"two\nlines"\n""\n"  "\nb\n', {}, [2, "empty text", "empty text", 6]),
+    ("t.csv", 'id,text\n1,"open\n2,b\n', {}, ["stray quote", 3]),
+    ("t.csv", 'id,text\n1,"open\n2,b\n', {"quotes": False}, [2, 3]),
+    ("t.csv", "id,text\n1\n2,b,c\n3,d\n", {}, ["too few fields", "too many fields", 4]),
+    ("t.csv", "id,text\n1,a\nid,text\n2,b\n", {}, [2, "header repeated", 4]),
+    ("t.csv", "id,text\n1,a\ntext,id\nb,2\n", {}, "!another order"),
+    ("t.csv", "id,body\n1,a\n", {}, "!no column 'text'"),
+    ("t.csv", "id,text\n1,a\n", {"id": "key"}, "!--id_column"),
+    ("t.csv", "", {}, "!is empty"),
+    ("t.csv", "text\n", {}, []),
+    ("t.csv", b"id,text\n1,caf\xe9\n2,b\n", {}, "!t.csv:2"),
+    ("t.csv", b"id,text\n1,caf\xe9\n2,b\n", {"encoding": "utf-8"}, ["cannot be decoded", 3]),
+    ("t.csv", b"id,text\n1,caf\xe9\n2,b\n", {"encoding": "latin-1"}, [2, 3]),
+    ("t.csv", b"PK\x03\x04" + bytes(99), {}, "!is an office file"),
+    ("t.jsonl", '{"text": "a"}\n{\n\n{"text": null}\n{"text": 1}\n', {},
+     [1, "no JSON record", "empty text", "text of the wrong kind"]),
+    ("t.jsonl", '[{"text": "a"}]\n', {}, "!one JSON array"),
+    ("t.json", '{"text": "a"}\n{"text": "b"}\n', {}, [1, 2]),
+    ("t.txt", "a\n\nb\n", {}, [1, 2, 3]),
+    ("t.txt", b"a\n\xff\nb\n", {}, [1, "cannot be decoded as utf-8", 3]),
+    ("t.parquet", "text\na\n", {}, "!not a parquet file"),
+    ("t.csv.xz", "text\na\n", {}, "!damaged or cut off"),
+]  # fmt: skip
+
+
+def test_hostile_texts_are_labelled_line_by_line_or_refused_in_one_sentence(tmp_path):
+    from lmscripts.errors import UserError
+    from lmscripts.evaluation.applying import read_texts
+    from lmscripts.text.records import TableOptions
+
+    wrong = []
+    for number, (name, data, options, expected) in enumerate(TEXTS):
+        path = tmp_path / f"{number}_{name}"
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        try:
+            found = [text.note or text.line for text in read_texts(str(path), "", TableOptions(label="", **options))]
+        except UserError as error:
+            found = f"!{error}"
+        fits = found == expected if isinstance(expected, list) else expected[1:] in found and "\n" not in found
+        wrong += [] if fits else [(number, name, expected, found)]
+    assert wrong == []
