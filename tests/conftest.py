@@ -1,6 +1,9 @@
 """Shared fixtures: no network, whole commands, and small artefacts made once per session."""
 
+import contextlib
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,31 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def run_script(name, *arguments, cwd=None, check=True, timeout=300, env=None, prefix=()):
+PATIENCE = 900  # seconds until something hangs, on a machine with much else to do
+
+
+def free_port():
+    """A port below those that the system gives to others, so that none takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+@contextlib.contextmanager
+def cpu_seconds_below(most):
+    """CPU time of this process and of those that it waited for, which another load on the machine hardly changes."""
+
+    def used():
+        return sum(os.times()[:4])
+
+    began = used()
+    yield
+    assert used() - began < most
+
+
+def run_script(name, *arguments, cwd=None, check=True, timeout=PATIENCE, env=None, prefix=()):
     """Run scripts/NAME as a user would; returns the finished process with its output.
 
     Where nothing in front of it and no environment asks for a Python of its own, it is forked from one that has torch
@@ -32,7 +59,7 @@ def run_script(name, *arguments, cwd=None, check=True, timeout=300, env=None, pr
     return done
 
 
-def launch(config, name, *arguments, processes=None, cwd=None, check=True, timeout=300, env=None):
+def launch(config, name, *arguments, processes=None, cwd=None, check=True, timeout=PATIENCE, env=None):
     """Run scripts/NAME through accelerate launch with a file of accelerate_configs/."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / config)]

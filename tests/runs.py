@@ -11,7 +11,7 @@ import time
 
 import psutil
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from safetensors.torch import load_file
 
 SCRIPT = str(ROOT / "scripts" / "run_pretraining.py")
@@ -67,7 +67,7 @@ def newest_step(run_dir):
 
 def wait_for_step(process, run_dir, step):
     """Wait until a running process has saved a checkpoint of this step or a later one."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while newest_step(run_dir) < step:
         assert process.poll() is None, f"the run ended before step {step}"
         assert time.monotonic() < deadline, f"no checkpoint of step {step} in two minutes"

@@ -13,13 +13,12 @@ import random
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from conftest import ROOT, cpu_seconds_below
 
 from lmscripts.errors import UserError
 from lmscripts.text.csv_rows import csv_rows
@@ -317,13 +316,12 @@ def test_messages_stay_short_and_on_one_line_whatever_the_labels_are(tmp_path):
 
 def test_thousands_of_unknown_labels_are_answered_in_no_time(tmp_path):
     """The nearest known label is sought among few and short ones only, and once for each that is unknown."""
-    start = time.perf_counter()
     for known, unknown in ((5000, 2000), (3, 5)):
         names = tuple(f"{number} is the label" for number in range(known))
         rows = "".join(f"t,{number % unknown} was the label{'x' * (known > 3) * 99}\n" for number in range(10_000))
-        bad = read(write(tmp_path / "t.csv", "text,label\n" + rows), labels=names)[1]
+        with cpu_seconds_below(10):
+            bad = read(write(tmp_path / "t.csv", "text,label\n" + rows), labels=names)[1]
         assert len(bad) == 10_000
-    assert time.perf_counter() - start < 20
 
 
 def test_rows_with_quotes_are_those_of_csv_wherever_it_finds_no_fault():
@@ -400,9 +398,8 @@ def test_a_stray_quote_is_named_with_the_lines_that_it_would_have_swallowed(tmp_
 def test_thousands_of_stray_quotes_are_read_in_no_time():
     """The lines behind a quote that does not close are read twice, not once for every such quote."""
     rows = ['"a ""b"",x\n', '"",y\n', '"opens,x\n', 'c ""d"",y\n', '"""",y\n'] * 20_000
-    start = time.perf_counter()
-    assert sum(1 for _ in csv_rows(iter(rows), ",", True)) == len(rows)
-    assert time.perf_counter() - start < 10
+    with cpu_seconds_below(10):
+        assert sum(1 for _ in csv_rows(iter(rows), ",", True)) == len(rows)
 
 
 def test_quotes_may_mean_nothing(tmp_path):

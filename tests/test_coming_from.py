@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT, run_script
+from conftest import PATIENCE, ROOT, run_script
 
 from lmscripts.options import language_pretraining, lightning
 from lmscripts.options.yaml_text import Entry
@@ -249,7 +249,7 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 1}\nmodel: {train_file: a.txt}\n", encoding="utf-8")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     line = [sys.executable, str(ROOT / words[place]), *words[place + 1 :], "--print_config"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 

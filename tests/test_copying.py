@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from runs import log_of
 from transformers import BertConfig, BertForMaskedLM
 
@@ -68,7 +68,7 @@ def run(copy, *arguments):
     """Run a copy where it stands; nothing says where presets are."""
     command = [sys.executable, copy.name, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=copy.parent, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, cwd=copy.parent, capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SAMPLE, TINY_PRESET
+from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, free_port
 
 TRAIN_TOKENIZER = """
 python train_tokenizer.py \
@@ -72,7 +72,7 @@ def run_as_written(text, folder, launcher=None):
     if launcher is not None:
         words = [*launcher, *words[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_pretraining_through_accelerate(folder):
 
 @pytest.mark.launch
 def test_pretraining_through_the_older_launcher(folder):
-    done = run_as_written(LAUNCHED, folder)
+    done = run_as_written(LAUNCHED.replace("50916", str(free_port())), folder)
     assert done.returncode == 0, done.stderr
     assert "processes    2" in done.stdout
     assert "--local_rank" in done.stderr + done.stdout
@@ -154,4 +154,4 @@ assert AutoModelForMaskedLM.from_pretrained("generator")(**batch).logits.shape[2
 assert AutoModelForPreTraining.from_pretrained("discriminator")(**batch).logits.shape == batch["input_ids"].shape
 """
     where = folder / "model" / "electra" / "extracted-4"
-    subprocess.run([sys.executable, "-c", program], cwd=where, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=where, check=True, timeout=PATIENCE)

@@ -12,7 +12,7 @@ from hashlib import sha256
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, TINY_PRESET, launch, run_script
+from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, launch, run_script
 from runs import log_of
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
@@ -282,13 +282,13 @@ def test_a_signal_leaves_nothing_behind(gpt2, text, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "evaluate_lm.py"), *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not list(temporary.glob("*/token_store-*/manifest.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped by SIGTERM; no result was written" in errors
     assert not list(temporary.glob("lmscripts*"))

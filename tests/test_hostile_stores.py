@@ -12,7 +12,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, SAMPLE, TINY_PRESET, run_script
+from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, run_script
 from runs import wait_for_step
 
 
@@ -275,7 +275,7 @@ def test_work_that_is_stopped_leaves_no_process_and_no_file(tokenizer_dir, tmp_p
         command += ["--vocab_size", 1000, "--model_dir", output]
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        workers, deadline = set(), time.monotonic() + 60
+        workers, deadline = set(), time.monotonic() + PATIENCE
         while len(workers) < 2 and process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(psutil.Error):
                 children = psutil.Process(process.pid).children()
@@ -284,7 +284,7 @@ def test_work_that_is_stopped_leaves_no_process_and_no_file(tokenizer_dir, tmp_p
         process.send_signal(number)
         said = process.communicate()[1].decode()
         assert len(workers) == 2, said
-        assert psutil.wait_procs(workers, timeout=30)[1] == []
+        assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []
     assert process.returncode == 128 + signal.SIGTERM
     assert [line for line in said.splitlines() if "error:" in line] == ["error: stopped by SIGTERM"]
     assert "Traceback" not in said
@@ -315,7 +315,7 @@ def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
         process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
         wait_for_step(process, run_dir, 25)
         lose(run_dir, train.store)
-        assert process.wait(timeout=120) == code
+        assert process.wait(timeout=PATIENCE) == code
         log.seek(0)
         said = log.read()
     assert "Traceback" not in said

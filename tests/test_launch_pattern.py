@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,14 +18,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import TINY_PRESET
+from conftest import PATIENCE, TINY_PRESET, free_port
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.launch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TWO_NODES = REPOSITORY / "accelerate_configs" / "two_nodes"
-SECONDS = 150
 SCRIPT = """
 import datetime, json, os, sys
 import torch
@@ -54,13 +52,7 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
             for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        launcher.wait(timeout=10)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        launcher.wait(timeout=PATIENCE)
 
 
 def node_file(folder: Path, source: str, num_processes: int, port: int) -> Path:
@@ -87,7 +79,7 @@ def launch(
         with open(folder / f"{source}.log", "wb") as log:
             process = subprocess.Popen([*module, *words], env=environment, stdout=log, stderr=log)
         started.append(process)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE
     for process in started:
         process.wait(timeout=max(1.0, deadline - time.monotonic()))
     # Exit codes are not looked at: gloo sometimes aborts after everything is done.
@@ -134,7 +126,7 @@ def test_two_and_one_processes_train_like_one(training, tmp_path, started) -> No
     assert "rows of a step [3, 2, 3]" in printed or "rows of a step [2, 3, 3]" in printed, printed
     alone = [*training, str(tmp_path / "alone"), "--process_shares", "1"]
     alone[alone.index("--expected_processes") + 1] = "1"
-    subprocess.run([sys.executable, *alone], check=True, capture_output=True, timeout=SECONDS)
+    subprocess.run([sys.executable, *alone], check=True, capture_output=True, timeout=PATIENCE)
     three, one = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("three", "alone"))
     assert max((three[name] - one[name]).abs().max().item() for name in one) < 1e-6
 

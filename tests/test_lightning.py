@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from lmscripts.options import lightning
 from lmscripts.options.checks import parse_duration
@@ -612,5 +612,7 @@ def test_nothing_heavy_is_imported() -> None:
     code = "import sys, lmscripts.options.lightning\n"
     code += "print([m for m in ('torch', 'numpy', 'transformers', 'accelerate') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from test_analyze_results import run_here
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -63,7 +63,7 @@ def predict(*arguments, **settings):
 
 def from_standard_input(model_dir, text, *arguments):
     command = [sys.executable, str(ROOT / "scripts" / SCRIPT), "--model_dir", str(model_dir), *map(str, arguments)]
-    return subprocess.run(command, input=text, capture_output=True, check=False, env=os.environ, timeout=120)
+    return subprocess.run(command, input=text, capture_output=True, check=False, env=os.environ, timeout=PATIENCE)
 
 
 def recomputed(model_dir, text):

@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 import torch
-from conftest import SAMPLE, TINY_PRESET, launch, run_script
+from conftest import PATIENCE, SAMPLE, TINY_PRESET, launch, run_script
 from runs import (
     SCRIPT,
     kill_at_random_moments,
@@ -153,7 +153,7 @@ def test_signal_saves_and_ends_with_its_own_code(common, workspace, uninterrupte
         process = start(arguments, log)
         wait_for_step(process, run_dir, 5)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=PATIENCE) == 75
         log.seek(0)
         text = log.read()
     assert f"stopped by {number.name}" in text
@@ -173,8 +173,8 @@ def test_a_run_does_not_outlive_its_launcher(common, workspace, uninterrupted, n
         wait_for_step(launcher, run_dir, 5)
         (child,) = psutil.Process(launcher.pid).children()
         launcher.send_signal(number)
-        launcher.wait(timeout=60)
-        psutil.wait_procs([child], timeout=60)
+        launcher.wait(timeout=PATIENCE)
+        psutil.wait_procs([child], timeout=PATIENCE)
         assert not child.is_running()
         log.seek(0)
         assert "stopped by the end of its launcher" in log.read()
@@ -222,7 +222,7 @@ def test_signal_during_an_evaluation(common, workspace, uninterrupted):
             process = start(arguments, log)
             wait_for_step(process, run_dir, 3 + attempt)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) == 75
+            assert process.wait(timeout=PATIENCE) == 75
         state = json.loads((run_dir / f"checkpoint-{newest_step(run_dir)}" / "training_state.json").read_text())
         inside += state["progress"]["evaluated_step"] != state["progress"]["step"] == newest_step(run_dir)
         run_script("run_pretraining.py", *arguments, "--do_continue")
@@ -292,7 +292,7 @@ assert len(answers) == 5, answers
 assert tokenizer.model_max_length == 64
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, timeout=PATIENCE)
     ids, real, logits = torch.load(tmp_path / "logits.pt", weights_only=True)
 
     # The same through the pieces that training used, from the last checkpoint.

@@ -9,7 +9,7 @@ from functools import partial
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from lmscripts.errors import UserError
 from lmscripts.workers import given_up, in_order
@@ -75,7 +75,7 @@ def test_long_work_hears_that_nobody_waits_for_it(tmp_path):
     with pytest.raises(UserError, match="the first is bad"):
         list(in_order(partial(work_until_given_up, tmp_path / "mark"), range(2), 2))
     assert (tmp_path / "mark").exists()
-    assert time.monotonic() - start < 45
+    assert time.monotonic() - start < 500  # of the 600 that it would work
 
 
 PROGRAM = """
@@ -92,7 +92,7 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path, number):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     process = subprocess.Popen([sys.executable, str(program)], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    workers, deadline = [], time.monotonic() + 60
+    workers, deadline = [], time.monotonic() + PATIENCE
     while len(workers) < 2 and time.monotonic() < deadline:
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
@@ -101,4 +101,4 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path, number):
     process.send_signal(number)
     process.wait()
     assert len(workers) == 2
-    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []
