@@ -76,6 +76,7 @@ PRETRAINED = {
     "pretrained_generator_model_name_or_path": "pretrained_generator",
     "pretrained_discriminator_model_name_or_path": "pretrained_discriminator",
 }
+OFTEN = ("save_steps", "keep_last", "keep_every", "eval_every", "logging_steps")
 SIZES = {"n_layer": "layers", "n_head": "heads", "n_embd": "hidden_size"}
 # What must stay as it was when a run is continued.
 FIXED = [
@@ -374,7 +375,11 @@ def run(options: Options, further: Further) -> None:
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
-    words |= {"schedule": options.schedule, "corners": [options.warmup_steps], "kept": vars(options)}
+    words |= {
+        "schedule": options.schedule,
+        "corners": [options.warmup_steps],
+        "often": {name: getattr(options, name) for name in OFTEN},
+    }
     words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
     accelerator.print("\n".join([said, *notices, *remarks(asked, tokenizer)]), flush=True)

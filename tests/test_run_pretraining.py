@@ -377,13 +377,17 @@ def test_dry_run_touches_nothing(common, tmp_path):
     done = run_script("run_pretraining.py", *common, "--dry_run", "--model_dir", tmp_path / "run")
     for word in ("parameters", "tokens in", "rows", "epochs", "linear: step 1", "processes", "memory", "disk"):
         assert word in done.stdout
+    words = (
+        r"often +a line every 1 step \(about \d+ \w+\); held-out .* every 5 steps \(.*\); a checkpoint every 5 steps \("
+    )
+    assert re.search(words, done.stdout)
     assert re.search(r"time +about \d+ (s|min|h|days)", done.stdout)
     assert not (tmp_path / "run").exists()
-    assert re.search(r"every 5 steps, \d+ MiB in all\n", done.stdout)  # all three of them stay
+    assert re.search(r"disk +about \d+ MiB a checkpoint, \d+ MiB in all\n", done.stdout)  # all three of them stay
     kept = ["--save_steps", "1", "--keep_last", "2", "--keep_every", "4", "--model_dir", tmp_path / "run"]
     done = run_script("run_pretraining.py", *common, "--dry_run", *kept)
     assert re.search(
-        r"every 1 step; the newest 2 stay, \d+ MiB in all; older ones are deleted, but for multiples of 4\n",
+        r"a checkpoint; the newest 2 stay, \d+ MiB in all; older ones are deleted, but for multiples of 4\n",
         done.stdout,
     )
 

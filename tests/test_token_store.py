@@ -240,6 +240,7 @@ def test_held_out_text_that_is_trained_on_is_counted_and_told(tokenizer_dir, tmp
         done = run_script("prepare_corpus.py", *files, "--tokenizer_dir", tokenizer_dir, "--output_dir", store)
         sentence = f"{counted} of the {of} held-out documents of {store} are in the training text too"
         assert sentence in done.stdout
+        assert ("held-out figures speak of such text alone" in done.stdout) == (of < 10)
         assert open_store(store).manifest["parts"]["validation"]["also_in_training"] == counted
     run = ["--dataset_dir", store, "--model_dir", tmp_path / "run", "--model_type", "bert-tiny", "--dry_run"]
     assert sentence in run_script("run_pretraining.py", *run).stdout

@@ -50,6 +50,7 @@ _FORM = {
     "parts": {"train": _PART_FORM, "validation": _PART_FORM},
     "text": dict,
 }
+_FEW_DOCUMENTS = 10
 _BLOCK = 1 << 22  # numbers that are looked at together
 
 
@@ -114,13 +115,19 @@ class TokenStore:
 
     def sentences(self) -> list[str]:
         """What a user should know of its parts."""
-        held_out = self.manifest["parts"]["validation"]
-        if not (trained_on := held_out.get("also_in_training", 0)):
-            return []
-        return [
-            f"warning: {trained_on:,} of the {held_out['documents']:,} held-out documents of {self.folder} are in the "
-            "training text too: held-out figures tell less than they seem to"
-        ]
+        held_out, said = self.manifest["parts"]["validation"], list[str]()
+        number = held_out["documents"]
+        if trained_on := held_out.get("also_in_training", 0):
+            said.append(
+                f"warning: {trained_on:,} of the {number:,} held-out documents of {self.folder} are in the training "
+                "text too: held-out figures tell less than they seem to"
+            )
+        if 0 < number < _FEW_DOCUMENTS:
+            said.append(
+                f"only {number} document{'s are' if number > 1 else ' is'} held out of {self.folder}: held-out figures "
+                "speak of such text alone; a larger --validation_fraction, or --validation_file, gives more"
+            )
+        return said
 
     def load_tokenizer(self) -> Any:
         """The tokenizer in the store, from transformers.

@@ -250,7 +250,7 @@ def plan_text(
     average: bool = False,
     schedule: str = "",
     corners: Sequence[int] = (),
-    kept: Mapping[str, Any] | None = None,
+    often: Mapping[str, Any] | None = None,
     unknown: Sequence[float | None] = (),
 ) -> str:
     """The plan of a run in words: model, rows, steps, rates, processes, memory, disk.
@@ -265,7 +265,8 @@ def plan_text(
         dropout: of hidden states and attention weights, and who says so.
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
-        kept: save_steps, keep_last and keep_every, by name, which decide the checkpoints that stay.
+        often: logging_steps, eval_every, save_steps, keep_last and keep_every, by name; the last two decide which
+            checkpoints stay.
         unknown: share of the characters of each phase's text that the tokenizer does not know; None: not counted.
     """
     from lmscripts.training.optim import rates_text
@@ -282,19 +283,21 @@ def plan_text(
             lines.append(("unknown", f"{share:.2%} of the characters of the text{warning}"))
         begin = end
     rates = rates_text(rate, data.num_steps, corners, [step for end in data.ends[:-1] for step in (end - 1, end)])
+    seconds, words = _time(data, objective, accelerator)
     lines += [
-        ("time", _time_text(data, objective, accelerator)),
+        ("time", words),
+        *([("often", _often(data, often, seconds / data.num_steps))] if often else []),
         ("rates", f"{schedule}: {rates}" if schedule else rates),
         ("processes", f"{in_words(accelerator)}, attention {attention}"),
         *([("dropout", dropout)] if dropout else []),
         ("memory", _memory_text(data, objective, accelerator, parameters, average)),
-        ("disk", _disk(12 * parameters / 2**20, data, kept or {})),
+        ("disk", _disk(12 * parameters / 2**20, data, often or {})),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
 
-def _time_text(data: Phases, objective: Objective, accelerator: Accelerator) -> str:
-    """How long the run may take, from the speed of a matrix product here, before a step has been measured."""
+def _time(data: Phases, objective: Objective, accelerator: Accelerator) -> tuple[float, str]:
+    """Seconds that the run may take, from the speed of a matrix product here, before a step was measured; in words."""
     import torch
 
     device, size = accelerator.device, 512 if accelerator.device.type == "cpu" else 4096
@@ -313,7 +316,23 @@ def _time_text(data: Phases, objective: Objective, accelerator: Accelerator) -> 
     text = f"about {duration_text(slowest)}, guessed from {speed / 1e9:,.0f} GFLOP/s of a matrix product here"
     if slowest > _LONG:
         text += "; fewer --max_steps, a smaller preset or more machines make it shorter"
-    return text
+    return slowest, text
+
+
+def _often(data: Phases, often: Mapping[str, Any], seconds: float) -> str:
+    """How often something is heard of a run whose steps take so many seconds."""
+
+    def every(steps: int | str) -> str:
+        if isinstance(steps, str):
+            return f"after every {steps}"
+        if steps >= data.num_steps:
+            return "at the end"
+        return f"every {steps:,} step{'s' * (steps > 1)} (about {duration_text(steps * seconds)})"
+
+    text = f"a line {every(often['logging_steps'])}"
+    if any(phase.num_eval_rows for phase in data.phases):
+        text += f"; held-out rows are judged {every(often['eval_every'])}"
+    return f"{text}; a checkpoint {every(often['save_steps'])}"
 
 
 def _memory_text(data: Phases, objective: Objective, accelerator: Accelerator, parameters: int, average: bool) -> str:
@@ -346,12 +365,11 @@ def _disk(size: float, data: Phases, kept: Mapping[str, Any]) -> str:
         return text
     saved = [*range(every, data.num_steps, every), data.num_steps] if isinstance(every, int) else []
     stay = [step for step in saved[:-newest] if milestone and step % milestone == 0] + saved[-newest:]
-    often = f"after every {every}" if isinstance(every, str) else f"every {every:,} step{'s' * (every > 1)}"
     if saved and len(saved) <= newest:
-        return f"{text}, {often}, {len(saved) * size:,.0f} MiB in all"
+        return f"{text}, {len(saved) * size:,.0f} MiB in all"
     total = f", {len(stay) * size:,.0f} MiB in all" if saved else ""
     others = f"; older ones are deleted{f', but for multiples of {milestone:,}' if milestone else ''}"
-    return f"{text}, {often}; the newest {newest:,} stay{total}{others}"
+    return f"{text}; the newest {newest:,} stay{total}{others}"
 
 
 def _phase_lines(data: Phase) -> list[tuple[str, str]]:
