@@ -311,7 +311,7 @@ def build_store(
     validation_batches: Iterable[Documents] | None = None,
     num_workers: int = 1,
     text_report: Callable[[], dict[str, Any]] = dict,
-    place: Callable[[], str] = str,
+    place: Callable[[Documents], Callable[[], str]] = lambda batch: str,
     progress: Callable[[int], None] = lambda _: None,
 ) -> TokenStore:
     """Encode documents into a store, written aside and renamed when it is whole.
@@ -326,7 +326,7 @@ def build_store(
         validation_batches: documents of a validation part of their own.
         num_workers: processes that encode; the result does not depend on it.
         text_report: called at the end; what was read, repaired and dropped.
-        place: says up to where the text was read.
+        place: see `in_order`.
         progress: called with the bytes of text of each finished batch.
 
     Raises:
@@ -336,17 +336,13 @@ def build_store(
     with new_folder(folder) as aside:
         train, validation = _PartWriter(aside / "train"), _PartWriter(aside / "validation")
         encode = _Encode(str(tokenizer_dir), dtype, settings["validation_fraction"], settings.get("line_ends"))
-
-        def place_of(batch: Documents) -> Callable[[], str]:
-            return f"up to {place()}".__str__
-
-        for batch in in_order(encode, batches, num_workers, place=place_of):
+        for batch in in_order(encode, batches, num_workers, place=place):
             train.append(batch, ~batch.in_validation)
             validation.append(batch, batch.in_validation)
             progress(int(batch.document_sizes[:, 2].sum()))
         if validation_batches is not None:
             encode = _Encode(str(tokenizer_dir), dtype, 1.0, settings.get("line_ends"))
-            for batch in in_order(encode, validation_batches, num_workers, place=place_of):
+            for batch in in_order(encode, validation_batches, num_workers, place=place):
                 validation.append(batch, batch.in_validation)
         parts = {"train": train.close(), "validation": validation.close()}
         if parts["train"]["tokens"] == 0:
