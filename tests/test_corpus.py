@@ -545,3 +545,14 @@ def test_the_command_that_converts_is_quoted(tmp_path):
     path = write(tmp_path / "two words" / "alt;.txt", ("これは古い文字コードのテキストです。\n" * 20).encode("euc-jp"))
     with pytest.raises(UserError, match=rf"iconv -f euc-jp -t UTF-8 '{path}' > '{path}\.utf8\.txt'"):
         read(path)
+
+
+def test_a_sample_of_very_long_lines_is_bounded(tmp_path):
+    """Twenty thousand lines of a megabyte would be twenty gigabytes in memory."""
+    line = "あ" * 300_000
+    (tmp_path / "t.txt").write_text("\n\n".join([line] * 60), encoding="utf-8")
+    lines = spread_sample([tmp_path / "t.txt"], 20_000)
+    assert 50 <= len(lines) <= 60
+    assert all(len(each.encode()) <= 1 << 15 and line.startswith(each) for each in lines)
+    (tmp_path / "s.txt").write_text("\n".join(["い" * 1000] * 60_000), encoding="utf-8")
+    assert sum(map(len, spread_sample([tmp_path / "s.txt"], 60_000))) < (1 << 26) + 200 * 1000

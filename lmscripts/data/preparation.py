@@ -170,7 +170,7 @@ def prepare_store(
         validation_batches=None if held_out is None else _documents(_spans(held_out), source, keep_spaces, report),
         num_workers=num_workers,
         text_report=report.as_dict,
-        place=lambda: report.at(),
+        place=lambda batch: f"up to {report.at()}".__str__,
         progress=progress,
     )
 

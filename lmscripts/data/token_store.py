@@ -435,7 +435,7 @@ def build_store(
     validation_batches: Iterable[Documents] | None = None,
     num_workers: int = 1,
     text_report: Callable[[], dict[str, Any]] = dict,
-    place: Callable[[], str] = str,
+    place: Callable[[Documents], Callable[[], str]] = lambda batch: str,
     progress: Callable[[int], None] = lambda _: None,
 ) -> TokenStore:
     """Encode documents into a store, written aside and renamed when it is whole.
@@ -450,7 +450,7 @@ def build_store(
         validation_batches: documents of a validation part of their own.
         num_workers: processes that encode; the result does not depend on it.
         text_report: called at the end; what was read, repaired and dropped.
-        place: says up to where the text was read.
+        place: see `in_order`.
         progress: called with the bytes of text of each finished batch.
 
     Raises:
@@ -462,7 +462,7 @@ def build_store(
 
         def encoded(documents: Iterable[Documents], fraction: float) -> Iterator[EncodedBatch]:
             encode = _Encode(str(tokenizer_dir), dtype, fraction, settings.get("line_ends"))
-            return in_order(encode, documents, num_workers, place=lambda _: f"up to {place()}".__str__)
+            return in_order(encode, documents, num_workers, place=place)
 
         held_out = []
         for batch in () if validation_batches is None else encoded(validation_batches, 1.0):

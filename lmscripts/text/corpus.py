@@ -29,6 +29,7 @@ from lmscripts.text.reading import (
     is_blank,
     kind_of,
     opened,
+    pieces,
     text_lines,
 )
 from lmscripts.text.records import TEXTS, BadRow, Record, TableOptions, read_records
@@ -37,6 +38,7 @@ from lmscripts.text.report import Place, TextReport
 MAX_DOCUMENT_BYTES = 1 << 24
 HUB = "hub:"
 _BLOCK = 1 << 22
+_SAMPLED_LINE, _SAMPLED_PLACE = 1 << 15, (1 << 26) // 200  # bytes, and characters
 
 
 @dataclass(frozen=True)
@@ -326,16 +328,21 @@ def spread_sample(
     document_per_line: bool = False,
     keep_spaces: bool = False,
 ) -> list[str]:
-    """Up to `num_lines` lines from about 200 places of the corpus, in its order; reads little more than these."""
+    """Up to `num_lines` lines from about 200 places of the corpus, in its order; reads little more than these.
+
+    Of a line longer than 32 KiB its beginning is taken, and of a place no more than a two-hundredth of 64 MiB.
+    """
     form = {"document_per_line": document_per_line, "keep_spaces": keep_spaces}
     plan = plan_spans(paths, 200, document_per_line=document_per_line, input_format=table.format)
     places = [spans for spans in plan if spans]
     lines: list[str] = []
     for number, spans in enumerate(places):
-        end = len(lines) + (num_lines - len(lines)) // (len(places) - number)
+        end, size = len(lines) + (num_lines - len(lines)) // (len(places) - number), 0
         for document in read_documents(spans, TextReport(), replace(table, on_bad_row="skip"), **form):
-            lines += document[: end - len(lines)]
-            if len(lines) >= end:
+            begun = [pieces(line, _SAMPLED_LINE)[0] for line in document[: end - len(lines)]]
+            lines += begun
+            size += sum(map(len, begun))
+            if len(lines) >= end or size >= _SAMPLED_PLACE:
                 break
     return lines
 

@@ -203,7 +203,8 @@ def check_utf8(path: str) -> None:
     head = head_of(path)
     encoding = mark_of(head).replace("utf-8-sig", "")
     lines = head.split(b"\n")
-    texts = [_decoded(line)[0] for line in (lines[:-1] if len(head) == _HEAD_BYTES else lines)]
+    whole = lines[:-1] if len(head) == _HEAD_BYTES else lines
+    texts = [_joined(line.decode("utf-8", "surrogateescape"))[0] for line in whole]
     filled = [text for text in texts if text.strip()]
     invalid = sum(text.count("\ufffd") for text in filled)
     foreign = sum(not character.isascii() for text in filled for character in text)
@@ -298,12 +299,9 @@ def is_blank(line: str) -> bool:
     return _BLANK.match(line) is not None
 
 
-def _decoded(line: bytes) -> tuple[str, int]:
-    """A line with U+FFFD for what is not UTF-8, and how many characters were joined of two halves."""
-    return _joined(line.decode("utf-8", "surrogateescape"))
-
-
 def _joined(text: str) -> tuple[str, int]:
+    """A text with U+FFFD for bytes that are not UTF-8, and how many characters were joined of two halves."""
+
     def join(found: re.Match[str]) -> str:
         halves = found[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogatepass")
         return halves.encode("utf-16", "surrogatepass").decode("utf-16")
