@@ -538,6 +538,8 @@ def test_files_that_a_folder_leaves_out_are_told(tmp_path):
     assert find_files([str(tmp_path)], report) == [tmp_path / "a.txt"]
     told = "3 files of a folder were left out for their names; name those that are text on the line (first at"
     assert f"{told} {tmp_path}/b.json" in report.sentences()[1]
+    assert len(find_files([str(tmp_path), str(tmp_path / "a.txt")], report)) == 1
+    assert f"1 files were named more than once and read once (first at {tmp_path}/a.txt)" in report.sentences()
 
 
 def test_the_command_that_converts_is_quoted(tmp_path):

@@ -59,21 +59,23 @@ def find_files(inputs: Sequence[str], report: TextReport | None = None) -> list[
     Args:
         inputs: files, patterns (`*`, `?`, `[...]`, `**`), folders (searched to any depth, sorted by name, files
             with a known suffix only), or `hub:` names, which are passed on.
-        report: counts the files of folders that are left out; what begins with a dot is none.
+        report: counts the files of folders that are left out (what begins with a dot is none), and repeated ones.
     """
-    found: dict[Path, None] = {}
+    found, report = dict[Path, None](), TextReport() if report is None else report
     for name in inputs:
         path = Path(name).expanduser()
         if name.startswith(HUB):
             matches = [Path(name)]
         elif path.is_dir():
-            matches = _files_in(path, report or TextReport())
+            matches = _files_in(path, report)
         elif path.exists() or not glob.has_magic(name):
             matches = [path]
         else:
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
             if not matches:
                 raise UserError(f"no file matches {name}")
+        for again in (match for match in matches if match in found):
+            report.count("files_repeated", 1, again.__str__)
         found.update(dict.fromkeys(matches))
     if not found:
         raise UserError("no input file was given")

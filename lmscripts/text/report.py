@@ -14,6 +14,7 @@ Place = Callable[[], str]
 # What a reader may have to do to a text, as a sentence for people; {n} is the count.
 SENTENCES = {
     "files_skipped": "{n} files of a folder were left out for their names; name those that are text on the line",
+    "files_repeated": "{n} files were named more than once and read once",
     "json_lines_files": "{n} files hold JSON lines and were read so; --input_format txt reads them as they stand",
     "byte_order_marks": "{n} byte order marks were removed",
     "invalid_utf8_lines": "{n} lines held bytes that are not UTF-8; each was replaced by U+FFFD",
