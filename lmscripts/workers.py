@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from lmscripts.errors import UserError
@@ -34,15 +35,17 @@ def in_order(
     Args:
         function: given to each worker once, so that it may keep what is costly to make; must be possible to pickle.
         items: taken as they are needed, about twice as many as there are workers at a time.
-        num_workers: processes; with one or fewer all is done in this one.
+        num_workers: processes; with one or fewer, or for a single item, all is done in this one.
         tick: called in this process about every second, and at each result, while workers work.
         place: called as an item is taken, gives what names its place in the text, should a worker die.
         if_died: the sentence of the `UserError` then.
 
     What `function` raises is raised here, also that of a later item.
     """
-    if num_workers <= 1:
-        yield from map(function, items)
+    taken = ((item, place(item)) for item in items)
+    first = list(islice(taken, 2)) if num_workers > 1 else []
+    if len(first) < 2:  # a process takes seconds to begin
+        yield from (function(item) for item, _ in chain(first, taken))
         return
     # Not forked: a child would keep the threads' locks of whatever runs here, and files locked that this process locks.
     spawn = multiprocessing.get_context("spawn")
@@ -51,8 +54,8 @@ def in_order(
         waiting: deque[Future[Result]] = deque()
         places: deque[Callable[[], str]] = deque()
         try:
-            for item in items:
-                places.append(place(item))
+            for item, where in chain(first, taken):
+                places.append(where)
                 waiting.append(pool.submit(_call, item))
                 if len(waiting) > 2 * num_workers:
                     yield _first(waiting, tick)
@@ -61,8 +64,8 @@ def in_order(
                 yield _first(waiting, tick)
                 places.popleft()
         except BrokenProcessPool:
-            where = places[0]() if places else ""
-            raise UserError(if_died.format(where=where and f" on the text {where}")) from None
+            found = places[0]() if places else ""
+            raise UserError(if_died.format(where=found and f" on the text {found}")) from None
         finally:
             asking.close()
             pool.shutdown(cancel_futures=True)

@@ -42,6 +42,7 @@ ELSEWHERE = ("input_file", "model_dir", "overwrite", "intermediate_dir", "num_fi
 ELSEWHERE += ("extend_tokenizer_dir", "new_words_file", "from_sentencepiece")
 CAUSAL_DEFAULTS = {"tokenizer_type": "unigram", "word_tokenizer": "none", "normalization": "none"}
 CHECKED_LINES = 2_000
+MOST_ALONE = 1 << 20  # bytes for which a second process would not be worth the seconds that it takes to begin
 MEASURED_LINES = 20_000
 
 
@@ -410,7 +411,10 @@ def run(options: Options, origins: dict[str, str]) -> None:
 
     workers = options.num_workers or num_cpus()
     per_line = options.document_per_line
-    spans = plan_spans(paths, options.num_files or workers, document_per_line=per_line, input_format=table.format)
+    small = all(map(Path.is_file, paths)) and sum(path.stat().st_size for path in paths) < MOST_ALONE
+    spans = plan_spans(
+        paths, options.num_files or (1 if small else workers), document_per_line=per_line, input_format=table.format
+    )
     form = {"document_per_line": per_line, "keep_spaces": causal}
     split = (source, words, needs_words(options.tokenizer_type, words), table, form)
     with splits_folder(target, options.intermediate_dir) as folder:

@@ -75,7 +75,7 @@ class SplitTask:
             "spans": [[Path(span.path).name, span.start, span.end] for span in self.spans],
             "words": self.words.description(),
             "segmented": self.segmented,
-            "table": asdict(self.table) | {"labels": []},  # as JSON gives it back
+            "table": json.loads(json.dumps(asdict(self.table))),  # as it is read back
             **self.reading,
         }
 
