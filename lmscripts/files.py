@@ -179,8 +179,10 @@ def check_place(path: Path, is_folder: bool) -> None:
                 return  # who reads what is there judges it
         while not os.path.lexists(near):
             near = near.parent
+        before = near.stat()
         with tempfile.TemporaryDirectory(dir=near, prefix=f".{path.name[:40]}."):
             pass
+        os.utime(near, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been tried
     except OSError as error:
         raise UserError(f"{path} cannot be written, {near}: {error.strerror}") from error
 

@@ -50,7 +50,13 @@ def start(arguments, log, config=None):
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     launcher = [] if config is None else [*launcher, str(ROOT / "accelerate_configs" / config)]
     command = [sys.executable, *launcher, SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ, preexec_fn=heed_signals)
+
+
+def heed_signals():
+    """Those that are ignored where the tests run in the background, or under nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def kill_tree(process):

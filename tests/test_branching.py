@@ -156,9 +156,9 @@ def test_options_that_a_branch_would_ignore(parse, base, tmp_path, more, sentenc
     ],
 )
 def test_checkpoints_without_branches(parse, tmp_path, step, plan, fixed, sentence, capsys):
-    save(tmp_path / "w" / "checkpoint-1", step, plan, **fixed)
+    save(tmp_path / "w" / f"checkpoint-{step}", step, plan, **fixed)
     with pytest.raises(SystemExit):
-        parse("--decay_from w/checkpoint-1 --decay_steps 4 --model_dir b")
+        parse(f"--decay_from w/checkpoint-{step} --decay_steps 4 --model_dir b")
     assert sentence in capsys.readouterr().err
 
 

@@ -589,7 +589,7 @@ def duration(folds):
     return time.monotonic() - start
 
 def state():
-    connection = sqlite3.connect(f"file:{target}?mode=ro", uri=True, timeout=PATIENCE)
+    connection = sqlite3.connect(f"file:{target}?mode=ro", uri=True, timeout=300)
     counts = [connection.execute("SELECT count(*) FROM documents").fetchone()[0]]
     counts += [connection.execute("SELECT count(*) FROM split_members").fetchone()[0]]
     folds = connection.execute("SELECT tok_id, count(*), sum(length(ids)) FROM folds GROUP BY tok_id").fetchall()

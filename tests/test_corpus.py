@@ -330,7 +330,10 @@ def test_batches():
     [
         (UserError("two\nlines"), "two lines"),
         (FileNotFoundError(2, "No such file or directory", "/x/y"), "/x/y: No such file or directory"),
-        (OSError(28, "No space left on device", "/x/y"), "/x/y: No space left on device"),
+        (
+            OSError(28, "No space left on device", "/x/y"),
+            "/x/y: No space left on device; what is half written is removed, free some space and run the same again",
+        ),
         (KeyboardInterrupt(), "stopped from the keyboard"),
     ],
 )

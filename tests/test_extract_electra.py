@@ -563,7 +563,9 @@ def test_output_in_places_where_it_must_not_be(refused, checkpoint, tmp_path):
     for place in (checkpoint, checkpoint / "extracted", checkpoint / "generator" / "deep" / "er"):
         assert "lies in the checkpoint" in refused("--input_dir", checkpoint, "--discriminator", output=place)
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert "file: File exists" in refused("--input_dir", checkpoint, "--generator", output=tmp_path / "file")
+    assert "is a file: give another folder" in refused(
+        "--input_dir", checkpoint, "--generator", output=tmp_path / "file"
+    )
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "generator").symlink_to(tmp_path / "nowhere")
     assert "exists already" in refused("--input_dir", checkpoint, output=tmp_path / "link")

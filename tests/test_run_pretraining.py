@@ -329,7 +329,8 @@ def test_a_model_folder_as_tokenizer_does_not_replace_the_trained_weights(common
     inside = {path.name for path in (tmp_path / "store" / "tokenizer").iterdir()}
     assert not inside & {"model.safetensors", "pytorch_model.bin", "optimizer.pt"}
     arguments = [tmp_path / "store" if argument == store_dir else argument for argument in common]
-    run_script("run_pretraining.py", *arguments, "--max_steps", "2", "--model_dir", tmp_path / "run")
+    more = ["--max_steps", "2", "--max_unknown_share", "1", "--model_dir", tmp_path / "run"]
+    run_script("run_pretraining.py", *arguments, *more)
     assert weights(tmp_path / "run")["bert.encoder.layer.0.output.dense.weight"].shape == (32, 64)
     config = json.loads((tmp_path / "run" / "final" / "config.json").read_text(encoding="utf-8"))
     assert config["hidden_size"] == 32

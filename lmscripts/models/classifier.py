@@ -117,7 +117,7 @@ def check_no_training(name: str) -> None:
 
 def _trains_classifier(checkpoint: Path) -> bool:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # what is damaged is looked at elsewhere
-        return bool(read_state(checkpoint)["fixed"].keys() >= {"folds", "labels", "aggregate"})
+        return bool(read_state(checkpoint, "fixed")["fixed"].keys() >= {"folds", "labels", "aggregate"})
     return False
 
 

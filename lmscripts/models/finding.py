@@ -37,10 +37,10 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
 
 
-def read_state(checkpoint: Path, *names: Literal["progress", "groups"]) -> dict[str, Any]:
-    """training_state.json of a checkpoint with its settings, and what else is needed; a UserError if it is damaged."""
-    kinds: dict[str, Any] = {"progress": {"step": int}, "groups": [dict]}
-    form = {"fixed": dict} | {name: kinds[name] for name in names}
+def read_state(checkpoint: Path, *names: Literal["fixed", "progress", "groups"]) -> dict[str, Any]:
+    """training_state.json of a checkpoint; a UserError if it is damaged, or has not what is needed."""
+    kinds: dict[str, Any] = {"fixed": dict, "progress": {"step": int}, "groups": [dict]}
+    form = {name: kinds[name] for name in names}
     state: dict[str, Any] = read_json(checkpoint / STATE, form, "take another checkpoint")
     if "progress" in names and (step := state["progress"]["step"]) != (checkpoint_step(checkpoint) or step):
         raise UserError(f"{checkpoint / STATE} says step {step:,}: it is that of another checkpoint")

@@ -192,7 +192,7 @@ class RunFolder:
         source, another_run = self.source, self._carry_over is not None
         if source is None or self._carry_over == "weights":
             return TrainingState(own=own)
-        facts = read_state(source, "progress", "groups")
+        facts = read_state(source, "fixed", "progress", "groups")
         if another_run and facts["fixed"].get("optimizer") != optimizer_name:
             raise UserError(
                 f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use "
@@ -265,7 +265,7 @@ class RunFolder:
         write_text(self.path / "config.yaml", options_yaml)
 
     def _check_fixed(self, checkpoint: Path) -> None:
-        saved = read_state(checkpoint)["fixed"]
+        saved = read_state(checkpoint, "fixed")["fixed"]
         # What a checkpoint of an older version does not say was as it is where nobody asks for anything.
         changed = [name for name, value in self._fixed.items() if saved.get(name) != value and (name in saved or value)]
         if changed:

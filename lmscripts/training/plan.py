@@ -120,7 +120,7 @@ def lengths_of_run(run_dir: Path) -> tuple[int, ...]:
     from lmscripts.models.finding import look_for_whole, read_state
 
     own = look_for_whole(run_dir)[0]
-    lengths = None if own is None else read_state(own)["fixed"].get("sequence_length")
+    lengths = None if own is None else read_state(own, "fixed")["fixed"].get("sequence_length")
     return tuple(lengths) if isinstance(lengths, list) else ()
 
 
@@ -422,7 +422,7 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
     if own is None and steps is None:
         raise UserError(f"--decay_from {decay_from} needs --decay_steps")
     checkpoint = own or find_checkpoint(Path(decay_from))[0]
-    state = read_state(checkpoint, "progress")
+    state = read_state(checkpoint, "fixed", "progress")
     plan, fixed, step = state.get("schedule"), state["fixed"], state["progress"]["step"]
     if not isinstance(plan, dict):
         raise UserError(f"{checkpoint} does not say its schedule: it was saved by an older version")
@@ -470,7 +470,7 @@ def _own_checkpoint(given: Mapping[str, tuple[Any, bool]]) -> Path | None:
     run_dir, goes_on = (given.get(name, (None, False))[0] for name in ("model_dir", "do_continue"))
     for checkpoint in reversed(list_checkpoints(Path(run_dir)) if run_dir and goes_on else []):
         try:
-            read_state(checkpoint)
+            read_state(checkpoint, "fixed", "progress")
         except (OSError, ValueError):
             continue  # damaged: which is said where the run takes its folder
         return checkpoint
