@@ -1135,3 +1135,15 @@ def test_what_a_killed_builder_left_goes_and_what_a_living_one_needs_stays(table
         assert [path.exists() for path in left] == [True, True, False]
     open_or_build(table, encoder, FOLDS, SPLIT)
     assert files(table.parent) == clean
+
+
+def test_ids_that_stand_twice_and_texts_that_are_no_texts_to_others_are_told(tmp_path, encoder):
+    extra = [("7", "nan", "good", "x1"), ("8", "N/A", "bad", "x2"), ("7", "もう一つの文章です。", "bad", "x3")]
+    table = write_table(tmp_path / "t.csv", extra=extra)
+    options = TableOptions(id="id")
+    said = open_or_build(table, encoder, FOLDS, SPLIT, table=options).sentences()
+    assert any(line.startswith("beware: 2 ids stand in several rows each, first 7 in 3, t.csv:") for line in said)
+    (line,) = [line for line in said if "missing value, first" in line]
+    assert line.startswith("beware: 2 texts are words for a missing value, first nan at t.csv:")
+    plain = open_or_build(write_table(tmp_path / "p.csv"), encoder, FOLDS, SPLIT, table=options).sentences()
+    assert not any("several rows" in line or "missing value" in line for line in plain)

@@ -39,7 +39,7 @@ from lmscripts.counters import hash_counters
 from lmscripts.data.splits import SplitDocument, SplitSettings, split_report
 from lmscripts.errors import UserError, naming
 from lmscripts.files import fsync
-from lmscripts.text.labels import doubts, in_words, shown
+from lmscripts.text.labels import MISSING, doubts, in_words, shown
 
 Ints = NDArray[np.int64]
 
@@ -84,6 +84,9 @@ _LABELS = """SELECT m.doc_id, coalesce(l.label_id, -1) FROM split_members m LEFT
 WHERE m.split_id = ? AND m.part = ?"""
 _FIRST_OF_LABELS = """SELECT l.name, count(*), d.file, d.line, min(d.doc_id) FROM labels l
 JOIN document_labels USING(label_id) JOIN documents d USING(doc_id) GROUP BY l.label_id ORDER BY l.label_id"""
+_REPEATED_IDS = """SELECT name, count(*), file, line, min(doc_id) AS first FROM documents WHERE name IS NOT NULL
+GROUP BY name HAVING count(*) > 1 ORDER BY first"""
+_NO_TEXTS = "SELECT count(*), file, line, text, min(doc_id) FROM documents WHERE lower(text) IN ({})"
 _RUNS = """SELECT r.*, t.tokenizer, t.fingerprint AS tokenizer_fingerprint, t.settings AS folding, s.settings AS split
 FROM runs r LEFT JOIN tokenizations t USING(tok_id) LEFT JOIN splits s USING(split_id) ORDER BY r.run_id"""
 _PREDICTIONS = """SELECT doc_id, fold_idx, probabilities, logits FROM predictions
@@ -465,6 +468,7 @@ class Database:
         lines = [*self.done, *self.reading_sentences(), f"{len(labels)} labels: {in_words(labels)}"]
         with opened(self.path) as connection:
             lines += doubts(read_labels(connection))
+            lines += _doubtful_documents(connection)
         if self.split.method == "given":
             lines.append("the documents were given their parts by the table or its files")
         lines += self.split_sentences()
@@ -639,6 +643,25 @@ class Database:
 def read_labels(connection: sqlite3.Connection) -> dict[str, tuple[int, str]]:
     """Label -> (its documents, file and line of the first), in the order of their ids."""
     return {name: (rows, f"{file}:{line}") for name, rows, file, line, _ in connection.execute(_FIRST_OF_LABELS)}
+
+
+def _doubtful_documents(connection: sqlite3.Connection) -> list[str]:
+    """Sentences on ids that stand in several rows, and on texts that other readers take for none."""
+    lines = []
+    if found := connection.execute(_REPEATED_IDS).fetchall():
+        name, rows, file, line, _ = found[0]
+        more = f"{len(found):,} ids stand" if len(found) > 1 else "1 id stands"
+        lines.append(
+            f"beware: {more} in several rows each, first {shown(name)} in {rows:,}, {file}:{line}; predictions have "
+            "it as often"
+        )
+    rows, file, line, text, _ = connection.execute(_NO_TEXTS.format(", ".join(map(repr, sorted(MISSING))))).fetchone()
+    if rows:
+        lines.append(
+            f"beware: {rows:,} texts are words for a missing value, first {shown(text)} at {file}:{line}; they are "
+            "learnt as text, and left out where their cell is empty"
+        )
+    return lines
 
 
 def read_split_documents(connection: sqlite3.Connection) -> list[SplitDocument]:

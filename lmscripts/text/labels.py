@@ -19,7 +19,7 @@ _SHOWN_CHARACTERS = 60  # of a name in a sentence
 _SHOWN_NAMES = 20
 _SHOWN_DOUBTS = 8
 _NUMBER = re.compile(r"[+-]?(\d{1,15}\.?\d{0,15}|\.\d{1,15})([eE][+-]?\d{1,2})?", re.ASCII)
-_MISSING = frozenset(["na", "n/a", "#n/a", "#na", "<na>", "nan", "-nan", "none", "null", "nil"])  # to other readers
+MISSING = frozenset(["na", "n/a", "#n/a", "#na", "<na>", "nan", "-nan", "none", "null", "nil"])  # to other readers
 _LOOKALIKES = str.maketrans(
     "аеорсухіјѕАВЕКМНОРСТУХІЈЅΑΒΕΖΗΙΚΜΝΟΡΤΥΧο−‐‑‒–—’‘“”", "aeopcyxijsABEKMHOPCTYXIJSABEZHIKMNOPTYXo------''\"\""
 )
@@ -154,7 +154,7 @@ def doubts(found: Mapping[str, tuple[int, str]]) -> list[str]:
     ]
     if len(groups) > _SHOWN_DOUBTS:
         lines.append(f"beware: so do {len(groups) - _SHOWN_DOUBTS:,} more groups of labels")
-    if missing := [name for name in found if name.casefold() in _MISSING]:
+    if missing := [name for name in found if name.casefold() in MISSING]:
         lines.append(
             f"beware: {listed(missing)} are learnt as labels; where they stand for no label, give --labels with the "
             "others, and their rows are left out"
