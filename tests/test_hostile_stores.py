@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,9 @@ import numpy as np
 import psutil
 import pytest
 from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, run_script
-from runs import wait_for_step
+from runs import same_bits, wait_for_step, weights
+
+from lmscripts.models.finding import find_damage, list_checkpoints
 
 
 def sentence_of(done):
@@ -327,6 +331,64 @@ def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
         (sentence,) = [line for line in said.splitlines() if line.startswith("error:")]
         assert f"could not save {run_dir}" in sentence
         assert "go on with --do_continue" in sentence
+
+
+def fill_the_disk(process, run_dir, store):
+    """As good as full for the weights: no file of the process may grow past 20 kB."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def lock_the_log(process, run_dir, store):
+    (run_dir / "log.jsonl").unlink()
+    (run_dir / "log.jsonl").mkdir()
+
+
+def remove_the_text(process, run_dir, store):
+    shutil.rmtree(store)
+
+
+def remove_the_run(process, run_dir, store):
+    """Over and over, as it may be saving."""
+    with contextlib.suppress(FileNotFoundError):
+        while True:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            run_dir.lstat()
+
+
+def test_at_any_moment_the_last_checkpoint_stands_and_the_run_ends_alike(train, tmp_path):
+    """LMSCRIPTS_KILLS moments, or 4."""
+    command = [sys.executable, str(ROOT / "scripts" / "run_pretraining.py"), "--dataset_dir", train.store]
+    command += ["--parameter_file", tmp_path / "presets.json", "--model_type", "bert-test", "--tracker", "none"]
+    command += ["--max_steps", 200, "--save_steps", 5, "--do_continue", "--model_dir"]
+    subprocess.run([*map(str, command), str(tmp_path / "whole")], check=True, capture_output=True, timeout=PATIENCE)
+    expected, kept = weights(tmp_path / "whole"), tmp_path / "kept"
+    shutil.copytree(train.store, kept)
+    takes, moment = (fill_the_disk, lock_the_log, remove_the_text, remove_the_run), random.Random(3)
+    for number in range(int(os.environ.get("LMSCRIPTS_KILLS", len(takes)))):
+        take, run_dir = takes[number % len(takes)], tmp_path / f"run{number}"
+        with open(tmp_path / "said.txt", "w+", encoding="utf-8") as log:
+            process = subprocess.Popen([*map(str, command), str(run_dir)], stdout=log, stderr=subprocess.STDOUT)
+            wait_for_step(process, run_dir, 5)
+            time.sleep(moment.random())
+            take(process, run_dir, train.store)
+            code = process.wait(timeout=PATIENCE)
+            log.seek(0)
+            said = log.read()
+        about = (number, take.__name__, code, said[-3000:])
+        assert "Traceback" not in said, about
+        if code:
+            (sentence,) = [line for line in said.splitlines() if line.startswith("error:")]
+            assert code == 2, about
+            assert "--do_continue" in sentence, about
+            left = list_checkpoints(run_dir) if run_dir.is_dir() else []
+            assert (left != [] and all(find_damage(folder) is None for folder in left)) or take is remove_the_run, about
+        else:
+            assert take is not fill_the_disk or same_bits(weights(run_dir), expected), about
+        shutil.copytree(kept, train.store, dirs_exist_ok=True)
+        if (run_dir / "log.jsonl").is_dir():
+            (run_dir / "log.jsonl").rmdir()
+        subprocess.run([*map(str, command), str(run_dir)], check=True, capture_output=True, timeout=PATIENCE)
+        assert same_bits(weights(run_dir), expected), about
 
 
 # ---- checkpoints and models --------------------------------------------------------------------------------------
