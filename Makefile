@@ -1,4 +1,4 @@
-# make setup | demo | test | lint. Each command does all its own set-up.
+# make setup | demo | test | test_slow | lint. Each command does all its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test_slow lint clean
 setup: $(READY)
 
 # torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it.
@@ -44,6 +44,10 @@ demo: $(READY)
 # number of tests, the few long ones would come last and alone.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes minutes and breaks rarely: dozens of edited files through whole commands, random moments.
+test_slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

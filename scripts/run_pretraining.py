@@ -378,7 +378,7 @@ def run(options: Options, further: Further) -> None:
     words |= {
         "schedule": options.schedule,
         "corners": [options.warmup_steps],
-        "often": {name: getattr(options, name) for name in OFTEN},
+        "often": {name: value for name, value in vars(options).items() if name in OFTEN},
     }
     words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)

@@ -329,10 +329,10 @@ def _often(data: Phases, often: Mapping[str, Any], seconds: float) -> str:
             return "at the end"
         return f"every {steps:,} step{'s' * (steps > 1)} (about {duration_text(steps * seconds)})"
 
-    text = f"a line {every(often['logging_steps'])}"
-    if any(phase.num_eval_rows for phase in data.phases):
-        text += f"; held-out rows are judged {every(often['eval_every'])}"
-    return f"{text}; a checkpoint {every(often['save_steps'])}"
+    heard = {"logging_steps": "a line", "eval_every": "held-out rows are judged", "save_steps": "a checkpoint"}
+    if not any(phase.num_eval_rows for phase in data.phases):
+        del heard["eval_every"]
+    return "; ".join(f"{what} {every(often[name])}" for name, what in heard.items() if often.get(name))
 
 
 def _memory_text(data: Phases, objective: Objective, accelerator: Accelerator, parameters: int, average: bool) -> str:
