@@ -323,7 +323,7 @@ class _Encode:
             encoded.word_starts,
             encoded.lengths.astype(np.uint32),
             np.stack([tokens, sentences, size, characters, np.minimum(unknown, characters)], axis=1),
-            np.array([number < self.validation_fraction * 2**64 for number in hashes], np.bool_),
+            np.array([_is_held_out(number, self.validation_fraction) for number in hashes], np.bool_),
             np.array(hashes, np.uint64),
         )
 
@@ -337,7 +337,11 @@ def in_validation(document: list[str], fraction: float) -> bool:
 
     So identical documents fall on the same side, and a document keeps its side when the corpus grows.
     """
-    return _hash(document) < fraction * 2**64
+    return _is_held_out(_hash(document), fraction)
+
+
+def _is_held_out(number: int, fraction: float) -> bool:
+    return number < fraction * 2**64
 
 
 class _Overlap:
