@@ -79,15 +79,18 @@ class Options:
     sudachi_dict: Literal["small", "core", "full"] = option("core", help="dictionary of Sudachi", group="words")
     normalization: Literal["nfkc", "none"] = option("nfkc", help="of training and encoding", group="words")
 
-    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character", "sentencepiece"] = option(
-        "wordpiece", help="how words are cut into pieces; sentencepiece: unigram by coverage", group="vocabulary"
+    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "sentencepiece_bpe", "character", "sentencepiece"] = option(
+        "wordpiece",
+        help="how words are cut into pieces; bpe: on bytes; sentencepiece_bpe: on characters; sentencepiece: unigram "
+        "by coverage",
+        group="vocabulary",
     )
     vocab_size: int = option(32768, help="entries, special and unused ones included", group="vocabulary", most=10**8)
     min_frequency: int = option(2, help="of a pair (wordpiece, bpe) or a character (character)", group="vocabulary")
     limit_alphabet: int = option(6129, help="different characters that are kept; not for bpe", group="vocabulary")
     character_coverage: float | None = option(
         None,
-        help="of unigram: keep the characters that are this share of the text; not --limit_alphabet",
+        help="of unigram, sentencepiece_bpe: keep the characters that are this share of the text; not --limit_alphabet",
         group="vocabulary",
     )
     num_unused_tokens: int = option(10, help="entries [unusedN] left free for fine-tuning", group="vocabulary")
@@ -122,16 +125,17 @@ def refuse(origins: dict[str, str], why: str, *names: str) -> None:
 def refuse_useless(options: Options, origins: dict[str, str], paths: Sequence[Path]) -> None:
     """Refuse what the other options, or the formats of the text, leave without effect."""
     from lmscripts.text.corpus import is_plain
+    from lmscripts.tokenizer.training import SENTENCEPIECE_TYPES
 
     for analyser in ("mecab", "sudachi"):
         if options.word_tokenizer != analyser:
             names = [name for name in origins if name.startswith(f"{analyser}_")]
             refuse(origins, f"with --word_tokenizer {options.word_tokenizer}", *names)
     # The defaults themselves are let through: older command lines give them with every type.
-    for kind, name in (("unigram", "min_frequency"), ("bpe", "limit_alphabet")):
+    for kind, name in (("unigram", "min_frequency"), ("sentencepiece_bpe", "min_frequency"), ("bpe", "limit_alphabet")):
         if options.tokenizer_type == kind and getattr(options, name) != getattr(Options, name):
             refuse(origins, f"with --tokenizer_type {kind}", name)
-    if options.tokenizer_type != "unigram" or options.objective == "causal":
+    if options.tokenizer_type not in SENTENCEPIECE_TYPES or options.objective == "causal":
         refuse(origins, f"with --tokenizer_type {options.tokenizer_type}", "character_coverage")
     elif options.character_coverage is not None and options.limit_alphabet != Options.limit_alphabet:
         refuse(origins, "with --character_coverage", "limit_alphabet")
@@ -172,8 +176,7 @@ def as_there(options: Options) -> Options:
         f"--tokenizer_type sentencepiece is now --tokenizer_type unigram --character_coverage {coverage}: as there, "
         "--limit_alphabet and --min_frequency have no effect on it. Pieces stay inside the words of --word_tokenizer: "
         "text is encoded word by word, so the pieces across words that later versions there learnt could never be "
-        "used. Its first versions (2021) trained BPE on characters, which is not built here: the nearest is "
-        "--tokenizer_type bpe --word_tokenizer none",
+        "used. Its first versions (2021) trained BPE on characters: --tokenizer_type sentencepiece_bpe",
         flush=True,
     )
     plain = {name: getattr(Options, name) for name in ("limit_alphabet", "min_frequency")}

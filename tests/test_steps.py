@@ -34,12 +34,17 @@ from lmscripts.tokenizer.folder import check_tokenizer
 from lmscripts.training.checkpoint import check_architecture, load_weights
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "character"])
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "character", "sentencepiece_bpe"])
 def test_type_of_a_fast_tokenizer_is_seen(kind, tmp_path):
     arguments = ["--input_file", SAMPLE / "english.txt", "--model_dir", tmp_path / "tokenizer", "--vocab_size", "600"]
     run_script("train_tokenizer.py", *arguments, "--word_tokenizer", "whitespace", "--tokenizer_type", kind)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     check_tokenizer(tokenizer, tokenizer_type=kind, mecab_dic=None)
+    if kind in ("unigram", "sentencepiece_bpe"):  # an older name of both
+        check_tokenizer(tokenizer, tokenizer_type="sentencepiece")
+    else:
+        with pytest.raises(UserError, match=f"sentencepiece.*{kind}"):
+            check_tokenizer(tokenizer, tokenizer_type="sentencepiece")
     with pytest.raises(UserError, match=f"bpe.*{kind}"):
         check_tokenizer(tokenizer, tokenizer_type="bpe", mecab_dic=None)
     with pytest.raises(UserError, match="ipadic"):

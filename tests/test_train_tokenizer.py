@@ -118,6 +118,11 @@ def test_other_languages_and_kinds(tmp_path):
     assert "--language has no effect" in output
     record = json.loads((tmp_path / "e" / "lmscripts_tokenizer.json").read_text(encoding="utf-8"))
     assert (record["tokenizer_type"], record["settings"]["character_coverage"]) == ("unigram", 0.9995)
+    joined = [*options, "--spm_model_type", "bpe", "--model_dir", tmp_path / "j"]
+    assert "sentencepiece_bpe" in run(*joined, "--tokenizer_type", "sentencepiece", code=2)
+    run(*joined[:-4], *joined[-2:], "--tokenizer_type", "sentencepiece_bpe", "--character_coverage", 0.9995)
+    record = json.loads((tmp_path / "j" / "lmscripts_tokenizer.json").read_text(encoding="utf-8"))
+    assert (record["tokenizer_type"], record["settings"]["character_coverage"]) == ("sentencepiece_bpe", 0.9995)
     assert "further [unusedN] fill the vocabulary up to a multiple of 64; --pad_vocab_to_multiple_of 0" in output
     assert (tmp_path / "e" / "tokenizer.json").exists()
     table = tmp_path / "texts.csv"
@@ -135,6 +140,7 @@ def test_other_languages_and_kinds(tmp_path):
         (["--mecab_dic", "ipadic", "--word_tokenizer", "none"], "--mecab_dic has no effect"),
         (["--sudachi_split_mode", "C"], "--sudachi_split_mode has no effect"),
         (["--tokenizer_type", "unigram", "--min_frequency", "5"], "--min_frequency has no effect"),
+        (["--tokenizer_type", "sentencepiece_bpe", "--min_frequency", "5"], "--min_frequency has no effect"),
         (["--text_column", "body"], "--text_column has no effect"),
         (["--num_files", "-1"], "--num_files must be at least 0"),
         (["--vocab_sise", "100"], "did you mean --vocab_size"),

@@ -56,7 +56,6 @@ PRETRAINING: dict[str, Mapping[str, Any]] = {
         "block_size": "sequence_length",
     },
     "renamed_values": {
-        "tokenizer_type": {"sentencepiece": "unigram"},
         "word_tokenizer_type": {"basic": "whitespace"},
     },
     "accepted_unused": {
@@ -104,10 +103,11 @@ TOKENIZER: dict[str, Mapping[str, Any]] = {
         "word_tokenizer juman": _ANALYSERS,
         "word_tokenizer spacy-luw": _ANALYSERS,
         "spm_split_by_whitespace false": "no piece is larger than a word of --word_tokenizer",
-        "spm_model_type": "--tokenizer_type says it: unigram, bpe, wordpiece or character",
+        "spm_model_type": "give --tokenizer_type unigram, sentencepiece_bpe, wordpiece or character instead",
         **{name: _READING["refused"][name] for name in ("sudachi_config_path", "sudachi_resource_dir")},
     },
 }
+_Kind = Literal["wordpiece", "unigram", "bpe", "character", "sentencepiece", "sentencepiece_bpe"]
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ class OlderNames:
 
     GROUP = "older names"
     fp16_type: int | None = option(None, help="1 to 3 = --precision fp16, 0 = the Accelerate config's")
-    tokenizer_type: Literal["wordpiece", "unigram", "bpe", "character"] | None = option(
-        None, help="the tokenizer says it; compared with that"
-    )
+    tokenizer_type: _Kind | None = option(None, help="the tokenizer says it; compared with that")
     mecab_dic: str | None = option(None, help="the same")
     word_tokenizer_type: Literal["mecab", "sudachi", "whitespace", "none"] | None = option(None, help="the same")
     bert_config_file: str | None = option(None, help="JSON of a BERT's sizes, which count instead of the preset's")

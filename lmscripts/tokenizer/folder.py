@@ -28,6 +28,7 @@ from lmscripts.tokenizer.encoder import model_kind
 from lmscripts.tokenizer.training import (
     CAUSAL_SPECIAL_TOKENS,
     MAX_WORD_CHARACTERS,
+    SENTENCEPIECE_TYPES,
     SPECIAL_TOKENS,
     TokenizerType,
     Trained,
@@ -85,6 +86,7 @@ def write_tokenizer(
     record: dict[str, Any],
 ) -> None:
     """Write the files of a tokenizer into an empty folder; the record, further facts, goes to `RECORD_FILE`."""
+    sentencepiece = tokenizer_type in SENTENCEPIECE_TYPES
     fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
     common = {"model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
     config: dict[str, Any]
@@ -102,7 +104,7 @@ def write_tokenizer(
                 "do_word_tokenize": True,
                 "do_subword_tokenize": True,
                 "word_tokenizer_type": words.kind,
-                "subword_tokenizer_type": "sentencepiece" if tokenizer_type == "unigram" else tokenizer_type,
+                "subword_tokenizer_type": "sentencepiece" if sentencepiece else tokenizer_type,
                 # Without explicit arguments transformers takes another dictionary than ipadic.
                 f"{words.kind}_kwargs": words.analyser_kwargs(),
             }
@@ -111,7 +113,7 @@ def write_tokenizer(
     if "word_tokenizer_type" not in config:
         made = fast_tokenizer(trained, tokenizer_type, words, causal=causal)
         (folder / "tokenizer.json").write_text(made.to_str(pretty=True), encoding="utf-8", newline="\n")
-    elif tokenizer_type == "unigram":
+    elif sentencepiece:
         (folder / "spiece.model").write_bytes(trained.sentencepiece)
     else:
         text = "".join(f"{piece}\n" for piece in trained.pieces)
@@ -150,8 +152,11 @@ def fast_tokenizer(
         cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.decoder = decoders.ByteLevel()
     else:
-        scores = list(zip(trained.pieces, trained.scores))
-        tokenizer = Tokenizer(models.Unigram(scores, unk_id=1, byte_fallback=causal))
+        if tokenizer_type == "sentencepiece_bpe":
+            tokenizer = Tokenizer(models.BPE(ids, trained.merges, unk_token="[UNK]", fuse_unk=True))
+        else:
+            scores = list(zip(trained.pieces, trained.scores))
+            tokenizer = Tokenizer(models.Unigram(scores, unk_id=1, byte_fallback=causal))
         if causal:
             cut = None  # a line is one lattice, in time linear in its length
             tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -220,7 +225,10 @@ def check_tokenizer(tokenizer: Any, **wanted: str | None) -> None:
     """
     record = read_record(Path(tokenizer.name_or_path)) or {}  # of a tokenizer of ours
     kind, arguments = record.get("tokenizer_type") or model_kind(tokenizer), tokenizer.init_kwargs
-    found = {"tokenizer_type": "unigram" if kind == "sentencepiece" else kind}
+    # Of what another program made no more is known, and older systems say no more.
+    either = {"sentencepiece", *SENTENCEPIECE_TYPES}
+    asked = wanted.get("tokenizer_type")
+    found = {"tokenizer_type": asked if "sentencepiece" in (kind, asked) and {kind, asked} <= either else kind}
     found["mecab_dic"] = (arguments.get("mecab_kwargs") or {}).get("mecab_dic")
     words = (record.get("words") or {}).get("kind") or arguments.get("word_tokenizer_type")
     found["word_tokenizer_type"] = {"basic": "whitespace"}.get(words, words)

@@ -29,6 +29,7 @@ from lmscripts.errors import UserError, shortened
 from lmscripts.tokenizer.encoder import load_encoder
 from lmscripts.tokenizer.folder import RECORD_FILE, write_json
 from lmscripts.tokenizer.report import DIFFICULT_LINES, check_ids
+from lmscripts.tokenizer.training import merges_by_score
 
 SPACE_MARK = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # types of pieces in a model
@@ -192,15 +193,11 @@ def _unigram(proto: Any) -> models.Unigram:
 
 
 def _bpe(proto: Any, has_own: bool) -> models.BPE:
-    """Two neighbours are joined where the model has the piece that they make, the piece of the best score first."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
-    pairs = ((score, piece[:place], piece[place:]) for piece, score in scores.items() for place in range(1, len(piece)))
-    merges = [(-score, ids[one], ids[two], (one, two)) for score, one, two in pairs if one in scores and two in scores]
     unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
     settings = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": proto.trainer_spec.byte_fallback}
     # A symbol that stands by itself is in the vocabulary, and no merges lead to it.
-    return models.BPE(ids, [pair for *_, pair in sorted(merges)], ignore_merges=has_own, **settings)
+    return models.BPE(ids, merges_by_score(proto), ignore_merges=has_own, **settings)
 
 
 # ---- normalisation ----

@@ -33,7 +33,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from lmscripts.errors import UserError
 from lmscripts.tokenizer.encoder import UNUSED
 
-TokenizerType = Literal["wordpiece", "unigram", "bpe", "character"]
+TokenizerType = Literal["wordpiece", "unigram", "bpe", "character", "sentencepiece_bpe"]
+# What sentencepiece trains: by the probability of pieces, or by joins of characters.
+SENTENCEPIECE_TYPES = ("unigram", "sentencepiece_bpe")
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CAUSAL_SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
@@ -69,7 +71,7 @@ class VocabularySettings:
         size: entries, special and unused ones included.
         min_frequency: pairs (wordpiece, bpe) or characters (character) that are rarer are left out.
         limit_alphabet: number of different characters that are kept, the most frequent ones.
-        character_coverage: for unigram, instead: as many of them as cover this share of the text; 0 for none.
+        character_coverage: of `SENTENCEPIECE_TYPES`, instead: as many as cover this share of the text; 0 for none.
         num_unused: number of [unusedN] entries behind the special tokens.
         multiple: the size is filled up to a multiple of this with further [unusedN]; 0 leaves it.
         causal: lossless, with `CAUSAL_SPECIAL_TOKENS`.
@@ -119,9 +121,9 @@ class Trained:
 
     Attributes:
         pieces: all entries in the order of their ids, special, unused and fill-up entries included.
-        merges: for bpe, the pairs in the order in which they are joined.
-        scores, sentencepiece: for unigram, one logarithm of a probability per entry (0 for reserved ones), and the
-            model in sentencepiece's own format.
+        merges: for both kinds of bpe, the pairs in the order in which they are joined.
+        scores, sentencepiece: of `SENTENCEPIECE_TYPES`, a score per entry (0 for reserved ones), for unigram the
+            logarithm of a probability, and the model in sentencepiece's own format.
         num_characters, num_text_characters: different characters that are kept, and in the text.
         num_long_words, long_words_share: words that WordPiece leaves out for their length, and how much of the
             characters of all words they are.
@@ -221,7 +223,7 @@ def most_frequent(counts: Counter[str], number: int) -> list[str]:
 def train_vocabulary(
     tokenizer_type: TokenizerType, files: Sequence[Path], settings: VocabularySettings, *, segmented: bool
 ) -> Trained:
-    """Train one of the four kinds, for a causal model bpe or unigram, on UTF-8 text with one sentence a line.
+    """Train one of the kinds, for a causal model bpe or unigram, on UTF-8 text with one sentence a line.
 
     Where the lines are words joined by spaces, `segmented`, no piece crosses a word.
 
@@ -230,8 +232,8 @@ def train_vocabulary(
     """
     if not any(line.strip() for line in read_lines(files)):
         raise UserError("the input holds no text: every file is empty or blank")
-    if tokenizer_type == "unigram" and not settings.causal:
-        return _train_unigram(files, settings, segmented)
+    if tokenizer_type in SENTENCEPIECE_TYPES and not settings.causal:
+        return _train_sentencepiece(files, settings, segmented, tokenizer_type.removeprefix("sentencepiece_"))
     ways = {"wordpiece": _train_wordpiece, "character": _train_character, "bpe": _train_bpe}
     trained = ways.get(tokenizer_type, _train_lossless_unigram)(files, settings)
     return replace(trained, pieces=[*trained.pieces, *settings.fill_up(len(trained.pieces))])
@@ -313,8 +315,8 @@ def _limits(settings: VocabularySettings, fixed: list[str], alphabet: list[str])
     return {**sizes, "initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": False}
 
 
-def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmented: bool) -> Trained:
-    """Unigram language model of sentencepiece, trained on word counts, or on a sample of lines of unsegmented text."""
+def _train_sentencepiece(files: Sequence[Path], settings: VocabularySettings, segmented: bool, kind: str) -> Trained:
+    """A model of sentencepiece, trained on word counts, or on a sample of lines of unsegmented text."""
     units = count_words(files) if segmented else Counter(sampled_lines(files))
     seen: Counter[str] = Counter()
     for unit, count in units.items():  # what transformers does to a word before sentencepiece sees it
@@ -329,11 +331,11 @@ def _train_unigram(files: Sequence[Path], settings: VocabularySettings, segmente
     if len(alphabet) < (needed := _num_covering(characters, _LEAST_COVERAGE)):
         raise UserError(
             f"--vocab_size {settings.size} and --limit_alphabet {settings.limit_alphabet} leave {len(alphabet):,} "
-            f"characters of this text, but unigram needs those that are {_LEAST_COVERAGE:.0%} of it: {needed:,} "
+            f"characters of this text, but {kind} needs those that are {_LEAST_COVERAGE:.0%} of it: {needed:,} "
             f"characters, so at least --vocab_size {settings.size - settings.room() + 1 + needed}"
             + (f" and --limit_alphabet {needed} (or --character_coverage {_LEAST_COVERAGE})" if limit < needed else "")
         )
-    return _run_sentencepiece(seen, settings, characters, alphabet)
+    return _run_sentencepiece(seen, settings, characters, alphabet, model_type=kind)
 
 
 def _num_covering(characters: Counter[str], share: float) -> int:
@@ -343,9 +345,14 @@ def _num_covering(characters: Counter[str], share: float) -> int:
 
 
 def _run_sentencepiece(
-    units: Counter[str], settings: VocabularySettings, characters: Counter[str], alphabet: list[str], **more: Any
+    units: Counter[str],
+    settings: VocabularySettings,
+    characters: Counter[str],
+    alphabet: list[str],
+    model_type: str = "unigram",
+    **more: Any,
 ) -> Trained:
-    """A unigram vocabulary of sentencepiece, from words or lines and how often each occurs.
+    """A vocabulary of sentencepiece, unigram or bpe, from words or lines and how often each occurs.
 
     Of their characters, also counted, those of the alphabet are kept; `more` are options of sentencepiece's trainer.
     """
@@ -365,7 +372,7 @@ def _run_sentencepiece(
                 input=str(table),
                 input_format="tsv",
                 model_writer=model,
-                model_type="unigram",
+                model_type=model_type,
                 vocab_size=settings.size,
                 hard_vocab_limit=False,
                 character_coverage=1.0 if len(alphabet) == len(characters) else covered,
@@ -379,7 +386,7 @@ def _run_sentencepiece(
             )
         except RuntimeError as error:
             raise UserError(
-                f"sentencepiece cannot make a unigram vocabulary of {settings.size} entries from this text: give "
+                f"sentencepiece cannot make a {model_type} vocabulary of {settings.size} entries from this text: give "
                 "another --vocab_size, or more text"
             ) from error
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto").FromString(model.getvalue())  # noqa: B009 (made at run time)
@@ -390,10 +397,20 @@ def _run_sentencepiece(
     return Trained(
         [entry.piece for entry in proto.pieces],
         scores=[entry.score for entry in proto.pieces],
+        merges=merges_by_score(proto) if model_type == "bpe" else (),
         sentencepiece=proto.SerializeToString(deterministic=True),
         num_characters=len(alphabet),
         num_text_characters=len(characters),
     )
+
+
+def merges_by_score(proto: Any) -> list[tuple[str, str]]:
+    """The joins of a model of sentencepiece: of two neighbours of which it has the whole, by the score of that."""
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    pairs = ((score, piece[:place], piece[place:]) for piece, score in scores.items() for place in range(1, len(piece)))
+    merges = [(-score, ids[one], ids[two], (one, two)) for score, one, two in pairs if one in scores and two in scores]
+    return [pair for *_, pair in sorted(merges)]
 
 
 # ---- a lossless unigram vocabulary ----
@@ -452,7 +469,7 @@ def _train_pieces(units: Counter[str], settings: VocabularySettings) -> dict[str
     if not characters:
         return {}
     spaces = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
-    more = {"byte_fallback": True, "required_chars": PRINTABLE_ASCII + "\u2581", **spaces}
+    more: dict[str, Any] = {"byte_fallback": True, "required_chars": PRINTABLE_ASCII + "\u2581", **spaces}
     try:
         trained = _run_sentencepiece(units, settings, characters, list(characters), **more)
     except UserError:
