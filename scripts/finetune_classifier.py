@@ -430,8 +430,12 @@ def plan_lines(
     network: PreTrainedModel,
 ) -> list[str]:
     """What is going to be done, in words."""
+    from lmscripts.models.classifier import operations_per_token
     from lmscripts.training import processes
 
+    tokens = int(parts["train"].lengths.sum())
+    share = steps.shares[accelerator.process_index] / options.batch_size
+    operations = operations_per_token(network) * tokens * options.epochs * share
     rows = {name: f"{part.num_rows:,}" for name, part in parts.items()}
     encoder = task.source.encoder
     unknown = float((parts["train"].folds.ids == encoder.unk_id).mean())
@@ -441,9 +445,10 @@ def plan_lines(
         *([beware] if is_foreign else []),
         f"model: {task.source.name}, {network.config.model_type}, {network.num_parameters():,} parameters",
         f"rows of at most {task.folds.max_length} tokens: {rows['train']} for training "
-        f"({parts['train'].lengths.sum():,} tokens), {rows['validation']} for validation, {rows['test']} for testing",
+        f"({tokens:,} tokens), {rows['validation']} for validation, {rows['test']} for testing",
         f"{options.epochs} epochs of {steps.per_epoch:,} steps of {options.batch_size} rows; rows of each process: "
         f"{steps.shares}",
+        f"time: {processes.guessed_time(operations, accelerator, 'fewer --epochs')[1]}",
         f"processes: {processes.in_words(accelerator)}",
     ]
 

@@ -5,6 +5,7 @@ import gc
 import html
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -343,6 +344,9 @@ def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_tab
     said = here(tmp_path / "topics.sqlite", *model, "--dry_run", "-e", 5)
     assert "found all in" in said
     assert "5 epochs of" in said
+    assert re.search(r"^time: about \d+ (s|min), guessed from [\d,]+ GFLOP/s", said, re.MULTILINE)
+    said = here(tmp_path / "topics.sqlite", *model, "--dry_run", "-e", 10**9)
+    assert re.search(r"^time: about [\d,]+ days, guessed .*; fewer --epochs", said, re.MULTILINE)
     assert [path.name for path in tmp_path.glob("topics*")] == ["topics.sqlite"]
 
 

@@ -219,6 +219,12 @@ def _load(source: Source, config: Any) -> tuple[PreTrainedModel, set[str]]:
     return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
+def operations_per_token(model: PreTrainedModel) -> float:
+    """Floating-point operations of a training step: 6 for each weight of a matrix that a token meets, and no scores."""
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return 6.0 * sum(p.numel() for p in model.parameters() if p.ndim > 1 and p not in tables)
+
+
 def in_body(model: PreTrainedModel, name: str) -> bool:
     """Whether a parameter belongs to the part that a language model brings along, and not to the head."""
     inside = name.removeprefix(f"{model.base_model_prefix}.")

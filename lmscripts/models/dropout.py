@@ -70,8 +70,10 @@ class RowDropout(nn.Module):
             if places is not None and states.shape[2] != self.draws.length:  # queries at some positions only
                 at = (places % self.draws.length).view(len(states), 1, -1)
         dropped = round(p * 65536)  # of the numbers of 16 bits
-        kept = _bits(keys, at.int(), states.shape[-1]) >= dropped - 32768
-        return states * kept.to(states.dtype).mul_(65536 / (65536 - dropped))
+        bits = _bits(keys, at.int(), states.shape[-1])
+        kept = torch.empty(bits.shape, dtype=states.dtype, device=bits.device)  # no truth values on the way
+        torch.ge(bits, dropped - 32768, out=kept)
+        return states * kept.mul_(65536 / (65536 - dropped))
 
 
 def _bits(keys: Tensor, at: Tensor, width: int) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from lmscripts.errors import UserError
@@ -38,8 +37,6 @@ _TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 _PRETRAINED = [f"pretrained_{half}model_name_or_path" for half in ("", "generator_", "discriminator_")]
 # Of the settings in a checkpoint, what is no option, or none of the family's: config.yaml has it as it was given.
 _LENGTHS = ("max_steps", "epochs")
-_SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
-_LONG = 2 * 86400
 _NOT_TAKEN = ("format", "token store", "phase_steps", "mask_unit", "mask_probability")
 
 
@@ -270,7 +267,7 @@ def plan_text(
         unknown: share of the characters of each phase's text that the tokenizer does not know; None: not counted.
     """
     from lmscripts.training.optim import rates_text
-    from lmscripts.training.processes import in_words
+    from lmscripts.training.processes import guessed_time, in_words
 
     parameters = sum(p.numel() for p in objective.parameters())
     several = len(data.phases) > 1
@@ -283,7 +280,9 @@ def plan_text(
             lines.append(("unknown", f"{share:.2%} of the characters of the text{warning}"))
         begin = end
     rates = rates_text(rate, data.num_steps, corners, [step for end in data.ends[:-1] for step in (end - 1, end)])
-    seconds, words = _time(data, objective, accelerator)
+    seconds, words = guessed_time(
+        _operations(data, objective, accelerator.process_index), accelerator, "fewer --max_steps"
+    )
     lines += [
         ("time", words),
         *([("often", _often(data, often, seconds / data.num_steps))] if often else []),
@@ -296,27 +295,13 @@ def plan_text(
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
 
-def _time(data: Phases, objective: Objective, accelerator: Accelerator) -> tuple[float, str]:
-    """Seconds that the run may take, from the speed of a matrix product here, before a step was measured; in words."""
-    import torch
-
-    device, size = accelerator.device, 512 if accelerator.device.type == "cpu" else 4096
-    matrix, times = torch.ones(size, size, device=device, dtype=_dtype(accelerator)), list[float]()
-    while len(times) < 3 or sum(times) < 0.05:
-        began = monotonic()
-        (matrix @ matrix)[0, 0].item()  # waits for it
-        times.append(monotonic() - began)
-    operations = 0.0
-    for phase in data.phases:
-        length, rows = phase.layout.sequence_length, phase.total_rows * phase.shares[accelerator.process_index]
-        operations += objective.flops_per_position(length, phase.slots) * length * rows / phase.batch_size
-    speed = 2 * size**3 / min(times)
-    seconds = torch.tensor(operations / (_SHARE_OF_PEAK * speed), device=device, dtype=torch.float32)
-    slowest = float(accelerator.gather(seconds).max())
-    text = f"about {duration_text(slowest)}, guessed from {speed / 1e9:,.0f} GFLOP/s of a matrix product here"
-    if slowest > _LONG:
-        text += "; fewer --max_steps, a smaller preset or more machines make it shorter"
-    return slowest, text
+def _operations(data: Phases, objective: Objective, process: int) -> float:
+    """Floating-point operations of a process in the whole run."""
+    return sum(
+        objective.flops_per_position(length, phase.slots) * length * phase.total_rows * share / phase.batch_size
+        for phase in data.phases
+        for length, share in [(phase.layout.sequence_length, phase.shares[process])]
+    )
 
 
 def _often(data: Phases, often: Mapping[str, Any], seconds: float) -> str:
@@ -337,6 +322,8 @@ def _often(data: Phases, often: Mapping[str, Any], seconds: float) -> str:
 
 def _memory_text(data: Phases, objective: Objective, accelerator: Accelerator, parameters: int, average: bool) -> str:
     """Memory of a process that holds all weights; what a micro-batch keeps is that of the largest share."""
+    from lmscripts.training.processes import product_dtype
+
     kept, moments = 0, ", moments and average" if average else " and moments"
     text = f"about {(20 if average else 16) * parameters / 2**20:,.0f} MiB per process for weights, gradients{moments}"
     if not accelerator.is_main_process:  # which alone shows it
@@ -344,17 +331,10 @@ def _memory_text(data: Phases, objective: Objective, accelerator: Accelerator, p
     for phase in data.phases:
         micro_batches, _ = next(phase.step_batches(0, 1, phase.shares.index(max(phase.shares))))
         try:
-            kept = max(kept, objective.kept_bytes(micro_batches[0], _dtype(accelerator)))
+            kept = max(kept, objective.kept_bytes(micro_batches[0], product_dtype(accelerator)))
         except Exception:  # a model of any kind, whose shapes depend on what it computes
             return text
     return f"{text}; {kept / 2**20:,.0f} MiB for what a micro-batch keeps for the gradient"
-
-
-def _dtype(accelerator: Accelerator) -> Any:
-    """In which products are computed."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def _disk(size: float, data: Phases, kept: Mapping[str, Any]) -> str:

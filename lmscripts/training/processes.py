@@ -20,12 +20,15 @@ import yaml
 
 from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import UserError
+from lmscripts.options.checks import duration_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Result = TypeVar("Result")
 _OF_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what `accelerate launch` and torchrun set
+_SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
+_LONG = 2 * 86400  # seconds
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
 
 
@@ -323,3 +326,34 @@ class StopRequest:
         if not self.reason and self._launcher not in (None, os.getppid()):
             self.reason = "the end of its launcher"
         return bool(self.reason)
+
+
+# ---- how fast they are -------------------------------------------------------------------------------------------
+
+
+def guessed_time(operations: float, accelerator: Accelerator, fewer: str) -> tuple[float, str]:
+    """Seconds that a run may take, from the speed of a matrix product here, before a step was measured; in words.
+
+    Args:
+        operations: floating-point operations of this process.
+        accelerator: the running processes, all of which call it; the slowest decides.
+        fewer: what makes a run shorter that takes days.
+    """
+    device, size = accelerator.device, 512 if accelerator.device.type == "cpu" else 4096
+    matrix, times = torch.ones(size, size, device=device, dtype=product_dtype(accelerator)), list[float]()
+    while len(times) < 3 or sum(times) < 0.05:
+        began = time.monotonic()
+        (matrix @ matrix)[0, 0].item()  # waits for it
+        times.append(time.monotonic() - began)
+    speed = 2 * size**3 / min(times)
+    seconds = torch.tensor(operations / (_SHARE_OF_PEAK * speed), device=device, dtype=torch.float32)
+    slowest = float(accelerator.gather(seconds).max())
+    text = f"about {duration_text(slowest)}, guessed from {speed / 1e9:,.0f} GFLOP/s of a matrix product here"
+    if slowest > _LONG:
+        text += f"; {fewer}, a smaller model or more machines make it shorter"
+    return slowest, text
+
+
+def product_dtype(accelerator: Accelerator) -> Any:
+    """In which products are computed."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
