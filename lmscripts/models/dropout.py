@@ -77,10 +77,17 @@ class RowDropout(nn.Module):
 
 
 def _bits(keys: Tensor, at: Tensor, width: int) -> Tensor:
-    """(..., width) uniform int16 for (..., 2) keys and places that broadcast with them; two of a number of 32 bits."""
-    lanes = torch.arange((width + 1) // 2, dtype=torch.int32, device=at.device)
-    counters = ((at[..., None] << 16) + lanes) * _GOLDEN
-    return _mixed(keys[..., :1] + counters, keys[..., 1:]).view(torch.int16)[..., :width]
+    """(..., width) uniform int16 for (..., 2) keys and (...) places that broadcast with them.
+
+    A whole hash of each place, and half a hash more for each number of 32 bits, of which two are taken.
+    """
+    lanes = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=at.device) * _GOLDEN
+    numbers = _mixed(keys[..., 0] + at * _GOLDEN, keys[..., 1])[..., None] ^ lanes
+    numbers *= 0x7FEB352D
+    numbers ^= numbers >> 16  # that the sign's copies come along makes no difference to be seen
+    numbers *= -2073254261
+    numbers ^= (numbers >> 16).bitwise_and_(0xFFFF)
+    return numbers.view(torch.int16)[..., :width]
 
 
 def _mixed(numbers: Tensor, key: Tensor | int = 0) -> Tensor:
