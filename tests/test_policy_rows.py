@@ -1,5 +1,6 @@
 """Which decisions stand in which step, and how they are laid out as a batch."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,16 +21,14 @@ FIELDS = [
     ("extra", 0, 2),
 ]
 SCHEMA = SimpleNamespace(
-    fields=[
-        SimpleNamespace(kind=kind, vocab_size=size, max_length=most, scales=(1.0, 100.0) if kind == "numeric" else ())
-        for kind, size, most in FIELDS
-    ],
+    fields=[SimpleNamespace(kind=kind, vocab_size=size, max_length=most) for kind, size, most in FIELDS],
     num_ids=31,
     pad_id=30,
     value_id=29,
     num_numeric=2,
     max_positions=21,
-    value=(1, 50.0),
+    scales=(1.0, 100.0),
+    value=SimpleNamespace(index=1, scale=50.0),
 )
 
 
@@ -101,7 +100,7 @@ def test_every_epoch_has_every_row_once_and_ends_at_a_step(number, batch_size):
         bounds = [order.bounds(step) for step in range(epoch * order.per_epoch, (epoch + 1) * order.per_epoch)]
         assert bounds[0][0] == epoch * number
         assert bounds[-1][1] == (epoch + 1) * number
-        assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:]))
+        assert all(before[1] == after[0] for before, after in pairwise(bounds))
         sizes = [end - begin for begin, end in bounds]
         assert sorted(sizes)[1:] == [batch_size] * (order.per_epoch - 1)
         rows, of = order.rows(np.arange(epoch * number, (epoch + 1) * number))

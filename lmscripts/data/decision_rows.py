@@ -40,13 +40,14 @@ def make_batch(part: DecisionPart, rows: Ints, schema: Schema, with_value: bool)
     stored = mask.copy()  # where ids of the records stand
     if with_value:
         stored[number, lengths - 1] = False
+    numbers = part.numeric[rows] / np.array(schema.scales, np.float32)
     column, numeric, begin = 0, 0, np.zeros((len(rows), 1), np.int64)
     for field in schema.fields:
         if field.kind == "numeric":
             which = np.arange(numeric, numeric + field.max_length)
             at = (number[:, None], begin + which - numeric)
             input_ids[at], stored[at] = schema.num_ids + which, False
-            values[at] = part.numeric[rows, numeric : numeric + len(which)] / np.array(field.scales, np.float32)
+            values[at] = numbers[:, which]
             begin, numeric = begin + len(which), numeric + len(which)
         elif field.kind in ("set", "sequence", "candidates"):
             length, inside = counts[:, column, None], places - begin
@@ -61,8 +62,8 @@ def make_batch(part: DecisionPart, rows: Ints, schema: Schema, with_value: bool)
     batch |= {"attention_mask": mask.astype(np.int64), "labels": part.labels[rows].astype(np.int64)}
     batch["weights"] = np.ones(len(rows), np.float32)
     if with_value:
-        index, scale = schema.value
-        batch |= {"value_places": lengths - 1, "outcome": (part.extra[rows, index] / scale).astype(np.float32)}
+        outcome = part.extra[rows, schema.value.index] / schema.value.scale
+        batch |= {"value_places": lengths - 1, "outcome": outcome.astype(np.float32)}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
