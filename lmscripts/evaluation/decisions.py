@@ -9,8 +9,8 @@ figures by about 1e-6 with them; which candidates count as right differs only wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lmscripts.data.decision_rows import make_batch
-from lmscripts.data.decisions import DecisionPart
+from lmscripts.data.decisions import DecisionPart, parse
 from lmscripts.data.labelled_rows import by_length
 from lmscripts.data.schema import Schema
 from lmscripts.data.steps import Batch, Ints, to_device
@@ -147,7 +147,8 @@ def measured(
 def _measure(accelerator: Accelerator, objective: Objective, part: DecisionPart, rows: Ints, schema: Schema) -> Tensor:
     """(B, 8) float64 what is measured of (B,) records."""
     batch = make_batch(part, rows, schema, objective.settings.value)
-    logits, value = answer(accelerator, objective, batch)
+    with accelerator.autocast():
+        logits, value = answer(objective, batch)
     labels, none = batch["labels"][:, None], torch.zeros(len(rows), dtype=torch.float64)
     ids = batch["input_ids"].gather(1, batch["candidates"]) - schema.first_id(schema.field("candidates"))
     chosen, best, shares = logits.gather(1, labels), logits.argmax(1, keepdim=True), logits.log_softmax(1)
@@ -165,14 +166,15 @@ def _measure(accelerator: Accelerator, objective: Objective, part: DecisionPart,
     return torch.stack([found[name].double() for name in _MEASURED], 1)
 
 
-def answer(accelerator: Accelerator, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor | None]:
+def answer(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """(B, K) float64 logits of the candidates of a batch, -inf where there is none, and (B,) values if it gives them.
 
     They come to the processor's memory: not every device knows float64.
     """
-    with accelerator.autocast():
-        found = objective.models[""](**{name: batch[name].to(accelerator.device) for name in _READ if name in batch})
-    return found
+    model = objective.models[""]
+    found = model(to_device(batch, model.device))
+    logits, value = found if objective.settings.value else (found, None)
+    return logits.float().cpu().double(), None if value is None else value.float().cpu().double()
 
 
 # ---- what is said of them ----------------------------------------------------------------------------------------
@@ -222,3 +224,72 @@ def in_words(reported: Mapping[str, Any]) -> str:
         cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
         lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
     return "\n".join(lines)
+
+
+# ---- decisions that are still to be made -------------------------------------------------------------------------
+
+
+def answer_lines(
+    objective: Objective, schema: Schema, lines: Sequence[bytes], with_words: bool = False
+) -> list[dict[str, Any]]:
+    """What a policy would choose in records of text, for JSON: an answer for each line, in their order.
+
+    What is known afterwards only, the choice and the extra numbers, may be empty, a question mark, or left out at the
+    end of a line.
+
+    Returns:
+        Of a record its "id", if records have one; "best", the likeliest candidate; "chosen", where that is known; the
+        "value" of a policy that gives values; "candidates", the likeliest first, each with its id as "candidate", its
+        "probability", and its "index" in the record. Of a line that is no record its "error". With words, "words" of
+        every candidate and "best_words".
+    """
+    filled, known = zip(*(_filled(line, schema) for line in lines), strict=True)
+    part, wrong = parse(filled, schema)
+    errors = dict(wrong)
+    if not part.num_records:
+        return [{"error": errors[place]} for place in range(len(lines))]
+    batch = make_batch(part, np.arange(part.num_records), schema, objective.settings.value)
+    with judging(objective):
+        logits, values = answer(objective, batch)
+    column = schema.field("candidates")
+    ids = (batch["input_ids"].gather(1, batch["candidates"]) - schema.first_id(column)).tolist()
+    shares, labels = logits.softmax(1).tolist(), batch["labels"].tolist()
+    if not np.isfinite(shares).all():
+        raise UserError("the policy gives logits that are not finite numbers: look at its weights")
+    likeliest = logits.argsort(dim=1, descending=True, stable=True).tolist()
+    numbers, rows, answers = batch["candidate_mask"].sum(1).tolist(), iter(range(len(ids))), list[dict[str, Any]]()
+    name = next((place for place, each in enumerate(schema.fields) if each.kind == "id"), None)
+    for place, line in enumerate(lines):
+        if place in errors:
+            answers.append({"error": errors[place]})
+            continue
+        row = next(rows)
+        found: dict[str, Any] = {} if name is None else {"id": line.split(b"\t")[name].decode("utf-8", "replace")}
+        found["best"] = ids[row][likeliest[row][0]]
+        if with_words:
+            found["best_words"] = schema.words(column, found["best"])
+        if known[place]:
+            found["chosen"] = ids[row][labels[row]]
+        if values is not None:
+            found["value"] = round(float(values[row]), 6)
+        found["candidates"] = []
+        for index in likeliest[row][: numbers[row]]:
+            each = {"candidate": ids[row][index], "probability": round(shares[row][index], 6), "index": index}
+            found["candidates"].append(
+                each | ({"words": schema.words(column, each["candidate"])} if with_words else {})
+            )
+        answers.append(found)
+    return answers
+
+
+def _filled(line: bytes, schema: Schema) -> tuple[bytes, bool]:
+    """A record with zeros for what is not known yet, and whether its choice is known."""
+    values, known = line.split(b"\t"), True
+    later = [each.kind in ("label", "extra") for each in schema.fields]
+    while len(values) < len(later) and later[len(values)]:
+        values.append(b"")
+    for place, (value, field) in enumerate(zip(values, schema.fields)):
+        if later[place] and value.strip() in (b"", b"?"):
+            known = known and field.kind != "label"
+            values[place] = b",".join([b"0"] * field.min_length)
+    return b"\t".join(values), known
