@@ -240,45 +240,37 @@ def answer_lines(
     Returns:
         Of a record its "id", if records have one; "best", the likeliest candidate; "chosen", where that is known; the
         "value" of a policy that gives values; "candidates", the likeliest first, each with its id as "candidate", its
-        "probability", and its "index" in the record. Of a line that is no record its "error". With words, "words" of
-        every candidate and "best_words".
+        "probability", its "index" in the record, and where they are asked for its "words". Of a line that is no record
+        its "error".
     """
     filled, known = zip(*(_filled(line, schema) for line in lines), strict=True)
     part, wrong = parse(filled, schema)
-    errors = dict(wrong)
+    answers: list[dict[str, Any]] = [{"error": error} for error in map(dict(wrong).get, range(len(lines)))]
     if not part.num_records:
-        return [{"error": errors[place]} for place in range(len(lines))]
+        return answers
     batch = make_batch(part, np.arange(part.num_records), schema, objective.settings.value)
     with judging(objective):
         logits, values = answer(objective, batch)
-    column = schema.field("candidates")
-    ids = (batch["input_ids"].gather(1, batch["candidates"]) - schema.first_id(column)).tolist()
-    shares, labels = logits.softmax(1).tolist(), batch["labels"].tolist()
-    if not np.isfinite(shares).all():
+    shares, column = logits.softmax(1), schema.field("candidates")
+    if not shares.isfinite().all():
         raise UserError("the policy gives logits that are not finite numbers: look at its weights")
-    likeliest = logits.argsort(dim=1, descending=True, stable=True).tolist()
-    numbers, rows, answers = batch["candidate_mask"].sum(1).tolist(), iter(range(len(ids))), list[dict[str, Any]]()
+    ids = batch["input_ids"].gather(1, batch["candidates"]) - schema.first_id(column)
+    likeliest = logits.argsort(dim=1, descending=True, stable=True)
     name = next((place for place, each in enumerate(schema.fields) if each.kind == "id"), None)
-    for place, line in enumerate(lines):
-        if place in errors:
-            answers.append({"error": errors[place]})
-            continue
-        row = next(rows)
-        found: dict[str, Any] = {} if name is None else {"id": line.split(b"\t")[name].decode("utf-8", "replace")}
-        found["best"] = ids[row][likeliest[row][0]]
+    for row, place in enumerate(sorted(set(range(len(lines))) - set(dict(wrong)))):
+        found: dict[str, Any] = {}
+        if name is not None:
+            found["id"] = lines[place].split(b"\t")[name].decode("utf-8", "replace")
+        order = likeliest[row, : batch["candidate_mask"][row].sum()].tolist()
+        each = [{"candidate": int(ids[row, n]), "probability": round(float(shares[row, n]), 6), "index": n} for n in order]
         if with_words:
-            found["best_words"] = schema.words(column, found["best"])
+            each = [facts | {"words": schema.words(column, facts["candidate"])} for facts in each]
+        found["best"] = each[0]["candidate"]
         if known[place]:
-            found["chosen"] = ids[row][labels[row]]
+            found["chosen"] = int(ids[row, batch["labels"][row]])
         if values is not None:
             found["value"] = round(float(values[row]), 6)
-        found["candidates"] = []
-        for index in likeliest[row][: numbers[row]]:
-            each = {"candidate": ids[row][index], "probability": round(shares[row][index], 6), "index": index}
-            found["candidates"].append(
-                each | ({"words": schema.words(column, each["candidate"])} if with_words else {})
-            )
-        answers.append(found)
+        answers[place] = found | {"candidates": each}
     return answers
 
 
