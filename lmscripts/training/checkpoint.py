@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, checked before they are used, and loadable by transformers as they are.
 
-A checkpoint is a folder of a run, `checkpoint-STEP/` or `snapshots/NAME/`. It holds what `save_pretrained` writes and the
-tokenizer, `optimizer.safetensors`, `training_state.json`, and `checksums.json`, written last. Nothing in it is a pickle.
+A checkpoint is a folder of a run, `checkpoint-STEP/` or `snapshots/NAME/`, with what `save_pretrained` writes, the
+tokenizer, `optimizer.safetensors`, `training_state.json`, and `checksums.json`, written last. It holds no pickle.
 """
 
 from __future__ import annotations
