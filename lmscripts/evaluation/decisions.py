@@ -27,6 +27,7 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation import calibration
 from lmscripts.evaluation.metrics import Floats
 from lmscripts.evaluation.sums import Progress, judging, measure_batches
+from lmscripts.objectives import choice
 from lmscripts.objectives.module import Objective
 
 _BLOCK = 1 << 16  # records that are sorted by length and added up together: no more of them are held
@@ -149,13 +150,13 @@ def _measure(accelerator: Accelerator, objective: Objective, part: DecisionPart,
     batch = make_batch(part, rows, schema, objective.settings.value)
     with accelerator.autocast():
         logits, value = answer(objective, batch)
+    _, rank = choice.row_losses(objective, logits, batch)
     labels, none = batch["labels"][:, None], torch.zeros(len(rows), dtype=torch.float64)
     ids = batch["input_ids"].gather(1, batch["candidates"]) - schema.first_id(schema.field("candidates"))
-    chosen, best, shares = logits.gather(1, labels), logits.argmax(1, keepdim=True), logits.log_softmax(1)
-    likelier = (logits > chosen) | ((logits == chosen) & (torch.arange(logits.shape[1]) < labels))
+    best, shares = logits.argmax(1, keepdim=True), logits.log_softmax(1)
     found = {
-        "loss": -shares.gather(1, labels)[:, 0],
-        "rank": likelier.sum(1),
+        "loss": -shares.gather(1, labels)[:, 0],  # of the choice itself, however smooth the labels are in training
+        "rank": rank,
         "confidence": shares.amax(1).exp(),
         "candidates": batch["candidate_mask"].sum(1),
         "chosen": ids.gather(1, labels)[:, 0],
@@ -171,10 +172,8 @@ def answer(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor | None]:
 
     They come to the processor's memory: not every device knows float64.
     """
-    model = objective.models[""]
-    found = model(to_device(batch, model.device))
-    logits, value = found if objective.settings.value else (found, None)
-    return logits.float().cpu().double(), None if value is None else value.float().cpu().double()
+    said = choice.say(objective, to_device(batch, objective.models[""].device))
+    return tuple(None if each is None else each.float().cpu().double() for each in (said.logits, said.value))
 
 
 # ---- what is said of them ----------------------------------------------------------------------------------------
