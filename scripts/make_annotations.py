@@ -54,6 +54,7 @@ def main() -> None:
 def write(options: Options) -> None:
     """Write the whole file, or none."""
     from lmscripts.data.schema import load_schema
+
     from lmscripts.files import new_text
     from lmscripts.workers import in_order
 
@@ -62,6 +63,7 @@ def write(options: Options) -> None:
         raise UserError(f"{path} exists already; nothing was changed. Give another name, or --overwrite")
     schema = load_schema(options.schema)
     made = partial(text_of, schema, options.seed, options.rule)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with new_text(path) as file:
         for text in in_order(made, blocks(options.first_record, options.num_records), options.num_workers):
             file.write(text)

@@ -92,14 +92,15 @@ def _choice(draws: _Draws, rule: str, candidates: Ints, right: Ints) -> Ints:
     """(N, 1) place of the candidate `right` (N,) among sorted ones (N, K), or any place by the rule `random`."""
     counts = (candidates < _ABSENT).sum(axis=1)
     random = draws.bits("label")[:, 0] % counts.astype(np.uint64)
-    return (random.astype(np.int64) if rule == "random" else (candidates < right[:, None]).sum(axis=1))[:, None]
+    found = (candidates < right[:, None]).sum(axis=1)
+    return np.asarray(random if rule == "random" else found, np.int64)[:, None]
 
 
 # ---- kanachan-v1: a simplified round of mahjong ------------------------------------------------------------------
 #
 # Tiles come from one shuffled wall, so none is seen more often than it exists; turns, draws and riichi are those of the
-# game. What is simplified: the player whose decision it is neither calls nor declares; which tiles of their hands others
-# call with is made up; of the candidates there are discards only, or a pon beside passing.
+# game. What is simplified: the player whose decision it is neither calls nor declares; which tiles of their hands the
+# others call with is made up; the only candidates are discards, or passing and a pon.
 
 # Physical tiles 0..135, those of a code side by side: one of each red five, three of its plain fives, four of others.
 _COPIES = np.array([1 if code in (0, 10, 20) else 3 if code in (5, 15, 25) else 4 for code in range(37)])
@@ -108,6 +109,9 @@ _CODES = np.repeat(np.arange(37), _COPIES)
 _PLAIN = np.flatnonzero(_COPIES == 4)
 # Triplets by the code of the tile that is called: 5 of three plain fives, 6 with the red one in the hand, 7 for it.
 _PENG = np.array([11 * s + [6, 0, 1, 2, 3, 4, 7, 8, 9, 10][n] for s in range(3) for n in range(10)] + [*range(33, 40)])
+# Runs by the number of the tile that is called, 0 for a red five: which of a suit's thirty it may complete.
+_CALLED_FOR = ([13, 15, 17], [0], [1, 2], range(3, 7), range(7, 12), [12, 14, 16], range(18, 23), range(23, 27), [27, 28], [29])
+_CHI = np.array([np.resize(list(runs), 60) for runs in _CALLED_FOR])
 _DRAWN, _DORA, _DISCARDS = 13, 14, 19  # places in the wall behind the hand
 _MOST_EVENTS, _MOST_CALLS = 113, 12
 _SKIP, _PON = 221, 312
@@ -200,7 +204,7 @@ def _play(draws: _Draws, wall: Ints, reacts: Mask, least: int) -> _Table:
     length = 24 + draws.many(19, "length", 2).sum(axis=1)  # discards of the whole round
     stop = np.maximum(least, draws.below(1 << 20, "stop") * length >> 20)
     riichi_from, luck = draws.many(120, "riichi", 4), draws.many(1000, "luck", 80)
-    whose, hands = draws.many(3, "whose", 80), draws.many(30, "hands", 80)
+    whose, hands = draws.many(3, "whose", 80), draws.many(60, "hands", 80)
     events, counts = np.full((size, _MOST_EVENTS), _ABSENT), np.ones(size, np.int64)
     events[:, 0] = 0
     actor, last, taken, doras = dealer.copy(), dealer.copy(), np.zeros(size, np.int64), np.ones(size, np.int64)
@@ -236,8 +240,8 @@ def _play(draws: _Draws, wall: Ints, reacts: Mask, least: int) -> _Table:
         called &= (caller != seat) & ~declared[rows, caller]
         kan = called & ~chi & (chance == 44) & (doras < 5)
         relative = (actor - caller - 1) % 4
-        event = np.where(chi, 597 + 90 * caller + 30 * (tile // 10) + hands[:, step], 0)
-        event = np.where(chi, event, 957 + 120 * caller + 40 * relative + _PENG[tile])
+        run = 30 * (tile // 10) + _CHI[tile % 10, hands[:, step]]
+        event = np.where(chi, 597 + 90 * caller + run, 957 + 120 * caller + 40 * relative + _PENG[tile])
         write(np.where(kan, 1437 + 111 * caller + 37 * relative + tile, event), called)
         opened[rows, caller] |= called
         calls, doras, after_call = calls + called, doras + kan, called & ~kan
@@ -333,7 +337,7 @@ def _offered_answers(draws: _Draws, rule: str) -> list[Ints]:
         events,
         candidates,
         label,
-        1 + draws.many(5, "rating", 1),
+        5 - np.minimum(4, count // 5)[:, None],  # a long conversation leaves nobody glad
     ]
 
 
