@@ -243,8 +243,9 @@ def answer_lines(
         its "error".
     """
     filled, known = zip(*(_filled(line, schema) for line in lines), strict=True)
-    part, wrong = parse(filled, schema)
-    answers: list[dict[str, Any]] = [{"error": error} for error in map(dict(wrong).get, range(len(lines)))]
+    part, bad = parse(filled, schema)
+    wrong = {each.line - 1: f"{each.reason}: {each.details}" for each in bad}
+    answers: list[dict[str, Any]] = [{"error": wrong.get(place, "")} for place in range(len(lines))]
     if not part.num_records:
         return answers
     batch = make_batch(part, np.arange(part.num_records), schema, objective.settings.value)
@@ -256,7 +257,7 @@ def answer_lines(
     ids = batch["input_ids"].gather(1, batch["candidates"]) - schema.first_id(column)
     likeliest = logits.argsort(dim=1, descending=True, stable=True)
     name = next((place for place, each in enumerate(schema.fields) if each.kind == "id"), None)
-    for row, place in enumerate(sorted(set(range(len(lines))) - set(dict(wrong)))):
+    for row, place in enumerate(sorted(set(range(len(lines))) - wrong.keys())):
         found: dict[str, Any] = {}
         if name is not None:
             found["id"] = lines[place].split(b"\t")[name].decode("utf-8", "replace")
