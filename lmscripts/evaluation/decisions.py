@@ -262,7 +262,9 @@ def answer_lines(
         if name is not None:
             found["id"] = lines[place].split(b"\t")[name].decode("utf-8", "replace")
         order = likeliest[row, : batch["candidate_mask"][row].sum()].tolist()
-        each = [{"candidate": int(ids[row, n]), "probability": round(float(shares[row, n]), 6), "index": n} for n in order]
+        each = [
+            {"candidate": int(ids[row, n]), "probability": round(float(shares[row, n]), 6), "index": n} for n in order
+        ]
         if with_words:
             each = [facts | {"words": schema.words(column, facts["candidate"])} for facts in each]
         found["best"] = each[0]["candidate"]
