@@ -114,7 +114,7 @@ class Reporter:
     def __call__(
         self, step: int, record: Mapping[str, float], words: str, tags: Mapping[str, float] = _NONE, tag_step: int = 0
     ) -> None:
-        """Write a record of a step and show it in words; `tags` are for the tracker alone, which counts them its way."""
+        """Write a record of a step and show it in words; `tags` go to the tracker alone, at a step of their own."""
         if self._accelerator.is_main_process:
             known = {name: value if isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
             with self._unharmed(), open(self._file, "a", encoding="utf-8") as file:
