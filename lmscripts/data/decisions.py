@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 ARRAYS = ("ids", "counts", "offsets", "numeric", "labels", "extra", "games")
 PARTS = ("train", "validation")
 MISSING = -(2**31)  # stands behind the last number of an extra field that has fewer than it may have
+_BLOCK = 1 << 16  # records that are looked at together
 _MOST_DIGITS = 10
 _WAY_OUT = "prepare the store again"
 _COMMA, _TAB, _NEWLINE, _MINUS = b",\t\n-"
@@ -48,7 +49,6 @@ _PART_FORM = {
 _FORM = {
     "fingerprint": str,
     "text": {"train": str, "validation": str},
-    "layout": [list],
     "options": {"validation_share": float, "keep_duplicates": bool},
     "parts": dict.fromkeys(PARTS, _PART_FORM),
     "report": dict,
@@ -118,13 +118,7 @@ class DecisionStore:
 
     def part(self, name: str) -> DecisionPart:
         """Memory-map one part, "train" or "validation"."""
-        facts, shapes = self.manifest["parts"][name], _shapes(self.schema)
-        arrays = {
-            file: map_array(self.folder / name / f"{file}.bin", np.dtype(dtype), facts["files"][file]["bytes"])
-            for file, (dtype, _) in shapes.items()
-        }
-        rows = {file: (facts["records"], width) for file, (_, width) in shapes.items() if width is not None}
-        return DecisionPart(**{n: array.reshape(rows[n]) if n in rows else array for n, array in arrays.items()})
+        return map_part(self.folder / name, self.schema, self.manifest["parts"][name])
 
     def sentences(self) -> list[str]:
         """What a user should know of its parts."""
@@ -156,12 +150,22 @@ def _shapes(schema: Schema) -> dict[str, tuple[str, int | None]]:
     }
 
 
+def map_part(folder: Path, schema: Schema, facts: dict[str, Any]) -> DecisionPart:
+    """Memory-map the arrays of a folder, of which a manifest says this."""
+    arrays = {}
+    for file, (dtype, width) in _shapes(schema).items():
+        array = map_array(folder / f"{file}.bin", np.dtype(dtype), facts["files"][file]["bytes"])
+        arrays[file] = array if width is None else array.reshape(facts["records"], width)
+    return DecisionPart(**arrays)
+
+
 # ---- opening -----------------------------------------------------------------------------------------------------
 
 
-def store_fingerprint(text: dict[str, str], layout: list[Any], settings: dict[str, Any]) -> str:
-    """Fingerprint of a store from the hashes of its text, the layout of its schema and what changes its content."""
-    return sha256(json.dumps([FORMAT_VERSION, text, layout, settings], sort_keys=True).encode()).hexdigest()
+def store_fingerprint(text: dict[str, str], schema: Schema, settings: dict[str, Any]) -> str:
+    """Fingerprint of a store from the hashes of its text, its schema and the options that change its content."""
+    content = json.dumps([FORMAT_VERSION, text, schema.as_json(), settings], sort_keys=True)
+    return sha256(content.encode()).hexdigest()
 
 
 def is_store(folder: Path) -> bool:
@@ -187,8 +191,7 @@ def open_decisions(folder: Path) -> DecisionStore:
         raise UserError(f"{folder} has store format {version}, this program reads {FORMAT_VERSION}; {_WAY_OUT}")
     manifest = read_json(manifest_file, _FORM, _WAY_OUT)
     schema = load_schema(folder / "schema.json")
-    told = [manifest["text"], schema.layout(), manifest["options"]]
-    if manifest["layout"] != schema.layout() or manifest["fingerprint"] != store_fingerprint(*told):
+    if manifest["fingerprint"] != store_fingerprint(manifest["text"], schema, manifest["options"]):
         raise UserError(
             f"{manifest_file} is damaged (its fingerprint is not that of its text, schema and options); {_WAY_OUT}"
         )
@@ -214,10 +217,24 @@ def verify_decisions(store: DecisionStore) -> None:
     """Compare the content of every file with the manifest; a bar on a terminal.
 
     Raises:
-        UserError: names the first file that differs, with both hashes.
+        UserError: names the first file that differs, with both hashes, or what cannot be in a store.
     """
-    parts = store.manifest["parts"]
+    parts, schema = store.manifest["parts"], store.schema
     check_hashes({store.folder / name: parts[name]["files"] for name in PARTS}, _WAY_OUT)
+    candidates = schema.token_fields.index(schema.field("candidates"))
+    for name in PARTS:
+        part, end = store.part(name), 0
+        for at in range(0, part.num_records, _BLOCK):
+            some = slice(at, at + _BLOCK)
+            offsets = part.offsets[at : at + _BLOCK + 1]
+            wrong = offsets[0] != end or (np.diff(offsets) != part.counts[some].sum(1, dtype=np.int64)).any()
+            wrong = wrong or (part.labels[some] >= part.counts[some, candidates]).any()
+            end = int(offsets[-1])
+            if wrong or part.ids[int(offsets[0]) : end].max() >= schema.num_ids:
+                raise UserError(
+                    f"{store.folder / name} holds records that {schema.name} cannot have, behind record {at:,}: it is "
+                    f"damaged; {_WAY_OUT}"
+                )
 
 
 def record_in_words(part: DecisionPart, row: int, schema: Schema) -> list[str]:
