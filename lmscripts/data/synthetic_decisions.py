@@ -110,7 +110,18 @@ _PLAIN = np.flatnonzero(_COPIES == 4)
 # Triplets by the code of the tile that is called: 5 of three plain fives, 6 with the red one in the hand, 7 for it.
 _PENG = np.array([11 * s + [6, 0, 1, 2, 3, 4, 7, 8, 9, 10][n] for s in range(3) for n in range(10)] + [*range(33, 40)])
 # Runs by the number of the tile that is called, 0 for a red five: which of a suit's thirty it may complete.
-_CALLED_FOR = ([13, 15, 17], [0], [1, 2], range(3, 7), range(7, 12), [12, 14, 16], range(18, 23), range(23, 27), [27, 28], [29])
+_CALLED_FOR = (
+    [13, 15, 17],
+    [0],
+    [1, 2],
+    range(3, 7),
+    range(7, 12),
+    [12, 14, 16],
+    range(18, 23),
+    range(23, 27),
+    [27, 28],
+    [29],
+)
 _CHI = np.array([np.resize(list(runs), 60) for runs in _CALLED_FOR])
 _DRAWN, _DORA, _DISCARDS = 13, 14, 19  # places in the wall behind the hand
 _MOST_EVENTS, _MOST_CALLS = 113, 12
