@@ -15,13 +15,13 @@ schema = load_schema(schema_name)
 result = json.loads(Path(result_file).read_text(encoding="utf-8"))
 metrics = result["metrics"]
 print(
-    f"\nThe rule was to {rule}. Of {result['counts']['decisions']:,} decisions that it had never seen the policy foresaw "
-    f"{metrics['top1_accuracy']:.1%}; who guesses is right in {metrics['chance_accuracy']:.1%}."
+    f"\nThe rule was to {rule}. Of {result['counts']['decisions']:,} decisions that it had never seen the policy "
+    f"foresaw {metrics['top1_accuracy']:.1%}; who guesses is right in {metrics['chance_accuracy']:.1%}."
 )
 
-for line, answer in zip(Path(records).open(encoding="utf-8"), Path(answers).open(encoding="utf-8")):
+for line, answer in zip(*(Path(name).read_text(encoding="utf-8").splitlines() for name in (records, answers))):
     print()
-    for field, text in zip(schema.fields, line.rstrip("\n").split("\t")):
+    for field, text in zip(schema.fields, line.split("\t")):
         numbers = text.split(",")
         if field.kind in ("set", "sequence"):
             said = ", ".join(schema.words(field, int(number)) for number in numbers)
