@@ -13,7 +13,6 @@ import io
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -282,27 +281,18 @@ def score_masked(
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; of the main process."""
+    """What `sums.Shown` shows, unless a signal came where no exception could be raised."""
 
     def __init__(self, accelerator: Accelerator, what: str) -> None:
-        self.shown, self.what, self.said, self.bar = accelerator.is_main_process, what, time.monotonic(), None
+        from lmscripts.evaluation.sums import Shown
+
+        self.show = Shown(accelerator, what)
 
     def __call__(self, done: int, passes: int) -> None:
         """Called after each forward pass."""
-        if SIGNALS:  # one that came where no exception can be raised
+        if SIGNALS:
             raise Stopped(SIGNALS[0])
-        if not self.shown:
-            return
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = self.bar or tqdm(total=passes, desc=self.what)
-            self.bar.update()
-            if done == passes:
-                self.bar.close()
-        elif time.monotonic() - self.said > 10:
-            self.said = time.monotonic()
-            say(f"{self.what}: {done:,} of {passes:,} forward passes", sys.stderr)
+        self.show(done, passes)
 
 
 def notices(options: Options, store: TokenStore) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,28 @@ def sum_over_batches(
         for name, value in zip(names, numbers_of_batch, strict=True):
             totals[name] += value
     return totals
+
+
+class Shown:
+    """Progress of the main process: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, accelerator: Accelerator, what: str) -> None:
+        self._shown, self._what, self._said, self._bar = accelerator.is_main_process, what, time.monotonic(), None
+
+    def __call__(self, done: int, passes: int) -> None:
+        """Called after each forward pass."""
+        if self._shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = self._bar or tqdm(total=passes, desc=self._what)
+            self._bar.update()
+            if done == passes:
+                self._bar.close()
+        elif self._shown and time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            with suppress(BrokenPipeError):
+                sys.stderr.write(f"{self._what}: {done:,} of {passes:,} forward passes\n")
+                sys.stderr.flush()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lmscripts.models.finding import (
     AVERAGE,
     OF_TRAINING,
     OPTIMIZER,
+    SNAPSHOTS,
     STATE,
     checkpoint_step,
     find_checkpoint,
@@ -106,7 +107,12 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, fixed: Mapping[str, Any], rate: Callable[[int], float], beside: Beside = write_nothing
+        self,
+        path: Path,
+        fixed: Mapping[str, Any],
+        rate: Callable[[int], float],
+        beside: Beside = write_nothing,
+        name: Callable[[int], str] = "checkpoint-{}".format,
     ) -> None:
         """Nothing is touched yet.
 
@@ -116,11 +122,12 @@ class RunFolder:
             rate: learning rate of a step, counted from 0. It is written down for those who branch off: a schedule of
                 `lmscripts.training.optim` with its numbers, another function by its name.
             beside: writes what stands beside each model, such as its tokenizer.
+            name: of the checkpoint after so many steps, as `lmscripts.models.finding.checkpoint_place` knows it.
         """
         self.path = path
         # As it will be read back. The format grows when the same numbers would give other rows or another state.
         self._fixed: dict[str, Any] = json.loads(json.dumps({**fixed, "format": _FORMAT}))
-        self._rate, self.beside = rate, beside
+        self._rate, self.beside, self._name = rate, beside, name
         self._lock: TextIO | None = None
         self.source: Path | None = None
         self.continued = False
@@ -248,10 +255,12 @@ class RunFolder:
         used = any((self.path / name).exists() for name in ("config.yaml", "log.jsonl", "final"))
         if (used or list_checkpoints(self.path)) and not do_continue:
             raise UserError(f"{self.path} holds a run already: add --do_continue to go on, or choose another folder")
-        for leftover in [*self.path.glob(".checkpoint-*"), *self.path.glob(".final.new*"), *self.path.glob("..final*")]:
-            shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
+        for pattern in (".checkpoint-*", f"{SNAPSHOTS}/.*", ".final.new*", "..final*"):
+            for leftover in self.path.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
         checkpoint, damaged = checkpoints.newest_whole_checkpoint(self.path)
-        if checkpoint is None and any(self.path.glob("checkpoint-*.damaged*")):
+        set_aside = [*self.path.glob("checkpoint-*.damaged*"), *self.path.glob(f"{SNAPSHOTS}/*.damaged*")]
+        if checkpoint is None and set_aside:
             raise UserError(f"every checkpoint in {self.path} is damaged; nothing was started. {' '.join(damaged)}")
         if do_continue and checkpoint is None:
             sentences.append(f"{self.path} holds no checkpoint yet: the run starts from the beginning")
@@ -302,7 +311,8 @@ class RunFolder:
         if accelerator.is_main_process or sharded:
             weights = {part: (m, checkpoints.model_state(m) if sharded else None) for part, m in models.items()}
             tensors, groups = checkpoints.optimizer_state(optimizer, trained)
-        if accelerator.is_main_process and not (self.path / f"checkpoint-{state.step}").exists():
+        place = self.path / self._name(state.step)
+        if accelerator.is_main_process and not place.exists():
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": state.as_json(), "groups": groups, "scaler": scaler}
             facts |= {"schedule": _in_numbers(self._rate), "learning_rate": self._rate(max(0, state.step - 1))}
@@ -318,7 +328,7 @@ class RunFolder:
             try:
                 for part, (model, gathered) in weights.items():
                     checkpoints.check_finite(gathered or model.state_dict(), part, state.step)
-                checkpoints.save_checkpoint(self.path, state.step, write, tensors, facts)
+                checkpoints.save_checkpoint(place, write, tensors, facts)
             except UserError as error:
                 problem = error
         if sum_over_processes(accelerator, [float(problem is not None)])[0]:
@@ -345,7 +355,7 @@ class RunFolder:
         """
         final, ignored = self.path / "final", shutil.ignore_patterns(*OF_TRAINING)
         with replaced_folder(final) as aside:
-            shutil.copytree(self.path / f"checkpoint-{step}", aside, ignore=ignored, dirs_exist_ok=True)
+            shutil.copytree(self.path / self._name(step), aside, ignore=ignored, dirs_exist_ok=True)
             for part, model in (averages or {}).items():
                 write_weights(aside / part, model)
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
