@@ -11,13 +11,16 @@ import socket
 import stat
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from lmscripts.errors import UserError, leave, naming, shortened
+
+Item = TypeVar("Item")
 
 _HOST = re.sub(r"\W", "_", socket.gethostname())
 
@@ -301,6 +304,22 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def built_once(folder: Path, build: Callable[[], Item], opened: Callable[[], Item]) -> Item:
+    """What the first process of each machine builds in a folder, and the others open when it has appeared.
+
+    Called before the processes join, by all of them, so that no collective operation is waiting meanwhile.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            return build()
+        except (UserError, OSError):
+            if not folder.exists():
+                raise
+    while not folder.exists():
+        time.sleep(0.2)
+    return opened()
 
 
 def remove_leftovers(folder: Path) -> None:

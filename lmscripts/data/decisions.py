@@ -35,11 +35,14 @@ FORMAT_VERSION = 1
 ARRAYS = ("ids", "counts", "offsets", "numeric", "labels", "extra", "games")
 PARTS = ("train", "validation")
 MISSING = -(2**31)  # stands behind the last number of an extra field that has fewer than it may have
+_BLOCK = 1 << 16  # records that are looked at together
 _MOST_DIGITS = 10
 _WAY_OUT = "prepare the store again"
 _COMMA, _TAB, _NEWLINE, _MINUS = b",\t\n-"
-_ENDS = np.isin(np.arange(256), [_COMMA, _TAB, _NEWLINE])
+_BEFORE = b"0000"
 _WHOLE = re.compile(rb"-?[0-9]+")
+_ZEROS, _TO_CARRY, _CARRIES = (np.uint32(0x01010101 * byte) for byte in (ord("0"), 0x80 - 10, 0x80))
+_KEPT = np.array([0, 0xFF000000, 0xFFFF0000, 0xFFFFFF00, 0xFFFFFFFF], np.uint32)  # of one to four digits
 _FEW_GAMES = 10
 _PART_FORM = {
     **dict.fromkeys(("records", "tokens", "games", "duplicates"), int),
@@ -48,7 +51,6 @@ _PART_FORM = {
 _FORM = {
     "fingerprint": str,
     "text": {"train": str, "validation": str},
-    "layout": [list],
     "options": {"validation_share": float, "keep_duplicates": bool},
     "parts": dict.fromkeys(PARTS, _PART_FORM),
     "report": dict,
@@ -118,13 +120,7 @@ class DecisionStore:
 
     def part(self, name: str) -> DecisionPart:
         """Memory-map one part, "train" or "validation"."""
-        facts, shapes = self.manifest["parts"][name], _shapes(self.schema)
-        arrays = {
-            file: map_array(self.folder / name / f"{file}.bin", np.dtype(dtype), facts["files"][file]["bytes"])
-            for file, (dtype, _) in shapes.items()
-        }
-        rows = {file: (facts["records"], width) for file, (_, width) in shapes.items() if width is not None}
-        return DecisionPart(**{n: array.reshape(rows[n]) if n in rows else array for n, array in arrays.items()})
+        return map_part(self.folder / name, self.schema, self.manifest["parts"][name])
 
     def sentences(self) -> list[str]:
         """What a user should know of its parts."""
@@ -156,12 +152,22 @@ def _shapes(schema: Schema) -> dict[str, tuple[str, int | None]]:
     }
 
 
+def map_part(folder: Path, schema: Schema, facts: dict[str, Any]) -> DecisionPart:
+    """Memory-map the arrays of a folder, of which a manifest says this."""
+    arrays = {}
+    for file, (dtype, width) in _shapes(schema).items():
+        array = map_array(folder / f"{file}.bin", np.dtype(dtype), facts["files"][file]["bytes"])
+        arrays[file] = array if width is None else array.reshape(facts["records"], width)
+    return DecisionPart(**arrays)
+
+
 # ---- opening -----------------------------------------------------------------------------------------------------
 
 
-def store_fingerprint(text: dict[str, str], layout: list[Any], settings: dict[str, Any]) -> str:
-    """Fingerprint of a store from the hashes of its text, the layout of its schema and what changes its content."""
-    return sha256(json.dumps([FORMAT_VERSION, text, layout, settings], sort_keys=True).encode()).hexdigest()
+def store_fingerprint(text: dict[str, str], schema: Schema, settings: dict[str, Any]) -> str:
+    """Fingerprint of a store from the hashes of its text, its schema and the options that change its content."""
+    content = json.dumps([FORMAT_VERSION, text, schema.as_json(), settings], sort_keys=True)
+    return sha256(content.encode()).hexdigest()
 
 
 def is_store(folder: Path) -> bool:
@@ -187,8 +193,7 @@ def open_decisions(folder: Path) -> DecisionStore:
         raise UserError(f"{folder} has store format {version}, this program reads {FORMAT_VERSION}; {_WAY_OUT}")
     manifest = read_json(manifest_file, _FORM, _WAY_OUT)
     schema = load_schema(folder / "schema.json")
-    told = [manifest["text"], schema.layout(), manifest["options"]]
-    if manifest["layout"] != schema.layout() or manifest["fingerprint"] != store_fingerprint(*told):
+    if manifest["fingerprint"] != store_fingerprint(manifest["text"], schema, manifest["options"]):
         raise UserError(
             f"{manifest_file} is damaged (its fingerprint is not that of its text, schema and options); {_WAY_OUT}"
         )
@@ -214,10 +219,24 @@ def verify_decisions(store: DecisionStore) -> None:
     """Compare the content of every file with the manifest; a bar on a terminal.
 
     Raises:
-        UserError: names the first file that differs, with both hashes.
+        UserError: names the first file that differs, with both hashes, or what cannot be in a store.
     """
-    parts = store.manifest["parts"]
+    parts, schema = store.manifest["parts"], store.schema
     check_hashes({store.folder / name: parts[name]["files"] for name in PARTS}, _WAY_OUT)
+    candidates = schema.token_fields.index(schema.field("candidates"))
+    for name in PARTS:
+        part, end = store.part(name), 0
+        for at in range(0, part.num_records, _BLOCK):
+            some = slice(at, at + _BLOCK)
+            offsets = part.offsets[at : at + _BLOCK + 1]
+            wrong = offsets[0] != end or (np.diff(offsets) != part.counts[some].sum(1, dtype=np.int64)).any()
+            wrong = wrong or (part.labels[some] >= part.counts[some, candidates]).any()
+            end = int(offsets[-1])
+            if wrong or part.ids[int(offsets[0]) : end].max() >= schema.num_ids:
+                raise UserError(
+                    f"{store.folder / name} holds records that {schema.name} cannot have, behind record {at:,}: it is "
+                    f"damaged; {_WAY_OUT}"
+                )
 
 
 def record_in_words(part: DecisionPart, row: int, schema: Schema) -> list[str]:
@@ -258,6 +277,7 @@ class _Plan:
     schema: Schema
     id_column: int | None
     columns: tuple[Field, ...]
+    extra_columns: int  # how many of the last are extra; -1 where others are too
     base: NDArray[np.int64]  # added to ids
     low: NDArray[np.int64]
     high: NDArray[np.int64]
@@ -291,9 +311,13 @@ def _plan(schema: Schema) -> _Plan:
         "shortest": [each.min_length for each in columns],
         "longest": [each.max_length for each in columns],
     }
+    extra, behind = schema.of_kind("extra"), 0
+    while schema.fields[-1 - behind].kind == "extra":
+        behind += 1
     ordered = np.array([each.kind in ("set", "candidates") for each in columns])
     arrays = {name: np.array(values, np.int64) for name, values in ints.items()}
-    return _Plan(schema, places[0] if places else None, columns, **arrays, ordered=ordered)
+    id_column, behind = places[0] if places else None, behind if behind == len(extra) else -1
+    return _Plan(schema, id_column, columns, behind, **arrays, ordered=ordered)
 
 
 def parse(lines: Sequence[bytes], schema: Schema, first_line: int = 1) -> tuple[DecisionPart, list[BadRow]]:
@@ -320,7 +344,7 @@ def parse_with_keys(
         line = line.rstrip(b"\r\n")
         if line.count(b"\t") != tabs:
             continue
-        key = _hash(_without_extra(line, schema))
+        key = _hash(_without_extra(line, plan))
         name, body = _without_id(line, plan.id_column)
         if plan.id_column is None:
             game = key
@@ -342,12 +366,11 @@ def _hash(text: bytes) -> int:
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 
-def _without_extra(line: bytes, schema: Schema) -> bytes:
-    kinds = [each.kind for each in schema.fields]
-    last = len(kinds) - kinds[::-1].index(next(kind for kind in reversed(kinds) if kind != "extra"))
-    if "extra" not in kinds[:last]:
-        return line.rsplit(b"\t", len(kinds) - last)[0] if last < len(kinds) else line
-    return b"\t".join(cell for kind, cell in zip(kinds, line.split(b"\t")) if kind != "extra")
+def _without_extra(line: bytes, plan: _Plan) -> bytes:
+    if plan.extra_columns >= 0:
+        return line.rsplit(b"\t", plan.extra_columns)[0]
+    cells = zip(plan.schema.fields, line.split(b"\t"))
+    return b"\t".join(cell for field, cell in cells if field.kind != "extra")
 
 
 def _without_id(line: bytes, column: int | None) -> tuple[bytes, bytes]:
@@ -365,18 +388,35 @@ def _without_id(line: bytes, column: int | None) -> tuple[bytes, bytes]:
 def _whole_numbers(
     buffer: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(n,) int64 values of pieces of text, and (n,) which of them are no whole numbers of a few digits."""
+    """(n,) int64 values of pieces of text, and (n,) which of them are no whole numbers of a few digits.
+
+    Nearly all have one to four digits, which are read at once, as the bytes of one integer; `buffer` has four bytes
+    before the first piece.
+    """
+    sizes = ends - starts
+    words = np.ndarray((buffer.size - 3,), "<u4", buffer, strides=(1,))[ends - 4]  # the first digit in the lowest byte
+    digits = (words ^ _ZEROS) & _KEPT[np.minimum(sizes, 4)]
+    wrong = ((digits + _TO_CARRY) | digits) & _CARRIES != 0  # a byte above 9
+    pairs = (digits * np.uint32(10) + (digits >> np.uint32(8))) & np.uint32(0x00FF00FF)
+    values = ((pairs & np.uint32(0xFF)) * np.uint32(100) + (pairs >> np.uint32(16))).astype(np.int64)
+    wrong |= sizes < 1
+    others = np.flatnonzero(wrong | (sizes > 4))
+    values[others], wrong[others] = _by_digit(buffer, starts[others], ends[others])
+    return values, wrong
+
+
+def _by_digit(
+    buffer: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """As `_whole_numbers`, for any pieces."""
     negative = buffer[starts] == _MINUS
     starts = starts + negative
-    digits = ends - starts
-    wrong = (digits < 1) | (digits > _MOST_DIGITS)
+    sizes = ends - starts
+    wrong = (sizes < 1) | (sizes > _MOST_DIGITS)
     values = np.zeros(starts.size, np.int64)
-    left = np.flatnonzero(~wrong)
     for place in range(_MOST_DIGITS):
-        left = left[digits[left] > place] if place else left
-        if not left.size:
-            break
-        digit = buffer[starts[left] + place] - np.uint8(ord("0"))  # below "0" it wraps around
+        left = np.flatnonzero(~wrong & (sizes > place))
+        digit = buffer[starts[left] + place] ^ np.uint8(ord("0"))
         wrong[left[digit > 9]] = True
         values[left] = values[left] * 10 + digit
     return np.where(negative, -values, values), wrong
@@ -384,9 +424,9 @@ def _whole_numbers(
 
 def _records(body: bytes, plan: _Plan, games: NDArray[np.uint64]) -> tuple[DecisionPart, NDArray[np.bool_]]:
     """Records of lines that have the right number of columns, the id's left out, and (lines,) which are none."""
-    width, buffer = len(plan.columns), np.frombuffer(body, np.uint8)
-    ends = np.flatnonzero(_ENDS[buffer])
-    starts = np.concatenate([[0], ends[:-1] + 1]) if ends.size else ends
+    width, buffer = len(plan.columns), np.frombuffer(_BEFORE + body, np.uint8)
+    ends = np.flatnonzero((buffer == _COMMA) | (buffer == _TAB) | (buffer == _NEWLINE))
+    starts = np.concatenate([[len(_BEFORE)], ends[:-1] + 1]) if ends.size else ends
     values, wrong = _whole_numbers(buffer, starts, ends)
     is_last = buffer[ends] != _COMMA
     last = np.flatnonzero(is_last)  # pieces that end a cell

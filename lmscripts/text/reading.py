@@ -92,6 +92,10 @@ def check_file(path: str | Path, what: str) -> None:
         raise UserError(f"the {what} {path} cannot be read: {error.strerror}") from error
 
 
+class DamagedFileError(UserError):
+    """A file that cannot be unpacked to its end."""
+
+
 @contextmanager
 def opened(path: str) -> Iterator[IO[bytes]]:
     """A file for reading bytes, unpacked according to its suffix; damage may be seen anywhere in the block."""
@@ -103,7 +107,9 @@ def opened(path: str) -> Iterator[IO[bytes]]:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk, not of a decompressor
-        raise UserError(f"{path} is damaged or cut off ({error}); make the file again or leave it out") from error
+        raise DamagedFileError(
+            f"{path} is damaged or cut off ({error}); make the file again or leave it out"
+        ) from error
 
 
 def _open_zstandard(path: str, mode: str) -> IO[bytes]:
