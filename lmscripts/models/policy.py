@@ -541,7 +541,9 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
     return found
 
 
-def _own_names(saved: dict[str, Tensor], model: PolicyModel, part: str, place: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _own_names(
+    saved: dict[str, Tensor], model: PolicyModel, part: str, place: Path
+) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of a part by the names that the model has for them, and sentences."""
     if any("in_proj_weight" in name for name in saved):
         if part == "decoder":

@@ -87,6 +87,9 @@ def row_losses(trained: Objective, logits: Tensor, batch: Batch) -> tuple[Tensor
 
 
 def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
-    """Means over the decisions of what `forward` sums; "loss" is the weighted sum of the terms."""
+    """Means over the decisions of what `forward` sums; "loss" is the weighted sum of the terms, named if several."""
     means = {name: value / max(counts["choice"], 1e-12) for name, value in sums.items()}
-    return {"loss": sum(weight * means[term] for term, weight in trained.weights.items()), **means}
+    found = {"loss": sum(weight * means[term] for term, weight in trained.weights.items())}
+    if len(trained.weights) > 1:
+        found |= {f"{term}_loss": means[term] for term in trained.weights}
+    return found | {f"{name}_accuracy": means[name] for name in means if name not in trained.weights}

@@ -1,4 +1,4 @@
-"""Words of an older trainer of policies, and of its successor's `key=value` lines, and what they mean to train_policy.py.
+"""Words of an older policy trainer, and of the `key=value` lines of its successor, and what they mean here.
 
 The options of the older one are those of the script. Here are its values that have other names now, the words of this
 project's other scripts for the same things, and the successor's keys.

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError, shortened
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
-from lmscripts.models.checks import check_exports
+from lmscripts.models.checks import check_classes, check_exports
 from lmscripts.models.finding import (
     AVERAGE,
     OF_TRAINING,
@@ -64,6 +64,12 @@ def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Pat
 
 def write_nothing(folder: Path) -> None:
     """For models beside which nothing stands."""
+
+
+def nothing_beside(models: Mapping[str, PreTrainedModel], autos: Mapping[str, str]) -> Beside:
+    """As `tokenizer_beside`, of models that need no tokenizer."""
+    check_classes(models, autos)
+    return write_nothing
 
 
 def tokenizer_beside(
@@ -199,14 +205,11 @@ class RunFolder:
         source, another_run = self.source, self._carry_over is not None
         if source is None or self._carry_over == "weights":
             return TrainingState(own=own)
-        facts = read_state(source, "fixed", "progress", "groups")
-        if another_run and facts["fixed"].get("optimizer") != optimizer_name:
-            raise UserError(
-                f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use "
-                f"to {optimizer_name}: give --optimizer, or --carry_over weights"
-            )
-        moments, groups = source / OPTIMIZER, facts["groups"]
-        checkpoints.load_optimizer_state(optimizer, trained, moments, groups, another_run=another_run)
+        if another_run:
+            facts = _load_moments(source, trained, optimizer, optimizer_name, "or --carry_over weights")
+        else:
+            facts = read_state(source, "fixed", "progress", "groups")
+            checkpoints.load_optimizer_state(optimizer, trained, source / OPTIMIZER, facts["groups"])
         if accelerator.scaler is not None and facts["scaler"] is not None:
             accelerator.scaler.load_state_dict(facts["scaler"])
         if self._carry_over == "moments":
@@ -360,6 +363,37 @@ class RunFolder:
                 write_weights(aside / part, model)
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
         return final
+
+
+def load_moments(path: str, trained: nn.Module, optimizer: Optimizer, optimizer_name: str) -> list[str]:
+    """Begin with the optimizer's state of another run, whose weights are not taken; sentences for the user.
+
+    Args:
+        path: its folder, or a checkpoint in it.
+        trained: the module whose parameters the optimizer steps.
+        optimizer: the optimizer.
+        optimizer_name: as the options name it.
+
+    Raises:
+        UserError: there is no such checkpoint, or it does not fit.
+    """
+    source, notices = find_checkpoint(Path(path))
+    _load_moments(source, trained, optimizer, optimizer_name, "or begin without its state")
+    return [f"the optimizer's state is that of {source}", *notices[1:]]
+
+
+def _load_moments(
+    source: Path, trained: nn.Module, optimizer: Optimizer, optimizer_name: str, way_out: str
+) -> dict[str, Any]:
+    """Load the optimizer's state of another run; all that its checkpoint says."""
+    facts = read_state(source, "fixed", "progress", "groups")
+    if facts["fixed"].get("optimizer") != optimizer_name:
+        raise UserError(
+            f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use to "
+            f"{optimizer_name}: give --optimizer, {way_out}"
+        )
+    checkpoints.load_optimizer_state(optimizer, trained, source / OPTIMIZER, facts["groups"], another_run=True)
+    return facts
 
 
 def _said(value: Any) -> str:
