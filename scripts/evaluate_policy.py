@@ -141,7 +141,7 @@ def opened_data(options: Options, saved: Saved) -> Iterator[DecisionStore]:
     Raises:
         UserError: the store is of another schema than the model, or options have no effect.
     """
-    from lmscripts.data.decision_preparation import DecisionSource, prepare_beside
+    from lmscripts.data.decision_preparation import DecisionSource, prepare_decisions_beside
     from lmscripts.data.decisions import check_decisions, is_store, open_decisions
     from lmscripts.data.schema import Schema
     from lmscripts.evaluation.sums import temporary_store
@@ -163,7 +163,7 @@ def opened_data(options: Options, saved: Saved) -> Iterator[DecisionStore]:
     if options.part is not None:
         raise UserError(f"--part {options.part} has no effect on text: all of it is evaluated")
     source = DecisionSource(options.data, own, validation_share=0.0, on_bad_row=options.on_bad_row)
-    with temporary_store(partial(prepare_beside, source, num_workers=options.num_workers)) as store:
+    with temporary_store(partial(prepare_decisions_beside, source, num_workers=options.num_workers)) as store:
         yield store
 
 
