@@ -90,9 +90,10 @@ def evaluate(options: Options) -> None:
         raise UserError(
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
-    with opened_data(options, saved) as store:
+    with opened_data(options, saved) as (store, report):
         accelerator = processes.start_processes(mixed_precision=options.precision.replace("fp32", "no"))
         stop_asked = processes.StopRequest()
+        accelerator.print(*saved.notices, *report.sentences()[1:], *store.sentences(), sep="\n", flush=True)
         result = judge(options, saved, store, accelerator, stop_asked)
     if result is not None and accelerator.is_main_process:
         report(result, output)

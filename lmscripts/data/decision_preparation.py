@@ -410,7 +410,13 @@ def prepare_decisions(
     return store
 
 
-def prepare_decisions_beside(source: DecisionSource, run_dir: Path, num_workers: int) -> DecisionStore:
-    """The store of a source, beside a run's folder under a name with its fingerprint; see `files.built_once`."""
+def prepare_decisions_beside(
+    source: DecisionSource, run_dir: Path, num_workers: int, report: TextReport | None = None
+) -> DecisionStore:
+    """The store of a source, beside a run's folder under a name with its fingerprint; see `files.built_once`.
+
+    To a `report` is added on the process that builds.
+    """
     folder = run_dir.parent / f"decision_store-{fingerprint_of(source)[:12]}"
-    return built_once(folder, lambda: prepare_decisions(source, folder, num_workers), lambda: open_decisions(folder))
+    build = partial(prepare_decisions, source, folder, num_workers, report)
+    return built_once(folder, build, lambda: open_decisions(folder))
