@@ -39,8 +39,10 @@ _BLOCK = 1 << 16  # records that are looked at together
 _MOST_DIGITS = 10
 _WAY_OUT = "prepare the store again"
 _COMMA, _TAB, _NEWLINE, _MINUS = b",\t\n-"
-_ENDS = np.isin(np.arange(256), [_COMMA, _TAB, _NEWLINE])
+_BEFORE = b"0000"
 _WHOLE = re.compile(rb"-?[0-9]+")
+_ZEROS, _TO_CARRY, _CARRIES = (np.uint32(0x01010101 * byte) for byte in (ord("0"), 0x80 - 10, 0x80))
+_KEPT = np.array([0, 0xFF000000, 0xFFFF0000, 0xFFFFFF00, 0xFFFFFFFF], np.uint32)  # of one to four digits
 _FEW_GAMES = 10
 _PART_FORM = {
     **dict.fromkeys(("records", "tokens", "games", "duplicates"), int),
@@ -275,6 +277,7 @@ class _Plan:
     schema: Schema
     id_column: int | None
     columns: tuple[Field, ...]
+    extra_columns: int  # how many of the last are extra; -1 where others are too
     base: NDArray[np.int64]  # added to ids
     low: NDArray[np.int64]
     high: NDArray[np.int64]
@@ -308,9 +311,13 @@ def _plan(schema: Schema) -> _Plan:
         "shortest": [each.min_length for each in columns],
         "longest": [each.max_length for each in columns],
     }
+    extra, behind = schema.of_kind("extra"), 0
+    while schema.fields[-1 - behind].kind == "extra":
+        behind += 1
     ordered = np.array([each.kind in ("set", "candidates") for each in columns])
     arrays = {name: np.array(values, np.int64) for name, values in ints.items()}
-    return _Plan(schema, places[0] if places else None, columns, **arrays, ordered=ordered)
+    id_column, behind = places[0] if places else None, behind if behind == len(extra) else -1
+    return _Plan(schema, id_column, columns, behind, **arrays, ordered=ordered)
 
 
 def parse(lines: Sequence[bytes], schema: Schema, first_line: int = 1) -> tuple[DecisionPart, list[BadRow]]:
@@ -337,7 +344,7 @@ def parse_with_keys(
         line = line.rstrip(b"\r\n")
         if line.count(b"\t") != tabs:
             continue
-        key = _hash(_without_extra(line, schema))
+        key = _hash(_without_extra(line, plan))
         name, body = _without_id(line, plan.id_column)
         if plan.id_column is None:
             game = key
@@ -359,12 +366,11 @@ def _hash(text: bytes) -> int:
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 
-def _without_extra(line: bytes, schema: Schema) -> bytes:
-    kinds = [each.kind for each in schema.fields]
-    last = len(kinds) - kinds[::-1].index(next(kind for kind in reversed(kinds) if kind != "extra"))
-    if "extra" not in kinds[:last]:
-        return line.rsplit(b"\t", len(kinds) - last)[0] if last < len(kinds) else line
-    return b"\t".join(cell for kind, cell in zip(kinds, line.split(b"\t")) if kind != "extra")
+def _without_extra(line: bytes, plan: _Plan) -> bytes:
+    if plan.extra_columns >= 0:
+        return line.rsplit(b"\t", plan.extra_columns)[0]
+    cells = zip(plan.schema.fields, line.split(b"\t"))
+    return b"\t".join(cell for field, cell in cells if field.kind != "extra")
 
 
 def _without_id(line: bytes, column: int | None) -> tuple[bytes, bytes]:
@@ -382,18 +388,35 @@ def _without_id(line: bytes, column: int | None) -> tuple[bytes, bytes]:
 def _whole_numbers(
     buffer: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(n,) int64 values of pieces of text, and (n,) which of them are no whole numbers of a few digits."""
+    """(n,) int64 values of pieces of text, and (n,) which of them are no whole numbers of a few digits.
+
+    Nearly all have one to four digits, which are read at once, as the bytes of one integer; `buffer` has four bytes
+    before the first piece.
+    """
+    sizes = ends - starts
+    words = np.ndarray((buffer.size - 3,), "<u4", buffer, strides=(1,))[ends - 4]  # the first digit in the lowest byte
+    digits = (words ^ _ZEROS) & _KEPT[np.minimum(sizes, 4)]
+    wrong = ((digits + _TO_CARRY) | digits) & _CARRIES != 0  # a byte above 9
+    pairs = (digits * np.uint32(10) + (digits >> np.uint32(8))) & np.uint32(0x00FF00FF)
+    values = ((pairs & np.uint32(0xFF)) * np.uint32(100) + (pairs >> np.uint32(16))).astype(np.int64)
+    wrong |= sizes < 1
+    others = np.flatnonzero(wrong | (sizes > 4))
+    values[others], wrong[others] = _by_digit(buffer, starts[others], ends[others])
+    return values, wrong
+
+
+def _by_digit(
+    buffer: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """As `_whole_numbers`, for any pieces."""
     negative = buffer[starts] == _MINUS
     starts = starts + negative
-    digits = ends - starts
-    wrong = (digits < 1) | (digits > _MOST_DIGITS)
+    sizes = ends - starts
+    wrong = (sizes < 1) | (sizes > _MOST_DIGITS)
     values = np.zeros(starts.size, np.int64)
-    left = np.flatnonzero(~wrong)
     for place in range(_MOST_DIGITS):
-        left = left[digits[left] > place] if place else left
-        if not left.size:
-            break
-        digit = buffer[starts[left] + place] - np.uint8(ord("0"))  # below "0" it wraps around
+        left = np.flatnonzero(~wrong & (sizes > place))
+        digit = buffer[starts[left] + place] ^ np.uint8(ord("0"))
         wrong[left[digit > 9]] = True
         values[left] = values[left] * 10 + digit
     return np.where(negative, -values, values), wrong
@@ -401,9 +424,9 @@ def _whole_numbers(
 
 def _records(body: bytes, plan: _Plan, games: NDArray[np.uint64]) -> tuple[DecisionPart, NDArray[np.bool_]]:
     """Records of lines that have the right number of columns, the id's left out, and (lines,) which are none."""
-    width, buffer = len(plan.columns), np.frombuffer(body, np.uint8)
-    ends = np.flatnonzero(_ENDS[buffer])
-    starts = np.concatenate([[0], ends[:-1] + 1]) if ends.size else ends
+    width, buffer = len(plan.columns), np.frombuffer(_BEFORE + body, np.uint8)
+    ends = np.flatnonzero((buffer == _COMMA) | (buffer == _TAB) | (buffer == _NEWLINE))
+    starts = np.concatenate([[len(_BEFORE)], ends[:-1] + 1]) if ends.size else ends
     values, wrong = _whole_numbers(buffer, starts, ends)
     is_last = buffer[ends] != _COMMA
     last = np.flatnonzero(is_last)  # pieces that end a cell
