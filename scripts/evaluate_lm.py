@@ -13,7 +13,9 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import FrameType
@@ -27,7 +29,6 @@ from lmscripts.options import EVALUATION, check_numbers, check_useless, option, 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lmscripts.data.preparation import Source
     from lmscripts.data.token_store import Part, TokenStore
     from lmscripts.models.saved import SavedModel
     from lmscripts.text.records import TableOptions
@@ -130,7 +131,7 @@ def evaluate(options: Options) -> None:
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
 
-    with evaluation.temporary_store(source_of(options, saved), options.num_workers) as store:
+    with evaluation.temporary_store(store_maker(options, saved)) as store:
         tokenizer, rows = store.load_tokenizer(), None
         if kind.SCORES == "masks":
             rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
@@ -211,11 +212,11 @@ def table_of(options: Options) -> TableOptions:
     return corpus_table(options.text_column, options.delimiter, options.quotes, options.input_format)
 
 
-def source_of(options: Options, saved: SavedModel) -> Source:
-    """The text, all of it, as the model reads it."""
-    from lmscripts.data.preparation import Source
+def store_maker(options: Options, saved: SavedModel) -> Callable[[Path], TokenStore]:
+    """What makes a store of the text, all of it, as the model reads it."""
+    from lmscripts.data.preparation import Source, prepare_beside
 
-    return Source(
+    source = Source(
         options.input_file,
         saved.encoder.folder,
         validation_fraction=0.0,
@@ -223,6 +224,7 @@ def source_of(options: Options, saved: SavedModel) -> Source:
         table=table_of(options),
         line_ends=options.line_ends if objectives.objective(saved.objective).SCORES == "windows" else "drop",
     )
+    return partial(prepare_beside, source, num_workers=options.num_workers)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------

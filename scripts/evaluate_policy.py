@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,7 +136,35 @@ def judge(
 
 @contextmanager
 def opened_data(options: Options, saved: Saved) -> Iterator[DecisionStore]:
-    """The store that was given, or one of text for as long as it is needed."""
+    """The store that was given, or one of the text for as long as it is needed.
+
+    Raises:
+        UserError: the store is of another schema than the model, or options have no effect.
+    """
+    from lmscripts.data.decision_preparation import DecisionSource, prepare_decisions_beside
+    from lmscripts.data.decisions import check_decisions, is_store, open_decisions
+    from lmscripts.data.schema import Schema
+    from lmscripts.evaluation.sums import temporary_store
+
+    stores = [name for name in options.data if is_store(Path(name))]
+    if stores and len(options.data) > 1:
+        raise UserError(f"--data {' '.join(options.data)}: {stores[0]} is a store, which is evaluated alone")
+    own = Schema.from_json(saved.models[""].config.schema)
+    if stores:
+        store = open_decisions(Path(stores[0]))
+        check_decisions(store)
+        if (store.schema.layout(), store.schema.scales) != (own.layout(), own.scales):
+            raise UserError(
+                f"the store {stores[0]} has the schema {store.schema.name}, whose fields, sizes or scales are others "
+                f"than those of {own.name}, which {saved.name} was trained with"
+            )
+        yield store
+        return
+    if options.part is not None:
+        raise UserError(f"--part {options.part} has no effect on text: all of it is evaluated")
+    source = DecisionSource(options.data, own, validation_share=0.0, on_bad_row=options.on_bad_row)
+    with temporary_store(partial(prepare_decisions_beside, source, num_workers=options.num_workers)) as store:
+        yield store
 
 
 def report(result: dict[str, Any], output: Path | None) -> None:

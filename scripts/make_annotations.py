@@ -54,7 +54,6 @@ def main() -> None:
 def write(options: Options) -> None:
     """Write the whole file, or none."""
     from lmscripts.data.schema import load_schema
-
     from lmscripts.files import new_text
     from lmscripts.workers import in_order
 

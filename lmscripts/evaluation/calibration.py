@@ -98,7 +98,7 @@ def in_bins(confidence: NDArray[Any], came_true: NDArray[Any]) -> Floats:
     edges = np.linspace(0, 1, _BINS + 1)
     places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, _BINS - 1)
     summed = (np.ones(len(places)), confidence, came_true)
-    return np.stack([np.bincount(places, weights=part, minlength=_BINS) for part in summed])
+    return np.stack([np.bincount(places, weights=part, minlength=_BINS) for part in summed]).astype(np.float64)
 
 
 def reliability(bins: Floats) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def answer(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor | None]:
     They come to the processor's memory: not every device knows float64.
     """
     said = choice.say(objective, to_device(batch, objective.models[""].device))
-    return tuple(None if each is None else each.float().cpu().double() for each in (said.logits, said.value))
+    logits, value = (None if each is None else each.float().cpu().double() for each in (said.logits, said.value))
+    return logits, value  # type: ignore[return-value]
 
 
 # ---- what is said of them ----------------------------------------------------------------------------------------
@@ -262,11 +263,11 @@ def answer_lines(
         if name is not None:
             found["id"] = lines[place].split(b"\t")[name].decode("utf-8", "replace")
         order = likeliest[row, : batch["candidate_mask"][row].sum()].tolist()
-        each = [
-            {"candidate": int(ids[row, n]), "probability": round(float(shares[row, n]), 6), "index": n} for n in order
-        ]
-        if with_words:
-            each = [facts | {"words": schema.words(column, facts["candidate"])} for facts in each]
+        each: list[dict[str, Any]] = [{"candidate": int(ids[row, index]), "index": index} for index in order]
+        for facts in each:
+            facts["probability"] = round(float(shares[row, facts["index"]]), 6)
+            if with_words:
+                facts["words"] = schema.words(column, facts["candidate"])
         found["best"] = each[0]["candidate"]
         if known[place]:
             found["chosen"] = int(ids[row, batch["labels"][row]])

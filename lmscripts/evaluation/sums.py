@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from lmscripts.data.preparation import Source, prepare_beside
 from lmscripts.data.steps import Batch, to_device
-from lmscripts.data.token_store import TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.objectives.module import Objective
@@ -31,6 +29,7 @@ from lmscripts.text.report import TextReport
 
 # Rows of the given numbers as a batch with its counts.
 MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
+Store = TypeVar("Store")
 Progress = Callable[[int, int], None]  # passes done, passes in all
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
@@ -222,10 +221,11 @@ def raw_text_bytes(path: Path, table: TableOptions) -> int:
 
 
 @contextmanager
-def temporary_store(source: Source, num_workers: int) -> Iterator[TokenStore]:
-    """A token store of a text for as long as it is evaluated, removed however the block ends.
+def temporary_store(prepare_beside: Callable[[Path], Store]) -> Iterator[Store]:
+    """A store of a text for as long as it is evaluated, removed however the block ends.
 
     Called before the processes join, by all of them: of those on one machine the first builds, and removes at the end.
+    `prepare_beside` makes the store beside the folder of a run, which is not there.
     """
     builds = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -235,7 +235,7 @@ def temporary_store(source: Source, num_workers: int) -> Iterator[TokenStore]:
     else:
         folder = Path(tempfile.mkdtemp(prefix="lmscripts-evaluation-"))
     try:
-        yield prepare_beside(source, folder / "run", num_workers)
+        yield prepare_beside(folder / "run")
     finally:
         if builds:
             shutil.rmtree(folder, ignore_errors=True)
