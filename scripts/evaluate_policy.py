@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lmscripts.data.decisions import DecisionStore
     from lmscripts.data.schema import Schema
     from lmscripts.models.saved import Saved
+    from lmscripts.text.report import TextReport
     from lmscripts.training.processes import StopRequest
 
 
@@ -80,6 +81,7 @@ def evaluate(options: Options) -> None:
     from transformers import logging
 
     from lmscripts.models.saved import open_policy
+    from lmscripts.text.report import TextReport
     from lmscripts.training import processes
 
     logging.disable_progress_bar()
@@ -90,10 +92,12 @@ def evaluate(options: Options) -> None:
         raise UserError(
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
-    with opened_data(options, saved) as (store, report):
+    read = TextReport()
+    with opened_data(options, saved, read) as store:
         accelerator = processes.start_processes(mixed_precision=options.precision.replace("fp32", "no"))
         stop_asked = processes.StopRequest()
-        accelerator.print(*saved.notices, *report.sentences()[1:], *store.sentences(), sep="\n", flush=True)
+        for sentence in [*saved.notices, *read.sentences()[1:], *store.sentences()]:
+            accelerator.print(sentence, flush=True)
         result = judge(options, saved, store, accelerator, stop_asked)
     if result is not None and accelerator.is_main_process:
         report(result, output)
@@ -112,7 +116,6 @@ def judge(
     from lmscripts.evaluation import decisions
     from lmscripts.evaluation.sums import Shown
     from lmscripts.objectives import choice
-    from lmscripts.text.report import TextReport
     from lmscripts.training import processes
     from lmscripts.training.log import versions
 
@@ -123,9 +126,6 @@ def judge(
         device = f"cpu, {options.cpu_threads} thread{'s' * (options.cpu_threads > 1)} per process"
     chosen = {"part": name, "batch_size": options.batch_size, "precision": options.precision}
     processes.check_agreement({"the data": store.fingerprint, "the model": saved.weights, "options": chosen})
-    read: dict[str, Any] = store.manifest["report"]
-    for sentence in [*saved.notices, *TextReport.from_dict(read).sentences()[1:], *store.sentences()]:
-        accelerator.print(sentence, flush=True)
     if options.dry_run:
         passes = -(-part.num_records // (options.batch_size * accelerator.num_processes))
         told = f"{name}: {part.num_records:,} decisions, {passes:,} forward passes of each process; processes: "
@@ -140,7 +140,7 @@ def judge(
     about |= {"parameters": model.num_parameters(), "weights_sha256": saved.weights, "notices": saved.notices}
     data = {"data": " ".join(options.data), "schema": schema.name, "fingerprint": store.fingerprint}
     result = {"model": about, "untrained": bool(saved.untrained), "untrained_because": saved.untrained}
-    result |= {"decisions": data, "text_report": read, "options": chosen, "versions": versions() | {"device": device}}
+    result |= {"decisions": data, "text_report": store.manifest["report"], "options": chosen, "versions": versions() | {"device": device}}
     return result | decisions.report(judged)
 
 
@@ -152,35 +152,25 @@ def schema_of(saved: Saved) -> Schema:
 
 
 @contextmanager
-def opened_data(options: Options, saved: Saved) -> Iterator[DecisionStore]:
-    """The store that was given, or one of the text for as long as it is needed.
+def opened_data(options: Options, saved: Saved, read: TextReport) -> Iterator[DecisionStore]:
+    """The store that was given, or one of the text for as long as it is needed; what was `read` is added there.
 
     Raises:
         UserError: the store is of another schema than the model, or options have no effect.
     """
-    from lmscripts.data.decision_preparation import DecisionSource, prepare_decisions_beside
-    from lmscripts.data.decisions import check_decisions, is_store, open_decisions
+    from lmscripts.data.decision_preparation import open_or_prepare
+    from lmscripts.data.decisions import is_store
     from lmscripts.evaluation.sums import temporary_store
 
-    stores = [name for name in options.data if is_store(Path(name))]
-    if stores and len(options.data) > 1:
-        raise UserError(f"--data {' '.join(options.data)}: {stores[0]} is a store, which is evaluated alone")
-    own = schema_of(saved)
-    if stores:
-        check_useless(vars(options), f"on the store {stores[0]}", "num_workers", "on_bad_row", "keep_duplicates")
-        store = open_decisions(Path(stores[0]))
-        check_decisions(store)
-        if store.schema.layout() != own.layout():
-            raise UserError(
-                f"the store {stores[0]} has the schema {store.schema.name}, whose fields or sizes are others than "
-                f"those of {own.name}, which {saved.name} was trained on"
-            )
-        yield store
+    on_text = {"keep_duplicates": bool(options.keep_duplicates), "on_bad_row": options.on_bad_row or "fail"}
+    about = {"num_workers": options.num_workers or 1, "report": read, "validation_share": 0.0, **on_text}
+    open_one = partial(open_or_prepare, options.data, schema_of(saved), **about)
+    if any(is_store(Path(name)) for name in options.data):
+        check_useless(vars(options), "on a store", "num_workers", "on_bad_row", "keep_duplicates")
+        yield open_one(run_dir=Path())
         return
     check_useless(vars(options), "on text, all of which is evaluated", "part")
-    fails: Any = options.on_bad_row or "fail"
-    source = DecisionSource(options.data, own, 0.0, keep_duplicates=bool(options.keep_duplicates), on_bad_row=fails)
-    with temporary_store(partial(prepare_decisions_beside, source, num_workers=options.num_workers or 1)) as store:
+    with temporary_store(lambda run_dir: open_one(run_dir=run_dir)) as store:
         yield store
 
 
