@@ -9,14 +9,18 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from lmscripts.errors import UserError, naming, shortened
+from lmscripts.errors import UserError, leave, naming, shortened
+
+Item = TypeVar("Item")
 
 _HOST = re.sub(r"\W", "_", socket.gethostname())
 
@@ -143,6 +147,25 @@ def new_text(path: Path) -> Iterator[TextIO]:
         os.replace(aside, place)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def text_output(path: Path | None) -> Iterator[TextIO]:
+    """Give standard output to write to, or a file as `new_text` does, with its folder; ends well where nobody reads on.
+
+    Raises:
+        SystemExit: with code 0, after the reader of standard output had seen enough.
+    """
+    if path is None:
+        try:
+            yield sys.stdout
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave(0)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_text(path) as file:
+        yield file
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -281,6 +304,22 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def built_once(folder: Path, build: Callable[[], Item], opened: Callable[[], Item]) -> Item:
+    """What the first process of each machine builds in a folder, and the others open when it has appeared.
+
+    Called before the processes join, by all of them, so that no collective operation is waiting meanwhile.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            return build()
+        except (UserError, OSError):
+            if not folder.exists():
+                raise
+    while not folder.exists():
+        time.sleep(0.2)
+    return opened()
 
 
 def remove_leftovers(folder: Path) -> None:

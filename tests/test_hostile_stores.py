@@ -91,10 +91,10 @@ def test_content_that_is_not_as_it_was_written_is_not_trained_on(train, part, fi
 
 def test_content_is_checked_once_and_again_after_a_change(train, monkeypatch):
     """Also where size and time of modification are as before."""
-    from lmscripts.data import token_store
+    from lmscripts.data import arrays, token_store
 
     seen = []
-    monkeypatch.setattr(token_store, "file_sha256", lambda path: seen.append(path) or real(path))
+    monkeypatch.setattr(arrays, "file_sha256", lambda path: seen.append(path) or real(path))
     real = __import__("lmscripts.files").files.file_sha256
     store = token_store.open_store(train.store)
     token_store.check_store(store)

@@ -356,7 +356,7 @@ def test_sums_are_those_of_the_decisions_counted_one_by_one():
     assert {name: float(value.detach()) for name, value in sums.items()} == pytest.approx(expected, abs=1e-4)
     counts = {"choice": 7.0, "value": 7.0, "tokens": 99.0}
     said = objective.metrics({name: float(value) for name, value in sums.items()}, counts)
-    assert said["loss"] == pytest.approx(said["choice"] + 0.5 * said["value"])
+    assert said["loss"] == pytest.approx(said["choice_loss"] + 0.5 * said["value_loss"])
     assert said["loss"] == pytest.approx(float(objective.loss(sums, counts)), abs=1e-5)
 
 

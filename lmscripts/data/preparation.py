@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from lmscripts.data.token_store import Documents, TokenStore, build_store, open_store, store_fingerprint
 from lmscripts.errors import UserError
-from lmscripts.files import remove_leftovers
+from lmscripts.files import built_once, remove_leftovers
 from lmscripts.text.corpus import (
     HUB,
     Span,
@@ -206,18 +205,6 @@ def _spans(files: Sequence[Path]) -> list[Span]:
 
 
 def prepare_beside(source: Source, run_dir: Path, num_workers: int) -> TokenStore:
-    """The store of a source, beside a run's folder under a name with its fingerprint.
-
-    Called before the processes join, by all of them: the first of each machine builds and the others wait for the
-    folder to appear, so that no collective operation is waiting meanwhile.
-    """
+    """The store of a source, beside a run's folder under a name with its fingerprint; see `files.built_once`."""
     folder = run_dir.parent / f"token_store-{describe_source(source)['fingerprint'][:12]}"
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        try:
-            return prepare_store(source, folder, num_workers)
-        except (UserError, OSError):
-            if not folder.exists():
-                raise
-    while not folder.exists():
-        time.sleep(0.2)
-    return open_store(folder)
+    return built_once(folder, lambda: prepare_store(source, folder, num_workers), lambda: open_store(folder))

@@ -224,8 +224,8 @@ class Schema:
         made = cls(content["name"], columns, _value(content.get("value"), columns, origin), content)
         if made.num_ids > _MOST or made.max_positions > _LONGEST:
             raise UserError(
-                f"{origin} has {made.num_ids:,} ids and {made.max_positions:,} positions; {_MOST:,} ids and {_LONGEST:,} "
-                "positions are the most there can be"
+                f"{origin} has {made.num_ids:,} ids and {made.max_positions:,} positions; at most {_MOST:,} "
+                f"and {_LONGEST:,} are possible"
             )
         return made
 
@@ -297,7 +297,10 @@ def _field(content: Any, lists: Mapping[str, tuple[str, ...]], place: str) -> Fi
     if not good or len(scales) != (longest if kind == "numeric" else 0) or (names and len(names) != longest):
         raise UserError(f"{place}: a scale that is not 0, and a name if there are any, for each of {longest} numbers")
     ranges = _ranges(content.get("ranges", []), lists, sizes["vocab_size"], place)
-    return Field(content["name"], kind, *sizes.values(), shortest, longest, tuple(map(float, scales)), ranges, names)
+    lengths = {"min_length": shortest, "max_length": longest}
+    return Field(
+        content["name"], kind, **sizes, **lengths, scales=tuple(map(float, scales)), ranges=ranges, names=names
+    )
 
 
 def _ranges(content: Sequence[Any], lists: Mapping[str, Any], vocab_size: int, place: str) -> tuple[Range, ...]:

@@ -20,17 +20,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscripts.data.arrays import ArrayWriter, check_hashes, check_sizes, map_array
 from lmscripts.errors import UserError
-from lmscripts.files import check_once, file_sha256, new_folder, read_json, user_cache
+from lmscripts.files import check_once, new_folder, read_json, user_cache
 from lmscripts.text.labels import in_words
 from lmscripts.text.report import TextReport
 from lmscripts.tokenizer.encoder import fingerprint, load_tokenizer
@@ -148,17 +148,10 @@ class TokenStore:
         folder, described = self.folder / name, self.manifest["parts"][name]
         dtypes = {"tokens": self.manifest["dtype"], "word_starts": "uint8", "sentence_lengths": "uint32"}
         arrays = [
-            _map(folder / f"{file}.bin", np.dtype(dtypes.get(file, "int64")), described["files"][file]["bytes"])
+            map_array(folder / f"{file}.bin", np.dtype(dtypes.get(file, "int64")), described["files"][file]["bytes"])
             for file in _FILES
         ]
         return Part(folder, *arrays)
-
-
-def _map(path: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
-    """Memory-map a file; an empty file, which cannot be mapped, gives an empty array."""
-    if size == 0:
-        return np.zeros(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))  # as a plain array, which numpy indexes faster
 
 
 def store_fingerprint(source: str, tokenizer: str, settings: dict[str, Any]) -> str:
@@ -187,12 +180,7 @@ def open_store(folder: Path, tokenizer_fingerprint: str | None = None) -> TokenS
             f"{manifest_file} is damaged (its fingerprint is not that of its source, tokenizer and options); {way_out}"
         )
     for name, part in manifest["parts"].items():
-        for file, size in _sizes(part, manifest["dtype"]).items():
-            path = folder / name / f"{file}.bin"
-            found = path.stat().st_size if path.is_file() else None
-            if not found == size == part["files"][file]["bytes"]:
-                words = "is missing" if found is None else f"has {found} bytes"
-                raise UserError(f"{path} {words}, the manifest says {size} bytes; {way_out}")
+        check_sizes(folder / name, _sizes(part, manifest["dtype"]), part["files"], way_out)
     if tokenizer_fingerprint is not None and tokenizer_fingerprint != made_with:
         raise UserError(
             f"the store {folder} was made with the tokenizer {made_with[:16]}, not with {tokenizer_fingerprint[:16]}; "
@@ -230,16 +218,9 @@ def verify_store(store: TokenStore) -> None:
     Raises:
         UserError: names the first file that differs, with both hashes, or what cannot be in a store.
     """
-    from tqdm import tqdm
-
-    files = [(name, file) for name in store.manifest["parts"] for file in _FILES]
-    for name, file in tqdm(files, "checking", delay=2, leave=False, disable=not sys.stderr.isatty()):
-        path, told = store.folder / name / f"{file}.bin", store.manifest["parts"][name]["files"][file]["sha256"]
-        if (found := file_sha256(path)) != told:
-            raise UserError(
-                f"{path} has hash {found[:16]}, the manifest says {told[:16]}: it is damaged; prepare the store again"
-            )
-    for name, facts in store.manifest["parts"].items():
+    parts = store.manifest["parts"]
+    check_hashes({store.folder / name: part["files"] for name, part in parts.items()}, "prepare the store again")
+    for name, facts in parts.items():
         part, entries = store.part(name), store.manifest["tokenizer"]["vocab_size"]
         wrong = "" if _largest(part.tokens) < entries else f"holds ids beyond its {entries:,} entries"
         for file, items in (("document_tokens", facts["tokens"]), ("document_sentences", facts["sentences"])):
@@ -366,47 +347,36 @@ class _PartWriter:
     """Appends documents to the files of one part."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _FILES}
-        self.hashes = {name: hashlib.sha256() for name in _FILES}
-        self.sizes = dict.fromkeys(_FILES, 0)
+        self.files = ArrayWriter(folder, _FILES)
         self.totals = np.zeros(5, np.int64)
         self.words = 0
         self.documents = 0
         self.open_bits = np.zeros(0, np.bool_)
-        self._write("document_tokens", np.zeros(1, np.int64))
-        self._write("document_sentences", np.zeros(1, np.int64))
-
-    def _write(self, name: str, array: NDArray[Any]) -> None:
-        data = np.ascontiguousarray(array).tobytes()
-        self.files[name].write(data)
-        self.hashes[name].update(data)
-        self.sizes[name] += len(data)
+        self.files.write("document_tokens", np.zeros(1, np.int64))
+        self.files.write("document_sentences", np.zeros(1, np.int64))
 
     def append(self, batch: EncodedBatch, wanted: NDArray[np.bool_]) -> None:
         """Append the documents of a batch that are wanted, of (d,)."""
         sizes = batch.document_sizes
         of_tokens, of_sentences = np.repeat(wanted, sizes[:, 0]), np.repeat(wanted, sizes[:, 1])
         sizes, word_starts = sizes[wanted], batch.word_starts[of_tokens]
-        self._write("tokens", batch.ids[of_tokens])
+        self.files.write("tokens", batch.ids[of_tokens])
         bits = np.concatenate([self.open_bits, word_starts])
         whole = bits.size // 8 * 8
-        self._write("word_starts", np.packbits(bits[:whole], bitorder="little"))
+        self.files.write("word_starts", np.packbits(bits[:whole], bitorder="little"))
         self.open_bits = bits[whole:]
-        self._write("sentence_lengths", batch.sentence_lengths[of_sentences])
+        self.files.write("sentence_lengths", batch.sentence_lengths[of_sentences])
         ends = self.totals + np.cumsum(sizes, axis=0)
-        self._write("document_tokens", ends[:, 0])
-        self._write("document_sentences", ends[:, 1])
-        self._write("document_bytes", sizes[:, 2])
+        self.files.write("document_tokens", ends[:, 0])
+        self.files.write("document_sentences", ends[:, 1])
+        self.files.write("document_bytes", sizes[:, 2])
         self.totals = self.totals + sizes.sum(0)
         self.words += int(word_starts.sum())
         self.documents += len(sizes)
 
     def close(self) -> dict[str, Any]:
         """Finish the files; returns the manifest's entry of this part."""
-        self._write("word_starts", np.packbits(self.open_bits, bitorder="little"))
-        for file in self.files.values():
-            file.close()
+        self.files.write("word_starts", np.packbits(self.open_bits, bitorder="little"))
         tokens, sentences, size, characters, unknown = (int(total) for total in self.totals)
         return {
             "documents": self.documents,
@@ -416,7 +386,7 @@ class _PartWriter:
             "text_bytes": size,
             "characters": characters,
             "unknown_characters": unknown,
-            "files": {n: {"bytes": self.sizes[n], "sha256": self.hashes[n].hexdigest()} for n in _FILES},
+            "files": self.files.close(),
         }
 
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 from transformers import PreTrainedModel
 
+from lmscripts.data.decision_rows import Steps
 from lmscripts.models import policy
 from lmscripts.objectives.module import Objective
 
 if TYPE_CHECKING:
     from lmscripts.objectives.module import Batch, Sums
+
+__all__ = ["Steps"]  # its batches
 
 PARTS = {"": "policy"}
 _INPUTS = ("input_ids", "values", "position_ids", "attention_mask", "candidates", "candidate_mask")
@@ -87,6 +90,9 @@ def row_losses(trained: Objective, logits: Tensor, batch: Batch) -> tuple[Tensor
 
 
 def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
-    """Means over the decisions of what `forward` sums; "loss" is the weighted sum of the terms."""
+    """Means over the decisions of what `forward` sums; "loss" is the weighted sum of the terms, named if several."""
     means = {name: value / max(counts["choice"], 1e-12) for name, value in sums.items()}
-    return {"loss": sum(weight * means[term] for term, weight in trained.weights.items()), **means}
+    found = {"loss": sum(weight * means[term] for term, weight in trained.weights.items())}
+    if len(trained.weights) > 1:
+        found |= {f"{term}_loss": means[term] for term in trained.weights}
+    return found | {f"{name}_accuracy": means[name] for name in means if name not in trained.weights}

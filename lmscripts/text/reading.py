@@ -92,6 +92,10 @@ def check_file(path: str | Path, what: str) -> None:
         raise UserError(f"the {what} {path} cannot be read: {error.strerror}") from error
 
 
+class DamagedFileError(UserError):
+    """A file that cannot be unpacked to its end."""
+
+
 @contextmanager
 def opened(path: str) -> Iterator[IO[bytes]]:
     """A file for reading bytes, unpacked according to its suffix; damage may be seen anywhere in the block."""
@@ -103,7 +107,9 @@ def opened(path: str) -> Iterator[IO[bytes]]:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk, not of a decompressor
-        raise UserError(f"{path} is damaged or cut off ({error}); make the file again or leave it out") from error
+        raise DamagedFileError(
+            f"{path} is damaged or cut off ({error}); make the file again or leave it out"
+        ) from error
 
 
 def _open_zstandard(path: str, mode: str) -> IO[bytes]:
@@ -265,6 +271,31 @@ def text_lines(file: IO[bytes], size: int | None = None, limit: int = MAX_LINE_B
             rest = ""
     if rest:
         yield rest, True
+
+
+def lines_as_they_come(file: IO[Any], most: int) -> Iterator[list[bytes]]:
+    """Lines, ended by LF or CRLF, without their ends: those that are there, at most so many, before a later one comes.
+
+    A byte order mark at the beginning is none of the first line.
+
+    Raises:
+        UserError: a line has more than `MAX_RECORD_BYTES`.
+    """
+    begun, number = list[bytes](), 0
+    while block := file.read1(1 << 16):
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        if others:
+            lines = [b"".join(begun), *others[:-1]]
+            begun = [others[-1]]
+            lines[0] = lines[0].removeprefix(b"" if number else codecs.BOM_UTF8)
+            number += len(lines)
+            for begin in range(0, len(lines), most):
+                yield [line.removesuffix(b"\r") for line in lines[begin : begin + most]]
+        elif sum(map(len, begun)) > MAX_RECORD_BYTES:
+            raise UserError(f"line {number + 1} of the input has more than {MAX_RECORD_BYTES:,} bytes")
+    if last := b"".join(begun):
+        yield [last.removeprefix(b"" if number else codecs.BOM_UTF8).removesuffix(b"\r")]
 
 
 def pieces(text: str, limit: int) -> list[str]:

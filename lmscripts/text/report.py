@@ -28,6 +28,9 @@ SENTENCES = {
     "long_documents_cut": "{n} cuts were made in documents longer than 16 MiB; the rest went on as a new document",
     "bad_records_dropped": "{n} records could not be read and were left out",
     "records_without_text": "{n} records had no text and were left out",
+    "blank_lines": "{n} blank lines were passed over",
+    "damaged_files": "{n} files are damaged or cut off; what stands before the damage was read",
+    "repeated_decisions": "{n} decisions repeat one of the same game and were left out; --keep_duplicates keeps them",
 }
 _NUMBERS = ("files", "documents", "sentences", "characters", "bytes")
 
