@@ -355,9 +355,10 @@ def test_sums_are_those_of_the_decisions_counted_one_by_one():
         expected["value"] += weight * (off**2 / 2 if abs(off) < 1 else abs(off) - 0.5)
     assert {name: float(value.detach()) for name, value in sums.items()} == pytest.approx(expected, abs=1e-4)
     counts = {"choice": 7.0, "value": 7.0, "tokens": 99.0}
-    said = objective.metrics({name: float(value) for name, value in sums.items()}, counts)
+    said = objective.metrics({name: float(value.detach()) for name, value in sums.items()}, counts)
     assert said["loss"] == pytest.approx(said["choice_loss"] + 0.5 * said["value_loss"])
-    assert said["loss"] == pytest.approx(float(objective.loss(sums, counts)), abs=1e-5)
+    assert said["loss"] == pytest.approx(float(objective.loss(sums, counts).detach()), abs=1e-5)
+    assert said["top3_accuracy"] == pytest.approx(expected["top3"] / 7)
 
 
 def test_ties_and_what_is_no_number_are_no_luck():
