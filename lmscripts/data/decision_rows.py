@@ -83,6 +83,7 @@ class Steps:
     Attributes:
         per_epoch: steps of an epoch.
         shares: records of each process in a full step.
+        micro_batch_size: most records of one forward pass on one process.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Steps:
         """
         self._order = InWindows(part.num_records, part.lengths, batch_size, seed)
         self._part, self._schema, self._with_value, self._pin = part, schema, with_value, pin_memory
-        self._micro_batch_size, self.shares = micro_batch_size, shares
+        self.micro_batch_size, self.shares = micro_batch_size, shares
         self.per_epoch = self._order.per_epoch
 
     def records(self, step: int) -> int:
@@ -133,14 +134,14 @@ class Steps:
 
     def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
         """Micro-batches of one process for the steps [first, stop), with their counts, made in the background."""
-        longest = self._micro_batch_size * self._schema.max_positions
+        longest = self.micro_batch_size * self._schema.max_positions
         return Prefetcher(
             step_batches(
                 self._order,
                 self._make,
                 shares=self.shares,
                 process=process,
-                micro_batch_size=self._micro_batch_size,
+                micro_batch_size=self.micro_batch_size,
                 first=first,
                 stop=stop,
                 at_once=max(1, _POSITIONS_AT_ONCE // longest),

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 from transformers import PreTrainedModel
 
+from lmscripts.data.decision_rows import Steps
 from lmscripts.models import policy
 from lmscripts.objectives.module import Objective
 
 if TYPE_CHECKING:
     from lmscripts.objectives.module import Batch, Sums
+
+__all__ = ["Steps"]  # its batches
 
 PARTS = {"": "policy"}
 _INPUTS = ("input_ids", "values", "position_ids", "attention_mask", "candidates", "candidate_mask")

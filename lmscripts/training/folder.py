@@ -429,6 +429,11 @@ def keep_best(run_dir: Path, name: str, model: PreTrainedModel) -> None:
         write_weights(aside, model)
 
 
+def load_best(models: Mapping[str, PreTrainedModel], run_dir: Path, name: str) -> None:
+    """Load what `keep_best` wrote; a UserError where it is not there."""
+    checkpoints.load_weights(models, run_dir / f"best-{name}")
+
+
 def prune_best(run_dir: Path, named: Callable[[dict[str, Any]], Any]) -> None:
     """Remove best weights that no checkpoint names any more.
 
