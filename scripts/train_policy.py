@@ -293,8 +293,8 @@ def run(options: Options) -> None:
     accelerator.print("\n".join(said), flush=True)
     if options.dry_run:
         return
-    name = partial(steps.snapshot, digits=options.num_epoch_digits)
-    run_folder = folder.RunFolder(run_dir, fixed_facts(options, data), rate, beside, name)
+    names = partial(steps.snapshot, digits=options.num_epoch_digits)
+    run_folder = folder.RunFolder(run_dir, fixed_facts(options, data), rate, beside, names)
     run = begin(options, accelerator, data, steps, rate, run_folder, network, num_steps)
     stopped_by = train(options, run)
     finish(options, run, stopped_by)
