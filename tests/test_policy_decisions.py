@@ -397,5 +397,8 @@ def test_the_command_and_a_look_inside(tmp_path):
     assert said.count("progression: round begins") == 2
     assert "every file has the hash" in said
     assert run_script("prepare_annotations.py", "--input_file", path, "--inspect").stdout.count("  > ") == 3
+    for useless in (["--validation_share", 0.1], ["--output_dir", tmp_path / "store"]):
+        refused = run_script("prepare_annotations.py", "--input_file", path, "--inspect", *useless, check=False)
+        assert "has no effect with --inspect" in refused.stderr
     refused = run_script("prepare_annotations.py", "--inspect", check=False)
     assert (refused.returncode, refused.stderr.count("--input_file is missing")) == (2, 1)
