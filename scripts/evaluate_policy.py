@@ -140,8 +140,8 @@ def judge(
     about |= {"parameters": model.num_parameters(), "weights_sha256": saved.weights, "notices": saved.notices}
     data = {"data": " ".join(options.data), "schema": schema.name, "fingerprint": store.fingerprint}
     result = {"model": about, "untrained": bool(saved.untrained), "untrained_because": saved.untrained}
-    result |= {"decisions": data, "text_report": store.manifest["report"], "options": chosen, "versions": versions() | {"device": device}}
-    return result | decisions.report(judged)
+    result |= {"decisions": data, "text_report": store.manifest["report"], "options": chosen}
+    return result | decisions.report(judged) | {"versions": versions() | {"device": device}}
 
 
 def schema_of(saved: Saved) -> Schema:

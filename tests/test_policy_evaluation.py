@@ -213,7 +213,7 @@ def test_a_result_says_what_was_judged_and_how(part, model_dir, result):
     assert result["options"] == {"part": "train", "batch_size": 32, "precision": "fp32"}
 
 
-def test_a_store_and_its_text_give_the_same(workspace, model_dir, text, result, tmp_path):
+def test_a_store_and_its_text_give_the_same(model_dir, text, result, tmp_path):
     prepare = ["--input_file", text, "--output_dir", tmp_path / "store", "--num_workers", 1]
     run_here("prepare_annotations.py", *prepare, "--validation_share", 0)
     done, found = evaluate(model_dir, tmp_path / "store", "--batch_size", 32, output=tmp_path / "result.json")
@@ -222,8 +222,8 @@ def test_a_store_and_its_text_give_the_same(workspace, model_dir, text, result, 
     assert "discard" in done.stdout
     for more, reason in (
         (("--part", "validation"), "no decision"),
-        (("--on_bad_row", "skip"), "--on_bad_row skip has no effect on the store"),
-        ((text,), "is a store, which is evaluated alone"),
+        (("--on_bad_row", "skip"), "--on_bad_row skip has no effect on a store"),
+        ((text,), "is a decision store, which is read alone"),
     ):
         done, _ = evaluate(model_dir, tmp_path / "store", *more, check=False)
         assert (done.returncode, done.stdout) == (2, "")
@@ -246,7 +246,7 @@ def test_the_store_of_another_schema_is_refused(model_dir, tmp_path):
     run_here("prepare_annotations.py", *prepare, "--schema", ROOT / "sample_data" / "offered_answers.json")
     done, _ = evaluate(model_dir, tmp_path / "store", check=False)
     assert done.returncode == 2
-    assert "has the schema offered-answers, whose fields or sizes are others than those of kanachan-v1" in done.stderr
+    assert "has the schema offered-answers, whose fields, sizes or scales are others than those" in done.stderr
 
 
 def test_a_dry_run_says_what_would_be_done(model_dir, text, tmp_path):
@@ -284,7 +284,8 @@ def test_mistakes_are_one_sentence_and_nothing_is_lost(model_dir, text, result, 
         assert "Traceback" not in done.stderr
     assert other.read_text(encoding="utf-8") == "{}"
     done, found = evaluate(model_dir, bad, "--on_bad_row", "skip", output=tmp_path / "result.json")
-    assert found["counts"]["decisions"] == 5
+    assert found["counts"]["decisions"] == 2
+    assert f"1 x field 2 (numbers) holds what is no whole number, at {bad}:2" in done.stdout
     done, _ = evaluate(tmp_path, text, check=False)
     assert done.returncode == 2
 

@@ -473,7 +473,9 @@ def open_parts(
     """
     wanted = load_schema(schema) if schema else None
     report = TextReport()
-    open_one = partial(open_or_prepare, run_dir=run_dir, num_workers=num_workers, report=report, **how)
+    open_one: Callable[..., DecisionStore] = partial(
+        open_or_prepare, run_dir=run_dir, num_workers=num_workers, report=report, **how
+    )
     if validation_data and not any(is_store(Path(name)) for name in (*training_data, *validation_data)):
         both = {"validation_share": 0.0, "validation_files": tuple(validation_data)}
         store = other = open_one(training_data, wanted, **both)

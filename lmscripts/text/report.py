@@ -95,10 +95,10 @@ class TextReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TextReport:
-        """A report from what `as_dict` gave, or from a part of it."""
-        numbers = {f"num_{name}": values.get(name, 0) for name in _NUMBERS}
+        """A report from what `as_dict` gave."""
+        numbers = {f"num_{name}": values[name] for name in _NUMBERS}
         counters: dict[str, Any] = {name: Counter(values.get(name, {})) for name in ("changes", "reasons")}
-        return cls(**numbers, **counters, examples=dict(values.get("examples", {})))
+        return cls(**numbers, **counters, examples=dict(values["examples"]))
 
     def sentences(self) -> list[str]:
         """One line for what was read, one for each kind of repair or drop that occurred, and one for each reason."""
