@@ -189,6 +189,7 @@ class PolicyEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
+        _begin_linear(module)
         for name in ("number_embeddings", "number_slopes") if module is self else ():
             if (vectors := getattr(self, name, None)) is not None:
                 initialization.normal_(vectors, std=self.config.initializer_range)
@@ -245,6 +246,12 @@ def _sinusoids(places: Tensor, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :width]
 
 
+def _begin_linear(module: nn.Module) -> None:
+    """Weights that keep the size of what goes in, whatever the width: 0.02 would learn late where that is 128."""
+    if isinstance(module, nn.Linear):
+        initialization.normal_(module.weight, std=module.in_features**-0.5)
+
+
 class PolicyHead(nn.Module):
     """One number for each state."""
 
@@ -278,6 +285,11 @@ class PolicyModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.decoder = PolicyHead(config)
         self.value_decoder = PolicyHead(config) if config.value_head else None
         self.post_init()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        _begin_linear(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of all ids."""
