@@ -187,8 +187,9 @@ def report(judged: Judged) -> dict[str, Any]:
     Returns:
         "metrics": "loss" in nats, "perplexity", "top1_accuracy", "top3_accuracy", "chance_accuracy" (that of a guess),
         "calibration_error", of a policy with values "value_loss" as it is trained, "value_error", the mean absolute
-        one, and "value_explained", the share of the variance of the outcomes; "counts": "decisions"; "types": by kind of the chosen candidate number,
-        "share" of all, loss and accuracies; "bins": how sure against how right, see `calibration.reliability`.
+        one, and "value_explained", the share of the variance of the outcomes; "counts": "decisions"; "types": by kind
+        of the chosen candidate number, "share" of all, loss and accuracies; "bins": how sure against how right, see
+        `calibration.reliability`.
     """
     totals, sure = judged.of_types.sum(0), calibration.reliability(judged.bins)
     number = float(totals[0])
