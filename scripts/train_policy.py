@@ -293,8 +293,8 @@ def run(options: Options) -> None:
     accelerator.print("\n".join(said), flush=True)
     if options.dry_run:
         return
-    name = partial(steps.snapshot, digits=options.num_epoch_digits)
-    run_folder = folder.RunFolder(run_dir, fixed_facts(options, data), rate, beside, name)
+    names = partial(steps.snapshot, digits=options.num_epoch_digits)
+    run_folder = folder.RunFolder(run_dir, fixed_facts(options, data), rate, beside, names)
     run = begin(options, accelerator, data, steps, rate, run_folder, network, num_steps)
     stopped_by = train(options, run)
     finish(options, run, stopped_by)
@@ -376,7 +376,8 @@ def plan_lines(
     parameters, records = network.num_parameters(), data.train.num_records
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
     tokens = len(data.train.ids) + records * data.schema.num_numeric
-    epochs = "epochs without end" if options.num_epochs == -1 else f"{options.num_epochs} epochs in all"
+    number = options.num_epochs
+    epochs = "epochs without end" if number == -1 else f"{number} epoch{'s' * (number != 1)} in all"
     held_out = f"{data.held_out.num_records:,} held out" if data.held_out else "none held out"
     return [
         f"data: {records:,} decisions ({tokens:,} tokens, {data.schema.name}), {held_out}",
@@ -510,10 +511,10 @@ def stopped_while_validating(
         return True
     found = decisions.report(judged)
     metrics, state.evaluated_step = found["metrics"], state.step
-    record, tags = (
-        {f"eval_{name}": value for name, value in metrics.items()},
-        {"Validation epoch loss": metrics["loss"]},
-    )
+    record = {f"eval_{name}": value for name, value in metrics.items()}
+    if run.objective.settings.value:  # where the loss of training is a sum
+        record["eval_choice_loss"] = metrics["loss"]
+    tags = {"Validation epoch loss": metrics["loss"]}
     report(state.step, record, f"held-out {log.in_words(metrics)}", tags, epoch)
     if state.step >= run.stop_step:
         accelerator.print(decisions.in_words(found), flush=True)

@@ -333,6 +333,19 @@ def test_what_a_forward_pass_keeps_is_found_without_computing():
     assert objective.flops_per_position(40, 40) > objective.flops_per_position(40, 10) > 0
 
 
+def test_a_schema_may_have_no_numbers_no_set_and_no_events_or_several():
+    ends = [{"name": "answers", "kind": "candidates", "vocab_size": 5, "max_length": 4}, {"name": "n", "kind": "label"}]
+    events = [
+        {"name": name, "kind": "sequence", "vocab_size": 4, "max_length": size} for name, size in (("a", 3), ("b", 9))
+    ]
+    for more in ([], events, [{"name": "x", "kind": "numeric", "max_length": 1, "scales": [2]}, *events]):
+        schema = Schema.from_json({"name": "other", "fields": [*more, *ends]})
+        for original in (False, True):
+            objective = choice.trained(build(schema, original=original), choice.Settings())
+            step(objective, torch.optim.SGD(objective.parameters(), 0.1), batch_of(records(3, 0, schema), 0, schema))
+            assert all(tensor.isfinite().all() for tensor in objective.state_dict().values())
+
+
 # ---- what is asked of it -----------------------------------------------------------------------------------------
 
 

@@ -162,11 +162,11 @@ def test_snapshots_are_named_by_whole_epochs_and_all_records_and_rounded_up_to_a
     records = [steps.records(step) for step in range(9)]
     assert records[::4] == [0, 20, 40]
     names = [steps.snapshot(step, 2) for step in range(9)]
-    assert names[4] == "01"
-    assert names[8] == "02"
-    assert names[1] == f"00.{records[1]}"
-    assert names[5] == f"01.{records[5]}"
-    assert steps.snapshot(4, 4) == "0001"
+    assert names[4] == "snapshots/01"
+    assert names[8] == "snapshots/02"
+    assert names[1] == f"snapshots/00.{records[1]}"
+    assert names[5] == f"snapshots/01.{records[5]}"
+    assert steps.snapshot(4, 4) == "snapshots/0001"
     due = [step for step in range(9) if steps.is_due(step, 10)]
     wanted = {next(step for step in range(9) if records[step] >= most) for most in (10, 20, 30, 40)} | {4, 8}
     assert due == sorted(wanted)

@@ -128,9 +128,12 @@ class Steps:
         return step > 0 and (step % self.per_epoch == 0 or bool(passed))
 
     def snapshot(self, step: int, digits: int) -> str:
-        """Name of the snapshot after so many steps: EE at the end of epoch EE, EE.RECORDS after EE whole epochs."""
+        """Name of the snapshot after so many steps: EE at the end of epoch EE, EE.RECORDS after EE whole epochs.
+
+        It is a checkpoint's in a run's folder, see `lmscripts.models.finding.checkpoint_place`.
+        """
         epochs, inside = divmod(step, self.per_epoch)
-        return f"{epochs:0{digits}}" + (f".{self.records(step)}" if inside else "")
+        return f"snapshots/{epochs:0{digits}}" + (f".{self.records(step)}" if inside else "")
 
     def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
         """Micro-batches of one process for the steps [first, stop), with their counts, made in the background."""

@@ -199,7 +199,7 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
     for number, name in enumerate(losses):
         label, color = name.removesuffix("loss").replace("_", " "), f"C{number}"
         panels[0].plot(*_curve(train, name), label=f"{label}training", linewidth=1, color=color, alpha=0.7)
-        if held_out:
+        if any(f"eval_{name}" in record for record in held_out):
             panels[0].plot(*_curve(held_out, f"eval_{name}"), "o-", label=f"{label}held out", markersize=4, color=color)
     for name in shares:
         label = name.removeprefix("eval_").replace("_", " ")
