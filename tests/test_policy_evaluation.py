@@ -126,6 +126,8 @@ def test_the_report_says_what_the_records_say(part):
     assert metrics["calibration_error"] == pytest.approx(calibration.judged(two, labels)["ece"], rel=1e-5)
     values, outcomes = (np.array([facts[name] for facts in alone]) for name in ("value", "outcome"))
     assert metrics["value_error"] == pytest.approx(np.abs(values - outcomes).mean(), rel=1e-5, abs=1e-5)
+    trained = torch.nn.functional.huber_loss(torch.from_numpy(values), torch.from_numpy(outcomes)).item()
+    assert metrics["value_loss"] == pytest.approx(trained, rel=1e-4)
     assert metrics["value_explained"] == pytest.approx(1 - np.mean((values - outcomes) ** 2) / outcomes.var(), rel=1e-4)
     for name, facts in reported["types"].items():
         mine = [each for each in alone if SCHEMA.type_of(each["chosen"]) == name]
