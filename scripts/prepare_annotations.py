@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
-from lmscripts.options import check_numbers, option, parse_options
+from lmscripts.options import check_numbers, check_useless, option, parse_options_with_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,7 @@ class Options:
     output_dir: str | None = option(None, help="where the store will be", writes="folder")
     schema: str = option("kanachan-v1", help="what the columns are: kanachan-v1, kanachan-v2 or a JSON file")
     num_workers: int = option(2, help="processes that parse; the store does not depend on it", most=1024)
-    validation_share: float = option(0.01, help="share of the games held out, by a hash of their id")
+    validation_share: float | None = option(None, help="share of the games held out by a hash of their id; 0.01")
     validation_file: tuple[str, ...] = option((), help="held-out text of its own instead")
     keep_duplicates: bool = option(False, help="keep decisions that a game has more than once (one for each winner)")
     on_bad_row: Literal["skip", "fail"] = option("skip", help="leave bad lines out and count them, or stop")
@@ -53,15 +53,20 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is read."""
         check_numbers(vars(self), not_negative=("num_workers", "inspect"))
+        if self.validation_file:
+            check_useless(vars(self), "with --validation_file", "validation_share")
 
 
 def main() -> None:
     """Parse, then build or inspect."""
-    options = parse_options(Options, description=__doc__ or "", renamed=RENAMED)
+    options, origins = parse_options_with_origin(Options, description=__doc__ or "", renamed=RENAMED)
     with user_errors(only_words=True):
         if not options.input_file and (options.inspect is False or not options.output_dir):
             raise UserError("--input_file is missing (or give --output_dir STORE --inspect)")
         if options.inspect is not False:
+            used = ("inspect", *(("input_file", "schema", "on_bad_row") if options.input_file else ("output_dir",)))
+            if ignored := [n for n, origin in origins.items() if origin == "command line" and n not in used]:
+                raise UserError(f"--{ignored[0]} has no effect with --inspect, which only looks")
             inspect(options, SHOWN if options.inspect is True else options.inspect)
             return
         if not options.output_dir:
@@ -77,7 +82,7 @@ def source_of(options: Options) -> DecisionSource:
     return DecisionSource(
         input_files=options.input_file,
         schema=load_schema(options.schema),
-        validation_share=options.validation_share,
+        validation_share=0.01 if options.validation_share is None else options.validation_share,
         validation_files=options.validation_file,
         keep_duplicates=options.keep_duplicates,
         on_bad_row=options.on_bad_row,
@@ -102,9 +107,9 @@ def build(options: Options) -> None:
         print("".join(f"{sentence}\n" for sentence in report.sentences()[1:]), end="")
     print_parts(store)
     print("".join(f"{sentence}\n" for sentence in store.sentences()), end="")
-    if not parts["validation"]["records"] and options.validation_share > 0:
+    if not parts["validation"]["records"] and source.validation_share > 0:
         print(
-            f"no game fell into the validation part at --validation_share {options.validation_share}: training on this "
+            f"no game fell into the validation part at --validation_share {source.validation_share}: training on this "
             "store will have no held-out figures"
         )
     print(f"next: python scripts/train_policy.py --training-data {output} --output-prefix runs")

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscripts.data.arrays import ArrayWriter, map_array
+from lmscripts.data.arrays import ArrayWriter
 from lmscripts.data.decisions import (
     ARRAYS,
     FORMAT_VERSION,
@@ -40,7 +40,7 @@ from lmscripts.workers import in_order
 
 _BLOCK = 1 << 19  # bytes of text that are parsed together
 _RECORDS = 1 << 14  # that are looked at, or copied, together
-_KEYS, _PASSES = 1 << 20, 256  # hashes that are sorted together, and how often all are read for it at most
+_KEYS, _PASSES = 1 << 18, 256  # hashes that are sorted together, and how often all are read for it at most
 DEFAULT_SCHEMA = "kanachan-v1"
 _MARK = b"\xef\xbb\xbf"
 _OF_THE_TEXT = ("bad_records_dropped", "blank_lines", "damaged_files", "repeated_decisions")  # not of its files
@@ -222,21 +222,22 @@ class _PartWriter:
         self.facts["files"] = self.files.close()
 
 
-def _by_hash(hashes: U64, passes: int) -> Iterator[tuple[U64, NDArray[np.int64]]]:
-    """Some of the hashes with their places at a time, in sorted order, equal ones together."""
-    for number in range(passes):
-        places = [
-            at + np.flatnonzero(hashes[at : at + _KEYS] % np.uint64(passes) == number)
-            for at in range(0, hashes.size, _KEYS)
-        ]
-        rows = np.concatenate([*places, np.zeros(0, np.int64)])
-        found = hashes[rows]
-        order = np.argsort(found, kind="stable")
-        yield found[order], rows[order]
+def _by_hash(file: Path, number: int, passes: int) -> Iterator[tuple[U64, NDArray[np.int64]]]:
+    """Some of the (number,) hashes in a file with their places at a time, in sorted order, equal ones together."""
+    for each in range(passes):
+        found, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+        for at in range(0, number, _KEYS):
+            hashes = np.fromfile(file, np.uint64, min(_KEYS, number - at), offset=8 * at)
+            places = np.flatnonzero(hashes % np.uint64(passes) == each)
+            found.append(hashes[places])
+            rows.append(places + at)
+        values = np.concatenate(found)
+        order = np.argsort(values, kind="stable")
+        yield values[order], np.concatenate(rows)[order]
 
 
-def _num_passes(*hashes: U64) -> int:
-    return min(_PASSES, max(1, *(-(-each.size // _KEYS) for each in hashes)))
+def _num_passes(number: int) -> int:
+    return min(_PASSES, max(1, -(-number // _KEYS)))
 
 
 def _are_alike(part: DecisionPart, one: NDArray[np.int64], two: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -254,47 +255,48 @@ def _are_alike(part: DecisionPart, one: NDArray[np.int64], two: NDArray[np.int64
     return alike
 
 
-def _mark_duplicates(part: DecisionPart, keys: U64, gone: NDArray[np.bool_]) -> int:
+def _mark_duplicates(opened: Callable[[], DecisionPart], keys: Path, gone: NDArray[np.bool_]) -> int:
     """Mark, in (R,) bool, all but the first of records that are alike; their number."""
-    for found, rows in _by_hash(keys, _num_passes(keys)):
+    number = 0
+    for found, rows in _by_hash(keys, gone.size, _num_passes(gone.size)):
         again = np.flatnonzero(found[1:] == found[:-1]) + 1
         first = np.arange(found.size)
         first[again] = 0
         first = np.maximum.accumulate(first)  # of those with the same key
         for at in range(0, again.size, _RECORDS):
             some = again[at : at + _RECORDS]
-            one, two = rows[first[some]], rows[some]
-            gone[two[_are_alike(part, one, two)]] = True
-    return sum(int(gone[at : at + _KEYS].sum()) for at in range(0, gone.size, _KEYS))
+            alike = _are_alike(opened(), rows[first[some]], rows[some])
+            gone[rows[some][alike]] = True
+            number += int(alike.sum())
+    return number
 
 
-def _without_duplicates(writer: _PartWriter, schema: Schema) -> dict[str, Any]:
-    """The facts of a part in which each decision stands once; it is written again if it has to be."""
+def _without_duplicates(writer: _PartWriter, schema: Schema, beside: Path) -> dict[str, Any]:
+    """The facts of a part in which each decision stands once; it is written again if it has to be.
+
+    Arrays are mapped anew for each piece, as what was once looked at stays in memory as long as it is mapped.
+    """
     folder, facts = writer.folder, writer.facts
     if not facts["records"]:
         return facts
-    beside = folder.with_suffix(".keys")
-    keys = map_array(beside / "keys.bin", np.dtype(np.uint64), facts["records"])
     gone = np.memmap(beside / "gone.bin", np.bool_, mode="w+", shape=(facts["records"],))
-    part = map_part(folder, schema, facts)
-    if not (number := _mark_duplicates(part, keys, gone)):
+    number = _mark_duplicates(partial(map_part, folder, schema, facts), beside / "keys.bin", gone)
+    if not number:
         return facts
-    folder.rename(before := folder.with_suffix(".before"))
+    folder.rename(before := beside / "before")
     once = _PartWriter(folder)
     for at in range(0, facts["records"], _RECORDS):
         end = min(at + _RECORDS, facts["records"])
-        kept = ~gone[at:end]
-        once.append(part.slice(at, end).taken(kept))
+        once.append(map_part(before, schema, facts).slice(at, end).taken(~gone[at:end]))
     once.close()
-    shutil.rmtree(before)
     return once.facts | {"duplicates": number}
 
 
-def _count_games(folder: Path, schema: Schema, parts: dict[str, dict[str, Any]]) -> None:
+def _count_games(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     """Write down how many games each part has, and how many of those held out are in training too."""
-    games = [map_part(folder / name, schema, parts[name]).games for name in PARTS]
-    passes, shared = _num_passes(*games), 0
-    for found in zip(*(_by_hash(each, passes) for each in games)):
+    passes, shared = _num_passes(max(part["records"] for part in parts.values())), 0
+    files = ((folder / name / "games.bin", parts[name]["records"]) for name in PARTS)
+    for found in zip(*(_by_hash(file, number, passes) for file, number in files)):
         train, held_out = (np.unique(values) for values, _ in found)
         parts["train"]["games"] += train.size
         parts["validation"]["games"] += held_out.size
@@ -322,10 +324,12 @@ def _build(
         for name, writer in writers.items():
             writer.close()
             keys_of[name].close()
-            parts[name] = writer.facts if settings["keep_duplicates"] else _without_duplicates(writer, schema)
+            parts[name] = writer.facts
+            if not settings["keep_duplicates"]:
+                parts[name] = _without_duplicates(writer, schema, aside / f"{name}.keys")
         if not parts["train"]["records"]:
             raise _no_records(files["train"], parts["validation"]["records"], report)
-        _count_games(aside, schema, parts)
+        _count_games(aside, parts)
         for name in PARTS:
             shutil.rmtree(aside / f"{name}.keys")
         if duplicates := sum(part["duplicates"] for part in parts.values()):
@@ -462,13 +466,13 @@ def open_parts(
         UserError: what is given cannot be used, or has other fields than the rest.
     """
     wanted = load_schema(schema) if schema else None
-    open_one = partial(_open, run_dir=run_dir, num_workers=num_workers, **how)
+    how |= {"run_dir": run_dir, "num_workers": num_workers}
     if validation_data and not any(is_store(Path(name)) for name in (*training_data, *validation_data)):
-        both = {"validation_share": 0.0, "validation_files": tuple(validation_data)}
-        store = other = open_one(training_data, wanted, **both)
+        how |= {"validation_share": 0.0, "validation_files": tuple(validation_data)}
+        store = other = _open(training_data, wanted, **how)
     else:
-        store = open_one(training_data, wanted, validation_share=0.0 if validation_data else validation_share)
-        other = open_one(validation_data, store.schema, validation_share=0.0) if validation_data else store
+        store = _open(training_data, wanted, validation_share=0.0 if validation_data else validation_share, **how)
+        other = _open(validation_data, store.schema, validation_share=0.0, **how) if validation_data else store
     held_out = other.part("validation")
     if not held_out.num_records and other is not store:
         held_out = other.part("train")
