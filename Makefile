@@ -49,7 +49,7 @@ demo-policy: $(READY)
 	$(BIN)/python scripts/make_annotations.py --output_file $(DEMO)/others.txt --num_records 2000 --rule sequence \
 		--first_record 1000000
 	$(BIN)/python scripts/prepare_annotations.py --input_file $(DEMO)/made.txt --schema kanachan-v1 \
-		--output_dir $(DEMO)/store --validation_share 0.02
+		--output_dir $(DEMO)/store --validation_share 0.05
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/train_policy.py \
 		--training-data $(DEMO)/store --model-preset tiny --optimizer adam --learning-rate 2e-3 --dropout 0 \
 		--training-batch-size 64 --validation-batch-size 256 --output-prefix $(DEMO) --experiment-name run

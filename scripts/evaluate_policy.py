@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmscripts.errors import UserError, leave, user_errors
 from lmscripts.files import write_text
-from lmscripts.options import check_numbers, option, parse_options
+from lmscripts.options import check_numbers, check_useless, option, parse_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lmscripts.data.decisions import DecisionStore
+    from lmscripts.data.schema import Schema
     from lmscripts.models.saved import Saved
+    from lmscripts.text.report import TextReport
     from lmscripts.training.processes import StopRequest
 
 
@@ -50,8 +52,13 @@ class Options:
     cpu_threads: int = option(
         1, help="threads of a process without a GPU; the last digits depend on it", group="scores", most=1024
     )
-    num_workers: int = option(1, help="processes that read text", group="text", most=1024)
-    on_bad_row: Literal["fail", "skip"] = option("fail", help="what becomes of a line that is no record", group="text")
+    num_workers: int | None = option(None, help="processes that parse it (1)", group="text", most=1024)
+    on_bad_row: Literal["fail", "skip"] | None = option(
+        None, help="a line that is no record ends it all (fail, the default), or is left out and counted", group="text"
+    )
+    keep_duplicates: bool | None = option(
+        None, help="count decisions that a game has more than once (one for each winner) as often", group="text"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
@@ -74,6 +81,7 @@ def evaluate(options: Options) -> None:
     from transformers import logging
 
     from lmscripts.models.saved import open_policy
+    from lmscripts.text.report import TextReport
     from lmscripts.training import processes
 
     logging.disable_progress_bar()
@@ -84,9 +92,12 @@ def evaluate(options: Options) -> None:
         raise UserError(
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
-    with opened_data(options, saved) as store:
+    read = TextReport()
+    with opened_data(options, saved, read) as store:
         accelerator = processes.start_processes(mixed_precision=options.precision.replace("fp32", "no"))
         stop_asked = processes.StopRequest()
+        for sentence in [*saved.notices, *read.sentences()[1:], *store.sentences()]:
+            accelerator.print(sentence, flush=True)
         result = judge(options, saved, store, accelerator, stop_asked)
     if result is not None and accelerator.is_main_process:
         report(result, output)
@@ -109,13 +120,12 @@ def judge(
     from lmscripts.training.log import versions
 
     name = options.part or ("validation" if store.part("validation").num_records else "train")
-    part, device, model = store.part(name), accelerator.device.type, saved.models[""]
+    part, schema, model, device = store.part(name), schema_of(saved), saved.models[""], accelerator.device.type
     if device == "cpu":
         torch.set_num_threads(options.cpu_threads)
         device = f"cpu, {options.cpu_threads} thread{'s' * (options.cpu_threads > 1)} per process"
     chosen = {"part": name, "batch_size": options.batch_size, "precision": options.precision}
     processes.check_agreement({"the data": store.fingerprint, "the model": saved.weights, "options": chosen})
-    accelerator.print("\n".join([*saved.notices, *store.sentences()]), flush=True)
     if options.dry_run:
         passes = -(-part.num_records // (options.batch_size * accelerator.num_processes))
         told = f"{name}: {part.num_records:,} decisions, {passes:,} forward passes of each process; processes: "
@@ -123,47 +133,44 @@ def judge(
         return None
     objective = choice.trained(model.to(accelerator.device), choice.Settings(value=model.config.value_head))
     shown = Shown(accelerator, "decisions")
-    judged = decisions.judge(accelerator, objective, part, store.schema, options.batch_size, stop_asked, shown)
+    judged = decisions.judge(accelerator, objective, part, schema, options.batch_size, stop_asked, shown)
     if judged is None:
         return None
     about = {"name": saved.name, "type": saved.model_type, "kind": "policy", "step": saved.step}
     about |= {"parameters": model.num_parameters(), "weights_sha256": saved.weights, "notices": saved.notices}
-    data = {"data": " ".join(options.data), "schema": store.schema.name, "fingerprint": store.fingerprint}
+    data = {"data": " ".join(options.data), "schema": schema.name, "fingerprint": store.fingerprint}
     result = {"model": about, "untrained": bool(saved.untrained), "untrained_because": saved.untrained}
-    result |= {"decisions": data, "options": chosen, "versions": versions() | {"device": device}}
-    return result | decisions.report(judged)
+    result |= {"decisions": data, "text_report": store.manifest["report"], "options": chosen}
+    return result | decisions.report(judged) | {"versions": versions() | {"device": device}}
+
+
+def schema_of(saved: Saved) -> Schema:
+    """What the records of a policy are."""
+    from lmscripts.data.schema import Schema
+
+    return Schema.from_json(saved.models[""].config.schema)
 
 
 @contextmanager
-def opened_data(options: Options, saved: Saved) -> Iterator[DecisionStore]:
-    """The store that was given, or one of the text for as long as it is needed.
+def opened_data(options: Options, saved: Saved, read: TextReport) -> Iterator[DecisionStore]:
+    """The store that was given, or one of the text for as long as it is needed; what was `read` is added there.
 
     Raises:
         UserError: the store is of another schema than the model, or options have no effect.
     """
-    from lmscripts.data.decision_preparation import DecisionSource, prepare_decisions_beside
-    from lmscripts.data.decisions import check_decisions, is_store, open_decisions
-    from lmscripts.data.schema import Schema
+    from lmscripts.data.decision_preparation import open_or_prepare
+    from lmscripts.data.decisions import is_store
     from lmscripts.evaluation.sums import temporary_store
 
-    stores = [name for name in options.data if is_store(Path(name))]
-    if stores and len(options.data) > 1:
-        raise UserError(f"--data {' '.join(options.data)}: {stores[0]} is a store, which is evaluated alone")
-    own = Schema.from_json(saved.models[""].config.schema)
-    if stores:
-        store = open_decisions(Path(stores[0]))
-        check_decisions(store)
-        if (store.schema.layout(), store.schema.scales) != (own.layout(), own.scales):
-            raise UserError(
-                f"the store {stores[0]} has the schema {store.schema.name}, whose fields, sizes or scales are others "
-                f"than those of {own.name}, which {saved.name} was trained with"
-            )
-        yield store
+    on_text = {"keep_duplicates": bool(options.keep_duplicates), "on_bad_row": options.on_bad_row or "fail"}
+    about = {"num_workers": options.num_workers or 1, "report": read, "validation_share": 0.0, **on_text}
+    open_one = partial(open_or_prepare, options.data, schema_of(saved), **about)
+    if any(is_store(Path(name)) for name in options.data):
+        check_useless(vars(options), "on a store", "num_workers", "on_bad_row", "keep_duplicates")
+        yield open_one(run_dir=Path())
         return
-    if options.part is not None:
-        raise UserError(f"--part {options.part} has no effect on text: all of it is evaluated")
-    source = DecisionSource(options.data, own, validation_share=0.0, on_bad_row=options.on_bad_row)
-    with temporary_store(partial(prepare_decisions_beside, source, num_workers=options.num_workers)) as store:
+    check_useless(vars(options), "on text, all of which is evaluated", "part")
+    with temporary_store(lambda run_dir: open_one(run_dir=run_dir)) as store:
         yield store
 
 

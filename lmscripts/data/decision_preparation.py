@@ -417,10 +417,16 @@ def prepare_decisions(
     return store
 
 
-def prepare_decisions_beside(source: DecisionSource, run_dir: Path, num_workers: int) -> DecisionStore:
-    """The store of a source, beside a run's folder under a name with its fingerprint; see `files.built_once`."""
+def prepare_decisions_beside(
+    source: DecisionSource, run_dir: Path, num_workers: int, report: TextReport | None = None
+) -> DecisionStore:
+    """The store of a source, beside a run's folder under a name with its fingerprint; see `files.built_once`.
+
+    To a `report` is added on the process that builds.
+    """
     folder = run_dir.parent / f"decision_store-{fingerprint_of(source)[:12]}"
-    return built_once(folder, lambda: prepare_decisions(source, folder, num_workers), lambda: open_decisions(folder))
+    build = partial(prepare_decisions, source, folder, num_workers, report)
+    return built_once(folder, build, lambda: open_decisions(folder))
 
 
 class Decisions(NamedTuple):
@@ -466,26 +472,41 @@ def open_parts(
         UserError: what is given cannot be used, or has other fields than the rest.
     """
     wanted = load_schema(schema) if schema else None
-    how |= {"run_dir": run_dir, "num_workers": num_workers}
+    report = TextReport()
+    open_one: Callable[..., DecisionStore] = partial(
+        open_or_prepare, run_dir=run_dir, num_workers=num_workers, report=report, **how
+    )
     if validation_data and not any(is_store(Path(name)) for name in (*training_data, *validation_data)):
-        how |= {"validation_share": 0.0, "validation_files": tuple(validation_data)}
-        store = other = _open(training_data, wanted, **how)
+        both = {"validation_share": 0.0, "validation_files": tuple(validation_data)}
+        store = other = open_one(training_data, wanted, **both)
     else:
-        store = _open(training_data, wanted, validation_share=0.0 if validation_data else validation_share, **how)
-        other = _open(validation_data, store.schema, validation_share=0.0, **how) if validation_data else store
+        store = open_one(training_data, wanted, validation_share=0.0 if validation_data else validation_share)
+        other = open_one(validation_data, store.schema, validation_share=0.0) if validation_data else store
     held_out = other.part("validation")
     if not held_out.num_records and other is not store:
         held_out = other.part("train")
     fingerprints = {"training_data": store.fingerprint, "validation_data": other.fingerprint}
-    sentences = list(dict.fromkeys([*store.sentences(), *other.sentences()]))
+    sentences = list(dict.fromkeys([*report.sentences()[1:], *store.sentences(), *other.sentences()]))
     usable = held_out if held_out.num_records else None
     return Decisions(store.schema, store.part("train"), usable, fingerprints, sentences)
 
 
-def _open(
-    names: Sequence[str], wanted: Schema | None, *, run_dir: Path, num_workers: int, **fields: Any
+def open_or_prepare(
+    names: Sequence[str],
+    wanted: Schema | None,
+    *,
+    run_dir: Path,
+    num_workers: int,
+    report: TextReport | None = None,
+    **fields: Any,
 ) -> DecisionStore:
-    """A store, or that of text, whose fields are the wanted ones."""
+    """A store, or that of text, whose fields are the wanted ones; for `report` see `prepare_decisions_beside`.
+
+    `fields` are further ones of `DecisionSource`, for text.
+
+    Raises:
+        UserError: a store is given and more than it, or one with other fields.
+    """
     if stores := [name for name in names if is_store(Path(name))]:
         if len(names) > 1:
             raise UserError(f"{stores[0]} is a decision store, which is read alone, but {len(names)} names are given")
@@ -493,7 +514,7 @@ def _open(
         check_decisions(store)
     else:
         source = DecisionSource(tuple(names), wanted or load_schema(DEFAULT_SCHEMA), **fields)
-        store = prepare_decisions_beside(source, run_dir, num_workers)
+        store = prepare_decisions_beside(source, run_dir, num_workers, report)
     has = store.schema
     if wanted and (has.layout(), has.scales) != (wanted.layout(), wanted.scales):
         raise UserError(

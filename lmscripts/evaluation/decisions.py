@@ -46,8 +46,8 @@ class Judged:
             losses, how often it was the likeliest by the policy, how often among the three likeliest, and how often it
             would have been by chance.
         bins: `calibration.in_bins` of how sure the policy was of the likeliest.
-        values: (4,) float64 of a policy that gives values: their absolute errors, squared errors, the outcomes, and
-            their squares; None of one that gives none.
+        values: (5,) float64 of a policy that gives values: their losses as they are trained, absolute errors, squared
+            errors, the outcomes, and the squares of these; None of one that gives none.
     """
 
     types: list[str]
@@ -81,7 +81,7 @@ def judge(
     names = [schema.type_of(number) for number in range(schema.field("candidates").vocab_size)]
     types = list(dict.fromkeys(names))
     type_of = np.array([types.index(name) for name in names])
-    of_types, values = np.zeros((len(types), len(_OF_TYPE))), np.zeros(4)
+    of_types, values = np.zeros((len(types), len(_OF_TYPE))), np.zeros(5)
     bins = calibration.in_bins(*np.zeros((2, 0)))
     for found in measured(accelerator, objective, part, schema, micro_batch_size, stop_requested, progress):
         if found is None:
@@ -90,8 +90,9 @@ def judge(
         each = [np.ones(len(rank)), found["loss"], rank == 0, rank < 3, 1 / found["candidates"]]
         of_types += np.stack([np.bincount(kinds, weights=one, minlength=len(types)) for one in each], 1)
         bins += calibration.in_bins(found["confidence"], rank == 0)
-        error, outcome = found["value"] - found["outcome"], found["outcome"]
-        values += [np.abs(error).sum(), (error**2).sum(), outcome.sum(), (outcome**2).sum()]
+        outcome, error = found["outcome"], np.abs(found["value"] - found["outcome"])
+        huber = np.where(error < 1, error**2 / 2, error - 0.5)
+        values += [each.sum() for each in (huber, error, error**2, outcome, outcome**2)]
     return Judged(types, of_types, bins, values if objective.settings.value else None)
 
 
@@ -185,9 +186,10 @@ def report(judged: Judged) -> dict[str, Any]:
 
     Returns:
         "metrics": "loss" in nats, "perplexity", "top1_accuracy", "top3_accuracy", "chance_accuracy" (that of a guess),
-        "calibration_error", of a policy with values "value_error", the mean absolute one, and "value_explained", the
-        share of the variance of the outcomes; "counts": "decisions"; "types": by kind of the chosen candidate number,
-        "share" of all, loss and accuracies; "bins": how sure against how right, see `calibration.reliability`.
+        "calibration_error", of a policy with values "value_loss" as it is trained, "value_error", the mean absolute
+        one, and "value_explained", the share of the variance of the outcomes; "counts": "decisions"; "types": by kind
+        of the chosen candidate number, "share" of all, loss and accuracies; "bins": how sure against how right, see
+        `calibration.reliability`.
     """
     totals, sure = judged.of_types.sum(0), calibration.reliability(judged.bins)
     number = float(totals[0])
@@ -195,8 +197,8 @@ def report(judged: Judged) -> dict[str, Any]:
     metrics = {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700.0))} | means
     metrics["calibration_error"] = sure["ece"]
     if judged.values is not None:
-        absolute, squares, outcomes, of_outcomes = judged.values.tolist()
-        metrics["value_error"] = absolute / number
+        losses, errors, squares, outcomes, of_outcomes = judged.values.tolist()
+        metrics |= {"value_loss": losses / number, "value_error": errors / number}
         if (spread := of_outcomes - outcomes**2 / number) > 1e-9 * of_outcomes:  # of equal outcomes nothing can be said
             metrics["value_explained"] = 1 - squares / spread
     types = {}

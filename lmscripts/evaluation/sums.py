@@ -104,7 +104,8 @@ class Shown:
     """Progress of the main process: a bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, accelerator: Accelerator, what: str) -> None:
-        self._shown, self._what, self._said, self._bar = accelerator.is_main_process, what, time.monotonic(), None
+        self._shown, self._what, self._said = accelerator.is_main_process, what, time.monotonic()
+        self._bar: Any = None
 
     def __call__(self, done: int, passes: int) -> None:
         """Called after each forward pass."""

@@ -22,7 +22,7 @@ OF_TRAINING = (OPTIMIZER, STATE, CHECKSUMS, AVERAGE)  # files of a checkpoint th
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SNAPSHOTS = "snapshots"  # subfolder of a run that names its checkpoints by epochs and records
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_SNAPSHOT = re.compile(r"(\d+)(?:\.(\d+))?")
+_SNAPSHOT = re.compile(r"(\d{1,18})(?:\.(\d+))?")  # not the 40 digits of a snapshot of the Hub
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, which nobody is asked about if it is a path
 _NO_HUB_NAME = (".ckpt", ".pt", ".bin", ".safetensors")
 

@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from lmscripts.data.schema import Schema
 from lmscripts.errors import UserError, shortened
@@ -43,6 +43,7 @@ PRESETS: dict[str, tuple[int, int, int]] = {  # width, heads, layers; a feed-for
     "base": (768, 12, 12),
     "large": (1024, 16, 24),
 }
+ORIGINAL = {"norm": "post", "numbers": "channel", "positions": "sinusoidal"}  # the network of the older trainer
 ACTIVATIONS = ("gelu", "relu")
 _SEQUENCE_DROPOUT = 0.1  # of the older network's sequence, whatever its dropout is elsewhere
 # What config.json says of a part and cannot be seen in its weights, or better than there.
@@ -53,7 +54,7 @@ _OF_ENCODER = (
 _OF_DECODER = ("hidden_size", "final_intermediate_size", "hidden_act", "norm")
 
 
-class PolicyConfig(PreTrainedConfig):
+class PolicyConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """What config.json says of a policy.
 
     Attributes:
@@ -103,7 +104,7 @@ class PolicyOutput(ModelOutput):
 # ---- the network -------------------------------------------------------------------------------------------------
 
 
-class PolicyLayer(GradientCheckpointingLayer):
+class PolicyLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     """Attention and a feed-forward network."""
 
     is_causal = False
@@ -158,7 +159,7 @@ def _taken(states: Tensor, places: Tensor) -> Tensor:
     return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
 
-class PolicyEncoder(PreTrainedModel):
+class PolicyEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The tokens of a record, each seeing all others."""
 
     config_class = PolicyConfig
@@ -183,12 +184,15 @@ class PolicyEncoder(PreTrainedModel):
         self.dropout = nn.Dropout(0.0 if config.positions == "learned" else _SEQUENCE_DROPOUT)
         self.layers = nn.ModuleList([PolicyLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=eps) if config.norm == "pre" else nn.Identity()
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        _begin_numbers(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        _begin_linear(module)
+        for name in ("number_embeddings", "number_slopes") if module is self else ():
+            if (vectors := getattr(self, name, None)) is not None:
+                initialization.normal_(vectors, std=self.config.initializer_range)
 
     def forward(
         self,
@@ -235,19 +239,17 @@ class PolicyEncoder(PreTrainedModel):
         return torch.cat([which, which * values], -1) @ torch.cat([self.number_embeddings, self.number_slopes])
 
 
-def _begin_numbers(module: nn.Module) -> None:
-    """Random vectors for the numbers, like those of other tokens, where a file has not given them."""
-    for name in ("number_embeddings", "number_slopes"):
-        parameter = getattr(module, name, None)
-        if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
-            nn.init.normal_(parameter, std=module.config.initializer_range)  # type: ignore[union-attr, arg-type]
-
-
 def _sinusoids(places: Tensor, width: int) -> Tensor:
     """(..., width) of places: sines and cosines in turn, of falling frequency (arXiv:1706.03762, section 3.5)."""
     frequencies = torch.exp(torch.arange(0, width, 2, device=places.device) * (-math.log(10000.0) / width))
     angles = places[..., None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :width]
+
+
+def _begin_linear(module: nn.Module) -> None:
+    """Weights that keep the size of what goes in, whatever the width: 0.02 would learn late where that is 128."""
+    if isinstance(module, nn.Linear):
+        initialization.normal_(module.weight, std=module.in_features**-0.5)
 
 
 class PolicyHead(nn.Module):
@@ -267,7 +269,7 @@ class PolicyHead(nn.Module):
         return self.output(states)[..., 0].float()  # type: ignore[no-any-return]
 
 
-class PolicyModel(PreTrainedModel):
+class PolicyModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A policy: the encoder, `decoder`, which scores candidates, and with a value head `value_decoder`."""
 
     config_class = PolicyConfig
@@ -282,12 +284,12 @@ class PolicyModel(PreTrainedModel):
         self.encoder = PolicyEncoder(config)
         self.decoder = PolicyHead(config)
         self.value_decoder = PolicyHead(config) if config.value_head else None
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        _begin_numbers(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        _begin_linear(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of all ids."""
@@ -297,7 +299,7 @@ class PolicyModel(PreTrainedModel):
         """As of every module; an encoder that is frozen drops nothing."""
         super().train(mode)
         if self.frozen:
-            self.encoder.eval()
+            self.encoder.train(False)
         return self
 
     def forward(
@@ -310,9 +312,13 @@ class PolicyModel(PreTrainedModel):
         candidate_mask: Tensor,
         value_places: Tensor | None = None,
     ) -> PolicyOutput:
-        """Scores of the candidates of a batch; see `PolicyEncoder.forward` for the first four.
+        """Scores of the candidates of a batch.
 
         Args:
+            input_ids: (B, T), as all up to the mask see `PolicyEncoder.forward`.
+            values: (B, T).
+            position_ids: (B, T).
+            attention_mask: (B, T).
             candidates: (B, K) int64 places of the candidates in their row; any place where there is none.
             candidate_mask: (B, K) bool, whether there is one.
             value_places: (B,) int64 place of the VALUE token, where the value is wanted.
@@ -406,19 +412,12 @@ def build(
     """
     if value_head and schema.value is None:
         raise UserError(f"the schema {schema.name} does not say which extra number is the value: give it a value")
-    older = {"norm": "post", "numbers": "channel", "positions": "sinusoidal"} if original else {}
     of_weights = (dropout if original else 0.0) if attention_dropout is None else attention_dropout
-    config = PolicyConfig(
-        schema=schema.as_json(),
-        **sizes,
-        hidden_act=activation_function,
-        hidden_dropout=dropout,
-        attention_dropout=of_weights,
-        value_head=value_head,
-        **older,
-    )
+    said: dict[str, Any] = {"schema": schema.as_json(), **sizes, "value_head": value_head}
+    said |= {"hidden_act": activation_function, "hidden_dropout": dropout, "attention_dropout": of_weights}
+    said |= ORIGINAL if original else {}
     torch.manual_seed(seed)
-    model = PolicyModel(config)
+    model = PolicyModel(PolicyConfig(**said))
     if original:
         _begin_as_the_original(model)
     install([model], of_weights > 0)
@@ -433,14 +432,14 @@ def _begin_as_the_original(model: PolicyModel) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             module.reset_parameters()
-    first, *others = model.encoder.layers
-    together = torch.empty(3 * first.query.in_features, first.query.in_features)
-    nn.init.xavier_uniform_(together)
-    first.query.weight.copy_(together[: len(together) // 3])
-    first.key_value.weight.copy_(together[len(together) // 3 :])
+    first: Any = model.encoder.layers[0]
+    width = model.config.hidden_size
+    together = nn.init.xavier_uniform_(torch.empty(3 * width, width))
+    first.query.weight.copy_(together[:width])
+    first.key_value.weight.copy_(together[width:])
     for linear in (first.query, first.key_value, first.out):
         linear.bias.zero_()
-    for layer in others:
+    for layer in model.encoder.layers:
         layer.load_state_dict(first.state_dict())
     if model.encoder.num_numeric:
         model.encoder.number_embeddings.normal_()
@@ -464,7 +463,7 @@ def open_policy(name: str) -> tuple[PolicyModel, list[str]]:
     """
     place, notices = find_saved(Path(name).expanduser())
     model, _ = load_model(place, PolicyModel, read_config(place, PolicyModel))
-    return model.eval(), notices  # type: ignore[return-value]
+    return model.train(False), notices  # type: ignore[return-value]
 
 
 def load_parts(model: PolicyModel, encoder: str | None = None, decoder: str | None = None) -> list[str]:
@@ -558,7 +557,7 @@ def _own_names(
     return {f"{part}.{name}": tensor for name, tensor in saved.items()}, []
 
 
-# ---- the older trainer's files: those of torch.nn.TransformerEncoder, and an embedding for each field -------------------
+# ---- the older trainer's files: of torch.nn.TransformerEncoder, and an embedding for each field ------------------
 
 _TABLES = ("sparse_embedding", "progression_embedding", "candidates_embedding")
 _SAME = ("linear1", "linear2", "norm1", "norm2")
@@ -569,7 +568,7 @@ def _encoder_of_the_original(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Its tensors by our names. The vectors of its numbers it never saved; later versions did."""
     config = model.config
-    if (config.norm, config.numbers, config.positions) != ("post", "channel", "sinusoidal"):
+    if any(getattr(config, name) != value for name, value in ORIGINAL.items()):
         raise UserError(f"{place} is an encoder of the older trainer, which fits the network of --original alone")
     tables = [t for kind in _TABLES for n, t in saved.items() if n.startswith(kind) and n.endswith("weight")]
     found = {"encoder.embeddings.weight": torch.cat(tables)} if tables else {}
@@ -591,11 +590,11 @@ def _encoder_of_the_original(
 
 def to_original(model: PolicyModel) -> dict[str, Tensor]:
     """The layers of an encoder by the names of `torch.nn.TransformerEncoder`."""
-    found = {}
-    for name, tensor in model.encoder.layers.state_dict().items():
+    layers, found = model.encoder.layers.state_dict(), {}
+    for name, tensor in layers.items():
         number, module, kind = name.split(".")
         if module == "query":
-            both = model.encoder.layers[int(number)].key_value.state_dict()[kind]
+            both = layers[f"{number}.key_value.{kind}"]
             found[f"layers.{number}.self_attn.in_proj_{kind}"] = torch.cat([tensor, both])
         elif module == "out":
             found[f"layers.{number}.self_attn.out_proj.{kind}"] = tensor

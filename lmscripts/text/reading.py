@@ -273,7 +273,7 @@ def text_lines(file: IO[bytes], size: int | None = None, limit: int = MAX_LINE_B
         yield rest, True
 
 
-def lines_as_they_come(file: IO[Any], most: int) -> Iterator[list[bytes]]:
+def lines_as_they_come(file: Any, most: int) -> Iterator[list[bytes]]:
     """Lines, ended by LF or CRLF, without their ends: those that are there, at most so many, before a later one comes.
 
     A byte order mark at the beginning is none of the first line.
