@@ -1,4 +1,4 @@
-# make setup | demo | test | test_slow | lint. Each command does all its own set-up.
+# make setup | demo | demo-policy | test | test_slow | lint. Each command does all its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,9 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test_slow lint clean
+DEMO := demo_output/policy
+
+.PHONY: setup demo demo-policy test test_slow lint clean
 setup: $(READY)
 
 # torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it.
@@ -39,6 +41,24 @@ demo: $(READY)
 	@echo "  python scripts/prepare_corpus.py --input_file corpus.txt --tokenizer_dir tokenizer --output_dir store"
 	@echo "  accelerate launch --config_file accelerate_configs/gpu1.yaml scripts/run_pretraining.py \\"
 	@echo "    --dataset_dir store --model_dir runs/bert --model_type bert-small --do_whole_word_mask"
+
+# Decisions that follow a rule: made, prepared, learnt on two processes, judged on others; and three of them in words.
+demo-policy: $(READY)
+	rm -rf $(DEMO)
+	$(BIN)/python scripts/make_annotations.py --output_file $(DEMO)/made.txt --num_records 20000 --rule sequence
+	$(BIN)/python scripts/make_annotations.py --output_file $(DEMO)/others.txt --num_records 2000 --rule sequence \
+		--first_record 1000000
+	$(BIN)/python scripts/prepare_annotations.py --input_file $(DEMO)/made.txt --schema kanachan-v1 \
+		--output_dir $(DEMO)/store --validation_share 0.05
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/train_policy.py \
+		--training-data $(DEMO)/store --training-batch-size 64 --model-preset tiny --num-heads 4 --dropout 0 \
+		--optimizer adam --learning-rate 0.002 --warmup_steps 100 --schedule linear \
+		--output-prefix $(DEMO) --experiment-name run
+	$(BIN)/python scripts/evaluate_policy.py --model $(DEMO)/run --data $(DEMO)/others.txt \
+		--output_file $(DEMO)/result.json
+	head -n 3 $(DEMO)/others.txt | $(BIN)/python scripts/predict_policy.py --model $(DEMO)/run --words > $(DEMO)/answers.jsonl
+	@$(BIN)/python sample_data/three_positions.py $(DEMO)/result.json $(DEMO)/others.txt $(DEMO)/answers.jsonl kanachan-v1 \
+		"discard the tile that was discarded first in the round"
 
 # Two files at a time; the tests of one file share what they made and stay together. In the order of tests/conftest.py: by the
 # number of tests, the few long ones would come last and alone.

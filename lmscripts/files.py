@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 import time
 import uuid
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from lmscripts.errors import UserError, naming, shortened
+from lmscripts.errors import UserError, leave, naming, shortened
 
 Item = TypeVar("Item")
 
@@ -146,6 +147,25 @@ def new_text(path: Path) -> Iterator[TextIO]:
         os.replace(aside, place)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def text_output(path: Path | None) -> Iterator[TextIO]:
+    """Give standard output to write to, or a file as `new_text` does, with its folder; ends well where nobody reads on.
+
+    Raises:
+        SystemExit: with code 0, after the reader of standard output had seen enough.
+    """
+    if path is None:
+        try:
+            yield sys.stdout
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave(0)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_text(path) as file:
+        yield file
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -13,8 +13,9 @@ import io
 import os
 import signal
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,6 @@ from lmscripts.options import EVALUATION, check_numbers, check_useless, option, 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lmscripts.data.preparation import Source
     from lmscripts.data.token_store import Part, TokenStore
     from lmscripts.models.saved import SavedModel
     from lmscripts.text.records import TableOptions
@@ -131,7 +131,7 @@ def evaluate(options: Options) -> None:
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
 
-    with evaluation.temporary_store(source_of(options, saved), options.num_workers) as store:
+    with evaluation.temporary_store(store_maker(options, saved)) as store:
         tokenizer, rows = store.load_tokenizer(), None
         if kind.SCORES == "masks":
             rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
@@ -212,11 +212,11 @@ def table_of(options: Options) -> TableOptions:
     return corpus_table(options.text_column, options.delimiter, options.quotes, options.input_format)
 
 
-def source_of(options: Options, saved: SavedModel) -> Source:
-    """The text, all of it, as the model reads it."""
-    from lmscripts.data.preparation import Source
+def store_maker(options: Options, saved: SavedModel) -> Callable[[Path], TokenStore]:
+    """What makes a store of the text, all of it, as the model reads it."""
+    from lmscripts.data.preparation import Source, prepare_beside
 
-    return Source(
+    source = Source(
         options.input_file,
         saved.encoder.folder,
         validation_fraction=0.0,
@@ -224,6 +224,7 @@ def source_of(options: Options, saved: SavedModel) -> Source:
         table=table_of(options),
         line_ends=options.line_ends if objectives.objective(saved.objective).SCORES == "windows" else "drop",
     )
+    return partial(prepare_beside, source, num_workers=options.num_workers)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------
@@ -282,27 +283,18 @@ def score_masked(
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; of the main process."""
+    """What `sums.Shown` shows, unless a signal came where no exception could be raised."""
 
     def __init__(self, accelerator: Accelerator, what: str) -> None:
-        self.shown, self.what, self.said, self.bar = accelerator.is_main_process, what, time.monotonic(), None
+        from lmscripts.evaluation.sums import Shown
+
+        self.show = Shown(accelerator, what)
 
     def __call__(self, done: int, passes: int) -> None:
         """Called after each forward pass."""
-        if SIGNALS:  # one that came where no exception can be raised
+        if SIGNALS:
             raise Stopped(SIGNALS[0])
-        if not self.shown:
-            return
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = self.bar or tqdm(total=passes, desc=self.what)
-            self.bar.update()
-            if done == passes:
-                self.bar.close()
-        elif time.monotonic() - self.said > 10:
-            self.said = time.monotonic()
-            say(f"{self.what}: {done:,} of {passes:,} forward passes", sys.stderr)
+        self.show(done, passes)
 
 
 def notices(options: Options, store: TokenStore) -> list[str]:

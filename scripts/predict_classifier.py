@@ -10,19 +10,16 @@ model's config.json says. A text about which nothing can be said (an empty one) 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Literal
 
-from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.files import new_text
+from lmscripts.errors import UserError, user_errors
+from lmscripts.files import text_output
 from lmscripts.options import check_numbers, option, parse_options
 
 if TYPE_CHECKING:
@@ -106,7 +103,7 @@ def predict(options: Options) -> None:
     with_names = options.id_column is not None
     num_texts, silent = 0, Counter[str]()
     first: dict[str, Text] = {}
-    with output(target) as file:
+    with text_output(target) as file:
         if not is_json:
             columns = [*head(with_names), *(f"probability of {label}" for label in classifier.labels)]
             file.write(csv_text([columns], options.spreadsheet_safe))
@@ -141,21 +138,6 @@ def is_json_name(name: str) -> bool:
             f"the name of {name} does not say its format: end it in .csv or .jsonl, or give --output_format"
         )
     return suffix == ".jsonl"
-
-
-@contextlib.contextmanager
-def output(target: Path | None) -> Iterator[TextIO]:
-    """Where answers are written: standard output, or a file beside the target that becomes it when it is whole."""
-    if target is None:
-        try:
-            yield sys.stdout
-        except BrokenPipeError:  # the reader has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            leave(0)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with new_text(target) as file:
-        yield file
 
 
 # ---- lines -------------------------------------------------------------------------------------------------------

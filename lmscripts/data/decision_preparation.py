@@ -21,12 +21,14 @@ from lmscripts.data.decisions import (
     PARTS,
     DecisionPart,
     DecisionStore,
+    check_decisions,
+    is_store,
     map_part,
     open_decisions,
     parse_with_keys,
     store_fingerprint,
 )
-from lmscripts.data.schema import Schema
+from lmscripts.data.schema import Schema, load_schema
 from lmscripts.errors import UserError
 from lmscripts.files import built_once, new_folder, remove_leftovers
 from lmscripts.text.corpus import find_files
@@ -39,6 +41,7 @@ from lmscripts.workers import in_order
 _BLOCK = 1 << 19  # bytes of text that are parsed together
 _RECORDS = 1 << 14  # that are looked at, or copied, together
 _KEYS, _PASSES = 1 << 18, 256  # hashes that are sorted together, and how often all are read for it at most
+DEFAULT_SCHEMA = "kanachan-v1"
 _MARK = b"\xef\xbb\xbf"
 _OF_THE_TEXT = ("bad_records_dropped", "blank_lines", "damaged_files", "repeated_decisions")  # not of its files
 U64 = NDArray[np.uint64]
@@ -414,7 +417,108 @@ def prepare_decisions(
     return store
 
 
-def prepare_decisions_beside(source: DecisionSource, run_dir: Path, num_workers: int) -> DecisionStore:
-    """The store of a source, beside a run's folder under a name with its fingerprint; see `files.built_once`."""
+def prepare_decisions_beside(
+    source: DecisionSource, run_dir: Path, num_workers: int, report: TextReport | None = None
+) -> DecisionStore:
+    """The store of a source, beside a run's folder under a name with its fingerprint; see `files.built_once`.
+
+    To a `report` is added on the process that builds.
+    """
     folder = run_dir.parent / f"decision_store-{fingerprint_of(source)[:12]}"
-    return built_once(folder, lambda: prepare_decisions(source, folder, num_workers), lambda: open_decisions(folder))
+    build = partial(prepare_decisions, source, folder, num_workers, report)
+    return built_once(folder, build, lambda: open_decisions(folder))
+
+
+class Decisions(NamedTuple):
+    """What a policy is trained on, and judged by.
+
+    Attributes:
+        schema: of both parts.
+        train: records to train on.
+        held_out: records to judge by; None for none.
+        fingerprints: of the stores, by what is read of them.
+        sentences: what a user should know.
+    """
+
+    schema: Schema
+    train: DecisionPart
+    held_out: DecisionPart | None
+    fingerprints: dict[str, str]
+    sentences: list[str]
+
+
+def open_parts(
+    training_data: Sequence[str],
+    validation_data: Sequence[str],
+    run_dir: Path,
+    *,
+    schema: str | None,
+    validation_share: float,
+    num_workers: int,
+    **how: Any,
+) -> Decisions:
+    """Decisions to train on and to judge by; called before the processes join, by all of them.
+
+    Args:
+        training_data: a store, or text, of which a store is made beside the run's folder.
+        validation_data: likewise; of a store its held-out part, if it has one. Nothing: the held-out part of the other.
+        run_dir: folder of the run.
+        schema: of text (kanachan-v1), and to compare stores with.
+        validation_share: of text for training, where there is no validation data.
+        num_workers: processes that parse text.
+        how: further fields of `DecisionSource`.
+
+    Raises:
+        UserError: what is given cannot be used, or has other fields than the rest.
+    """
+    wanted = load_schema(schema) if schema else None
+    report = TextReport()
+    open_one: Callable[..., DecisionStore] = partial(
+        open_or_prepare, run_dir=run_dir, num_workers=num_workers, report=report, **how
+    )
+    if validation_data and not any(is_store(Path(name)) for name in (*training_data, *validation_data)):
+        both = {"validation_share": 0.0, "validation_files": tuple(validation_data)}
+        store = other = open_one(training_data, wanted, **both)
+    else:
+        store = open_one(training_data, wanted, validation_share=0.0 if validation_data else validation_share)
+        other = open_one(validation_data, store.schema, validation_share=0.0) if validation_data else store
+    held_out = other.part("validation")
+    if not held_out.num_records and other is not store:
+        held_out = other.part("train")
+    fingerprints = {"training_data": store.fingerprint, "validation_data": other.fingerprint}
+    sentences = list(dict.fromkeys([*report.sentences()[1:], *store.sentences(), *other.sentences()]))
+    usable = held_out if held_out.num_records else None
+    return Decisions(store.schema, store.part("train"), usable, fingerprints, sentences)
+
+
+def open_or_prepare(
+    names: Sequence[str],
+    wanted: Schema | None,
+    *,
+    run_dir: Path,
+    num_workers: int,
+    report: TextReport | None = None,
+    **fields: Any,
+) -> DecisionStore:
+    """A store, or that of text, whose fields are the wanted ones; for `report` see `prepare_decisions_beside`.
+
+    `fields` are further ones of `DecisionSource`, for text.
+
+    Raises:
+        UserError: a store is given and more than it, or one with other fields.
+    """
+    if stores := [name for name in names if is_store(Path(name))]:
+        if len(names) > 1:
+            raise UserError(f"{stores[0]} is a decision store, which is read alone, but {len(names)} names are given")
+        store = open_decisions(Path(stores[0]))
+        check_decisions(store)
+    else:
+        source = DecisionSource(tuple(names), wanted or load_schema(DEFAULT_SCHEMA), **fields)
+        store = prepare_decisions_beside(source, run_dir, num_workers, report)
+    has = store.schema
+    if wanted and (has.layout(), has.scales) != (wanted.layout(), wanted.scales):
+        raise UserError(
+            f"{store.folder} has the schema {has.name}, whose fields, sizes or scales are others than those of "
+            f"{wanted.name}"
+        )
+    return store

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby, islice, pairwise
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -93,12 +94,60 @@ class ByLength:
             return self._rows, self._ends
         number, window = len(self._lengths), _WINDOW_BATCHES * self._batch_size
         order = permute(np.arange(number), number, stream_key(self.seed, epoch, _ROWS))
-        sorted_parts = [part[np.argsort(self._lengths[part], kind="stable")] for part in cut(order, window)]
-        batches = [batch for part in sorted_parts for batch in cut(part, self._batch_size)]
+        windows = cut(order, window)
+        batches = [batch for part in windows for batch in _alike(part, self._lengths[part], self._batch_size)]
         shuffled = permute(np.arange(len(batches)), len(batches), stream_key(self.seed, epoch, _BATCHES))
         batches = [batches[place] for place in shuffled]
         self._epoch, self._rows, self._ends = epoch, np.concatenate(batches), np.cumsum([len(b) for b in batches])
         return self._rows, self._ends
+
+
+class InWindows:
+    """As `ByLength`, but batches are permuted within their window only, and a window is laid out when it is asked for.
+
+    So the memory does not grow with the number of rows, of which lengths need not be known beforehand. Which rows are
+    in a window is chosen among all, anew in every epoch.
+    """
+
+    def __init__(self, num_rows: int, lengths: Callable[[Ints], Ints], batch_size: int, seed: int) -> None:
+        """Nothing is computed yet; `lengths` gives the (N,) lengths of (N,) rows."""
+        self.num_rows, self._lengths, self._batch_size, self.seed = num_rows, lengths, batch_size, seed
+        self.per_epoch = -(-num_rows // batch_size)
+        self._window = lru_cache(maxsize=2)(self._laid_out)
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """As of `Shuffled`."""
+        epoch, place = divmod(step, self.per_epoch)
+        window, place = divmod(place, _WINDOW_BATCHES)
+        before = epoch * self.num_rows + window * _WINDOW_BATCHES * self._batch_size
+        ends = self._window(epoch, window)[1]
+        return before + (int(ends[place - 1]) if place else 0), before + int(ends[place])
+
+    def rows(self, positions: Ints) -> tuple[Ints, Ints]:
+        """As of `Shuffled`."""
+        return _by_epoch(positions, self.num_rows, self._of_epoch)
+
+    def _of_epoch(self, epoch: int, places: Ints) -> Ints:
+        windows, inside = np.divmod(places, _WINDOW_BATCHES * self._batch_size)
+        for window in np.unique(windows):
+            here = windows == window
+            inside[here] = self._window(epoch, int(window))[0][inside[here]]
+        return inside
+
+    def _laid_out(self, epoch: int, window: int) -> tuple[Ints, Ints]:
+        """The rows of a window in their order, and where each step's end in it."""
+        size = _WINDOW_BATCHES * self._batch_size
+        places = np.arange(window * size, min((window + 1) * size, self.num_rows))
+        rows = permute(places, self.num_rows, stream_key(self.seed, epoch, _ROWS))
+        batches = _alike(rows, self._lengths(rows), self._batch_size)
+        order = permute(np.arange(len(batches)), len(batches), stream_key(self.seed, epoch, _BATCHES, window))
+        batches = [batches[place] for place in order]
+        return np.concatenate(batches), np.cumsum([len(batch) for batch in batches])
+
+
+def _alike(rows: Ints, lengths: Ints, batch_size: int) -> list[Ints]:
+    """Rows in batches of like length."""
+    return cut(rows[np.argsort(lengths, kind="stable")], batch_size)
 
 
 def _by_epoch(positions: Ints, num_rows: int, rows_of: Callable[[int, Ints], Ints]) -> tuple[Ints, Ints]:
@@ -116,7 +165,7 @@ def cut(rows: Ints, size: int) -> list[Ints]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
-Order = Shuffled | ByLength
+Order = Shuffled | ByLength | InWindows
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------

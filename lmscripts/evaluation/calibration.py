@@ -74,13 +74,10 @@ def negative_log_likelihood(probabilities: NDArray[Any], labels: NDArray[Any]) -
 def judged(probabilities: NDArray[Any], labels: NDArray[Any]) -> dict[str, Any]:
     """Confidence against truth, in values for JSON.
 
-    Of (N,) label numbers the statements are the N largest probabilities, of (N, K) flags all. There are 15 bins of
-    equal width; a bin has its upper limit, the first one also 0.
+    Of (N,) label numbers the statements are the N largest probabilities, of (N, K) flags all.
 
     Returns:
-        "ece", the expected calibration error, which is the mean gap between how sure and how right (arXiv:1706.04599,
-        section 2); "nll", the `negative_log_likelihood`; "bins", each with "low", "high", "count" of statements, and
-        their mean "confidence" and "accuracy" (share that came true), None in an empty one.
+        What `reliability` says of the statements, and "nll", the `negative_log_likelihood`.
 
     Raises:
         UserError: no rows, other shapes, or probabilities that are not finite.
@@ -90,15 +87,35 @@ def judged(probabilities: NDArray[Any], labels: NDArray[Any]) -> dict[str, Any]:
         confidence, came_true = values.max(1), values.argmax(1) == labels
     else:
         confidence, came_true = values.ravel(), labels.astype(np.bool_).ravel()
+    return {**reliability(in_bins(confidence, came_true)), "nll": negative_log_likelihood(values, labels)}
+
+
+def in_bins(confidence: NDArray[Any], came_true: NDArray[Any]) -> Floats:
+    """(3, 15) of N statements by how sure they were: how many, the sum of how sure, how many came true.
+
+    The 15 bins have equal width; a bin has its upper limit, the first one also 0. Those of several parts may be added.
+    """
     edges = np.linspace(0, 1, _BINS + 1)
     places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, _BINS - 1)
-    count = np.bincount(places, minlength=_BINS)
-    sums = [np.bincount(places, weights=part, minlength=_BINS) for part in (confidence, came_true)]
-    means = [np.divide(part, count, out=np.full(_BINS, np.nan), where=count > 0) for part in sums]
+    summed = (np.ones(len(places)), confidence, came_true)
+    return np.stack([np.bincount(places, weights=part, minlength=_BINS) for part in summed]).astype(np.float64)
+
+
+def reliability(bins: Floats) -> dict[str, Any]:
+    """How sure statements were against how many came true, of (3, 15) `in_bins` with at least one, for JSON.
+
+    Returns:
+        "ece", the expected calibration error, which is the mean gap between how sure and how right (arXiv:1706.04599,
+        section 2); "bins", each with "low", "high", "count" of statements, and their mean "confidence" and "accuracy"
+        (share that came true), None in an empty one.
+    """
+    count, edges = bins[0], np.linspace(0, 1, _BINS + 1)
+    means = [np.divide(part, count, out=np.full(_BINS, np.nan), where=count > 0) for part in bins[1:]]
     error = np.nansum(np.abs(means[0] - means[1]) * count) / count.sum()
     names = ("low", "high", "count", "confidence", "accuracy")
-    rows = [dict(zip(names, row, strict=True)) for row in zip(edges[:-1], edges[1:], count, *means, strict=True)]
-    return {"ece": float(error), "nll": negative_log_likelihood(values, labels), "bins": plain(rows)}
+    columns = (edges[:-1], edges[1:], count.astype(np.int64), *means)
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return {"ece": float(error), "bins": plain(rows)}
 
 
 def tune_thresholds(probabilities: NDArray[Any], labels: NDArray[Any]) -> Floats:

@@ -41,7 +41,7 @@ def check_output(name: str | None, inputs: Sequence[Path]) -> Path | None:
         check_writable(path)
         if there and not _is_result(path):
             way_out = "give another name, or remove it"
-            raise UserError(f"{path} exists and is not an earlier result of evaluate_lm.py: {way_out}")
+            raise UserError(f"{path} exists and is not an earlier result of an evaluation: {way_out}")
     except UserError as error:
         raise UserError(f"--output_file {error}") from None
     except OSError as error:
@@ -75,7 +75,10 @@ def table(result: Result) -> str:
     step = "" if model["step"] is None else f", step {model['step']:,}"
     lines = [("model", f"{model['name']}: {model['type']}{step}, {model['parameters']:,} parameters")]
     lines += [(f"  {name}", f"sha256 {digest}") for name, digest in model["weights_sha256"].items()]
-    lines += [("tokenizer", model["tokenizer"]), ("text", _size(result))]
+    if "decisions" in result:
+        lines += [(name, str(fact)) for name, fact in result["decisions"].items()]
+    else:
+        lines += [("tokenizer", model["tokenizer"]), ("text", _size(result))]
     lines += [("options", ", ".join(f"{name} {value}" for name, value in result["options"].items()))]
     lines += [(name.replace("_", " "), f"{count:,}") for name, count in result["counts"].items()]
     shares = ("accuracy", "precision", "recall", "share")

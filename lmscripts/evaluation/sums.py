@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from lmscripts.data.preparation import Source, prepare_beside
 from lmscripts.data.steps import Batch, to_device
-from lmscripts.data.token_store import TokenStore
 from lmscripts.errors import UserError
 from lmscripts.files import file_sha256
 from lmscripts.objectives.module import Objective
@@ -29,6 +29,7 @@ from lmscripts.text.report import TextReport
 
 # Rows of the given numbers as a batch with its counts.
 MakeBatch = Callable[[NDArray[np.int64]], tuple[Batch, dict[str, float]]]
+Store = TypeVar("Store")
 Progress = Callable[[int, int], None]  # passes done, passes in all
 SHORTEST_ROW = 10  # tokens of an input of a masked model: below it `lmscripts.data.packing` makes no rows of text
 
@@ -97,6 +98,29 @@ def sum_over_batches(
         for name, value in zip(names, numbers_of_batch, strict=True):
             totals[name] += value
     return totals
+
+
+class Shown:
+    """Progress of the main process: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, accelerator: Accelerator, what: str) -> None:
+        self._shown, self._what, self._said = accelerator.is_main_process, what, time.monotonic()
+        self._bar: Any = None
+
+    def __call__(self, done: int, passes: int) -> None:
+        """Called after each forward pass."""
+        if self._shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = self._bar or tqdm(total=passes, desc=self._what)
+            self._bar.update()
+            if done == passes:
+                self._bar.close()
+        elif self._shown and time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            with suppress(BrokenPipeError):
+                sys.stderr.write(f"{self._what}: {done:,} of {passes:,} forward passes\n")
+                sys.stderr.flush()
 
 
 @contextmanager
@@ -198,10 +222,11 @@ def raw_text_bytes(path: Path, table: TableOptions) -> int:
 
 
 @contextmanager
-def temporary_store(source: Source, num_workers: int) -> Iterator[TokenStore]:
-    """A token store of a text for as long as it is evaluated, removed however the block ends.
+def temporary_store(prepare_beside: Callable[[Path], Store]) -> Iterator[Store]:
+    """A store of a text for as long as it is evaluated, removed however the block ends.
 
     Called before the processes join, by all of them: of those on one machine the first builds, and removes at the end.
+    `prepare_beside` makes the store beside the folder of a run, which is not there.
     """
     builds = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -211,7 +236,7 @@ def temporary_store(source: Source, num_workers: int) -> Iterator[TokenStore]:
     else:
         folder = Path(tempfile.mkdtemp(prefix="lmscripts-evaluation-"))
     try:
-        yield prepare_beside(source, folder / "run", num_workers)
+        yield prepare_beside(folder / "run")
     finally:
         if builds:
             shutil.rmtree(folder, ignore_errors=True)

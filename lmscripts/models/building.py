@@ -126,7 +126,9 @@ def recompute_activations(models: Mapping[str, PreTrainedModel]) -> None:
     for model in models.values():
         if not model.supports_gradient_checkpointing:
             raise UserError(f"--activation_checkpointing: transformers does not have that for a {type(model).__name__}")
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        # The older name is deprecated, and versions of transformers before it have no other.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def choose_attention(

@@ -264,6 +264,18 @@ def check_exports(models: Mapping[str, Any], autos: Mapping[str, str], encoder: 
     return files
 
 
+def check_classes(models: Mapping[str, Any], autos: Mapping[str, str]) -> None:
+    """Load the configuration of what will be exported, where there is no tokenizer, once with its Auto class.
+
+    Raises:
+        UserError: an Auto class makes another model of a configuration.
+    """
+    for part, auto in autos.items():
+        with tempfile.TemporaryDirectory() as folder, quiet_loading():
+            models[part].config.save_pretrained(folder)
+            _check_auto_class(models[part], auto, folder)
+
+
 def _declared(model: Any, settings: dict[str, Any], name: str) -> dict[str, bytes]:
     """Files with which AutoTokenizer takes the class that tokenizer_config.json names, and the inputs of the model."""
     settings["auto_map"] = {"AutoTokenizer": [f"{Path(_DECLARATION).stem}.{name}", None]}

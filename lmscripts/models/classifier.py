@@ -23,7 +23,7 @@ from lmscripts.errors import UserError, shortened
 from lmscripts.models.building import recompute_activations
 from lmscripts.models.checks import check_padding, random_ids
 from lmscripts.models.dropout import install, probe
-from lmscripts.models.finding import checkpoint_step, find_model, list_checkpoints, read_state
+from lmscripts.models.finding import checkpoint_place, find_model, list_checkpoints, read_state, run_of
 from lmscripts.models.fitting import longest_input
 from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
 from lmscripts.models.pretrained import dropouts, set_dropout
@@ -105,7 +105,7 @@ def check_no_training(name: str) -> None:
     The newest checkpoint is not the best one, nothing is calibrated, and LoRA's additions stand in layers of their own.
     """
     place = Path(name).expanduser().absolute()
-    run = place.parent if checkpoint_step(place) is not None or place.name.startswith("best-") else place
+    run = run_of(place) if checkpoint_place(place) is not None or place.name.startswith("best-") else place
     if any(map(_trains_classifier, [place, *list_checkpoints(run)])):
         trained = run.with_name(f"{run.name.removesuffix('_training')}_trained_model")
         raise UserError(

@@ -20,21 +20,41 @@ OPTIMIZER = "optimizer.safetensors"
 OF_TRAINING = (OPTIMIZER, STATE, CHECKSUMS, AVERAGE)  # files of a checkpoint that a finished model does without
 # In the order in which transformers looks for them; of a model in parts the index names the parts.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+SNAPSHOTS = "snapshots"  # subfolder of a run that names its checkpoints by epochs and records
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_SNAPSHOT = re.compile(r"(\d{1,18})(?:\.(\d+))?")  # not the 40 digits of a snapshot of the Hub
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, which nobody is asked about if it is a path
 _NO_HUB_NAME = (".ckpt", ".pt", ".bin", ".safetensors")
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """Step of a checkpoint folder by its name; None for any other folder."""
+    """Step of a checkpoint folder by its name; None for a snapshot and for any other folder."""
     match = _CHECKPOINT.fullmatch(folder.name)
     return int(match.group(1)) if match else None
 
 
+def checkpoint_place(folder: Path) -> tuple[int, int] | None:
+    """Place of a checkpoint folder among those of its run, by its name; None for any other folder.
+
+    There are `checkpoint-STEP`, and `snapshots/EPOCHS` and `snapshots/EPOCHS.RECORDS`: after so many whole epochs, and
+    within the next one, when so many records of all epochs were trained on.
+    """
+    if (step := checkpoint_step(folder)) is not None:
+        return step, 0
+    match = _SNAPSHOT.fullmatch(folder.name) if folder.parent.name == SNAPSHOTS else None
+    return (int(match.group(1)), int(match.group(2) or 0)) if match else None
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == SNAPSHOTS else checkpoint.parent
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    folders = [path for path in run_dir.glob("checkpoint-*") if checkpoint_step(path) is not None and path.is_dir()]
-    return sorted(folders, key=lambda path: checkpoint_step(path) or 0)
+    folders = [*run_dir.glob("checkpoint-*"), *(run_dir / SNAPSHOTS).glob("*")]
+    places = {path: place for path in folders if (place := checkpoint_place(path)) is not None and path.is_dir()}
+    return sorted(places, key=lambda path: places[path])
 
 
 def read_state(checkpoint: Path, *names: Literal["fixed", "progress", "groups"]) -> dict[str, Any]:
@@ -111,7 +131,7 @@ def find_saved(folder: Path, prefer: Literal["final", "checkpoint"] = "final") -
         )
     checkpoints, final = list_checkpoints(folder), folder / "final"
     if (folder / "config.json").is_file() or not (checkpoints or (final / "config.json").is_file()):
-        of_training = any((folder / name).exists() for name in OF_TRAINING) or checkpoint_step(folder) is not None
+        of_training = any((folder / name).exists() for name in OF_TRAINING) or checkpoint_place(folder) is not None
         if of_training and (damage := find_damage(folder)):
             raise UserError(f"the checkpoint {folder} is damaged: {damage}; take another")
         return folder, _average_notice(folder)

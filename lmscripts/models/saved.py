@@ -27,6 +27,7 @@ from lmscripts.models.families import architectures, family, names
 from lmscripts.models.finding import STATE, checkpoint_step, find_model, read_state, weight_files
 from lmscripts.models.fitting import OFFSET_POSITIONS, longest_input
 from lmscripts.models.loading import check_vocabulary, load_model, read_config, tokenizer_of
+from lmscripts.models.policy import PolicyModel
 from lmscripts.tokenizer.encoder import Encoder
 
 # As causal models are called: GPT2DoubleHeadsModel has the head as well, and files of 2023 say LLaMAForCausalLM.
@@ -34,30 +35,43 @@ _CAUSAL_NAME = re.compile(r"(ForCausalLM|LMHeadModel|WithLMHead|DoubleHeadsModel
 
 
 @dataclass(frozen=True)
-class SavedModel:
-    """A model that was loaded, with what has to be known of it.
+class Saved:
+    """Models that were loaded, with what has to be known of them.
 
     Attributes:
         name: as it was given, and for the folder of a run what was taken of it.
-        family: module with the functions that run it, see `lmscripts.models.families`.
+        model_type: as their configuration says.
         models: in evaluation mode, by subfolder.
         weights: sha256 by file.
         step: optimizer steps done; None where nothing says.
         untrained: why it counts as never trained; empty for a trained model.
-        longest: tokens of its longest input with special tokens; None where its configuration says none.
+        notices: sentences for the user.
     """
 
     name: str
-    objective: str
-    family: Any
     model_type: str
     models: dict[str, PreTrainedModel]
-    encoder: Encoder
     weights: dict[str, str]
     step: int | None
     untrained: list[str]
-    longest: int | None
     notices: list[str]
+
+
+@dataclass(frozen=True)
+class SavedModel(Saved):
+    """A language model that was loaded.
+
+    Attributes:
+        objective: what it predicts.
+        family: module with the functions that run it, see `lmscripts.models.families`.
+        encoder: its tokenizer.
+        longest: tokens of its longest input with special tokens; None where its configuration says none.
+    """
+
+    objective: str
+    family: Any
+    encoder: Encoder
+    longest: int | None
 
 
 def open_model(
@@ -101,25 +115,43 @@ def open_model(
     notices += _check_special_ids(models, encoder, objective, place, chosen=tokenizer_dir is not None)
     if objective == "causal":
         check_looks_back(models[""], _ordinary_ids(models[""], encoder), min(lengths, default=None), place)
+    return SavedModel(
+        **_facts(name, place, folders, models, notices),
+        objective=objective,
+        family=module,
+        encoder=encoder,
+        longest=min(lengths, default=None),
+    )
+
+
+def open_policy(name: str) -> Saved:
+    """Load a policy, see `lmscripts.models.policy`, and check that it is whole and was trained; as `open_model`."""
+    place, notices = find_model(name)
+    folder = str(place) if Path(name).expanduser().is_dir() else name
+    model, _ = load_model(folder, PolicyModel, read_config(place, PolicyModel))
+    return Saved(**_facts(name, place, {"": folder}, {"": model}, notices))
+
+
+def _facts(
+    name: str, place: Path, folders: dict[str, str], models: dict[str, PreTrainedModel], notices: list[str]
+) -> dict[str, Any]:
+    """What is known of models, by subfolder, from their folders and their weights; see `Saved`."""
     files = {part: weight_files(Path(folder) if part else place) for part, folder in folders.items()}
     step, untrained = _state(place)
     for part, model in models.items():
         never, doubt = signs_of_no_training(model, step)
         untrained += [f"{part or 'the model'}: {never}"] if never else []
-        notices += [f"it cannot be told whether {part or 'the model'} was trained: {doubt}"] if doubt else []
-    return SavedModel(
-        name=name if place == Path(name).expanduser() or hub else f"{name} ({place.name})",
-        objective=objective,
-        family=module,
-        model_type=str(config.model_type),
-        models=models,
-        encoder=encoder,
-        weights={str(Path(part, file.name)): file_sha256(file) for part in files for file in files[part]},
-        step=step,
-        untrained=untrained,
-        longest=min(lengths, default=None),
-        notices=notices,
-    )
+        notices = [*notices, *([f"it cannot be told whether {part or 'the model'} was trained: {doubt}"] * bool(doubt))]
+    hub = not Path(name).expanduser().is_dir()
+    return {
+        "name": name if place == Path(name).expanduser() or hub else f"{name} ({place.name})",
+        "model_type": str(models[""].config.model_type),
+        "models": models,
+        "weights": {str(Path(part, file.name)): file_sha256(file) for part in files for file in files[part]},
+        "step": step,
+        "untrained": untrained,
+        "notices": notices,
+    }
 
 
 # ---- what it is ----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from lmscripts.errors import UserError
 if TYPE_CHECKING:
     from lmscripts.objectives.module import Objective
 
-_NO_OBJECTIVES = ("labels", "module")  # what stands beside them
+_NO_OBJECTIVES = ("choice", "labels", "module")  # what stands beside them
 
 
 @dataclass(frozen=True)

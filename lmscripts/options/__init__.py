@@ -7,7 +7,7 @@ Nothing heavy is imported, as `--help` must be quick: no torch, numpy or transfo
 from collections.abc import Mapping
 from typing import Any
 
-from lmscripts.options import language_pretraining, lightning, nvidia_bert
+from lmscripts.options import kanachan, language_pretraining, lightning, nvidia_bert
 from lmscripts.options.checks import check_numbers, check_useless, num_cpus, parse_duration, refuse_given
 from lmscripts.options.language_pretraining import OlderNames
 from lmscripts.options.parsing import Further, dump_options, option, parse_options, parse_options_with_origin
@@ -15,6 +15,7 @@ from lmscripts.options.presets import sizes_of_config
 
 __all__ = [
     "EVALUATION",
+    "POLICY",
     "PREPARATION",
     "PRETRAINING",
     "TOKENIZER",
@@ -43,4 +44,5 @@ PREPARATION = _together(language_pretraining.PREPARATION, nvidia_bert.PREPARATIO
 TOKENIZER = _together(language_pretraining.TOKENIZER, lightning.TOKENIZER)
 PRETRAINING = _together(language_pretraining.PRETRAINING, nvidia_bert.PRETRAINING)
 PRETRAINING |= {"foreign": lightning, "one_of": [lightning.LENGTHS]}
+POLICY = {**kanachan.POLICY, "foreign": kanachan}
 EVALUATION = {**lightning.EVALUATION, "foreign": lightning.Evaluation, "of_run": ("model_dir",)}

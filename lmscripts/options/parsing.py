@@ -104,6 +104,7 @@ def parse_options(options_class: type[Any], *, more: Sequence[type[Any]] | None 
         foreign: a module that knows another system, as `lmscripts.options.lightning` does: its `SYSTEM` in words, its
             `KEYS` (`block.key` may stand in a block of a file), and `translate`, which turns entries with these keys
             into entries of the script's options; one of the origin "default" counts where no other has the option.
+            It may have `WORDS`, names that can stand on the line as `name=value`, without dashes.
         one_of: options of which one is given; where it stands on the line it replaces any that the file has.
         beneath: gets what was given, name to value and whether it stands on the line, and a function that reads a file
             of options; returns values that count instead of the defaults, and instead of what was given.
@@ -227,6 +228,7 @@ class _Reader:
         self.older = {_name_and_value(k): (kind, v) for kind, table in tables.items() for k, v in table.items()}
         self.renamed_values = {normal(name): values for name, values in renamed_values.items()}
         self.foreign, self.foreign_keys = foreign, foreign.KEYS if foreign else ()
+        self.bare: Collection[str] = getattr(foreign, "WORDS", ())
         self.of_run = of_run
         self.own = [*flags, *(f"no_{name}" for name, flag in flags.items() if bool in flag.kinds)]
         self.known = {*self.own, *(name for name, _ in self.older)}
@@ -293,7 +295,7 @@ class _Reader:
         return {name: value for name, (value, _) in self.collect(entries).items()}
 
     def _file(self, file_name: str) -> list[Entry]:
-        blocks = {key.split(".")[0] for key in self.foreign_keys if "." in key}
+        blocks = {key.split(".")[0] for key in self.foreign_keys if "." in key} - self.known
         entries = read_yaml(file_name, blocks)
         if self.of_run and any(normal(entry.key) == "model_type" for entry in entries):
             entries = [entry for entry in entries if normal(entry.key) in self.of_run]
@@ -306,9 +308,11 @@ class _Reader:
         positional = next((name for name, flag in self.flags.items() if flag.positional), None)
         entries: list[Entry] = []
         for word in words:
+            name, equals, value = word.removeprefix("--").partition("=")
             if word.startswith("--") and len(word) > 2:
-                name, equals, value = word[2:].partition("=")
                 entries.append(Entry(name, [value] if equals else [], f"--{name}"))
+            elif equals and name in self.bare:
+                entries.append(Entry(name, [value], name))
             elif word in shorts:
                 entries.append(Entry(shorts[word], [], word))
             elif word.startswith("-") and self.older.get((word[1:], ""), ("",))[0] == "unused":

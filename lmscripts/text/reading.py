@@ -273,6 +273,31 @@ def text_lines(file: IO[bytes], size: int | None = None, limit: int = MAX_LINE_B
         yield rest, True
 
 
+def lines_as_they_come(file: Any, most: int) -> Iterator[list[bytes]]:
+    """Lines, ended by LF or CRLF, without their ends: those that are there, at most so many, before a later one comes.
+
+    A byte order mark at the beginning is none of the first line.
+
+    Raises:
+        UserError: a line has more than `MAX_RECORD_BYTES`.
+    """
+    begun, number = list[bytes](), 0
+    while block := file.read1(1 << 16):
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        if others:
+            lines = [b"".join(begun), *others[:-1]]
+            begun = [others[-1]]
+            lines[0] = lines[0].removeprefix(b"" if number else codecs.BOM_UTF8)
+            number += len(lines)
+            for begin in range(0, len(lines), most):
+                yield [line.removesuffix(b"\r") for line in lines[begin : begin + most]]
+        elif sum(map(len, begun)) > MAX_RECORD_BYTES:
+            raise UserError(f"line {number + 1} of the input has more than {MAX_RECORD_BYTES:,} bytes")
+    if last := b"".join(begun):
+        yield [last.removeprefix(b"" if number else codecs.BOM_UTF8).removesuffix(b"\r")]
+
+
 def pieces(text: str, limit: int) -> list[str]:
     """A text in pieces of at most `limit` bytes: cut behind a sentence end, else behind a space, else anywhere."""
     if len(text) * 4 <= limit:

@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, checked before they are used, and loadable by transformers as they are.
 
-`RUN/checkpoint-STEP/` holds what `save_pretrained` writes and the tokenizer, `optimizer.safetensors`,
-`training_state.json`, and `checksums.json`, written last. Nothing in it is a pickle.
+A checkpoint is a folder of a run, `checkpoint-STEP/` or `snapshots/NAME/`, with what `save_pretrained` writes, the
+tokenizer, `optimizer.safetensors`, `training_state.json`, and `checksums.json`, written last. It holds no pickle.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ _SET_BY_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, write_model: Callable[[Path], None], tensors: dict[str, Tensor], state: dict[str, Any]
+    folder: Path, write_model: Callable[[Path], None], tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> Path:
     """Write a checkpoint aside, flush it to the disk and rename it. Called by one process.
 
     Args:
-        run_dir: the run's folder.
-        step: optimizer steps done.
+        folder: of the checkpoint, in the run's folder.
         write_model: writes the model and tokenizer files into the folder it is given.
         tensors: optimizer state, from `optimizer_state`.
         state: everything else, as JSON.
@@ -62,7 +61,6 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
     """
-    folder = run_dir / f"checkpoint-{step}"
     remove_leftovers(folder)
     try:
         with new_folder(folder) as aside:
@@ -72,7 +70,7 @@ def save_checkpoint(
             (aside / STATE).write_text(text + "\n", encoding="utf-8")
             write_checksums(aside)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:
-        free = shutil.disk_usage(run_dir if run_dir.is_dir() else ".").free
+        free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else ".").free
         raise UserError(
             f"could not save {folder} ({error}); {free:,} bytes are free there. Earlier checkpoints are untouched: "
             "when it can be written again, go on with --do_continue"

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from lmscripts.errors import UserError, shortened
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
-from lmscripts.models.checks import check_exports
+from lmscripts.models.checks import check_classes, check_exports
 from lmscripts.models.finding import (
     AVERAGE,
     OF_TRAINING,
     OPTIMIZER,
+    SNAPSHOTS,
     STATE,
     checkpoint_step,
     find_checkpoint,
@@ -63,6 +64,12 @@ def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Pat
 
 def write_nothing(folder: Path) -> None:
     """For models beside which nothing stands."""
+
+
+def nothing_beside(models: Mapping[str, PreTrainedModel], autos: Mapping[str, str]) -> Beside:
+    """As `tokenizer_beside`, of models that need no tokenizer."""
+    check_classes(models, autos)
+    return write_nothing
 
 
 def tokenizer_beside(
@@ -106,7 +113,12 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, fixed: Mapping[str, Any], rate: Callable[[int], float], beside: Beside = write_nothing
+        self,
+        path: Path,
+        fixed: Mapping[str, Any],
+        rate: Callable[[int], float],
+        beside: Beside = write_nothing,
+        name: Callable[[int], str] = "checkpoint-{}".format,
     ) -> None:
         """Nothing is touched yet.
 
@@ -116,11 +128,12 @@ class RunFolder:
             rate: learning rate of a step, counted from 0. It is written down for those who branch off: a schedule of
                 `lmscripts.training.optim` with its numbers, another function by its name.
             beside: writes what stands beside each model, such as its tokenizer.
+            name: of the checkpoint after so many steps, as `lmscripts.models.finding.checkpoint_place` knows it.
         """
         self.path = path
         # As it will be read back. The format grows when the same numbers would give other rows or another state.
         self._fixed: dict[str, Any] = json.loads(json.dumps({**fixed, "format": _FORMAT}))
-        self._rate, self.beside = rate, beside
+        self._rate, self.beside, self._name = rate, beside, name
         self._lock: TextIO | None = None
         self.source: Path | None = None
         self.continued = False
@@ -192,14 +205,11 @@ class RunFolder:
         source, another_run = self.source, self._carry_over is not None
         if source is None or self._carry_over == "weights":
             return TrainingState(own=own)
-        facts = read_state(source, "fixed", "progress", "groups")
-        if another_run and facts["fixed"].get("optimizer") != optimizer_name:
-            raise UserError(
-                f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use "
-                f"to {optimizer_name}: give --optimizer, or --carry_over weights"
-            )
-        moments, groups = source / OPTIMIZER, facts["groups"]
-        checkpoints.load_optimizer_state(optimizer, trained, moments, groups, another_run=another_run)
+        if another_run:
+            facts = _load_moments(source, trained, optimizer, optimizer_name, "or --carry_over weights")
+        else:
+            facts = read_state(source, "fixed", "progress", "groups")
+            checkpoints.load_optimizer_state(optimizer, trained, source / OPTIMIZER, facts["groups"])
         if accelerator.scaler is not None and facts["scaler"] is not None:
             accelerator.scaler.load_state_dict(facts["scaler"])
         if self._carry_over == "moments":
@@ -248,10 +258,12 @@ class RunFolder:
         used = any((self.path / name).exists() for name in ("config.yaml", "log.jsonl", "final"))
         if (used or list_checkpoints(self.path)) and not do_continue:
             raise UserError(f"{self.path} holds a run already: add --do_continue to go on, or choose another folder")
-        for leftover in [*self.path.glob(".checkpoint-*"), *self.path.glob(".final.new*"), *self.path.glob("..final*")]:
-            shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
+        for pattern in (".checkpoint-*", f"{SNAPSHOTS}/.*", ".final.new*", "..final*"):
+            for leftover in self.path.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
         checkpoint, damaged = checkpoints.newest_whole_checkpoint(self.path)
-        if checkpoint is None and any(self.path.glob("checkpoint-*.damaged*")):
+        set_aside = [*self.path.glob("checkpoint-*.damaged*"), *self.path.glob(f"{SNAPSHOTS}/*.damaged*")]
+        if checkpoint is None and set_aside:
             raise UserError(f"every checkpoint in {self.path} is damaged; nothing was started. {' '.join(damaged)}")
         if do_continue and checkpoint is None:
             sentences.append(f"{self.path} holds no checkpoint yet: the run starts from the beginning")
@@ -302,7 +314,8 @@ class RunFolder:
         if accelerator.is_main_process or sharded:
             weights = {part: (m, checkpoints.model_state(m) if sharded else None) for part, m in models.items()}
             tensors, groups = checkpoints.optimizer_state(optimizer, trained)
-        if accelerator.is_main_process and not (self.path / f"checkpoint-{state.step}").exists():
+        place = self.path / self._name(state.step)
+        if accelerator.is_main_process and not place.exists():
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": state.as_json(), "groups": groups, "scaler": scaler}
             facts |= {"schedule": _in_numbers(self._rate), "learning_rate": self._rate(max(0, state.step - 1))}
@@ -318,7 +331,7 @@ class RunFolder:
             try:
                 for part, (model, gathered) in weights.items():
                     checkpoints.check_finite(gathered or model.state_dict(), part, state.step)
-                checkpoints.save_checkpoint(self.path, state.step, write, tensors, facts)
+                checkpoints.save_checkpoint(place, write, tensors, facts)
             except UserError as error:
                 problem = error
         if sum_over_processes(accelerator, [float(problem is not None)])[0]:
@@ -345,11 +358,42 @@ class RunFolder:
         """
         final, ignored = self.path / "final", shutil.ignore_patterns(*OF_TRAINING)
         with replaced_folder(final) as aside:
-            shutil.copytree(self.path / f"checkpoint-{step}", aside, ignore=ignored, dirs_exist_ok=True)
+            shutil.copytree(self.path / self._name(step), aside, ignore=ignored, dirs_exist_ok=True)
             for part, model in (averages or {}).items():
                 write_weights(aside / part, model)
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
         return final
+
+
+def load_moments(path: str, trained: nn.Module, optimizer: Optimizer, optimizer_name: str) -> list[str]:
+    """Begin with the optimizer's state of another run, whose weights are not taken; sentences for the user.
+
+    Args:
+        path: its folder, or a checkpoint in it.
+        trained: the module whose parameters the optimizer steps.
+        optimizer: the optimizer.
+        optimizer_name: as the options name it.
+
+    Raises:
+        UserError: there is no such checkpoint, or it does not fit.
+    """
+    source, notices = find_checkpoint(Path(path))
+    _load_moments(source, trained, optimizer, optimizer_name, "or begin without its state")
+    return [f"the optimizer's state is that of {source}", *notices[1:]]
+
+
+def _load_moments(
+    source: Path, trained: nn.Module, optimizer: Optimizer, optimizer_name: str, way_out: str
+) -> dict[str, Any]:
+    """Load the optimizer's state of another run; all that its checkpoint says."""
+    facts = read_state(source, "fixed", "progress", "groups")
+    if facts["fixed"].get("optimizer") != optimizer_name:
+        raise UserError(
+            f"{source} was trained with the optimizer {facts['fixed'].get('optimizer')}, whose moments are no use to "
+            f"{optimizer_name}: give --optimizer, {way_out}"
+        )
+    checkpoints.load_optimizer_state(optimizer, trained, source / OPTIMIZER, facts["groups"], another_run=True)
+    return facts
 
 
 def _said(value: Any) -> str:
@@ -383,6 +427,11 @@ def keep_best(run_dir: Path, name: str, model: PreTrainedModel) -> None:
     remove_leftovers(folder)
     with replaced_folder(folder) as aside:  # of an epoch that was repeated after a stop
         write_weights(aside, model)
+
+
+def load_best(models: Mapping[str, PreTrainedModel], run_dir: Path, name: str) -> None:
+    """Load what `keep_best` wrote; a UserError where it is not there."""
+    checkpoints.load_weights(models, run_dir / f"best-{name}")
 
 
 def prune_best(run_dir: Path, named: Callable[[dict[str, Any]], Any]) -> None:

@@ -15,6 +15,7 @@ from importlib import metadata
 from math import isfinite, nan
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Metrics = Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
+ENDLESS = sys.maxsize  # step at which nothing ends
+_NONE: Mapping[str, float] = MappingProxyType({})
 _SPOKEN = ("loss", "perplexity", "_byte")
 SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
 _EARLY_SECONDS = 10.0
@@ -69,20 +72,22 @@ class Reporter:
             accelerator: the running processes, with their trackers.
             run_dir: folder of the run.
             step: steps done.
-            stop_step: step at which this job ends.
+            stop_step: step at which this job ends; `ENDLESS` for none.
             continued: keep the log up to `step` instead of beginning it anew.
         """
         from tqdm import tqdm
 
         main, self._file = accelerator.is_main_process, run_dir / "log.jsonl"
         self._accelerator, self._stop_step, self._lost = accelerator, stop_step, False
+        self._of = "" if stop_step == ENDLESS else f"/{stop_step:,}"
         if main:
             kept = read_log(self._file) if continued and self._file.exists() else []
             lines = (json.dumps(record) + "\n" for record in kept if record.get("step", 0) <= step)
             write_text(self._file, "".join(lines))
         self._first: tuple[int, float] | None = None  # a step whose end is known: the very first may compile
         self._told = False
-        self.bar = tqdm(total=stop_step, initial=step, disable=not (main and sys.stderr.isatty()), unit="step")
+        total = stop_step if self._of else None
+        self.bar = tqdm(total=total, initial=step, disable=not (main and sys.stderr.isatty()), unit="step")
         accelerator.init_trackers("tensorboard")
 
     def advance(self, step: int) -> None:
@@ -94,30 +99,34 @@ class Reporter:
             self._told = True
             if left := self._left(step):
                 each = (time.monotonic() - began) / (step - begun)
-                self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {each:.2g} s a step, {left}", flush=True)
+                self._accelerator.print(f"step {step:,}{self._of}  {each:.2g} s a step, {left}", flush=True)
 
     def _left(self, step: int) -> str:
         """How long the rest will take at the speed since the first step, evaluations and checkpoints among it."""
         begun, began = self._first or (step, 0.0)
-        if not begun < step < self._stop_step:
+        if not begun < step < self._stop_step or not self._of:
             return ""
         seconds = (time.monotonic() - began) / (step - begun) * (self._stop_step - step)
         end = datetime.now() + timedelta(seconds=min(seconds, _CENTURY))
         when = f"{end:%H:%M}" if end.date() == datetime.now().date() else f"{end:%Y-%m-%d %H:%M}"
         return f"{duration_text(seconds)} left, until {when}"
 
-    def __call__(self, step: int, record: Mapping[str, float], words: str) -> None:
-        """Write a record of a step and show it in words."""
+    def __call__(
+        self, step: int, record: Mapping[str, float], words: str, tags: Mapping[str, float] = _NONE, tag_step: int = 0
+    ) -> None:
+        """Write a record of a step and show it in words; `tags` go to the tracker alone, at a step of their own."""
         if self._accelerator.is_main_process:
             known = {name: value if isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
             with self._unharmed(), open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **known}, ensure_ascii=False) + "\n")
         with self._unharmed():
             self._accelerator.log(dict(record), step=step)
+            if tags:
+                self._accelerator.log(dict(tags), step=tag_step)
         self.bar.set_postfix_str(words)
         if self.bar.disable:
             self._told, line = True, ", ".join(filter(None, (words, self._left(step))))
-            self._accelerator.print(f"step {step:,}/{self._stop_step:,}  {line}", flush=True)
+            self._accelerator.print(f"step {step:,}{self._of}  {line}", flush=True)
 
     @contextmanager
     def _unharmed(self) -> Iterator[None]:
@@ -190,7 +199,7 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
     for number, name in enumerate(losses):
         label, color = name.removesuffix("loss").replace("_", " "), f"C{number}"
         panels[0].plot(*_curve(train, name), label=f"{label}training", linewidth=1, color=color, alpha=0.7)
-        if held_out:
+        if any(f"eval_{name}" in record for record in held_out):
             panels[0].plot(*_curve(held_out, f"eval_{name}"), "o-", label=f"{label}held out", markersize=4, color=color)
     for name in shares:
         label = name.removeprefix("eval_").replace("_", " ")
