@@ -112,7 +112,7 @@ class Options:
         help="records of a forward pass, all processes", required=True, group="training", most=10**9
     )
     validation_batch_size: int | None = option(
-        None, help="likewise of validation; default: the same", group="training", most=10**9
+        None, help="of validation, on each process, whose number then changes nothing", group="training", most=10**9
     )
     gradient_accumulation_steps: int = option(1, help="such batches per step", group="training", most=10**6)
     micro_batch_size: int | None = option(
@@ -504,7 +504,7 @@ def stopped_while_validating(
     epoch, inside = divmod(state.step, run.steps.per_epoch)
     if data.held_out is None or state.evaluated_step == state.step or (inside and options.num_epochs):
         return False
-    most = -(-options.validation_batch_size // accelerator.num_processes)
+    most = options.validation_batch_size  # on each process: batches are the same for any number of them
     with meter.paused():
         judged = decisions.judge(accelerator, run.objective, data.held_out, data.schema, most, stop_asked)
     if judged is None:

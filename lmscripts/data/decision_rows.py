@@ -61,8 +61,8 @@ def make_batch(part: DecisionPart, rows: Ints, schema: Schema, with_value: bool)
     batch |= {"input_ids": input_ids, "values": values, "position_ids": position_ids}
     batch |= {"attention_mask": mask.astype(np.int64), "labels": part.labels[rows].astype(np.int64)}
     batch["weights"] = np.ones(len(rows), np.float32)
-    if with_value:
-        outcome = part.extra[rows, schema.value.index] / schema.value.scale
+    if with_value and schema.value:
+        outcome = part.extra[rows][:, schema.value.index] / schema.value.scale
         batch |= {"value_places": lengths - 1, "outcome": outcome.astype(np.float32)}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 

@@ -45,7 +45,7 @@ _RENAMED = {
     "amp_optimization_level": "precision",
 }
 _VALUES: dict[str, dict[str, str]] = {
-    "model_preset": {f"bert_{name}": name for name in ("tiny", "mini", "small", "medium", "base", "large")},
+    "model_preset": {f"bert_{name}": name for name in ("tiny", "mini", "small", "base", "large")},
     "precision": _PRECISIONS | _TYPES,
 }
 # What is accepted without effect, by key and value, and why; another value has no counterpart.
@@ -85,12 +85,10 @@ POLICY: dict[str, Any] = {
         "output_dir": "output_prefix",
         "run_name": "experiment_name",
         "keep_last": "keep_snapshots",
-        "parameter_file": "schema",
     },
     "refused": {
         "save_steps": "--snapshot-interval counts records, and the end of each epoch has a snapshot",
         "max_steps": "--num-epochs says how long; --stop_at_step ends a job early",
-        "beta": "--beta1 and --beta2 are the two",
     },
 }
 
@@ -128,6 +126,9 @@ def _meant(entry: Entry, notices: list[str]) -> list[Entry]:
     if key == "initial_model":
         notices.append(f"initial_model is now --initial-encoder and --initial-decoder, {value}")
         return [replace(entry, key=name) for name in ("initial_encoder", "initial_decoder")]
+    if (key, value) == ("encoder", "bert_medium"):
+        notices.append("encoder bert_medium is now --model_preset small with --num_layers 8")
+        return [replace(entry, key="model_preset", values=["small"]), replace(entry, key="num_layers", values=["8"])]
     if key in _DROPPED:
         notices.append(f"{key} has no effect: {_DROPPED[key]}")
         return []
