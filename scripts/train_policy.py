@@ -113,7 +113,7 @@ class Options:
     )
     validation_batch_size: int | None = option(
         None,
-        help="likewise of validation, on each process, so that figures do not depend on their number; default: the same",
+        help="of validation, on each process, so that figures do not depend on their number; default: the same",
         group="training",
         most=10**9,
     )
