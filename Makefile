@@ -51,8 +51,9 @@ demo-policy: $(READY)
 	$(BIN)/python scripts/prepare_annotations.py --input_file $(DEMO)/made.txt --schema kanachan-v1 \
 		--output_dir $(DEMO)/store --validation_share 0.05
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/train_policy.py \
-		--training-data $(DEMO)/store --model-preset tiny --optimizer adam --learning-rate 2e-3 --dropout 0 \
-		--training-batch-size 64 --validation-batch-size 256 --output-prefix $(DEMO) --experiment-name run
+		--training-data $(DEMO)/store --training-batch-size 64 --model-preset tiny --num-heads 4 --dropout 0 \
+		--optimizer adam --learning-rate 0.002 --warmup_steps 100 --schedule linear \
+		--output-prefix $(DEMO) --experiment-name run
 	$(BIN)/python scripts/evaluate_policy.py --model $(DEMO)/run --data $(DEMO)/others.txt \
 		--output_file $(DEMO)/result.json
 	head -n 3 $(DEMO)/others.txt | $(BIN)/python scripts/predict_policy.py --model $(DEMO)/run --words > $(DEMO)/answers.jsonl

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lmscripts.training.processes import StopRequest
 
 
+RENAMED = {"model_dir": "model", "input_file": "data", "validation_data": "data"}  # as other scripts have them
+
+
 @dataclass(frozen=True)
 class Options:
     """Every option of this script; one field is one flag and one YAML key."""
@@ -67,7 +70,7 @@ class Options:
 
 def main() -> None:
     """Parse, evaluate, write."""
-    options = parse_options(Options, description=__doc__ or "")
+    options = parse_options(Options, description=__doc__ or "", renamed=RENAMED)
     with user_errors(only_words=True):
         evaluate(options)
 

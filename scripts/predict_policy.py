@@ -44,7 +44,7 @@ class Options:
 
 def main() -> None:
     """Parse, answer, write."""
-    options = parse_options(Options, description=__doc__ or "")
+    options = parse_options(Options, description=__doc__ or "", renamed={"model_dir": "model"})
     with user_errors():
         predict(options)
 

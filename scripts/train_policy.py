@@ -112,10 +112,7 @@ class Options:
         help="records of a forward pass, all processes", required=True, group="training", most=10**9
     )
     validation_batch_size: int | None = option(
-        None,
-        help="of validation, on each process, so that figures do not depend on their number; default: the same",
-        group="training",
-        most=10**9,
+        None, help="of validation, on each process, whose number then changes nothing", group="training", most=10**9
     )
     gradient_accumulation_steps: int = option(1, help="such batches per step", group="training", most=10**6)
     micro_batch_size: int | None = option(

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from lmscripts.evaluation import calibration, decisions
 from lmscripts.models import policy
 from lmscripts.models.saved import open_policy
 from lmscripts.objectives import choice
+from lmscripts.training import processes
 
 SCHEMA = load_schema("kanachan-v1")
 RULES = ("draw", "numeric", "random")  # all kinds of candidates are chosen among them, 2 to 14 of them
@@ -257,6 +259,12 @@ def test_a_dry_run_says_what_would_be_done(model_dir, text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_names_of_other_scripts_are_understood(model_dir, text):
+    done = run_here("evaluate_policy.py", "--model_dir", model_dir, "--input_file", text, "--dry_run")
+    assert "135 decisions" in done.stdout
+    assert "--model_dir is now --model\n--input_file is now --data\n" in done.stderr
+
+
 def test_who_was_never_trained_is_named_or_refused(text, tmp_path):
     new_policy(trained=False).save_pretrained(tmp_path / "fresh")
     done, found = evaluate(tmp_path / "fresh", text, output=tmp_path / "result.json")
@@ -290,6 +298,24 @@ def test_mistakes_are_one_sentence_and_nothing_is_lost(model_dir, text, result, 
     assert f"1 x field 2 (numbers) holds what is no whole number, at {bad}:2" in done.stdout
     done, _ = evaluate(tmp_path, text, check=False)
     assert done.returncode == 2
+
+
+def test_who_is_stopped_writes_nothing_and_leaves_nothing(model_dir, text, tmp_path, monkeypatch):
+    class Stop:
+        reason = "SIGTERM"
+
+        def __call__(self):
+            return True
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(processes, "StopRequest", Stop)
+    done = run_here(
+        "evaluate_policy.py", "--model", model_dir, "--data", text, "--output_file", tmp_path / "r.json", check=False
+    )
+    assert done.returncode == processes.STOPPED_EARLY
+    assert "stopped by SIGTERM; no result was written" in done.stdout
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
 @pytest.mark.launch
@@ -389,8 +415,9 @@ def test_a_line_that_is_no_record_is_said_and_the_others_are_answered(model_dir)
     for answer, kind in zip(answers[2::2], HOSTILE, strict=True):
         assert answer.keys() == {"line", "error"}, kind
         assert 10 < len(answer["error"]) < 300, kind
-    done, answers = predict(model_dir, [b"no record"], check=False)
-    assert (done.returncode, len(answers)) == (1, 1)
+    for lines in ([], [b"no record"]):
+        done, answers = predict(model_dir, lines, check=False)
+        assert done.returncode == len(lines) == len(answers)
 
 
 def test_a_file_is_answered_as_standard_input_is(model_dir, text, tmp_path):

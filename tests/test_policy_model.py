@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel
 from lmscripts.data.schema import Schema, load_schema
 from lmscripts.errors import UserError
 from lmscripts.models import policy
+from lmscripts.models.saved import open_policy
 from lmscripts.objectives import choice
 from lmscripts.training.optim import OPTIMIZERS, build_optimizer
 
@@ -468,8 +469,8 @@ def test_parts_that_do_not_fit_are_refused_with_both_values(tmp_path):
 def test_a_saved_policy_is_opened(tmp_path):
     model = build(value_head=True)
     model.save_pretrained(tmp_path)
-    found, _ = policy.open_policy(str(tmp_path))
+    found = open_policy(str(tmp_path)).models[""]
     batch = batch_of(records(3))
     assert torch.equal(logits(found, batch), logits(model.eval(), batch))
     with pytest.raises(UserError, match="does not exist"):
-        policy.open_policy(str(tmp_path / "nothing"))
+        open_policy(str(tmp_path / "nothing"))

@@ -1,4 +1,4 @@
-"""Judging: a saved model on a text (`scoring`, `result`), and labels with probabilities (`metrics` to `report`).
+"""Judging: a model on a text (`scoring`, `result`), labels with probabilities (`metrics` to `report`), `decisions`.
 
 Sums go over processes before anything is divided, so figures do not depend on how many there were. Nothing here trains;
 imports from every other room, and no other room imports from here.

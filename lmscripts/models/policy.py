@@ -34,7 +34,7 @@ from lmscripts.errors import UserError, shortened
 from lmscripts.models.building import recompute_activations
 from lmscripts.models.dropout import attend, install
 from lmscripts.models.finding import find_saved, weight_files
-from lmscripts.models.loading import load_model, read_config, some_of
+from lmscripts.models.loading import read_config, some_of
 
 PRESETS: dict[str, tuple[int, int, int]] = {  # width, heads, layers; a feed-forward network is four times as wide
     "tiny": (128, 2, 2),
@@ -453,17 +453,6 @@ def freeze_encoder(model: PolicyModel) -> None:
 
 
 # ---- saved models, and parts of them -----------------------------------------------------------------------------
-
-
-def open_policy(name: str) -> tuple[PolicyModel, list[str]]:
-    """A saved policy in evaluation mode, of a model's folder, a snapshot or a run, and sentences for the user.
-
-    Raises:
-        UserError: it is none, or its weights are not whole.
-    """
-    place, notices = find_saved(Path(name).expanduser())
-    model, _ = load_model(place, PolicyModel, read_config(place, PolicyModel))
-    return model.train(False), notices  # type: ignore[return-value]
 
 
 def load_parts(model: PolicyModel, encoder: str | None = None, decoder: str | None = None) -> list[str]:
