@@ -150,6 +150,7 @@ def test_epochs_are_counted_in_all_and_zero_only_validates(files, whole, tmp_pat
 def test_without_an_end_a_run_is_ended_by_time_or_step(files, whole, tmp_path):
     done = train(files, tmp_path, "run", "--num-epochs", -1, "--stop_at_step", 15)
     assert "epochs without end" in done.stdout
+    assert not re.search(r"\d,\d{3},\d{3},\d{3}|left, until", done.stdout)
     assert same_bits(weights(tmp_path / "run", "snapshots/02"), weights(whole, "snapshots/02"))
     assert not (tmp_path / "run" / "final").exists()
     done = train(files, tmp_path, "run", "--num-epochs", -1, "--max_time", "1s", "--resume", check=False)
@@ -336,6 +337,8 @@ def test_slips_are_said_in_a_sentence_and_nothing_is_begun(files, tmp_path):
     bad = {
         ("--momentum", 0.5): "--momentum 0.5 has no effect on --optimizer adam",
         ("--num-heads", 3): "cannot be divided",
+        ("--num-heads", 3, "--training-data", "none"): "cannot be divided",  # said before any data is read
+        ("--experiment-name", ".."): "is no name of a folder",
         ("--num-epochs", -2): "--num-epochs must be at least 0, or -1",
         ("--device", "gpu"): "--device must be cpu, cuda or cudaN",
         ("--num-epochs", -1, "--schedule", "cosine"): "needs an end",
