@@ -48,6 +48,7 @@ STARTED = monotonic()  # the time of a job counts from here, not from when the i
 Preset = Literal["tiny", "mini", "small", "base", "large"]
 OptimizerName = Literal["sgd", "adam", "radam", "lamb", "adamw", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+SIZES = ("dimension", "num_heads", "num_layers", "dim_feedforward", "dim_final_feedforward")
 INITIAL = ("initial_encoder", "initial_decoder", "initial_optimizer")
 POSITIVE = [
     "dimension", "num_heads", "dim_feedforward", "num_layers", "dim_final_feedforward", "training_batch_size",
@@ -170,7 +171,7 @@ class Options:
             raise UserError(f"--num-epochs must be at least 0, or -1 for no end, got {self.num_epochs}")
         if self.resume and name is None:
             raise UserError("--resume goes on with PREFIX/NAME: give --experiment-name too")
-        if name is not None and (Path(name).name != name or "\0" in name):
+        if name is not None and (Path(name).name != name or name in ("", "..") or "\0" in name):
             raise UserError(f"--experiment-name {name!r} is no name of a folder: put folders into --output-prefix")
         if self.optimizer != "sgd":
             check_useless(values, f"on --optimizer {self.optimizer}", "momentum")
@@ -264,11 +265,13 @@ def run(options: Options) -> None:
     from transformers import logging
 
     from lmscripts.data.decision_preparation import open_parts
+    from lmscripts.models import policy
     from lmscripts.training import folder, log, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
     if options.device and options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device} was asked for, and this machine shows no such GPU")
+    sizes = policy.sizes(options.model_preset, **{name: getattr(options, name) for name in SIZES})
     how = {name: getattr(options, name) for name in ("schema", "validation_share", "num_workers", "on_bad_row")}
     prefix = Path(options.output_prefix)
     data = open_parts(options.training_data, options.validation_data, prefix / "NAME", **how)
@@ -280,7 +283,7 @@ def run(options: Options) -> None:
     options = replace(options, experiment_name=options.experiment_name or started)
     run_dir = prefix / str(options.experiment_name)
     accelerator.project_configuration.logging_dir = str(run_dir)
-    network, notices = build_model(options, data)
+    network, notices = build_model(options, data, sizes)
     steps = lay_out(options, data, accelerator)
     num_steps = log.ENDLESS if options.num_epochs == -1 else steps.per_epoch * options.num_epochs
     rate = optim.Schedule(
@@ -291,7 +294,8 @@ def run(options: Options) -> None:
         final_ratio=options.final_lr_ratio or 0.0,
     )
     beside = folder.nothing_beside({"": network}, {"": "AutoModel"})
-    rates = f"rates: {options.schedule}: {optim.rates_text(rate, max(1, num_steps), [options.warmup_steps])}"
+    shown = steps.per_epoch if options.num_epochs == -1 else max(1, num_steps)
+    rates = f"rates: {options.schedule}: {optim.rates_text(rate, shown, [options.warmup_steps])}"
     said = [*data.sentences, *notices, *plan_lines(options, accelerator, data, steps, network), rates]
     accelerator.print("\n".join(said), flush=True)
     if options.dry_run:
@@ -328,12 +332,10 @@ def fixed_facts(options: Options, data: Decisions) -> dict[str, Any]:
     return fixed | ({} if options.schedule == "constant" else {"num_epochs": options.num_epochs})
 
 
-def build_model(options: Options, data: Decisions) -> tuple[PolicyModel, list[str]]:
+def build_model(options: Options, data: Decisions, sizes: dict[str, int]) -> tuple[PolicyModel, list[str]]:
     """The model, anew or from parts of others, and sentences for the user; a snapshot's weights come later."""
     from lmscripts.models import policy
 
-    shape = {"dimension", "num_heads", "num_layers", "dim_feedforward", "dim_final_feedforward"}
-    sizes = policy.sizes(options.model_preset, **{name: getattr(options, name) for name in shape})
     network = policy.build(
         data.schema,
         sizes,
