@@ -150,12 +150,12 @@ def test_epochs_are_counted_in_all_and_zero_only_validates(files, whole, tmp_pat
 def test_without_an_end_a_run_is_ended_by_time_or_step(files, whole, tmp_path):
     done = train(files, tmp_path, "run", "--num-epochs", -1, "--stop_at_step", 15)
     assert "epochs without end" in done.stdout
-    assert not re.search(r"\d,\d{3},\d{3},\d{3}|left, until", done.stdout)
     assert same_bits(weights(tmp_path / "run", "snapshots/02"), weights(whole, "snapshots/02"))
     assert not (tmp_path / "run" / "final").exists()
     done = train(files, tmp_path, "run", "--num-epochs", -1, "--max_time", "1s", "--resume", check=False)
     assert done.returncode == 75
     assert "stopped by --max_time" in done.stdout
+    assert not re.search(r"\d,\d{3},\d{3},\d{3}|left, until", done.stdout)  # nobody knows how long
 
 
 def test_accumulation_is_no_more_than_a_larger_batch(files, whole, tmp_path):
