@@ -29,7 +29,7 @@ for line, answer in zip(*(Path(name).read_text(encoding="utf-8").splitlines() fo
             said = ", ".join(f"{name} {number}" for name, number in zip(field.names, numbers))
         else:
             continue
-        print(textwrap.shorten(f"{field.name}: {said}", 115, placeholder=" ..."))
+        print(textwrap.fill(f"{field.name}: {said}", 118, max_lines=5, subsequent_indent="  ", placeholder=" ..."))
     content = json.loads(answer)
     for each in content["candidates"][:3]:
         chosen = "   <- what was chosen" if each["candidate"] == content["chosen"] else ""

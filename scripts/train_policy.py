@@ -28,6 +28,7 @@ from lmscripts.options import (
     dump_options,
     option,
     parse_duration,
+    parse_options,
     parse_options_with_origin,
 )
 
@@ -48,6 +49,7 @@ STARTED = monotonic()  # the time of a job counts from here, not from when the i
 Preset = Literal["tiny", "mini", "small", "base", "large"]
 OptimizerName = Literal["sgd", "adam", "radam", "lamb", "adamw", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+SIZES = ("dimension", "num_heads", "num_layers", "dim_feedforward", "dim_final_feedforward")
 INITIAL = ("initial_encoder", "initial_decoder", "initial_optimizer")
 POSITIVE = [
     "dimension", "num_heads", "dim_feedforward", "num_layers", "dim_final_feedforward", "training_batch_size",
@@ -112,7 +114,10 @@ class Options:
         help="records of a forward pass, all processes", required=True, group="training", most=10**9
     )
     validation_batch_size: int | None = option(
-        None, help="of validation, on each process, whose number then changes nothing", group="training", most=10**9
+        None,
+        help="of validation, on each process, so that figures do not depend on their number; default: the same",
+        group="training",
+        most=10**9,
     )
     gradient_accumulation_steps: int = option(1, help="such batches per step", group="training", most=10**6)
     micro_batch_size: int | None = option(
@@ -167,7 +172,7 @@ class Options:
             raise UserError(f"--num-epochs must be at least 0, or -1 for no end, got {self.num_epochs}")
         if self.resume and name is None:
             raise UserError("--resume goes on with PREFIX/NAME: give --experiment-name too")
-        if name is not None and (Path(name).name != name or "\0" in name):
+        if name is not None and (Path(name).name != name or name in ("", "..") or "\0" in name):
             raise UserError(f"--experiment-name {name!r} is no name of a folder: put folders into --output-prefix")
         if self.optimizer != "sgd":
             check_useless(values, f"on --optimizer {self.optimizer}", "momentum")
@@ -192,8 +197,11 @@ def settled(options: Options, origins: dict[str, str]) -> Options:
     given = [f"--{name.replace('_', '-')}" for name in INITIAL if origins[name] == "command line"]
     if options.resume and given:
         raise UserError(f"{given[0]} is for a run that begins, --resume for one that goes on: give one of them")
-    if options.resume:  # a file of the run that begins with them may have them
-        options = replace(options, **dict.fromkeys(INITIAL))
+    if options.resume:  # what the run began with stays written down, and counts until it has a snapshot
+        file = Path(options.output_prefix, str(options.experiment_name), "config.yaml")
+        argv = ["--config", str(file)]
+        before = parse_options(Options, description="", argv=argv, **POLICY) if file.is_file() else options
+        options = replace(options, **{name: getattr(before, name) for name in INITIAL})
     name = options.optimizer
     usual = {
         "learning_rate": 0.1 if name == "sgd" else 0.001,
@@ -261,11 +269,13 @@ def run(options: Options) -> None:
     from transformers import logging
 
     from lmscripts.data.decision_preparation import open_parts
+    from lmscripts.models import policy
     from lmscripts.training import folder, log, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
     if options.device and options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device} was asked for, and this machine shows no such GPU")
+    sizes = policy.sizes(options.model_preset, **{name: getattr(options, name) for name in SIZES})
     how = {name: getattr(options, name) for name in ("schema", "validation_share", "num_workers", "on_bad_row")}
     prefix = Path(options.output_prefix)
     data = open_parts(options.training_data, options.validation_data, prefix / "NAME", **how)
@@ -277,7 +287,7 @@ def run(options: Options) -> None:
     options = replace(options, experiment_name=options.experiment_name or started)
     run_dir = prefix / str(options.experiment_name)
     accelerator.project_configuration.logging_dir = str(run_dir)
-    network, notices = build_model(options, data)
+    network, notices = build_model(options, data, sizes)
     steps = lay_out(options, data, accelerator)
     num_steps = log.ENDLESS if options.num_epochs == -1 else steps.per_epoch * options.num_epochs
     rate = optim.Schedule(
@@ -288,7 +298,8 @@ def run(options: Options) -> None:
         final_ratio=options.final_lr_ratio or 0.0,
     )
     beside = folder.nothing_beside({"": network}, {"": "AutoModel"})
-    rates = f"rates: {options.schedule}: {optim.rates_text(rate, max(1, num_steps), [options.warmup_steps])}"
+    shown = steps.per_epoch if options.num_epochs == -1 else max(1, num_steps)
+    rates = f"rates: {options.schedule}: {optim.rates_text(rate, shown, [options.warmup_steps])}"
     said = [*data.sentences, *notices, *plan_lines(options, accelerator, data, steps, network), rates]
     accelerator.print("\n".join(said), flush=True)
     if options.dry_run:
@@ -325,12 +336,11 @@ def fixed_facts(options: Options, data: Decisions) -> dict[str, Any]:
     return fixed | ({} if options.schedule == "constant" else {"num_epochs": options.num_epochs})
 
 
-def build_model(options: Options, data: Decisions) -> tuple[PolicyModel, list[str]]:
+def build_model(options: Options, data: Decisions, sizes: dict[str, int]) -> tuple[PolicyModel, list[str]]:
     """The model, anew or from parts of others, and sentences for the user; a snapshot's weights come later."""
     from lmscripts.models import policy
+    from lmscripts.training import folder
 
-    shape = {"dimension", "num_heads", "num_layers", "dim_feedforward", "dim_final_feedforward"}
-    sizes = policy.sizes(options.model_preset, **{name: getattr(options, name) for name in shape})
     network = policy.build(
         data.schema,
         sizes,
@@ -342,7 +352,9 @@ def build_model(options: Options, data: Decisions) -> tuple[PolicyModel, list[st
         value_head=options.objective == "choice+value",
         recompute=options.checkpointing,
     )
-    notices = policy.load_parts(network, options.initial_encoder, options.initial_decoder)
+    run_dir = Path(options.output_prefix, str(options.experiment_name))
+    begins = folder.built_like(run_dir, options.resume, None) is None
+    notices = policy.load_parts(network, options.initial_encoder, options.initial_decoder) if begins else []
     if options.freeze_encoder:
         policy.freeze_encoder(network)
     return network, notices

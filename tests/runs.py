@@ -45,11 +45,11 @@ def largest_difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def start(arguments, log, config=None):
+def start(arguments, log, config=None, script=SCRIPT):
     """Start a run; with a file of accelerate_configs/ through `accelerate launch`."""
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     launcher = [] if config is None else [*launcher, str(ROOT / "accelerate_configs" / config)]
-    command = [sys.executable, *launcher, SCRIPT, *map(str, arguments)]
+    command = [sys.executable, *launcher, script, *map(str, arguments)]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ, preexec_fn=heed_signals)
 
 

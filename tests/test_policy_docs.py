@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, run_script
@@ -32,3 +34,11 @@ def test_the_commands_run(number, tmp_path):
         line, words = next(block for block in BLOCKS if "\t" in block).split("\n\n")
         assert (tmp_path / "answers.txt").read_text(encoding="utf-8").startswith(line)
         assert words in said
+        records = tmp_path / "three.txt"
+        records.write_text("".join((tmp_path / "answers.txt").open(encoding="utf-8").readlines()[:3]), encoding="utf-8")
+        program = [sys.executable, str(ROOT / "sample_data" / "three_positions.py"), "result.json", "three.txt"]
+        program += ["said.jsonl", "sample_data/offered_answers.json", "explain what was asked first"]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "The rule was to explain what was asked first. Of " in done.stdout
+        assert done.stdout.count("<- what was chosen") >= 1
+        assert "conversation so far: asks about repair" in done.stdout

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
+from lmscripts.data.decisions import parse
 from lmscripts.data.schema import load_schema
 from lmscripts.data.synthetic_decisions import RULES, generate
 from lmscripts.errors import UserError
@@ -48,6 +49,23 @@ def test_every_field_is_as_the_schema_says(schema, rule):
                 assert numbers == sorted(set(numbers))
             if field.kind == "label":
                 assert 0 <= numbers[0] < len(columns(line)[4])
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_parser_takes_every_record_and_loses_nothing(schema, rule):
+    loaded, lines = load_schema(schema), made(schema, 500, rule)
+    part, bad = parse([line.encode() for line in lines], loaded)
+    assert not bad
+    assert part.num_records == 500
+    firsts = [loaded.first_id(field) for field in loaded.token_fields]
+    for row, line in enumerate(lines):
+        _, tokens, numbers, events, candidates, (label,), results = columns(line)
+        ids = [first + number for first, column in zip(firsts, (tokens, events, candidates)) for number in column]
+        assert part.ids[part.offsets[row] : part.offsets[row + 1]].tolist() == ids
+        assert part.numeric[row].tolist() == numbers
+        assert part.labels[row] == label
+        assert part.extra[row].tolist() == results
 
 
 FIRST_SLOTS = [

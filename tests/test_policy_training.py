@@ -1,15 +1,22 @@
 """Whole runs of train_policy.py, and each fault of an older trainer that would show in them."""
 
 import json
+import os
+import random
 import re
 import shutil
+import signal
+import time
 
 import pytest
 import torch
-from conftest import launch, run_script
-from runs import largest_difference, same_bits
+from conftest import PATIENCE, ROOT, launch, run_script
+from runs import kill_tree, largest_difference, same_bits, start
 from safetensors.torch import load_file
 
+from lmscripts.models.finding import list_checkpoints
+
+SCRIPT = str(ROOT / "scripts" / "train_policy.py")
 NUMBER = 400
 # Seven steps in an epoch, the last of them a short one.
 USUAL = """--dimension 16 --num-heads 2 --num-layers 2 --training-batch-size 32 --gradient-accumulation-steps 2
@@ -148,6 +155,7 @@ def test_without_an_end_a_run_is_ended_by_time_or_step(files, whole, tmp_path):
     done = train(files, tmp_path, "run", "--num-epochs", -1, "--max_time", "1s", "--resume", check=False)
     assert done.returncode == 75
     assert "stopped by --max_time" in done.stdout
+    assert not re.search(r"\d,\d{3},\d{3},\d{3}|left, until", done.stdout)  # nobody knows how long
 
 
 def test_accumulation_is_no_more_than_a_larger_batch(files, whole, tmp_path):
@@ -167,6 +175,60 @@ def test_two_unequal_processes_train_as_one(files, whole, tmp_path):
     assert all(one == pytest.approx(other, abs=1e-5) for one, other in pairs)
     train(files, tmp_path, "run", "--resume")  # and goes on with another number
     assert largest_difference(weights(tmp_path / "run"), weights(whole)) < 1e-5
+
+
+def wait_for(process, run_dir, snapshots):
+    """Wait until a run has so many snapshots; whether it goes on."""
+    deadline = time.monotonic() + PATIENCE
+    while len(list_checkpoints(run_dir)) < snapshots and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process.poll() is None
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("config", [None, "cpu_2proc.yaml"])
+def test_a_signal_ends_the_step_and_the_run_goes_on_to_the_same(files, whole, tmp_path, config):
+    arguments = line(files, tmp_path, "run", "--num-epochs", -1)
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        process = start(arguments, log, config, SCRIPT)
+        assert wait_for(process, tmp_path / "run", 1)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(PATIENCE)
+    said = (tmp_path / "log").read_text(encoding="utf-8")
+    assert "everything is saved, go on with --resume" in said
+    assert code == 75 if config is None else code != 0
+    state = json.loads((list_checkpoints(tmp_path / "run")[-1] / "training_state.json").read_text(encoding="utf-8"))
+    train(files, tmp_path, "run", "--resume", "--num-epochs", 1 + state["progress"]["step"] // 7)
+    if config is None:
+        assert same_bits(weights(tmp_path / "run", "snapshots/01"), weights(whole, "snapshots/01"))
+    else:
+        assert largest_difference(weights(tmp_path / "run", "snapshots/01"), weights(whole, "snapshots/01")) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.parametrize("same_world", [True, False])
+def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(files, whole, tmp_path, same_world):
+    """Bit for bit where one process always did it, to 1e-5 where their number was another each time."""
+    arguments, moment = line(files, tmp_path, "run", "--resume", "--snapshot-interval", 60), random.Random(7)
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        for number in range(int(os.environ.get("LMSCRIPTS_KILLS", 4))):
+            config = None if same_world or number % 2 else "cpu_2proc.yaml"
+            process = start(arguments, log, config, SCRIPT)
+            wait_for(process, tmp_path / "run", len(list_checkpoints(tmp_path / "run")) + 1)
+            time.sleep(moment.random() * 0.1)
+            kill_tree(process)
+            process.wait()
+        process = start(arguments, log, None, SCRIPT)
+        assert process.wait(PATIENCE) == 0
+    log = records(tmp_path / "run")
+    assert [each["step"] for each in log if "loss" in each] == list(range(1, 15))
+    assert log[-2]["records"] == 2 * NUMBER
+    if same_world:
+        assert same_bits(weights(tmp_path / "run"), weights(whole))
+    else:
+        assert largest_difference(weights(tmp_path / "run"), weights(whole)) < 1e-5
 
 
 def test_the_validation_loss_is_that_of_all_records_one_by_one(files, whole):
@@ -191,6 +253,8 @@ def test_a_frozen_encoder_stays_as_it_was_given(files, whole, tmp_path):
     before = weights(whole, "snapshots/01")
     newest = max((tmp_path / "frozen" / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
     after = load_file(newest / "model.safetensors")
+    said = (tmp_path / "frozen" / "config.yaml").read_text(encoding="utf-8")
+    assert f"initial_encoder: {whole}/snapshots/01" in said.replace('"', "")
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {name for name in after if name.startswith("decoder.")}
     assert not any(name.split(".")[1] == "encoder" for name in load_file(newest / "optimizer.safetensors"))
@@ -209,6 +273,15 @@ def test_the_state_of_an_optimizer_may_come_from_another_run(files, whole, tmp_p
     done = train(files, tmp_path, "other", *given, "--optimizer", "radam", check=False)
     assert done.returncode == 2
     assert "trained with the optimizer adam" in done.stderr
+
+
+def test_a_run_that_has_no_snapshot_yet_begins_again_with_what_it_began_with(files, whole, tmp_path):
+    given = ("--initial-encoder", whole, "--initial-decoder", whole, "--num-epochs", 0)
+    train(files, tmp_path, "run", *given)
+    train(files, tmp_path, "run", "--num-epochs", 0, "--resume")
+    first, again = (each["eval_loss"] for each in records(tmp_path / "run")[-1:] + records(whole)[-1:])
+    assert first == again
+    assert "initial_encoder: null" not in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "radam", "lamb"])
@@ -275,6 +348,8 @@ def test_slips_are_said_in_a_sentence_and_nothing_is_begun(files, tmp_path):
     bad = {
         ("--momentum", 0.5): "--momentum 0.5 has no effect on --optimizer adam",
         ("--num-heads", 3): "cannot be divided",
+        ("--num-heads", 3, "--training-data", "none"): "cannot be divided",  # said before any data is read
+        ("--experiment-name", ".."): "is no name of a folder",
         ("--num-epochs", -2): "--num-epochs must be at least 0, or -1",
         ("--device", "gpu"): "--device must be cpu, cuda or cudaN",
         ("--num-epochs", -1, "--schedule", "cosine"): "needs an end",

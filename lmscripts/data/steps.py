@@ -113,7 +113,7 @@ class InWindows:
         """Nothing is computed yet; `lengths` gives the (N,) lengths of (N,) rows."""
         self.num_rows, self._lengths, self._batch_size, self.seed = num_rows, lengths, batch_size, seed
         self.per_epoch = -(-num_rows // batch_size)
-        self._window = lru_cache(maxsize=2)(self._laid_out)
+        self._window = lru_cache(maxsize=8)(self._laid_out)
 
     def bounds(self, step: int) -> tuple[int, int]:
         """As of `Shuffled`."""
