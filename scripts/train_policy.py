@@ -28,6 +28,7 @@ from lmscripts.options import (
     dump_options,
     option,
     parse_duration,
+    parse_options,
     parse_options_with_origin,
 )
 
@@ -196,8 +197,11 @@ def settled(options: Options, origins: dict[str, str]) -> Options:
     given = [f"--{name.replace('_', '-')}" for name in INITIAL if origins[name] == "command line"]
     if options.resume and given:
         raise UserError(f"{given[0]} is for a run that begins, --resume for one that goes on: give one of them")
-    if options.resume:  # a file of the run that begins with them may have them
-        options = replace(options, **dict.fromkeys(INITIAL))
+    if options.resume:  # what the run began with stays written down, and counts until it has a snapshot
+        file = Path(options.output_prefix, str(options.experiment_name), "config.yaml")
+        argv = ["--config", str(file)]
+        before = parse_options(Options, description="", argv=argv, **POLICY) if file.is_file() else options
+        options = replace(options, **{name: getattr(before, name) for name in INITIAL})
     name = options.optimizer
     usual = {
         "learning_rate": 0.1 if name == "sgd" else 0.001,
@@ -335,6 +339,7 @@ def fixed_facts(options: Options, data: Decisions) -> dict[str, Any]:
 def build_model(options: Options, data: Decisions, sizes: dict[str, int]) -> tuple[PolicyModel, list[str]]:
     """The model, anew or from parts of others, and sentences for the user; a snapshot's weights come later."""
     from lmscripts.models import policy
+    from lmscripts.training import folder
 
     network = policy.build(
         data.schema,
@@ -347,7 +352,9 @@ def build_model(options: Options, data: Decisions, sizes: dict[str, int]) -> tup
         value_head=options.objective == "choice+value",
         recompute=options.checkpointing,
     )
-    notices = policy.load_parts(network, options.initial_encoder, options.initial_decoder)
+    run_dir = Path(options.output_prefix, str(options.experiment_name))
+    begins = folder.built_like(run_dir, options.resume, None) is None
+    notices = policy.load_parts(network, options.initial_encoder, options.initial_decoder) if begins else []
     if options.freeze_encoder:
         policy.freeze_encoder(network)
     return network, notices

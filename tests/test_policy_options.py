@@ -117,7 +117,7 @@ def test_a_file_may_name_what_a_run_began_with_when_it_is_resumed(script, tmp_pa
     (tmp_path / "config.yaml").write_text(dump_options(parse(script, *more)), encoding="utf-8")
     argv = ["--config", str(tmp_path / "config.yaml"), "--resume"]
     options, origins = parse_options_with_origin(script.Options, description="", argv=argv, **POLICY)
-    assert script.settled(options, origins).initial_encoder is None
+    assert script.settled(options, origins).initial_encoder == "E"
     options, origins = parse_options_with_origin(
         script.Options, description="", argv=[*argv, "--initial-encoder", "E"], **POLICY
     )

@@ -253,6 +253,8 @@ def test_a_frozen_encoder_stays_as_it_was_given(files, whole, tmp_path):
     before = weights(whole, "snapshots/01")
     newest = max((tmp_path / "frozen" / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
     after = load_file(newest / "model.safetensors")
+    said = (tmp_path / "frozen" / "config.yaml").read_text(encoding="utf-8")
+    assert f"initial_encoder: {whole}/snapshots/01" in said.replace('"', "")
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {name for name in after if name.startswith("decoder.")}
     assert not any(name.split(".")[1] == "encoder" for name in load_file(newest / "optimizer.safetensors"))
@@ -271,6 +273,15 @@ def test_the_state_of_an_optimizer_may_come_from_another_run(files, whole, tmp_p
     done = train(files, tmp_path, "other", *given, "--optimizer", "radam", check=False)
     assert done.returncode == 2
     assert "trained with the optimizer adam" in done.stderr
+
+
+def test_a_run_that_has_no_snapshot_yet_begins_again_with_what_it_began_with(files, whole, tmp_path):
+    given = ("--initial-encoder", whole, "--initial-decoder", whole, "--num-epochs", 0)
+    train(files, tmp_path, "run", *given)
+    train(files, tmp_path, "run", "--num-epochs", 0, "--resume")
+    first, again = (each["eval_loss"] for each in records(tmp_path / "run")[-1:] + records(whole)[-1:])
+    assert first == again
+    assert "initial_encoder: null" not in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "radam", "lamb"])
