@@ -82,8 +82,8 @@ def forget_accelerator():
 
 
 # The files that take longest come first: one that began last would run on alone.
-LONGEST = """run_pretraining finetune_classifier policy_training run_electra run_gpt2 coming_from causal pretrained families
-written_before launch_pattern copying modernbert pairs documents"""
+LONGEST = """run_pretraining finetune_classifier policy_training run_electra run_gpt2 coming_from causal pretrained
+families written_before launch_pattern copying modernbert pairs documents"""
 
 
 def pytest_collection_modifyitems(items):
