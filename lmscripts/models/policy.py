@@ -190,9 +190,10 @@ class PolicyEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         _begin_linear(module)
-        for name in ("number_embeddings", "number_slopes") if module is self else ():
+        # The first norm sees the direction of their sum, which turns less and less by slopes as long as the vectors.
+        for name, longer in {"number_embeddings": 3, "number_slopes": 1}.items() if module is self else ():
             if (vectors := getattr(self, name, None)) is not None:
-                initialization.normal_(vectors, std=self.config.initializer_range)
+                initialization.normal_(vectors, std=longer * self.config.initializer_range)
 
     def forward(
         self,
