@@ -55,9 +55,12 @@ def write(options: Options) -> None:
     """Write the whole file, or none."""
     from lmscripts.data.schema import load_schema
     from lmscripts.files import new_text
+    from lmscripts.text.reading import format_of
     from lmscripts.workers import in_order
 
     path = Path(options.output_file)
+    if compression := format_of(path.name)[1]:
+        raise UserError(f"{path} would be text under a name that ends with {compression}: write it, then compress it")
     if path.exists() and not options.overwrite:
         raise UserError(f"{path} exists already; nothing was changed. Give another name, or --overwrite")
     schema = load_schema(options.schema)

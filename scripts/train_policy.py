@@ -383,12 +383,15 @@ def plan_lines(
     options: Options, accelerator: Accelerator, data: Decisions, steps: Steps, network: PolicyModel
 ) -> list[str]:
     """What is going to be done, in words."""
+    from lmscripts.models import policy
     from lmscripts.training import processes
 
     parameters, records = network.num_parameters(), data.train.num_records
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
     tokens = len(data.train.ids) + records * data.schema.num_numeric
-    number = options.num_epochs
+    number, share = options.num_epochs, steps.shares[accelerator.process_index] / sum(steps.shares)
+    operations = policy.flops(network, round(tokens / records), steps.mean_candidates) * tokens * share
+    time = processes.guessed_time(operations * max(1, number), accelerator, "fewer --num-epochs")[1]
     epochs = "epochs without end" if number == -1 else f"{number} epoch{'s' * (number != 1)} in all"
     held_out = f"{data.held_out.num_records:,} held out" if data.held_out else "none held out"
     return [
@@ -397,6 +400,7 @@ def plan_lines(
         f"{epochs}, those of a resumed run included, of {steps.per_epoch:,} steps; a step has "
         f"{options.training_batch_size:,} x {options.gradient_accumulation_steps} decisions, divided among the "
         f"processes as {':'.join(map(str, steps.shares))}, at most {steps.micro_batch_size:,} at once",
+        *([f"time{' of an epoch' if number == -1 else ''}: {time}"] if number else []),
         f"memory: about {(8 * parameters + 8 * trained) / 2**20:,.0f} MiB per process for weights, gradients and "
         f"moments; disk: about {(4 * parameters + 8 * trained) / 2**20:,.0f} MiB a snapshot",
         f"processes: {processes.in_words(accelerator)}",

@@ -54,6 +54,12 @@ def test_any_two_channels_drop_independently():
     assert float(correlations.square().sum() / (64 * 63)) * len(dropped) == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.parametrize("width", [8, 7])
+def test_compiled_the_same_is_dropped(width):
+    module, states = RowDropout(0.3, 5, draws(4, 6)), torch.randn(4, 6, width)
+    assert torch.equal(torch.compile(module, backend="eager")(states), module(states))
+
+
 def test_a_row_alone_drops_what_it_drops_among_others_also_where_some_states_are_computed():
     by, states = draws(6, 12), torch.randn(6, 12, 8)
     whole = RowDropout(0.3, 5, by)(states)

@@ -30,7 +30,7 @@ def refusal(script, capsys, *words):
     line = [str(word) for word in words]
     for name, flag in _flags(own, *more).items():
         if flag.required and f"--{name}" not in line:
-            line += [f"--{name}", "given"]
+            line += [f"--{name}", "1" if int in flag.kinds else "given"]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         parse_options(own, description="", argv=line, more=more)

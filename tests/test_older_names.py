@@ -198,7 +198,7 @@ def test_tokenizers_of_other_scripts(capsys: pytest.CaptureFixture[str]) -> None
             "--word_tokenizer juman has no counterpart here: --word_tokenizer mecab and sudachi",
         ),
         ("--word_tokenizer_type spacy-luw", "has no counterpart here: --word_tokenizer mecab and sudachi"),
-        ("--spm_model_type bpe", "--tokenizer_type says it"),
+        ("--spm_model_type bpe", "give --tokenizer_type unigram, sentencepiece_bpe, wordpiece or character"),
         ("--spm_model_dirs x", "unknown option --spm_model_dirs (--help lists all)\n"),
     ):
         assert part in said(capsys, "train_tokenizer.py", "--model_dir", "m", "--input_file", "a", *words.split())

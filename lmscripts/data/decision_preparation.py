@@ -488,6 +488,8 @@ def open_parts(
     fingerprints = {"training_data": store.fingerprint, "validation_data": other.fingerprint}
     sentences = list(dict.fromkeys([*report.sentences()[1:], *store.sentences(), *other.sentences()]))
     usable = held_out if held_out.num_records else None
+    if validation_data and usable is None:
+        raise UserError("; ".join([f"{in_words(validation_data)} holds no decision to validate on", *sentences]))
     return Decisions(store.schema, store.part("train"), usable, fingerprints, sentences)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lmscripts.data.decisions import DecisionPart
     from lmscripts.data.schema import Schema
 
+_LOOKED_AT = 10_000  # records
 _POSITIONS_AT_ONCE = 1 << 15  # made together, where batches are small
 
 
@@ -84,6 +85,7 @@ class Steps:
         per_epoch: steps of an epoch.
         shares: records of each process in a full step.
         micro_batch_size: most records of one forward pass on one process.
+        mean_candidates: candidates of a record, rounded, of the first records.
     """
 
     def __init__(
@@ -114,6 +116,8 @@ class Steps:
         self._part, self._schema, self._with_value, self._pin = part, schema, with_value, pin_memory
         self.micro_batch_size, self.shares = micro_batch_size, shares
         self.per_epoch = self._order.per_epoch
+        column = schema.token_fields.index(schema.field("candidates"))
+        self.mean_candidates = round(float(part.counts[:_LOOKED_AT, column].mean()))
 
     def records(self, step: int) -> int:
         """Records that were trained on in so many steps."""

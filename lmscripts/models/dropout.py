@@ -81,13 +81,15 @@ def _bits(keys: Tensor, at: Tensor, width: int) -> Tensor:
 
     A whole hash of each place, and half a hash more for each number of 32 bits, of which two are taken.
     """
-    lanes = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=at.device) * _GOLDEN
+    alone = torch.compiler.is_compiling()  # each channel by itself: a view of another type would part the kernel
+    channels = torch.arange(0, width, 1 if alone else 2, dtype=torch.int32, device=at.device)
+    lanes = ((channels >> 1) + 1) * _GOLDEN
     numbers = _mixed(keys[..., 0] + at * _GOLDEN, keys[..., 1])[..., None] ^ lanes
     numbers *= 0x7FEB352D
     numbers ^= numbers >> 16  # that the sign's copies come along makes no difference to be seen
     numbers *= -2073254261
     numbers ^= (numbers >> 16).bitwise_and_(0xFFFF)
-    return numbers.view(torch.int16)[..., :width]
+    return numbers << 16 * (1 - (channels & 1)) >> 16 if alone else numbers.view(torch.int16)[..., :width]
 
 
 def _mixed(numbers: Tensor, key: Tensor | int = 0) -> Tensor:
