@@ -412,3 +412,13 @@ def test_the_command_and_a_look_inside(tmp_path):
         assert "has no effect with --inspect" in refused.stderr
     refused = run_script("prepare_annotations.py", "--inspect", check=False)
     assert (refused.returncode, refused.stderr.count("--input_file is missing")) == (2, 1)
+
+
+def test_validation_data_without_a_decision_is_refused(tmp_path):
+    (tmp_path / "good.txt").write_bytes(GOLDEN + b"\n")
+    (tmp_path / "bad.txt").write_bytes(changed(4, b"-1") + b"\n")
+    how = {"schema": None, "validation_share": 0.0, "num_workers": 1, "on_bad_row": "skip"}
+    files = [[str(tmp_path / name)] for name in ("good.txt", "bad.txt")]
+    with pytest.raises(UserError, match=r"bad\.txt: no decision to validate on; .*out of range"):
+        preparation.open_parts(*files, tmp_path / "run", **how)
+    assert preparation.open_parts(files[0], [], tmp_path / "run", **how).held_out is None

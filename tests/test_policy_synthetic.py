@@ -258,3 +258,6 @@ def test_the_script_writes_the_same_in_parts_and_with_processes(tmp_path):
     assert done.returncode == 2
     assert "a.txt exists already; nothing was changed" in done.stderr
     assert len((tmp_path / "a.txt").read_text().splitlines()) == 8500
+    done = run_script("make_annotations.py", "-o", "c.txt.gz", "--num_records", "1", cwd=tmp_path, check=False)
+    assert (done.returncode, (tmp_path / "c.txt.gz").exists()) == (2, False)
+    assert "c.txt.gz would be text under a name that ends with .gz" in done.stderr

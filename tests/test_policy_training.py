@@ -68,6 +68,7 @@ def whole(files, tmp_path_factory):
     prefix = tmp_path_factory.mktemp("runs")
     done = train(files, prefix, "whole")
     assert "of a resumed run included" in done.stdout
+    assert "time: about" in done.stdout
     return prefix / "whole"
 
 

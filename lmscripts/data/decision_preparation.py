@@ -489,7 +489,7 @@ def open_parts(
     sentences = list(dict.fromkeys([*report.sentences()[1:], *store.sentences(), *other.sentences()]))
     usable = held_out if held_out.num_records else None
     if validation_data and usable is None:
-        raise UserError("; ".join([f"{in_words(validation_data)} holds no decision to validate on", *sentences]))
+        raise UserError("; ".join([f"{' and '.join(validation_data[:3])}: no decision to validate on", *sentences]))
     return Decisions(store.schema, store.part("train"), usable, fingerprints, sentences)
 
 

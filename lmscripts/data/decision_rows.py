@@ -116,7 +116,7 @@ class Steps:
         self._part, self._schema, self._with_value, self._pin = part, schema, with_value, pin_memory
         self.micro_batch_size, self.shares = micro_batch_size, shares
         self.per_epoch = self._order.per_epoch
-        column = schema.token_fields.index(schema.field("candidates"))
+        column = [f.kind for f in schema.fields if f.kind in ("set", "sequence", "candidates")].index("candidates")
         self.mean_candidates = round(float(part.counts[:_LOOKED_AT, column].mean()))
 
     def records(self, step: int) -> int:
