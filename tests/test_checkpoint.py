@@ -1,4 +1,5 @@
 import os
+import shutil
 import stat
 
 import pytest
@@ -244,3 +245,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(number):
     with pytest.raises(UserError, match=r"after step 1,000 b.weight of the generator holds numbers"):
         checkpoints.check_finite(weights, "generator", 1000)
     checkpoints.check_finite({"a.weight": torch.full((2,), 3e38)}, "", 1)
+
+
+def test_a_run_folder_that_goes_while_it_is_saved_is_said_with_the_way_out(tmp_path):
+    def go(aside):
+        shutil.rmtree(tmp_path / "run")
+        raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "run"))
+
+    with pytest.raises(UserError, match=r"could not save .*run is gone\. .*--do_continue"):
+        checkpoints.save_checkpoint(tmp_path / "run" / "checkpoint-5", go, {}, {})

@@ -61,8 +61,8 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
     """
-    remove_leftovers(folder)
     try:
+        remove_leftovers(folder)
         with new_folder(folder) as aside:
             write_model(aside)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / OPTIMIZER)
@@ -70,9 +70,12 @@ def save_checkpoint(
             (aside / STATE).write_text(text + "\n", encoding="utf-8")
             write_checksums(aside)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:
-        free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else ".").free
+        try:
+            free = f"{shutil.disk_usage(folder.parent).free:,} bytes are free there"
+        except OSError:
+            free = f"{folder.parent} is gone"
         raise UserError(
-            f"could not save {folder} ({error}); {free:,} bytes are free there. Earlier checkpoints are untouched: "
+            f"could not save {folder} ({error}); {free}. Earlier checkpoints are untouched: "
             "when it can be written again, go on with --do_continue"
         ) from None
     return folder

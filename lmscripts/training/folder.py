@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -343,7 +344,8 @@ class RunFolder:
             step = checkpoint_step(folder) or 0
             if not (keep_every and step % keep_every == 0):
                 doomed = folder.with_name(f".{folder.name}.removed")
-                folder.rename(doomed)  # so that a half removed checkpoint is never found by its name
+                with suppress(FileNotFoundError):  # somebody else removed it
+                    folder.rename(doomed)  # so that a half removed checkpoint is never found by its name
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def export(
