@@ -13,7 +13,7 @@ from lmscripts.models import families
 LIBRARY = sorted((ROOT / "lmscripts").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 # Each imports from those after it only, and from the files that stand beside the rooms.
-ROOMS = ("evaluation", "training", "objectives", "models", "data", "tokenizer", "text", "options", "beside")
+ROOMS = ("evaluation", "training", "objectives", "models", "data", "tokenizer", "text", "cluster", "options", "beside")
 
 
 def imports(file):
