@@ -54,6 +54,7 @@ Attention = Literal["auto", "sdpa", "eager", "varlen"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Optimizer = Literal["adamw", "adam", "radam", "lamb", "sgd", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+Balance = Literal["even", "auto"]
 CarryOver = Literal["weights", "moments", "everything"]
 Every = int | Literal["epoch"]
 POSITIVE = [
@@ -147,6 +148,7 @@ class Options:
         (32,), help="rows of one forward pass on one process", group="optimizer", most=10**6
     )
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="optimizer")
+    balance: Balance = option("even", help="auto: divide them by measured speed", group="optimizer")
     optimizer: Optimizer = option("adamw", help="muon is for the layers' matrices, with adamw", group="optimizer")
     learning_rate: float | None = option(None, help="peak; default: the preset's", group="optimizer")
     schedule: Schedule = option("linear", help="after the warmup; wsd = stable, then decay", group="optimizer")
@@ -196,6 +198,8 @@ class Options:
         if self.process_shares and (min(self.process_shares) < 0 or sum(self.process_shares) == 0):
             given = " ".join(map(str, self.process_shares))
             raise UserError(f"--process_shares must be at least 0 and not all 0, got {given}")
+        if self.balance == "auto":
+            check_useless(values, "with --balance auto, which measures them", "process_shares")
         if self.schedule == "constant":
             check_useless(values, "with --schedule constant", "final_lr_ratio")
         if self.dataset_dir:
@@ -427,7 +431,7 @@ def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerato
         weights=options.process_shares or None,
     )
     batches = [(phase.shares, phase.batch_size, phase.total_rows) for phase in data.phases]
-    processes.check_sharded(accelerator, options.optimizer, batches)
+    processes.check_sharded(accelerator, options.optimizer, batches, options.balance)
     return data
 
 
@@ -515,14 +519,15 @@ def train(options: Options, run: Run) -> str:
     accelerator, data, state, objective, model = run.accelerator, run.data, run.state, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
     stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
-    meter = log.Meter(device, *state.open_window(rank))
+    meter = log.Meter(device, *state.open_window(rank), model)
     report = log.Reporter(accelerator, run.folder.path, state.step, run.stop_step, run.folder.continued)
-    batches = data.prefetch(state.step, run.stop_step, rank)
+    batches = meter.batches(accelerator, data, state, run.stop_step, report, options.balance)
     model.train()
     stopped = stopped_while_evaluating(options, run, meter, report, stop_asked)
     while state.step < run.stop_step and not stopped:
         micro_batches, counts = next(batches)
-        *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
+        with meter.waiting():
+            *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
         targets = dict(zip(counts, totals, strict=True))
         learning_rate = run.rate(state.step)
         optim.set_rate(run.optimizer, learning_rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import psutil
 import torch
 import yaml
 
+from lmscripts.cluster.announced import announced_nodes
 from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import UserError
 from lmscripts.options.checks import duration_text
@@ -112,6 +114,11 @@ def _check_world(accelerator: Accelerator, launched: int) -> None:
         )
 
 
+def who(rank: int) -> str:
+    """A process in words, with the name of its machine."""
+    return f"process {rank} (host {socket.gethostname()})"
+
+
 def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """Let the main process do something and give every process its result, or its error.
 
@@ -194,16 +201,25 @@ def seed_dropout(seed: int, step: int, process: int) -> None:
     torch.manual_seed(stream_key(seed, step, process) >> 1)
 
 
+def slots(accelerator: Accelerator, value: float) -> list[float]:
+    """A value in a place of its own for each process, so that the sum over all has everyone's, by rank."""
+    return [value if rank == accelerator.process_index else 0.0 for rank in range(accelerator.num_processes)]
+
+
 def nodes_of_processes(accelerator: Accelerator, node_rank: int | None = None) -> list[int]:
     """The node of each process, in the order of the ranks.
 
     Args:
         accelerator: the running processes.
-        node_rank: this process' node; None takes what the launcher says (GROUP_RANK), else 0.
+        node_rank: this process' node; None takes what `launch.py` announced, or what the launcher says (GROUP_RANK;
+            SLURM_NODEID where `srun` started the processes itself), else 0.
     """
-    node = node_rank if node_rank is not None else int(os.environ.get("GROUP_RANK", "0"))
-    mine = [float(node) if rank == accelerator.process_index else 0.0 for rank in range(accelerator.num_processes)]
-    return [int(value) for value in sum_over_processes(accelerator, mine)]
+    announced = [number for number, node in enumerate(announced_nodes()) for _ in range(node.processes)]
+    if node_rank is None and len(announced) == accelerator.num_processes:
+        return announced
+    said = os.environ.get("GROUP_RANK") or (os.environ.get("SLURM_NODEID") if accelerator.num_processes > 1 else None)
+    node = node_rank if node_rank is not None else int(said or "0")
+    return [int(value) for value in sum_over_processes(accelerator, slots(accelerator, float(node)))]
 
 
 def process_shares(
@@ -217,7 +233,8 @@ def process_shares(
     Args:
         batch_size: rows of an optimizer step, over all processes.
         nodes: node of each process.
-        node_batch_sizes: rows per node, a node's rows being divided evenly over its processes.
+        node_batch_sizes: rows per node, of which the proportions are taken, a node's rows being divided evenly over its
+            processes. Those of the cluster file, which is about these very machines, come before them.
         weights: relative share of each process instead.
 
     Raises:
@@ -227,6 +244,9 @@ def process_shares(
         if len(weights) != len(nodes):
             raise UserError(f"{len(weights)} process shares were given for {len(nodes)} processes")
         return split_shares(batch_size, list(weights))
+    announced = {number: node.batch_size for number, node in enumerate(announced_nodes())}
+    given = {number: rows for number, rows in announced.items() if rows is not None}
+    node_batch_sizes = given or node_batch_sizes
     if node_batch_sizes is None:
         if max(nodes) >= len(nodes):
             raise UserError(f"--node_rank {max(nodes)} cannot be: {len(nodes)} processes were started, on fewer nodes")
@@ -242,7 +262,9 @@ def process_shares(
     return [next(inside[node]) for node in nodes]
 
 
-def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]]) -> None:
+def check_sharded(
+    accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]], balance: str = "even"
+) -> None:
     """Refuse what a sharded model (FSDP) cannot do.
 
     It exchanges weights in every forward pass, so all processes must make equally many.
@@ -251,6 +273,7 @@ def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tu
         accelerator: the running processes.
         optimizer: name of the optimizer.
         batches: rows of each process in a step, rows of a step, and rows in all; of each phase.
+        balance: "auto" would divide rows unevenly.
 
     Raises:
         UserError: the model is sharded and the rows do not divide evenly, or the optimizer does not know shards.
@@ -259,6 +282,10 @@ def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tu
         return
     if optimizer == "lamb":
         raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use DDP")
+    if balance == "auto":
+        raise UserError(
+            "with FSDP every process needs the same rows in every step: leave out --balance auto, or use DDP"
+        )
     for shares, batch_size, total_rows in batches:
         if len(set(shares)) > 1 or total_rows % batch_size:
             raise UserError(
