@@ -344,6 +344,8 @@ def run(options: Options) -> None:
     name = options.run_name or task.database.path.stem
     files = classifier_run.ResultFiles(output_dir, name, options.spreadsheet_safe)
     accelerator = start(options, task, files)
+    if processes.from_main(accelerator, partial(folder.is_started_again, files.training)):
+        options = replace(options, do_continue=True)
     if not options.dry_run:
         processes.from_main(accelerator, partial(files.check_free, options.do_continue))
     torch.use_deterministic_algorithms(options.deterministic)
@@ -615,7 +617,7 @@ def finish(options: Options, run: Run, as_yaml: str, stop_asked: StopRequest, st
             parts[name] = part, answer(options, run, part, stop_asked) if part.num_rows else None
             stopped = stopped or bool(part.num_rows and parts[name][1] is None)
     if stopped:
-        reason = stop_asked.reason or "a signal to another process"
+        reason = stop_asked.words()
         say(options, f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
     elif complete:
         about = (run.files, task.database, own, run.settings, run.objective.models[""], run.folder.beside)

@@ -356,6 +356,9 @@ def run(options: Options, further: Further) -> None:
     wanted = {name: getattr(asked.older, name) for name in ("tokenizer_type", "mecab_dic", "word_tokenizer_type")}
     tokenizer, sources = plan.open_sources(asked.phases, asked.objective, options.packing, **wanted)
     accelerator = start(asked)
+    if processes.from_main(accelerator, partial(folder.is_started_again, run_dir)):
+        options = replace(options, do_continue=True)
+        asked = asked._replace(options=options)
     torch.use_deterministic_algorithms(options.deterministic)
     like = folder.built_like(run_dir, options.do_continue, options.start_from if asked.is_branch else None)
     dropouts = building.choose_dropouts(asked.preset, like, options.hidden_dropout, options.attention_dropout)
@@ -568,7 +571,7 @@ def train(options: Options, run: Run) -> str:
                 run.folder.prune(options.keep_last, options.keep_every)
     batches.close()
     report.bar.close()
-    return (stop_asked.reason or "a signal to another process") if stopped else ""
+    return stop_asked.words() if stopped else ""
 
 
 def stopped_while_evaluating(

@@ -291,9 +291,11 @@ def run(options: Options) -> None:
         raise UserError("--num-epochs 0 validates only, and there is nothing held out: give --validation-data")
     accelerator = start(options, data)
     torch.use_deterministic_algorithms(options.deterministic)
-    started = processes.from_main(accelerator, lambda: f"{datetime.now():%Y-%m-%d-%H-%M-%S}")
+    started = processes.from_main(accelerator, partial(name_of_run, prefix))
     options = replace(options, experiment_name=options.experiment_name or started)
     run_dir = prefix / str(options.experiment_name)
+    if processes.from_main(accelerator, partial(folder.is_started_again, run_dir)):
+        options = replace(options, resume=True)
     accelerator.project_configuration.logging_dir = str(run_dir)
     network, notices = build_model(options, data, sizes)
     steps = lay_out(options, data, accelerator)
@@ -318,6 +320,14 @@ def run(options: Options) -> None:
     stopped_by = train(options, run)
     finish(options, run, stopped_by)
     leave(processes.STOPPED_EARLY if stopped_by else 0)  # here, where model and processes still stand
+
+
+def name_of_run(prefix: Path) -> str:
+    """The time now, or when this job began its run if an elastic launcher has started it anew."""
+    from lmscripts.training import folder
+
+    own = (file.parent for file in prefix.glob(f"*/{folder.LOCK}") if folder.is_started_again(file.parent))
+    return next((path.name for path in own), f"{datetime.now():%Y-%m-%d-%H-%M-%S}")
 
 
 def start(options: Options, data: Decisions) -> Accelerator:
@@ -514,7 +524,7 @@ def train(options: Options, run: Run) -> str:
                 folder.prune_best(run.folder.path, lambda saved: saved["best_epoch"])
     batches.close()
     report.bar.close()
-    return (stop_asked.reason or "a signal to another process") if stopped else ""
+    return stop_asked.words() if stopped else ""
 
 
 def stopped_while_validating(

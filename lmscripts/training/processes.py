@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import AllAgree, UserError, shortened
 from lmscripts.options.checks import duration_text
 from lmscripts.training import joining
-from lmscripts.training.joining import join, launcher, who
+from lmscripts.training.joining import is_elastic, join, launcher, who
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,6 +27,7 @@ __all__ = ["join", "who"]  # beside what is written here
 Result = TypeVar("Result")
 _SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
 _LONG = 2 * 86400  # seconds
+_OWN_SIGNAL = 5  # seconds until an elastic launcher has told all its processes to stop
 _SAME = "start every machine with the same options and inputs; --send_inputs hands those of the first to the others"
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
 
@@ -104,11 +104,6 @@ def _check_world(accelerator: Accelerator) -> None:
             f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps} in the Accelerate config: leave "
             "it at 1, accumulation follows from --batch_size and --micro_batch_size"
         )
-
-
-def who(rank: int) -> str:
-    """A process in words, with the name of its machine."""
-    return f"process {rank} (host {socket.gethostname()})"
 
 
 def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
@@ -236,7 +231,7 @@ def process_shares(
         return split_shares(batch_size, list(weights))
     announced = {number: node.batch_size for number, node in enumerate(announced_nodes())}
     given = {number: rows for number, rows in announced.items() if rows is not None}
-    node_batch_sizes = given or node_batch_sizes
+    node_batch_sizes = given or (None if is_elastic() else node_batch_sizes)  # for nodes that may not be there
     if node_batch_sizes is None:
         if max(nodes) >= len(nodes):
             raise UserError(f"--node_rank {max(nodes)} cannot be: {len(nodes)} processes were started, on fewer nodes")
@@ -313,6 +308,17 @@ class StopRequest:
         if not self.reason and self._launcher not in (None, os.getppid()):
             self.reason = "the end of its launcher"
         return bool(self.reason)
+
+    def words(self) -> str:
+        """What stopped the run.
+
+        Where machines come and go, the launcher of each stops its processes, a little after one another: a process that
+        stopped with the others waits for its own signal, as its end would be taken for a failure before.
+        """
+        until = time.monotonic() + (_OWN_SIGNAL if is_elastic() else 0)
+        while not self.reason and time.monotonic() < until:
+            time.sleep(0.1)
+        return self.reason or "a signal to another process"
 
 
 # ---- how fast they are -------------------------------------------------------------------------------------------
