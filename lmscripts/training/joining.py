@@ -180,7 +180,9 @@ def _meet(timeout: int) -> World:
             "address of the first machine, given on every machine and reachable from there (firewall, interface)? Was "
             "every machine told the right number of GPUs of all others, and was every one started?"
         ) from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # A store of the launcher has the keys of the attempts before; machines that came later count fewer of them.
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
     return World(PrefixStore(f"lmscripts/{attempt}", store), rank, size, timeout)
 
 

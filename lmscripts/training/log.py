@@ -254,6 +254,7 @@ class Meter:
             model: prepared for the processes, which wait for each other in it.
         """
         self._device, self._pace, self._advised = device, Pace(device, model), False
+        self._slow = list[int | None]()
         self.waiting = self._pace.waiting
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in gpu), None)
@@ -327,10 +328,7 @@ class Meter:
         sums, waited = self._totals(accelerator, [] if alone is None else slots(accelerator, alone))
         counts, seconds = dict(self._counts), max(1e-9, time.monotonic() - self._began)
         record = metrics(sums, counts) | {f"waiting_{rank}": each / seconds for rank, each in enumerate(waited)}
-        if waited and not self._advised and max(waited) - min(waited) > _UNEVEN * seconds:
-            self._advised = True
-            slow = self._pace.names[waited.index(min(waited))]
-            accelerator.print(f"{slow} is slower than others, which wait for it: --balance auto gives it fewer rows")
+        self._advise(accelerator, waited, _UNEVEN * seconds)
         if "tokens" in counts:
             record["tokens_per_second"] = self._tokens / seconds
         record |= gpu_statistics(self._device)
@@ -339,6 +337,15 @@ class Meter:
         self._reset()
         self._pace.waited = 0.0
         return record
+
+    def _advise(self, accelerator: Accelerator, waited: list[float], uneven: float) -> None:
+        """Say once which process is slow, when the others have waited for it in three windows one after another."""
+        slow = waited.index(min(waited)) if waited and max(waited) - min(waited) > uneven else None
+        self._slow = [*self._slow, slow][-3:]
+        if self._slow == [slow] * 3 and slow is not None and not self._advised:
+            self._advised = True
+            name = self._pace.names[slow]
+            accelerator.print(f"{name} is slower than others, which wait for it: --balance auto gives it fewer rows")
 
 
 # ---- the model card ------------------------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def in_words(accelerator: Accelerator) -> str:
     text = f"{accelerator.num_processes} on {accelerator.device.type}"
     if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") == "False":
         text += " (no GPU was found, but the Accelerate config does not say use_cpu: true)"
+    if is_elastic() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        text += " (no machine can come back unless torchrun has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set)"
     met = joining.world()
     return "; ".join([text, f"precision {accelerator.mixed_precision}", *(met.notices if met else [])])
 
