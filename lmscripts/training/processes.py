@@ -21,6 +21,7 @@ import yaml
 from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import UserError
 from lmscripts.options.checks import duration_text
+from lmscripts.training.peers import watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,6 +91,7 @@ def start_processes(
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"not all of {launched} processes joined at {where}: {str(error).splitlines()[0]}") from None
     _check_world(accelerator, launched)
+    watch([f"process {rank}" for rank in range(launched)], timeout_seconds)
     return accelerator
 
 
