@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, Protocol
-
-WRONG = 2  # exit code after a sentence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
     """One sentence for the user: what is wrong, both values, the way out."""
 
 
-class Peers(Protocol):
-    """The other processes of a world, see `lmscripts.training.peers`."""
-
-    def explain(self, error: BaseException) -> str | None:
-        """A sentence where an exchange with them failed; None for a fault of the program."""
-
-    def tell(self, sentence: str) -> None:
-        """What ends this process."""
-
-    def leave(self) -> None:
-        """This process ends."""
-
-
-peers: Peers | None = None
+class AllAgree(UserError):
+    """What all processes of a run find wrong together, so that none of them has to be named."""
 
 
 class _Outlet:
@@ -73,9 +57,8 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     """Wrap a script's main: what the user can solve ends as one sentence on standard error and exit code 2.
 
     Covers `UserError`, `OSError` (missing file, permission, full disk; with the file's name), memory that does not
-    suffice, an interrupt from the keyboard, another process that is gone, and, where one process works, SIGTERM and
-    SIGHUP, so that what was written aside is removed. Anything else is a fault of the program and keeps its traceback.
-    The other processes of a world are told.
+    suffice, an interrupt from the keyboard, and, where one process works, SIGTERM and SIGHUP, so that what was written
+    aside is removed. Anything else is a fault of the program and keeps its traceback.
 
     Args:
         only_words: what is printed are words about the work, not its result: the work goes on where nobody reads them
@@ -84,7 +67,7 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     Raises:
         SystemExit: with code 2, or 128 and the signal's number, after the sentence was written.
     """
-    code, handlers = WRONG, {}
+    code, handlers = 2, {}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:  # under nohup SIGHUP stays ignored
@@ -94,50 +77,49 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     try:
         yield
         return
-    except UserError as error:
-        sentence = str(error)
-    except OSError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, is_fault = sentence_of(error)
+        if is_fault:
+            raise
+        if isinstance(error, KeyboardInterrupt) and error.args:
+            code = 128 + error.args[0]
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _interrupt:
+                signal.signal(number, handler)
+    end_with(sentence, code)
+
+
+def sentence_of(error: BaseException) -> tuple[str, bool]:
+    """An error in words for the user, and whether it is a fault of the program instead of the user's to solve."""
+    if isinstance(error, UserError):
+        return str(error), False
+    if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
         sentence = f"{' -> '.join(names)}: {reason}" if names else reason
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sentence += "; what is half written is removed, free some space and run the same again"
-    except (MemoryError, RuntimeError) as error:  # torch's own is no MemoryError
-        sentence = f"not enough memory ({shortened(error)}): give smaller sizes or batches"
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
-            if not peers or not (lost := peers.explain(error)):
-                _record(f"{type(error).__name__}: {shortened(error)}")
-                raise
-            sentence = lost
-    except KeyboardInterrupt as stop:
-        sentence = f"stopped by {stop.args[0].name}" if stop.args else "stopped from the keyboard"
-        code = 128 + stop.args[0] if stop.args else WRONG
-    except Exception as error:
-        _record(f"{type(error).__name__}: {shortened(error)}")
-        raise
-    finally:
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is _interrupt:
-                signal.signal(number, handler)
-    _record(sentence)
+        return sentence, False
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {error.args[0].name}" if error.args else "stopped from the keyboard", False
+    # Of memory torch raises an error of its own.
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    ):
+        return f"not enough memory ({shortened(error)}): give smaller sizes or batches", False
+    return f"it ended with {type(error).__name__}: {shortened(error)}", True
+
+
+def end_with(sentence: str, code: int) -> NoReturn:
+    """End the process with a sentence on standard error."""
+    # A second line would hide the sentence among the output of other processes.
+    one_line = " ".join(sentence.split())
     try:
-        say(sentence)
+        sys.stderr.write(f"error: {one_line}\n")
+        sys.stderr.flush()
     finally:
         leave(code)
-
-
-def say(sentence: str) -> None:
-    """Write what is wrong on standard error: on one line, as others would come between two."""
-    sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
-    sys.stderr.flush()
-
-
-def _record(sentence: str) -> None:
-    """Let the other processes know what ends this one, and the launcher, which repeats it last."""
-    with suppress(KeyError, OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
-        json.dump({"message": sentence, "timestamp": int(time.time())}, file)
-    if peers:
-        peers.tell(sentence)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
@@ -167,8 +149,6 @@ def leave(code: int) -> NoReturn:
     peer that has gone. By then everything is written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if peers:
-            peers.leave()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
