@@ -48,13 +48,16 @@ class World:
     Attributes:
         rank: of this process.
         hosts: name of the machine of each process.
+        machines: of each process, the same text for those of one machine only.
+        timeout: seconds that a process may keep the others waiting.
         notices: sentences for the user.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: int) -> None:
         """Begin to watch."""
-        self.rank, self.hosts, self.notices = rank, [""] * size, list[str]()
-        self._store, self._size, self._timeout, self._rounds = store, size, timeout, 0
+        self.rank, self.hosts, self.machines, self.notices = rank, [""] * size, [""] * size, list[str]()
+        self.timeout = timeout
+        self._store, self._size, self._rounds = store, size, 0
         self._told, self._is_ending, self._over = "", False, threading.Event()
         self._earlier = signal.signal(signal.SIGUSR2, self._interrupt)
         threading.Thread(target=self._watch, daemon=True).start()
@@ -90,8 +93,8 @@ class World:
                     now = [str(self._store.get(key)) if self._store.check([key]) else "" for key in keys]
                     before = self._beats
                     self._beats = [(new, ticks + 4 if new == old else 0) for new, (old, ticks) in zip(now, before)]
-                for rank in self.silent(self._timeout):
-                    text = f"{who(rank)} has given no sign of life for {self._timeout} seconds (--timeout)"
+                for rank in self.silent(self.timeout):
+                    text = f"{who(rank)} has given no sign of life for {self.timeout} seconds (--timeout)"
                     self._store.compare_set("problem", "", text)
                 if self._store.check(["problem"]):
                     self._hear(self._store.get("problem").decode())
@@ -192,8 +195,9 @@ def _said(name: str) -> int | None:
         option, value = option.replace("-", "_"), value or following
         if option == f"__{name}" and value.isdecimal():
             return int(value)
-        if option == "__config":
-            with suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the parser says what is wrong with it
+        if option == "__config" and Path(value).is_file():
+            # The parser says what is wrong with it.
+            with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError):
                 of_file = yaml.safe_load(Path(value).read_text(encoding="utf-8")).get(name)
     return of_file if isinstance(of_file, int) else None
 
@@ -282,10 +286,14 @@ def _check(met: World, problem: str) -> None:
     from lmscripts.training.log import versions
 
     facts: dict[str, Any] = {"problem": problem, "host": socket.gethostname(), "cluster": os.environ.get(NODES, "")}
-    facts |= {"node": os.environ.get("GROUP_RANK", "0"), "versions": versions() | _of_program()}
+    facts |= {
+        "node": os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID", "0"),
+        "versions": versions() | _of_program(),
+    }
     everywhere = met.exchange("facts", facts)
     nodes = announced_nodes()
     met.hosts = [each["host"] for each in everywhere]
+    met.machines = [f"{each['host']} {each['node']}" for each in everywhere]
     if sum(node.processes for node in nodes) == len(everywhere):
         met.hosts = [node.host for node in nodes for _ in range(node.processes)]
     clocks = met.exchange("clock", time.time())  # all at the same moment, as all have waited for the last
