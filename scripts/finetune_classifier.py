@@ -312,14 +312,13 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, judge, export."""
+    from lmscripts.training.processes import join
+
     renamed = {"epoch": "epochs", "sequence_length": "max_length"}
     older = {"balance": {False: "even"}}  # in files, where it was what --balance_folds is now
-    options = parse_options(Options, description=__doc__ or "", renamed=renamed, renamed_values=older)
-    with user_errors(only_words=True):
-        from lmscripts.training.processes import join
-
-        with join(options.expected_processes, options.timeout):
-            run(options)
+    with user_errors(only_words=True), join():
+        options = parse_options(Options, description=__doc__ or "", renamed=renamed, renamed_values=older)
+        run(options)
 
 
 def run(options: Options) -> None:
