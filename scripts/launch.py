@@ -156,7 +156,9 @@ def find_cluster(options: Options, here: int) -> tuple[nodes.Cluster, int]:
         cluster, rank = from_line(options, here)
     else:
         cluster = nodes.read_cluster(options.cluster)
-        if options.local_cpu or options.over_ssh or options.signals_from_stdin:  # who starts all knows which one this is
+        if (
+            options.local_cpu or options.over_ssh or options.signals_from_stdin
+        ):  # who starts all knows which one this is
             rank = options.node_rank or 0
         else:
             rank = nodes.find_own(cluster.nodes, options.node_rank)

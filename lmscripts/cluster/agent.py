@@ -61,8 +61,8 @@ def _first(failures: dict[int, Any]) -> tuple[int, str, bool]:
 
     def when(rank: int) -> tuple[bool, bool, float]:
         ended_by_agent = failures[rank].exitcode == -signal.SIGTERM
-        said = told[rank].get("extraInfo", {})
-        return ended_by_agent, said.get("of_another", False), said.get("timestamp", failures[rank].timestamp)
+        said = told[rank].get("extraInfo", {"of_another": failures[rank].exitcode == 1})  # it may be: nobody said why
+        return ended_by_agent, said["of_another"], said.get("timestamp", failures[rank].timestamp)
 
     rank = min(failures, key=when)
     code, said = failures[rank].exitcode, told[rank].get("message")

@@ -98,7 +98,9 @@ def read_cluster(given: str) -> Cluster:
     wrong: list[str] = []
     top = _checked(content, "the file", _TOP, ("nodes",), wrong)
     main = _checked(top.get("main", {}), "main", _MAIN, (), wrong)
-    rows = [_checked(each, f"nodes[{n}]", _NODE, ("host", "gpus"), wrong) for n, each in enumerate(top.get("nodes", []))]
+    rows = [
+        _checked(each, f"nodes[{n}]", _NODE, ("host", "gpus"), wrong) for n, each in enumerate(top.get("nodes", []))
+    ]
     if top.get("nodes") == []:
         wrong.append("nodes is empty: name at least one machine")
     if wrong:
@@ -337,7 +339,9 @@ def _addresses() -> set[str]:
     import psutil
 
     families = (socket.AF_INET, socket.AF_INET6)
-    found = {a.address.partition("%")[0] for each in psutil.net_if_addrs().values() for a in each if a.family in families}
+    found = {
+        a.address.partition("%")[0] for each in psutil.net_if_addrs().values() for a in each if a.family in families
+    }
     return {address for address in found if not is_loopback(address)}
 
 

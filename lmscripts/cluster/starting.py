@@ -116,4 +116,9 @@ def rank_table(cluster: Cluster, rank: int | None, visible: Sequence[str], unit:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), *row[4:]]).rstrip() for row in rows]
     at = f", meeting at {cluster.main_host}:{cluster.main_port}" if len(cluster.nodes) > 1 else ""
-    return "\n".join([*lines, f"{cluster.world_size} process{'es' * (cluster.world_size > 1)}{at}, mixed precision {cluster.mixed_precision}"])
+    return "\n".join(
+        [
+            *lines,
+            f"{cluster.world_size} process{'es' * (cluster.world_size > 1)}{at}, mixed precision {cluster.mixed_precision}",
+        ]
+    )
