@@ -83,6 +83,7 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         sentence, is_fault = sentence_of(error)
         if is_fault:
+            tell_launcher(sentence, of_another="by peer" in sentence)
             raise
         if isinstance(error, KeyboardInterrupt) and error.args:
             code = 128 + error.args[0]
