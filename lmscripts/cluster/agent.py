@@ -33,11 +33,14 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments, *_ = completed(launch_command_parser().parse_args())
-    if arguments.num_processes == 1:
+    if not (arguments.multi_gpu or arguments.use_fsdp):
         command, environment = prepare_simple_launcher_cmd_env(arguments)
         os.execvpe(command[0], command, environment)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the sentence at the end says it
-    for number in SIGNALS:  # whoever started this sends them to the processes; a scheduler may send them to all
+    # Whoever started this sends signals to the processes directly, so that their exit codes count. A scheduler may send
+    # them to all: here they mean nothing, and torch is told to take no notice of them either.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
