@@ -197,8 +197,10 @@ def settled(options: Options, origins: dict[str, str]) -> Options:
     given = [f"--{name.replace('_', '-')}" for name in INITIAL if origins[name] == "command line"]
     if options.resume and given:
         raise UserError(f"{given[0]} is for a run that begins, --resume for one that goes on: give one of them")
+    from lmscripts.training.handing import run_folder
+
     if options.resume:  # what the run began with stays written down, and counts until it has a snapshot
-        file = Path(options.output_prefix, str(options.experiment_name), "config.yaml")
+        file = run_folder(Path(options.output_prefix, str(options.experiment_name)), True) / "config.yaml"
         argv = ["--config", str(file)]
         before = parse_options(Options, description="", argv=argv, **POLICY) if file.is_file() else options
         options = replace(options, **{name: getattr(before, name) for name in INITIAL})
@@ -257,18 +259,15 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    options, origins = parse_options_with_origin(Options, description=__doc__ or "", **POLICY)
-    with user_errors(only_words=True):
-        options = settled(options, origins)
-        choose_device(options.device)
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import join
 
-        with join(options.expected_processes, options.timeout):
-            run(options)
+    with user_errors(only_words=True), join():
+        run(settled(*parse_options_with_origin(Options, description=__doc__ or "", **POLICY)))
 
 
 def run(options: Options) -> None:
     """The whole run; ends the process with its exit code."""
+    choose_device(options.device)
     import torch
     from transformers import logging
 
