@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -80,6 +83,7 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         sentence, is_fault = sentence_of(error)
         if is_fault:
+            tell_launcher(sentence, of_another="by peer" in sentence)
             raise
         if isinstance(error, KeyboardInterrupt) and error.args:
             code = 128 + error.args[0]
@@ -115,11 +119,25 @@ def end_with(sentence: str, code: int) -> NoReturn:
     """End the process with a sentence on standard error."""
     # A second line would hide the sentence among the output of other processes.
     one_line = " ".join(sentence.split())
+    tell_launcher(one_line)
     try:
         sys.stderr.write(f"error: {one_line}\n")
         sys.stderr.flush()
     finally:
         leave(code)
+
+
+def tell_launcher(sentence: str, *, of_another: bool = False) -> None:
+    """Write where the launcher looks why this process ends, in torch's form, so that it can be said last of all.
+
+    Args:
+        sentence: the reason.
+        of_another: it ends because another process did, whose reason matters more.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"timestamp": time.time(), "of_another": of_another}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": sentence, "extraInfo": more}}), encoding="utf-8")
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
