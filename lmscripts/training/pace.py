@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,9 +30,10 @@ _LEFT_OUT = 2  # of these, the slowest: a hiccup must not decide for the rest of
 class Steps(Protocol):
     """Rows of steps, such as `lmscripts.data.steps.Phases`."""
 
-    @property
-    def prefetch(self) -> Callable[..., Prefetcher[tuple[list[Batch], Counts]]]:
-        """Called with first step, stop, process, and the shares of all processes if they are not the usual ones."""
+    def prefetch(
+        self, first: int, stop: int, process: int, shares: Sequence[int] = ()
+    ) -> Prefetcher[tuple[list[Batch], Counts]]:
+        """Micro-batches of a process for the steps [first, stop), by the shares of all processes."""
 
 
 class Pace:
