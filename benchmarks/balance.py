@@ -1,6 +1,9 @@
-"""Two processes, of which one is stopped half of the time: even shares, and --balance auto, in turn.
+"""Two processes, of which one has half the speed: even shares, and --balance auto, in turn.
 
 python benchmarks/balance.py --store store --model_type bert-tiny --pairs 5
+
+The slow one is stopped half of the time. With --sleep, both sleep for every row instead, the slow one twice as long: as
+two GPUs would take their time, on a machine whose cores have much else to do.
 """
 
 from __future__ import annotations
@@ -42,11 +45,13 @@ def one_run(given: argparse.Namespace, balance: str, folder: str) -> tuple[float
     words += ["--micro_batch_size", given.micro_batch_size, "--warmup_steps", 1, "--save_steps", 10**9]
     words += ["--logging_steps", 5, "--eval_rows", 0, "--tracker", "none", "--balance", balance]
     script = ROOT / "scripts" / "run_pretraining.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *words]
-    launcher = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    own = {**os.environ, "SLOWED": f"{given.sleep} {2 * given.sleep}"}
+    words = [*([ROOT / "tests" / "slowed.py"] if given.sleep else []), script, *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *words]
+    launcher = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
     slow = None
     while launcher.poll() is None:
-        slow = slow or second_of(launcher.pid)
+        slow = slow or (None if given.sleep else second_of(launcher.pid))
         for number in (signal.SIGSTOP, signal.SIGCONT):
             with suppress(ProcessLookupError):
                 if slow:
@@ -71,6 +76,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--sleep", type=float, default=0.0, help="seconds that the fast process sleeps for a row")
     given, ratios = parser.parse_args(), list[float]()
     for pair in range(given.pairs):
         rates: dict[str, float] = {}
