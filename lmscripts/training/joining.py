@@ -118,6 +118,7 @@ class World:
         self._is_ending = True
         with suppress(RuntimeError):  # nobody is there any more
             first: str = self._store.compare_set("problem", "", sentence).decode()
+            self._store.set(f"heard/{self.rank}", "")  # who tells something at the same moment waits for it
             waited_for = [f"heard/{rank}" for rank in range(self._size) if rank != self.rank]
             until = time.monotonic() + _GRACE
             while not self._store.check(waited_for) and time.monotonic() < until:
@@ -206,6 +207,7 @@ def _said(name: str) -> int | None:
 
 
 def _meet(timeout: int) -> World:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is said in words, not by stacks of C++
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
