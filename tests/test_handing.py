@@ -10,7 +10,7 @@ import worlds
 from conftest import PATIENCE, ROOT, TINY_PRESET, free_port
 from runs import newest_step
 from safetensors.torch import load_file
-from test_finetune_classifier import COMMON, bert, table  # noqa: F401
+from test_finetune_classifier import COMMON, bert, same_results, table  # noqa: F401
 from test_policy_training import files, line  # noqa: F401
 
 from lmscripts.training import handing
@@ -90,20 +90,18 @@ def test_a_run_that_is_killed_goes_on_as_on_one_machine(machines, tmp_path):
 
 @pytest.mark.slow
 def test_a_classifier_goes_on_and_only_the_main_process_writes_results(bert, table, tmp_path):  # noqa: F811
-    a, b = tmp_path / "a", tmp_path / "b"
-    for folder in (a, b):
+    a, b, alone = (tmp_path / name for name in ("a", "b", "alone"))
+    for folder in (a, b, alone):
         folder.mkdir()
-        shutil.copy(table, folder / "table.csv")
-    words = [CLASSIFIER, "table.csv", "--model_name_or_path", bert, *COMMON, "--save_steps", 4]
-    run((1,), [tmp_path / "alone"], *words[:1], table, *words[2:], "--output_dir", "out")
-    words += ["--output_dir", "out"]
+        shutil.copy(table, folder / "topics.csv")
+    words = [CLASSIFIER, "topics.csv", "--model_name_or_path", bert, *COMMON, "--save_steps", 4, "--output_dir", "out"]
+    run((1,), [alone], *words)
     run((1, 1), [a, b], *words, "--stop_at_step", 8)
     run((2, 1), [a, b], *words, "--do_continue", "--stop_at_step", 10)
     run((1, 1), [a, b], *words, "--do_continue")
-    one, other = (load_file(next(folder.glob("out/*/model.safetensors"))) for folder in (a, tmp_path / "alone"))
-    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-6
+    same_results(a / "out", alone / "out", 1e-6)
     # The database is made of the table on each machine; all else is the main process'.
-    assert sorted(path.name for path in b.iterdir()) == ["table.csv", "table.sqlite"]
+    assert sorted(path.name for path in b.iterdir()) == ["topics.csv", "topics.sqlite"]
 
 
 @pytest.mark.slow
