@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 
@@ -80,6 +82,7 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         sentence, is_fault = sentence_of(error)
         if is_fault:
+            _record(sentence)
             raise
         if isinstance(error, KeyboardInterrupt) and error.args:
             code = 128 + error.args[0]
@@ -115,11 +118,18 @@ def end_with(sentence: str, code: int) -> NoReturn:
     """End the process with a sentence on standard error."""
     # A second line would hide the sentence among the output of other processes.
     one_line = " ".join(sentence.split())
+    _record(one_line)
     try:
         sys.stderr.write(f"error: {one_line}\n")
         sys.stderr.flush()
     finally:
         leave(code)
+
+
+def _record(sentence: str) -> None:
+    """Let the launcher know, whose last words on the screen repeat what the first process ended with."""
+    with suppress(KeyError, OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+        json.dump({"message": sentence, "timestamp": int(time.time())}, file)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

@@ -38,6 +38,7 @@ from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
+from lmscripts.training.peers import progress
 from lmscripts.training.processes import check_agreement, from_main, sum_over_processes
 from lmscripts.training.state import TrainingState
 
@@ -173,6 +174,8 @@ class RunFolder:
         self.source, self.continued, notices = claimed
         check_agreement({"checkpoint found": self.source is None or self.source.is_dir()})
         self._carry_over = None if self.continued else carry_over
+        if self.continued:
+            progress["checkpoint"] = self.source
         if self.source is not None:
             notices += checkpoints.load_weights(models, self.source, tokenizer if self._carry_over else None)
         return notices
@@ -337,6 +340,7 @@ class RunFolder:
                 problem = error
         if sum_over_processes(accelerator, [float(problem is not None)])[0]:
             raise problem or UserError("the main process could not save a checkpoint")
+        progress["checkpoint"] = place
 
     def prune(self, keep_last: int, keep_every: int = 0) -> None:
         """Remove old checkpoints, not the newest `keep_last` (at least one) nor those at multiples of `keep_every`."""

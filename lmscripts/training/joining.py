@@ -32,9 +32,11 @@ from lmscripts.errors import AllAgree, UserError, end_with, sentence_of, shorten
 from lmscripts.files import file_sha256
 from lmscripts.options.checks import duration_text
 from lmscripts.options.yaml_text import shown
+from lmscripts.training import peers
 
 _TICK = 0.5  # seconds between two looks of the watching thread
 _GRACE = 8  # seconds that others get to hear of a problem, and then to end by themselves
+_GONE = 4  # seconds without a sign of life after which a process is gone, where an exchange with it failed as well
 _CLOCKS = 60  # seconds that the clocks of two machines may differ
 _OF_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what `accelerate launch` and torchrun set
 
@@ -57,6 +59,8 @@ class World:
         self.rank, self.hosts, self.notices = rank, [""] * size, list[str]()
         self._store, self._size, self._timeout, self._rounds = store, size, timeout, 0
         self._told, self._is_ending, self._over = "", False, threading.Event()
+        self._failed: tuple[BaseException, float] | None = None  # an exchange, and when
+        self._heard, self._clock = threading.Event(), peers.Clock(timeout + 5)
         self._earlier = signal.signal(signal.SIGUSR2, self._interrupt)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -81,20 +85,51 @@ class World:
             while not self._over.wait(_TICK):
                 number += 1
                 self._store.set(keys[self.rank], str(number))
-                if number % 4 == 0:
+                every = 1 if self._failed else 4
+                if number % every == 0:
                     now = [str(self._store.get(key)) if self._store.check([key]) else "" for key in keys]
                     before = self._beats
-                    self._beats = [(new, ticks + 4 if new == old else 0) for new, (old, ticks) in zip(now, before)]
-                for rank in self.silent(self._timeout):
-                    text = f"{who(rank)} has given no sign of life for {self._timeout} seconds (--timeout)"
-                    self._store.compare_set("problem", "", text)
+                    self._beats = [(new, ticks + every if new == old else 0) for new, (old, ticks) in zip(now, before)]
+                if self._failed or self.silent(self._timeout):
+                    self._look()
                 if self._store.check(["problem"]):
                     self._hear(self._store.get("problem").decode())
                     return
 
+    def _look(self) -> None:
+        """Tell which process is gone, or keeps the others waiting."""
+        error, since = self._failed or (None, time.monotonic())
+        problem = ""
+        for rank in self.silent(_GONE if error else self._timeout):
+            self._store.set(f"heard/{rank}", "")  # nobody waits for it
+            problem = f"{who(rank)} is gone: it was killed, by hand or because memory ran out, or crashed"
+            if self._beats[rank][1] * _TICK > 2 * _GONE:
+                problem = (
+                    f"{who(rank)} has given no sign of life for {self._beats[rank][1] * _TICK:.0f} seconds (--timeout "
+                    f"{self._timeout}): it was stopped, or its machine hangs or cannot be reached"
+                )
+        if not problem and time.monotonic() - since > 1.5 * _GONE:
+            late = [who(rank) for rank in range(self._size) if not self._store.check([f"failed/{rank}"])]
+            problem = f"the connection between two processes broke ({shortened(error or ValueError())})"
+            if late and "timed out" in str(error).lower():
+                problem = f"{' and '.join(late)} kept the others waiting for more than {self._timeout} s (--timeout)"
+        elif error:
+            self._store.set(f"failed/{self.rank}", "")
+        if problem:
+            self._store.compare_set("problem", "", problem + peers.so_far())
+
+    def explain(self, error: BaseException) -> str:
+        """What an exchange with the others failed of; the store, which may never answer, is left to the thread."""
+        self._is_ending, self._failed = True, (error, time.monotonic())
+        self._clock.end_within(14)
+        if not self._heard.wait(_GRACE):
+            return f"the other processes cannot be reached any more ({shortened(error)}){peers.so_far()}"
+        return self.tell(self._told)
+
     def _hear(self, problem: str) -> None:
         """End this process with what another one told, from the main thread if that is not waiting for a device."""
         self._told = problem
+        self._heard.set()
         self._store.set(f"heard/{self.rank}", "")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
         if not self._over.wait(_GRACE):
@@ -107,6 +142,7 @@ class World:
     def tell(self, sentence: str) -> str:
         """Tell all others why this one ends, unless another was first; what all end with."""
         self._is_ending = True
+        self._clock.end_within(14)
         with suppress(RuntimeError):  # nobody is there any more
             first: str = self._store.compare_set("problem", "", sentence).decode()
             waited_for = [f"heard/{rank}" for rank in range(self._size) if rank != self.rank]
@@ -160,6 +196,8 @@ def join(expected_processes: int | None = None, timeout_seconds: int = 600) -> I
     except _Ended:
         raise UserError(met.part()) from None
     except (Exception, KeyboardInterrupt) as error:
+        if peers.is_lost(error):
+            raise UserError(met.explain(error)) from None
         sentence, is_fault = sentence_of(error)
         told = met.tell(sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}")
         if is_fault:  # of the program, which keeps its traceback
