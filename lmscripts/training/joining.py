@@ -28,7 +28,7 @@ import yaml
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from lmscripts.cluster.announced import NODES, WORLD_SIZE, announced_nodes
-from lmscripts.errors import AllAgree, UserError, end_with, sentence_of, shortened
+from lmscripts.errors import AllAgree, OfAnother, UserError, end_with, sentence_of, shortened
 from lmscripts.files import file_sha256
 from lmscripts.options.checks import duration_text
 from lmscripts.options.yaml_text import shown
@@ -133,7 +133,7 @@ class World:
         self._store.set(f"heard/{self.rank}", "")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
         if not self._over.wait(_GRACE):
-            end_with(problem, 2)
+            end_with(problem, 2, of_another=True)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._told and not self._is_ending:
@@ -194,15 +194,16 @@ def join(expected_processes: int | None = None, timeout_seconds: int = 600) -> I
         _check(met, _of_number(launched, expected_processes))
         yield
     except _Ended:
-        raise UserError(met.part()) from None
+        raise OfAnother(met.part()) from None
     except (Exception, KeyboardInterrupt) as error:
         if peers.is_lost(error):
-            raise UserError(met.explain(error)) from None
+            raise OfAnother(met.explain(error)) from None
         sentence, is_fault = sentence_of(error)
-        told = met.tell(sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}")
+        said = sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}"
+        told = met.tell(said)
         if is_fault:  # of the program, which keeps its traceback
             raise
-        raise UserError(told) from None
+        raise (UserError if told == said else OfAnother)(told) from None
     finally:
         met.part()
         _world = None
