@@ -102,28 +102,29 @@ class World:
         problem = ""
         for rank in self.silent(_GONE if error else self._timeout):
             self._store.set(f"heard/{rank}", "")  # nobody waits for it
-            problem = f"{who(rank)} is gone: it was killed, by hand or because memory ran out, or crashed"
-            if self._beats[rank][1] * _TICK > 2 * _GONE:
-                problem = (
-                    f"{who(rank)} has given no sign of life for {self._beats[rank][1] * _TICK:.0f} seconds (--timeout "
-                    f"{self._timeout}): it was stopped, or its machine hangs or cannot be reached"
-                )
+            if self._beats[rank][1] * _TICK < 2 * _GONE:
+                why = "it was killed, by hand or because memory ran out, or crashed"
+                problem = peers.loss(f"{who(rank)} is gone", why)
+            else:
+                why = f"after {self._timeout} s (--timeout), it was stopped, or its machine hangs or cannot be reached"
+                problem = peers.loss(f"{who(rank)} gives no sign of life any more", why)
         if not problem and time.monotonic() - since > 1.5 * _GONE:
             late = [who(rank) for rank in range(self._size) if not self._store.check([f"failed/{rank}"])]
-            problem = f"the connection between two processes broke ({shortened(error or ValueError())})"
+            problem = peers.loss("the connection between two processes broke", shortened(error or ValueError()))
             if late and "timed out" in str(error).lower():
-                problem = f"{' and '.join(late)} kept the others waiting for more than {self._timeout} s (--timeout)"
+                what = f"{' and '.join(late)} kept the others waiting for more than {self._timeout} s (--timeout)"
+                problem = peers.loss(what)
         elif error:
             self._store.set(f"failed/{self.rank}", "")
         if problem:
-            self._store.compare_set("problem", "", problem + peers.so_far())
+            self._store.compare_set("problem", "", problem)
 
     def explain(self, error: BaseException) -> str:
         """What an exchange with the others failed of; the store, which may never answer, is left to the thread."""
         self._is_ending, self._failed = True, (error, time.monotonic())
         self._clock.end_within(14)
         if not self._heard.wait(_GRACE):
-            return f"the other processes cannot be reached any more ({shortened(error)}){peers.so_far()}"
+            return peers.loss("the other processes cannot be reached any more", shortened(error))
         return self.tell(self._told)
 
     def _hear(self, problem: str) -> None:

@@ -28,12 +28,13 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and of_network and any(words in text for words in _LOST)
 
 
-def so_far() -> str:
-    """Where the loss of a process finds this one, to stand after what is said of it."""
+def loss(what: str, why: str = "") -> str:
+    """A sentence on the loss of a process, where it finds this one, and how to go on."""
     step = f" after step {progress['step']:,}" if "step" in progress else ""
+    way_out = "mend that and start again"
     if "checkpoint" in progress:
-        return f"{step}; the last checkpoint is {progress['checkpoint']}: go on with --do_continue"
-    return f"{step}; mend that and start again"
+        way_out = f"the last checkpoint is {progress['checkpoint']}: go on with --do_continue"
+    return f"{what}{step}{why and f': {why}'}; {way_out}"
 
 
 class Clock:
