@@ -184,7 +184,7 @@ def from_line(options: Options, here: int) -> tuple[nodes.Cluster, int]:
     if own in found and own.gpus == 0:
         raise UserError("no GPU was found on this machine: give --cpu to start processes without")
     main_host = options.master_addr or ("127.0.0.1" if rank == 0 else found[0].host)
-    if rank and (main_host.startswith("node-0") or nodes.is_loopback(main_host) and options.master_addr is None):
+    if rank and options.master_addr is None and (main_host == "node-0" or nodes.is_loopback(main_host)):
         raise UserError("--master_addr is missing: give the address by which this machine reaches node 0")
     port = options.master_port or nodes.DEFAULT_PORT
     return nodes.Cluster(tuple(found), world_size, main_host, port), rank
@@ -206,7 +206,7 @@ def run_one(
             print(f"{as_yaml}\nwould start: {shlex.join(told)} accelerate launch {shlex.join(words)}")
             return 0
         file.write_text(as_yaml, encoding="utf-8")
-        how = {"alone": cluster.world_size == 1, "from_stdin": options.signals_from_stdin}
+        how = {"alone": settings["distributed_type"] == "NO", "from_stdin": options.signals_from_stdin}
         return supervision.run_node(starting.agent(words), environment, **how)
 
 

@@ -1,4 +1,4 @@
-"""The launcher of Accelerate with a node's file: `python -m lmscripts.cluster.agent --config_file FILE script.py ...`
+"""The launcher of Accelerate for one node: `python -m lmscripts.cluster.agent --config_file FILE script.py ...`.
 
 It takes the words of `accelerate launch` and differs in how it ends: with the exit code of the process that ended
 first, 75 of a run that stopped early after saving among them, and with that process' own sentence, where the launcher
@@ -26,18 +26,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 def main() -> None:
     """Start the processes of this node, wait for them, and end as they did."""
-    from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
     from accelerate.commands.launch import _validate_launch_command as completed
+    from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments, *_ = completed(launch_command_parser().parse_args())
-    if arguments.num_processes == 1:
+    if not (arguments.multi_gpu or arguments.use_fsdp):
         command, environment = prepare_simple_launcher_cmd_env(arguments)
         os.execvpe(command[0], command, environment)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the sentence at the end says it
-    for number in SIGNALS:  # whoever started this sends them to the processes; a scheduler may send them to all
+    # Whoever started this sends signals to the processes directly, so that their exit codes count. A scheduler may send
+    # them to all: here they mean nothing, and torch is told to take no notice of them either.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
@@ -69,7 +72,10 @@ def _first(failures: dict[int, Any]) -> tuple[int, str, bool]:
     how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     ranks = [node.host for node in announced_nodes() for _ in range(node.processes)]
     who = f"process {rank}" + (f" ({ranks[rank]})" if rank < len(ranks) else "")
-    return abs(code) + 128 * (code < 0), f"{who}: {said}" if said else f"{who} {how}", when(rank)[1]
+    if said and (said.startswith("process ") or sum(each.get("message") == said for each in told.values()) > 1):
+        who = ""  # the processes have told each other, or all found the same
+    words = ": ".join(filter(None, [who, said])) if said else f"{who} {how}"
+    return abs(code) + 128 * (code < 0), words, when(rank)[1]
 
 
 def _end(code: int, sentence: str, of_another: bool) -> NoReturn:

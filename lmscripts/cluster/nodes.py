@@ -1,4 +1,4 @@
-"""The machines of a cluster in the order of their ranks: what a file or the line says of them, and which is this one."""
+"""The machines of a cluster in the order of their ranks: what a file or the line says, and which is this one."""
 
 from __future__ import annotations
 
@@ -98,9 +98,8 @@ def read_cluster(given: str) -> Cluster:
     wrong: list[str] = []
     top = _checked(content, "the file", _TOP, ("nodes",), wrong)
     main = _checked(top.get("main", {}), "main", _MAIN, (), wrong)
-    rows = [
-        _checked(each, f"nodes[{n}]", _NODE, ("host", "gpus"), wrong) for n, each in enumerate(top.get("nodes", []))
-    ]
+    listed = enumerate(top.get("nodes", []))
+    rows = [_checked(each, f"nodes[{place}]", _NODE, ("host", "gpus"), wrong) for place, each in listed]
     if top.get("nodes") == []:
         wrong.append("nodes is empty: name at least one machine")
     if wrong:
@@ -253,8 +252,8 @@ def by_sum(own: Node, other_gpus: int, node_rank: int, num_nodes: int | None) ->
     count = num_nodes or (2 if other_gpus else 1)
     if node_rank >= count:
         raise UserError(
-            f"--node_rank {node_rank} cannot be of {count} machine{'s' * (count > 1)}: --other_gpus {other_gpus} is a sum "
-            f"and does not say of how many; give every machine the same --nnodes, or a file {{host: GPUs}}"
+            f"--node_rank {node_rank} cannot be of {count} machine{'s' * (count > 1)}: --other_gpus {other_gpus} is a "
+            "sum and does not say of how many; give every machine the same --nnodes, or a file {host: GPUs}"
         )
     if other_gpus < count - 1:
         raise UserError(f"--nnodes {count} with --other_gpus {other_gpus}: every other machine has a GPU at least")
@@ -284,8 +283,8 @@ def find_own(nodes: Sequence[Node], node_rank: int | None) -> int:
         return node_rank
     if len(nodes) > 1 and local:
         raise UserError(
-            f"{nodes[local[0]].host} means another machine on each of {len(nodes)} nodes: give the address by which the "
-            "others reach it, or --node_rank on every node, counted from 0 in the order of the file"
+            f"{nodes[local[0]].host} means another machine on each of {len(nodes)} nodes: give the address by which "
+            "the others reach it, or --node_rank on every node, counted from 0 in the order of the file"
         )
     if len(own) > 1:
         raise UserError(f"{' and '.join(nodes[place].host for place in own)} are both this machine: give --node_rank")
@@ -338,10 +337,8 @@ def _names() -> set[str]:
 def _addresses() -> set[str]:
     import psutil
 
-    families = (socket.AF_INET, socket.AF_INET6)
-    found = {
-        a.address.partition("%")[0] for each in psutil.net_if_addrs().values() for a in each if a.family in families
-    }
+    entries = [entry for entries in psutil.net_if_addrs().values() for entry in entries]
+    found = {entry.address.partition("%")[0] for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)}
     return {address for address in found if not is_loopback(address)}
 
 

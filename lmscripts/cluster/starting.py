@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from lmscripts.cluster.announced import WORLD_SIZE, AnnouncedNode, announcement
+from lmscripts.cluster.announced import NODES, WORLD_SIZE, AnnouncedNode, announcement
 from lmscripts.cluster.nodes import Cluster, is_loopback
 from lmscripts.errors import UserError, shortened
 
 # What is left of another world would be taken for this one. With WORKER_IDENTICAL torch takes every machine for alike
 # and unequal ones wait for ever.
-_OF_A_WORLD = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT LMS_CLUSTER".split()
-_OF_A_WORLD += [WORLD_SIZE, "TORCH_ELASTIC_WORKER_IDENTICAL", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"]
+_OF_A_WORLD = {"RANK", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", NODES, WORLD_SIZE}
+_OF_A_WORLD |= {"WORLD_SIZE", "TORCH_ELASTIC_WORKER_IDENTICAL", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"}
 
 
 def accelerate_settings(
@@ -51,8 +51,8 @@ def accelerate_settings(
         "use_cpu": on_cpu,
     }
     kept = {key: value for key, value in base.items() if key not in settings or key == "mixed_precision"}
-    if base.get("distributed_type") in ("FSDP", "DEEPSPEED"):
-        kept["distributed_type"] = base["distributed_type"]
+    if base.get("distributed_type") == "FSDP":
+        kept["distributed_type"] = "FSDP"
     return settings | kept
 
 
@@ -68,6 +68,8 @@ def read_base(file: str | None) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {shortened(error)}") from None
     if not isinstance(content, dict) or (file and "distributed_type" not in content):
         raise UserError(f"{file} is no file for Accelerate: it has no key distributed_type")
+    if content.get("distributed_type") in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
+        raise UserError(f"{file} is for {content['distributed_type']}, which is not started by launch.py: use FSDP")
     return content
 
 
@@ -76,7 +78,6 @@ def environment(cluster: Cluster, *, on_cpu: bool) -> dict[str, str]:
     mine = {k: v for k, v in os.environ.items() if k not in _OF_A_WORLD and not k.startswith(("PET_", "TORCHELASTIC_"))}
     nodes = [AnnouncedNode(node.host, node.gpus, node.batch_size) for node in cluster.nodes]
     mine |= announcement(nodes) if cluster.is_known else {WORLD_SIZE: str(cluster.world_size)}
-    mine["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others go to the processes directly, so that their exit codes count
     if on_cpu:
         mine |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     else:
@@ -106,7 +107,7 @@ def rank_table(cluster: Cluster, rank: int | None, visible: Sequence[str], unit:
     """The machines, what each of them starts, and the ranks of its processes, in words."""
     rows, first = [], 0
     for place, node in enumerate(cluster.nodes):
-        count = f"{node.gpus} {unit}{('es' if unit.endswith('s') else 's') * (node.gpus > 1)}" if node.gpus else "some"
+        count = in_words(node.gpus, unit) if node.gpus else "some"
         ranks = f"ranks {first} to {first + node.gpus - 1}" if node.gpus > 1 else f"rank {first}"
         known = all(before.gpus for before in cluster.nodes[: place + 1])
         rows.append([f"node {place}", node.host, count, ranks if known else "ranks when they meet"])
@@ -116,9 +117,10 @@ def rank_table(cluster: Cluster, rank: int | None, visible: Sequence[str], unit:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), *row[4:]]).rstrip() for row in rows]
     at = f", meeting at {cluster.main_host}:{cluster.main_port}" if len(cluster.nodes) > 1 else ""
-    return "\n".join(
-        [
-            *lines,
-            f"{cluster.world_size} process{'es' * (cluster.world_size > 1)}{at}, mixed precision {cluster.mixed_precision}",
-        ]
-    )
+    processes = in_words(cluster.world_size, "process")
+    return "\n".join([*lines, f"{processes}{at}, mixed precision {cluster.mixed_precision}"])
+
+
+def in_words(count: int, what: str) -> str:
+    """A number of things."""
+    return f"{count} {what}" + ("es" if what.endswith("s") else "s") * (count > 1)

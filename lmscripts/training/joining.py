@@ -234,7 +234,9 @@ def launcher() -> int | None:
     """
     with suppress(psutil.Error):
         words = psutil.Process(os.getppid()).cmdline()
-        if any(name in os.environ for name in _OF_LAUNCHERS) and any("accelerate" in w or "torch" in w for w in words):
+        if any(name in os.environ for name in _OF_LAUNCHERS) and any(
+            name in word for name in ("accelerate", "torch", "launch.py") for word in words
+        ):
             return os.getppid()
     return None
 
