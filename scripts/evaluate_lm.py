@@ -89,13 +89,11 @@ class Options:
 
 def main() -> None:
     """Parse, evaluate, write."""
-    options = parse_options(Options, description=__doc__ or "", **EVALUATION)
-    try:
-        with user_errors():
-            from lmscripts.training.processes import join
+    from lmscripts.training.processes import join
 
-            with join():
-                evaluate(options)
+    try:
+        with user_errors(), join():
+            evaluate(parse_options(Options, description=__doc__ or "", **EVALUATION))
     except Stopped as stopped:
         print(f"stopped by {signal.Signals(stopped.args[0]).name}; no result was written", file=sys.stderr)
         leave(128 + stopped.args[0])

@@ -70,12 +70,10 @@ class Options:
 
 def main() -> None:
     """Parse, evaluate, write."""
-    options = parse_options(Options, description=__doc__ or "", renamed=RENAMED)
-    with user_errors(only_words=True):
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import join
 
-        with join():
-            evaluate(options)
+    with user_errors(only_words=True), join():
+        evaluate(parse_options(Options, description=__doc__ or "", renamed=RENAMED))
 
 
 def evaluate(options: Options) -> None:

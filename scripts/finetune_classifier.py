@@ -307,13 +307,12 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, judge, export."""
-    renamed = {"epoch": "epochs", "sequence_length": "max_length"}
-    options = parse_options(Options, description=__doc__ or "", renamed=renamed)
-    with user_errors(only_words=True):
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import join
 
-        with join(options.expected_processes, options.timeout):
-            run(options)
+    renamed = {"epoch": "epochs", "sequence_length": "max_length"}
+    with user_errors(only_words=True), join():
+        options = parse_options(Options, description=__doc__ or "", renamed=renamed)
+        run(options)
 
 
 def run(options: Options) -> None:

@@ -328,13 +328,12 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
-    options, further = parse_options(Options, description=__doc__ or "", **also)
-    with user_errors(only_words=True):
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import join
 
-        with join(options.expected_processes, options.timeout):
-            run(options, further)
+    also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
+    with user_errors(only_words=True), join():
+        options, further = parse_options(Options, description=__doc__ or "", **also)
+        run(options, further)
 
 
 def run(options: Options, further: Further) -> None:

@@ -257,18 +257,15 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    options, origins = parse_options_with_origin(Options, description=__doc__ or "", **POLICY)
-    with user_errors(only_words=True):
-        options = settled(options, origins)
-        choose_device(options.device)
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import join
 
-        with join(options.expected_processes, options.timeout):
-            run(options)
+    with user_errors(only_words=True), join():
+        run(settled(*parse_options_with_origin(Options, description=__doc__ or "", **POLICY)))
 
 
 def run(options: Options) -> None:
     """The whole run; ends the process with its exit code."""
+    choose_device(options.device)
     import torch
     from transformers import logging
 

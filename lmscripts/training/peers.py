@@ -8,8 +8,6 @@ import sys
 import threading
 import time
 
-from torch.distributed import DistError
-
 # What gloo, NCCL and the launcher's store say where another process or the way to it has gone.
 _OF_NETWORK = ("gloo", "nccl", "tcpstore", "socket")
 _LOST = (
@@ -24,7 +22,8 @@ progress: dict[str, object] = {}
 def is_lost(error: BaseException) -> bool:
     """Whether an exception says that another process is gone or silent; all else may be a fault of the program."""
     text = str(error).lower()
-    of_network = isinstance(error, DistError) or any(name in text for name in _OF_NETWORK)
+    of_network = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    of_network |= any(name in text for name in _OF_NETWORK)
     return isinstance(error, RuntimeError) and of_network and any(words in text for words in _LOST)
 
 

@@ -1,4 +1,7 @@
-"""Processes: starting them with a check, dividing a batch among them, agreeing on sums, stopping together."""
+"""Processes: starting them with a check, dividing a batch among them, agreeing on sums, stopping together.
+
+Heavy modules are imported where they are used: scripts join before they read their options.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,13 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
-
-from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import AllAgree, UserError, shortened
 from lmscripts.options.checks import duration_text
 from lmscripts.training import joining
 from lmscripts.training.joining import join, launcher, who
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 __all__ = ["join", "who"]  # beside what is written here
@@ -51,6 +52,7 @@ def start_processes(
     Raises:
         UserError: the processes cannot reach each other, or fp16 was asked for on CPU.
     """
+    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if (met := joining.world()) is None:
@@ -151,6 +153,8 @@ def choose_precision(
     Raises:
         UserError: no such type, or the config asks for another precision.
     """
+    import torch
+
     if fp16_type and precision not in (None, "fp16"):
         raise UserError(f"--fp16_type {fp16_type} and --precision {precision} differ: give one")
     if precision == "fp16_on_gpu":
@@ -173,6 +177,8 @@ def choose_precision(
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
     """Sums of each value over all processes, in float64."""
+    import torch
+
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     tensor = torch.tensor(list(values), dtype=dtype, device=accelerator.device)
     summed: torch.Tensor = accelerator.reduce(tensor, "sum")
@@ -181,6 +187,10 @@ def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
 
 def seed_dropout(seed: int, step: int, process: int) -> None:
     """Begin a step's random numbers anew, so that a run that is continued draws what it would have drawn."""
+    import torch
+
+    from lmscripts.counters import stream_key
+
     torch.manual_seed(stream_key(seed, step, process) >> 1)
 
 
@@ -213,6 +223,8 @@ def process_shares(
     Raises:
         UserError: the map names other nodes than there are, or the weights another number of processes.
     """
+    from lmscripts.counters import split_shares
+
     if weights is not None:
         if len(weights) != len(nodes):
             raise UserError(f"{len(weights)} process shares were given for {len(nodes)} processes")
@@ -299,6 +311,8 @@ def guessed_time(operations: float, accelerator: Accelerator, fewer: str) -> tup
         accelerator: the running processes, all of which call it; the slowest decides.
         fewer: what makes a run shorter that takes days.
     """
+    import torch
+
     device, size = accelerator.device, 512 if accelerator.device.type == "cpu" else 4096
     matrix, times = torch.ones(size, size, device=device, dtype=product_dtype(accelerator)), list[float]()
     while len(times) < 3 or sum(times) < 0.05:
@@ -316,4 +330,6 @@ def guessed_time(operations: float, accelerator: Accelerator, fewer: str) -> tup
 
 def product_dtype(accelerator: Accelerator) -> Any:
     """In which products are computed."""
+    import torch
+
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
