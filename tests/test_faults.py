@@ -8,8 +8,6 @@ exit code and what it printed last.
 import contextlib
 import json
 import os
-import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -152,29 +150,26 @@ def sentences(world, lines):
 
 # ---- before the first step -------------------------------------------------------------------------------------------
 
-slow = pytest.mark.slow
 
-
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("node", [0, 1])
 def test_the_other_node_never_comes(world, node):
     began = time.monotonic()
     world.start(node)
-    (last,) = world.see(f"only node {node} is started", began)
-    assert last.startswith("error: "), world.printed(node)
+    (last,) = sentences(world, world.see(f"only node {node} is started", began))
     assert str(world.port) in last
 
 
-@slow
+@pytest.mark.slow
 def test_wrong_address(world):
     began = time.monotonic()
     world.start(0)
-    world.start(1, address="127.0.0.9")
+    world.start(1, address="192.0.2.1")  # which is nobody's
     lines = sentences(world, world.see("node 1 has a wrong address of node 0", began))
-    assert "127.0.0.9" in lines[1]
+    assert "192.0.2.1" in lines[1]
 
 
-@slow
+@pytest.mark.slow
 def test_another_port(world):
     began = time.monotonic()
     world.start(0)
@@ -182,7 +177,7 @@ def test_another_port(world):
     sentences(world, world.see("node 1 has another port", began))
 
 
-@slow
+@pytest.mark.slow
 def test_port_in_use(world):
     with socket.socket() as other:
         other.bind(("0.0.0.0", world.port))
@@ -194,10 +189,151 @@ def test_port_in_use(world):
     assert f"port {world.port} is in use" in lines[0]
 
 
-@slow
+@pytest.mark.slow
 def test_wrong_counts(world):
     began = time.monotonic()
     world.start(0, other=2)
     world.start(1)
     lines = sentences(world, world.see("node 0 is told of 2 other GPUs, there is 1", began))
-    assert "4 processes were announced but 3" in lines[0]
+    assert all("4 processes were announced but 3" in line for line in lines)
+
+
+def patched(folder, text):
+    """Variables of a node whose Python runs this text first."""
+    (folder / "patch").mkdir()
+    (folder / "patch" / "sitecustomize.py").write_text(text, encoding="utf-8")
+    return {"PYTHONPATH": os.pathsep.join([str(folder / "patch"), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.slow
+def test_a_clock_an_hour_off(world):
+    late = patched(world.folder, "import time\nnow = time.time\ntime.time = lambda: now() + 3600\n")
+    began = time.monotonic()
+    world.start(0)
+    world.start(1, env=late)
+    lines = sentences(world, world.see("the clock of node 1 is an hour off", began))
+    assert all("the clock of process 2" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_another_version(world):
+    (world.folder / "patch" / "transformers-4.0.0.dist-info").mkdir(parents=True)
+    metadata = world.folder / "patch" / "transformers-4.0.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n", encoding="utf-8")
+    began = time.monotonic()
+    world.start(0)
+    world.start(1, env={"PYTHONPATH": f"{metadata.parents[1]}:{os.environ.get('PYTHONPATH', '')}"})
+    lines = sentences(world, world.see("node 1 has another version of transformers", began))
+    assert all("transformers is 4.0.0 on process 2" in line for line in lines)
+
+
+@pytest.fixture(scope="session")
+def others(tokenizer_dir):
+    """Stores of other text, and of the same text with another tokenizer."""
+    place = tokenizer_dir.parent
+    text, words = SAMPLE / "articles.txt", ("--validation_fraction", 0.1, "--num_workers", 1)
+    run_script("train_tokenizer.py", "--input_file", text, "--model_dir", place / "other", "--vocab_size", 1500)
+    whole = text.read_text(encoding="utf-8").split("\n\n")
+    (place / "less.txt").write_text("\n\n".join(whole[:-1]), encoding="utf-8")
+    for name, source, tokenizer in (("text", place / "less.txt", tokenizer_dir), ("tokenizer", text, place / "other")):
+        inputs = ("--input_file", source, "--tokenizer_dir", tokenizer, "--output_dir", place / f"other_{name}")
+        run_script("prepare_corpus.py", *inputs, *words)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["text", "tokenizer"])
+def test_another_store(world, others, what):
+    began = time.monotonic()
+    world.start(0)
+    world.start(1, "--dataset_dir", others / f"other_{what}")
+    lines = sentences(world, world.see(f"node 1 has a store with another {what}", began))
+    assert all("store" in line and "process 2" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_missing_store(world):
+    began = time.monotonic()
+    world.start(0)
+    world.start(1, "--dataset_dir", world.folder / "nowhere")
+    lines = sentences(world, world.see("node 1 has no store", began))
+    assert all("nowhere" in line and "process 2" in line for line in lines)
+
+
+# ---- in mid-step -----------------------------------------------------------------------------------------------------
+
+
+def struck(world, fault, strike, *ranks, plain=False):
+    """Strike a world in mid-step; what stands last on the screens."""
+    for node in (0, 1):
+        world.start(node, plain=plain)
+    world.wait_for_step(10)
+    began = time.monotonic()
+    strike()
+    return world.see(fault + " (accelerate launch)" * plain, began)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGKILL, 2),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_is_gone_or_stopped_is_named(world, number, rank):
+    lines = struck(world, f"{number.name} of process {rank}", lambda: world.process(rank).send_signal(number))
+    sentences(world, lines)
+    other = 0 if rank == 2 else 1
+    assert f"process {rank} (host" in lines[other]
+    assert "--do_continue" in lines[other]
+    assert f"process {rank}" in lines[1 - other]
+    assert "SIGKILL" in lines[1 - other]
+    assert not find_damage(list_checkpoints(world.run_dir)[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_our_launcher(world, number):
+    world_of = lambda: world.process(2).send_signal(number)  # noqa: E731
+    struck(world, f"{number.name} of process 2", world_of, plain=True)
+    said = [line for line in world.printed(0).splitlines() if line.startswith("error: ")]
+    assert said
+    assert all("process 2 (host" in line for line in said)
+    assert "traceback : process 2 (host" in world.printed(0)  # torch's table, which comes last
+    assert "rank0" not in world.printed(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("who", ["agent", "launcher"])
+def test_a_launcher_that_is_killed(world, who, node):
+    """Its processes are not left behind, and save."""
+
+    def strike():
+        launcher = psutil.Process(world.nodes[node].pid)
+        (launcher if who == "launcher" else launcher.children()[0]).kill()
+
+    struck(world, f"SIGKILL of the {who} of node {node}", strike)
+    assert not find_damage(list_checkpoints(world.run_dir)[-1])
+
+
+FULL = """
+import os, resource, signal
+if os.environ.get("RANK") == "{rank}":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "size"), [(0, 500_000), (2, 9_000)])
+def test_a_disk_is_full(world, rank, size):
+    began = time.monotonic()
+    for node in (0, 1):
+        world.start(node, env=patched(world.folder, FULL.format(rank=rank, size=size)) if node == rank // 2 else None)
+    lines = sentences(world, world.see(f"no space on the disk of process {rank}", began))
+    assert all(f"process {rank}" in line and "large" in line for line in lines)
