@@ -197,8 +197,10 @@ def settled(options: Options, origins: dict[str, str]) -> Options:
     given = [f"--{name.replace('_', '-')}" for name in INITIAL if origins[name] == "command line"]
     if options.resume and given:
         raise UserError(f"{given[0]} is for a run that begins, --resume for one that goes on: give one of them")
+    from lmscripts.training.handing import run_folder
+
     if options.resume:  # what the run began with stays written down, and counts until it has a snapshot
-        file = Path(options.output_prefix, str(options.experiment_name), "config.yaml")
+        file = run_folder(Path(options.output_prefix, str(options.experiment_name)), True) / "config.yaml"
         argv = ["--config", str(file)]
         before = parse_options(Options, description="", argv=argv, **POLICY) if file.is_file() else options
         options = replace(options, **{name: getattr(before, name) for name in INITIAL})

@@ -50,13 +50,16 @@ class World:
     Attributes:
         rank: of this process.
         hosts: name of the machine of each process.
+        machines: of each process, the same text for those of one machine only.
+        timeout: seconds that a process may keep the others waiting.
         notices: sentences for the user.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: int) -> None:
         """Begin to watch."""
-        self.rank, self.hosts, self.notices = rank, [""] * size, list[str]()
-        self._store, self._size, self._timeout, self._rounds = store, size, timeout, 0
+        self.rank, self.hosts, self.machines, self.notices = rank, [""] * size, [""] * size, list[str]()
+        self.timeout = timeout
+        self._store, self._size, self._rounds = store, size, 0
         self._told, self._is_ending, self._over = "", False, threading.Event()
         self._failed: tuple[BaseException, float] | None = None  # an exchange, and when
         self._heard, self._clock = threading.Event(), peers.Clock(timeout + 5)
@@ -95,7 +98,7 @@ class World:
                     now = [str(self._store.get(key)) if self._store.check([key]) else "" for key in keys]
                     before = self._beats
                     self._beats = [(new, ticks + every if new == old else 0) for new, (old, ticks) in zip(now, before)]
-                if self._failed or self.silent(self._timeout):
+                if self._failed or self.silent(self.timeout):
                     self._look()
                 if self._store.check(["problem"]):
                     self._hear(self._store.get("problem").decode())
@@ -105,19 +108,19 @@ class World:
         """Tell which process is gone, or keeps the others waiting."""
         error, since = self._failed or (None, time.monotonic())
         problem = ""
-        for rank in self.silent(_GONE if error else self._timeout):
+        for rank in self.silent(_GONE if error else self.timeout):
             self._store.set(f"heard/{rank}", "")  # nobody waits for it
             if self._beats[rank][1] * _TICK < 2 * _GONE:
                 why = "it was killed, by hand or because memory ran out, or crashed"
                 problem = peers.loss(f"{who(rank)} is gone", why)
             else:
-                why = f"after {self._timeout} s (--timeout), it was stopped, or its machine hangs or cannot be reached"
+                why = f"after {self.timeout} s (--timeout), it was stopped, or its machine hangs or cannot be reached"
                 problem = peers.loss(f"{who(rank)} gives no sign of life any more", why)
         if not problem and time.monotonic() - since > 1.5 * _GONE:
             late = [who(rank) for rank in range(self._size) if not self._store.check([f"failed/{rank}"])]
             problem = peers.loss("the connection between two processes broke", shortened(error or ValueError()))
             if late and "timed out" in str(error).lower():
-                what = f"{' and '.join(late)} kept the others waiting for more than {self._timeout} s (--timeout)"
+                what = f"{' and '.join(late)} kept the others waiting for more than {self.timeout} s (--timeout)"
                 problem = peers.loss(what)
         elif error:
             self._store.set(f"failed/{self.rank}", "")
@@ -207,7 +210,7 @@ def join(expected_processes: int | None = None, timeout_seconds: int | None = No
     except _Ended:
         raise OfAnother(met.part()) from None
     except (Exception, KeyboardInterrupt) as error:
-        if peers.is_lost(error):
+        if peers.is_lost(error) or isinstance(error, OfAnother):
             raise OfAnother(met.explain(error)) from None
         sentence, is_fault = sentence_of(error)
         said = sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}"
@@ -232,8 +235,9 @@ def _said(name: str) -> int | None:
         option, value = option.replace("-", "_"), value or following
         if option == f"__{name}" and value.isdecimal():
             return int(value)
-        if option == "__config":
-            with suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the parser says what is wrong with it
+        if option == "__config" and Path(value).is_file():
+            # The parser says what is wrong with it.
+            with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError):
                 of_file = yaml.safe_load(Path(value).read_text(encoding="utf-8")).get(name)
     return of_file if isinstance(of_file, int) else None
 
@@ -324,10 +328,14 @@ def _check(met: World, problem: str) -> None:
     from lmscripts.training.log import versions
 
     facts: dict[str, Any] = {"problem": problem, "host": socket.gethostname(), "cluster": os.environ.get(NODES, "")}
-    facts |= {"node": os.environ.get("GROUP_RANK", "0"), "versions": versions() | _of_program()}
+    facts |= {
+        "node": os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID", "0"),
+        "versions": versions() | _of_program(),
+    }
     everywhere = met.exchange("facts", facts)
     nodes = announced_nodes()
     met.hosts = [each["host"] for each in everywhere]
+    met.machines = [f"{each['host']} {each['node']}" for each in everywhere]
     if sum(node.processes for node in nodes) == len(everywhere):
         met.hosts = [node.host for node in nodes for _ in range(node.processes)]
     clocks = met.exchange("clock", time.time())  # all at the same moment, as all have waited for the last

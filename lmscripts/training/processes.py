@@ -40,9 +40,6 @@ def start_processes(
 ) -> Accelerator:
     """Connect the processes for what they compute together, once all of them have read what they need.
 
-    On a host without CUDA the world is a gloo world: left alone, Accelerate would make every launched process the main
-    process of a world of its own there, all writing to the same folder.
-
     Args:
         mixed_precision: "no", "fp16" or "bf16"; None takes what the Accelerate config says.
         timeout_seconds: how long a collective operation may wait for a silent process.
@@ -52,8 +49,7 @@ def start_processes(
     Raises:
         UserError: the processes cannot reach each other, or fp16 was asked for on CPU.
     """
-    import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if (met := joining.world()) is None:
         joining.check_number(None)
@@ -61,28 +57,47 @@ def start_processes(
         met.exchange("ready")  # who connects first would wait in a collective operation for who still reads
     # The library's own advice to drop an option that keeps every forward pass free of a broadcast.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-    on_cpu = not torch.cuda.is_available()
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if on_cpu and precision == "fp16":
+    if _on_cpu() and precision == "fp16":
         raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
+    connect(timeout_seconds)
+    accelerator = Accelerator(
+        cpu=_on_cpu(),
+        mixed_precision=mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=project_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    _check_world(accelerator)
+    return accelerator
+
+
+def connect(timeout_seconds: int) -> torch.device:
+    """Let the processes exchange tensors from here on; the device of this one.
+
+    On a host without CUDA the world is a gloo world: left alone, Accelerate would make every launched process the main
+    process of a world of its own there, all writing to the same folder.
+
+    Raises:
+        UserError: they cannot reach each other.
+    """
+    import torch
+    from accelerate import PartialState
+
     try:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=mixed_precision,
-            log_with=list(trackers) or None,
-            project_dir=project_dir,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            ],
-        )
+        device: torch.device = PartialState(cpu=_on_cpu(), timeout=timedelta(seconds=timeout_seconds)).device
     except torch.distributed.DistError as error:
         raise UserError(
             f"the processes cannot exchange data ({shortened(error)}): say over which network interface, in the "
             "cluster file or by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on every machine, and open it in the firewall"
         ) from None
-    _check_world(accelerator)
-    return accelerator
+    return device
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def in_words(accelerator: Accelerator) -> str:
