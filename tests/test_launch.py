@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,8 @@ from lmscripts.cluster import nodes
 from lmscripts.errors import UserError
 
 LAUNCH = str(ROOT / "scripts" / "launch.py")
+SLOW = pytest.mark.slow
+TWO, THREE = ["--other_gpus", 1], ["--nnodes", 3, "--other_gpus", 2]
 EXAMPLE = {"foo.bar.com": 4, "127.0.0.1": 5, "172.12.145.1": 6}  # of the older launcher's document
 # A process says where it stands in the world, without importing what would take seconds.
 WHERE = """
@@ -151,7 +155,43 @@ def test_lines_of_the_older_document_run_as_written(where, tmp_path, gpus):
         ("3", "0"),
     ]
     assert "node 0  node-0" in node1.stdout
-    assert "rank 3  <- this machine" in node1.stdout
+    assert re.search(r"1 GPU +rank 3 +<- this machine", node1.stdout)
+    assert [(node["processes"]) for node in told(tmp_path)[3]["cluster"]] == [3, 1]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("nodes_told", "sentence"),
+    [
+        ([TWO], "node 1 (node-1) did not come in 20 seconds"),
+        ([["--other_gpus", 2], ["--node_rank", 1, *TWO]], "told of 2 processes in all, and node 0 of 3"),
+        pytest.param([THREE, ["--node_rank", 1, *THREE], ["--node_rank", 1, *THREE]], "--node_rank of", marks=SLOW),
+        pytest.param([THREE, ["--node_rank", 1, "--other_gpus", 2]], "told of 2 nodes, and node 0 of 3", marks=SLOW),
+    ],
+    ids=["missing", "world", "rank", "nodes"],
+)
+def test_nodes_that_were_told_different_things_say_so(nodes_told, sentence, where, tmp_path):
+    common = [sys.executable, LAUNCH, "--cpu", "--timeout", "20", "--master_addr", "127.0.0.1", "--master_port"]
+    common.append(str(free_port()))
+    lines = [[*common, *map(str, words), str(where)] for words in nodes_told]
+    started = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in lines]
+    for process in started:
+        assert sentence in process.communicate(timeout=PATIENCE)[1]
+        assert process.returncode == 2
+    assert not list(tmp_path.glob("rank*"))
+
+
+@pytest.mark.launch
+def test_a_port_that_is_in_use(where):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = launch("--cpu", "--other_gpus", 1, "--master_port", port, where, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: port {port} is in use here: give another one, the same on all nodes\n",
+    )
 
 
 # ---- how it ends -----------------------------------------------------------------------------------------------------

@@ -14,15 +14,14 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
 from typing import Any, NoReturn
 
 from lmscripts.cluster.announced import announced_nodes
-from lmscripts.errors import shortened
+from lmscripts.cluster.meeting import meet
+from lmscripts.errors import UserError, shortened
 
 SUPERVISED = "LMS_SUPERVISED"  # set where another launcher reads the end as a line of JSON after VERDICT
 VERDICT = "\x1elms-end "
-_WAYS = "start every node, with this address and port, which no other program uses and no firewall closes"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -45,19 +44,17 @@ def main() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
-    here = f"node {arguments.machine_rank}" if arguments.num_machines > 1 else "this machine"
-    main_place = f"{arguments.main_process_ip}:{arguments.main_process_port}"
-    not_met = f"{here}: of {arguments.num_machines} nodes not all came to {main_place}"
-    patience = int((arguments.rdzv_conf or "").partition("timeout=")[2].partition(",")[0] or 600)
-    threading.Thread(target=_watch, args=(os.getppid(), patience, f"{not_met}: {_WAYS}"), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    place = (arguments.main_process_ip, arguments.main_process_port, arguments.machine_rank, arguments.num_machines)
+    timeout = int(arguments.rdzv_conf.removeprefix("timeout="))
     try:
+        if arguments.num_machines > 1:
+            os.environ |= meet(*place, arguments.num_processes // arguments.num_machines, timeout)
         multi_gpu_launcher(arguments)
     except ChildFailedError as error:
         _end(*_first(error.failures))
-    except ConnectionError:
-        _end(2, f"{here}: port {arguments.main_process_port} is in use: give another one, the same on all nodes", False)
-    except DistError as error:
-        _end(2, f"{not_met} ({shortened(error)}): {_WAYS}", False)
+    except (UserError, ConnectionError, DistError) as error:  # with a port, or with a node that has gone since
+        _end(2, shortened(error, 600), False)
 
 
 def _first(failures: dict[int, Any]) -> tuple[int, str, bool]:
@@ -89,23 +86,14 @@ def _end(code: int, sentence: str, of_another: bool) -> NoReturn:
     sys.exit(code)
 
 
-def _watch(parent: int, patience: int, not_met: str) -> None:
-    """End where the other nodes do not come, or when the one that would pass on signals has been killed.
-
-    Torch waits twice as long for node 0 as it is told, and for ever where another program has taken its port.
-    """
+def _watch(parent: int) -> None:
+    """Ask the processes to stop when the one that would pass on signals has been killed."""
     import psutil
 
-    children, until = list[Any](), time.monotonic() + patience + 3
     while os.getppid() == parent:
         time.sleep(1)
-        children = children or psutil.Process().children()
-        if not children and time.monotonic() > until:
-            with suppress(SystemExit):
-                _end(2, not_met, False)
-            sys.stderr.flush()
-            os._exit(2)
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    for child in children:
         child.terminate()
     if not children:
         os._exit(1)
