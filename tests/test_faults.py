@@ -46,16 +46,16 @@ class World:
         preset = {**TINY_PRESET, "train-steps": 100_000, "save-steps": 10, "keep-last": 2}
         (folder / "presets.json").write_text(json.dumps({"bert-test": preset}), encoding="utf-8")
 
-    def start(self, node, *more, here=0, other=0, port=None, address="127.0.0.1", plain=False, env=None):
+    def start(self, node, *, here=0, other=0, port=None, address="127.0.0.1", store=None, plain=False, env=None):
         """Start a node: 0 with two processes or 1 with one, or as many as are said.
 
         Args:
             node: its place.
-            more: options of the script.
             here: GPUs of this node, as launch.py is told.
             other: of the other node.
             port: of node 0.
             address: of node 0.
+            store: instead of that of the others.
             plain: by `accelerate launch`, not by launch.py.
             env: further variables.
         """
@@ -67,8 +67,8 @@ class World:
             launcher = [ROOT / "scripts" / "launch.py", "--cpu", "--node_rank", node, "--timeout", TIMEOUT]
             launcher += ["--here_gpus", here, "--other_gpus", other, "--master_addr", address, "--master_port", port]
         arguments = ["--parameter_file", self.folder / "presets.json", "--model_type", "bert-test", "--tracker", "none"]
-        arguments += ["--dataset_dir", self.store_dir, "--model_dir", self.run_dir, "--timeout", TIMEOUT]
-        words = [*launcher, SCRIPT, *arguments, "--logging_steps", 1000, *more]
+        arguments += ["--dataset_dir", store or self.store_dir, "--model_dir", self.run_dir, "--timeout", TIMEOUT]
+        words = [*launcher, SCRIPT, *arguments, "--logging_steps", 1000]
         environment = {**os.environ, MARK: str(self.folder), **(env or {})}
         with open(self.log(node), "ab") as log:
             self.nodes[node] = subprocess.Popen(
@@ -246,7 +246,7 @@ def others(tokenizer_dir):
 def test_another_store(world, others, what):
     began = time.monotonic()
     world.start(0)
-    world.start(1, "--dataset_dir", others / f"other_{what}")
+    world.start(1, store=others / f"other_{what}")
     lines = sentences(world, world.see(f"node 1 has a store with another {what}", began))
     assert all("store" in line and "process 2" in line for line in lines)
 
@@ -255,7 +255,7 @@ def test_another_store(world, others, what):
 def test_a_missing_store(world):
     began = time.monotonic()
     world.start(0)
-    world.start(1, "--dataset_dir", world.folder / "nowhere")
+    world.start(1, store=world.folder / "nowhere")
     lines = sentences(world, world.see("node 1 has no store", began))
     assert all("nowhere" in line and "process 2" in line for line in lines)
 
@@ -263,7 +263,7 @@ def test_a_missing_store(world):
 # ---- in mid-step -----------------------------------------------------------------------------------------------------
 
 
-def struck(world, fault, strike, *ranks, plain=False):
+def struck(world, fault, strike, plain=False):
     """Strike a world in mid-step; what stands last on the screens."""
     for node in (0, 1):
         world.start(node, plain=plain)
@@ -332,8 +332,11 @@ if os.environ.get("RANK") == "{rank}":
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "size"), [(0, 500_000), (2, 9_000)])
 def test_a_disk_is_full(world, rank, size):
-    began = time.monotonic()
+    limited = patched(world.folder, FULL.format(rank=rank, size=size))
     for node in (0, 1):
-        world.start(node, env=patched(world.folder, FULL.format(rank=rank, size=size)) if node == rank // 2 else None)
-    lines = sentences(world, world.see(f"no space on the disk of process {rank}", began))
+        world.start(node, env=limited if node == rank // 2 else None)
+    while not any("error: " in world.printed(node) for node in world.nodes):
+        assert world.processes()
+        time.sleep(0.05)
+    lines = sentences(world, world.see(f"no space on the disk of process {rank}", time.monotonic()))
     assert all(f"process {rank}" in line and "large" in line for line in lines)
