@@ -53,12 +53,13 @@ class World:
         machines: of each process, the same text for those of one machine only.
         timeout: seconds that a process may keep the others waiting.
         notices: sentences for the user.
+        hint: what may help where the inputs of another machine than the main one's are no good.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: int) -> None:
         """Begin to watch."""
         self.rank, self.hosts, self.machines, self.notices = rank, [""] * size, [""] * size, list[str]()
-        self.timeout = timeout
+        self.timeout, self.hint = timeout, ""
         self._store, self._size, self._rounds = store, size, 0
         self._told, self._is_ending, self._over = "", False, threading.Event()
         self._failed: tuple[BaseException, float] | None = None  # an exchange, and when
@@ -213,6 +214,8 @@ def join(expected_processes: int | None = None, timeout_seconds: int | None = No
         if peers.is_lost(error) or isinstance(error, OfAnother):
             raise OfAnother(met.explain(error)) from None
         sentence, is_fault = sentence_of(error)
+        if met.machines[met.rank] != met.machines[0]:
+            sentence += met.hint
         said = sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}"
         told = met.tell(said)
         if is_fault:  # of the program, which keeps its traceback
