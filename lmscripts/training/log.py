@@ -25,6 +25,7 @@ from lmscripts.data.steps import Phases
 from lmscripts.files import write_text
 from lmscripts.options.checks import duration_text
 from lmscripts.training.pace import Balance, Batches, Pace, Steps
+from lmscripts.training.peers import progress
 from lmscripts.training.processes import slots, sum_over_processes
 from lmscripts.training.state import TrainingState
 
@@ -96,6 +97,7 @@ class Reporter:
     def advance(self, step: int) -> None:
         """Count a step; early, and whatever the time between log lines, say once how long all of them will take."""
         self.bar.update()
+        progress["step"] = step
         self._first = self._first or (step, time.monotonic())
         begun, began = self._first
         if not self._told and step > begun and time.monotonic() - began > _EARLY_SECONDS:
