@@ -319,7 +319,7 @@ def main() -> None:
     from lmscripts.training.processes import agree, join
 
     renamed = {"epoch": "epochs", "sequence_length": "max_length"}
-    older = {"balance": {False: "even"}}  # in files, where it was what --balance_folds is now
+    older = {"balance": {"false": "even"}}  # in files, where it was what --balance_folds is now
     with user_errors(only_words=True), join():
         options = parse_options(Options, description=__doc__ or "", renamed=renamed, renamed_values=older)
         run(replace(options, **agree(vars(options), INPUTS)))
