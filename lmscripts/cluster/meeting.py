@@ -83,8 +83,9 @@ def _gathered(
 ) -> str | list[dict[str, Any]]:
     """The nodes in the order of their ranks, or a sentence of what is wrong."""
     by_rank: dict[int, dict[str, Any]] = {}
+    until = time.monotonic() + timeout
     for number in range(1, own["nodes"] + 1):
-        if not _wait(lambda number=number: store.check([f"arrival/{number}"]), timeout):
+        if not _wait(lambda number=number: store.check([f"arrival/{number}"]), until - time.monotonic()):
             break
         node = json.loads(store.get(f"arrival/{number}"))
         if problem := _problem(node, by_rank.get(node["rank"]), own):
