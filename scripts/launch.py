@@ -19,7 +19,7 @@ from typing import Literal
 
 import yaml
 
-from lmscripts.cluster import gpus, nodes, starting, supervision
+from lmscripts.cluster import gpus, meeting, nodes, starting, supervision
 from lmscripts.errors import UserError, user_errors
 from lmscripts.options import check_numbers, check_useless, option, parse_options
 
@@ -85,7 +85,15 @@ def main() -> None:
     own, program = split(sys.argv[1:])
     options = parse_options(Options, description=__doc__ or "", argv=own)
     with user_errors():
-        sys.exit(run(options, program))
+        if options.signals_from_stdin:
+            supervision.heed_stdin()
+        try:
+            code = run(options, program)
+        except UserError as error:
+            if options.signals_from_stdin:
+                supervision.tell_end(2, str(error))
+            raise
+        sys.exit(code)
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -216,6 +224,8 @@ def run_one(
             print(f"{as_yaml}\nwould start: {shlex.join(told)} accelerate launch {shlex.join(words)}")
             return 0
         file.write_text(as_yaml, encoding="utf-8")
+        if len(cluster.nodes) > 1:
+            environment |= meeting.meet(cluster, rank)
         how = {"alone": settings["distributed_type"] == "NO", "from_stdin": options.signals_from_stdin}
         return supervision.run_node(starting.agent(words), environment, **how)
 
