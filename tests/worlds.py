@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import forked
+import psutil
 
 _server = None
 
@@ -57,6 +58,12 @@ def wait(pids, seconds):
                 codes[pid] = None
         time.sleep(0.05)
     return [codes[pid] for pid in pids]
+
+
+def running(pids):
+    """Those that have not ended."""
+    time.sleep(0.01)
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def run(*arguments, seconds=600, **how):
@@ -109,4 +116,6 @@ if __name__ == "__main__":
     os.chdir(asked["cwd"])
     sys.argv = asked["argv"]
     sys.path[:0] = [*filter(None, os.environ.get("PYTHONPATH", "").split(":")), str(Path(sys.argv[0]).parent)]
+    if "BEFORE" in os.environ:  # what this machine has of its own
+        runpy.run_path(os.environ["BEFORE"])
     runpy.run_path(sys.argv[0], run_name="__main__")

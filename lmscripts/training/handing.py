@@ -7,22 +7,27 @@ processes receives them over the process group, in pieces, and the others wait f
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from lmscripts.errors import UserError, naming
 from lmscripts.files import file_sha256, replaced_folder, user_cache
-from lmscripts.models.finding import CHECKSUMS, STATE, find_damage, list_checkpoints, run_of
+from lmscripts.models.finding import CHECKSUMS, STATE, find_damage, find_saved, list_checkpoints, run_of
 from lmscripts.training import joining
 
 _PIECE = 16 << 20  # bytes that are sent at once
+_LATE = 120  # seconds after which another machine sees what one has written
 _KEPT = 30 * 86400  # seconds that a copy is kept for which nobody has asked again
 # A folder that says itself what is in it is compared by this file, and by the sizes of the others.
 _SAYS = (CHECKSUMS, "manifest.json")
+_RUNS = "runs"  # in the cache
 _ROWS = "rows"  # in a store, made anew on each machine
 
 Files = dict[str, list[Any]]  # name -> bytes, and a hash or ""
@@ -43,7 +48,7 @@ def run_folder(run_dir: Path, goes_on: bool) -> Path:
     def newest(base: Path) -> Files:
         return _files(base, [*(str(each.relative_to(base)) for each in list_checkpoints(base)[-1:]), "config.yaml"])
 
-    _handed[run_dir] = _handed_over("the run", run_dir, newest, [run_dir], "runs")
+    _handed[run_dir] = _handed_over("the run", run_dir, newest, [run_dir], _RUNS)
     return _handed[run_dir]
 
 
@@ -60,8 +65,52 @@ def checkpoint(path: Path, run_dir: Path | None = None) -> Path:
     mine = run_of(found)
     base, name = _of_main("the checkpoint", [str(mine), str(found.relative_to(mine))])
     files, here = [name, "config.yaml"], [mine, Path(base), *([run_dir] if run_dir else [])]
-    _handed[path] = _handed_over(name, Path(base), lambda place: _files(place, files), here, "runs") / name
+    _handed[path] = _handed_over(name, Path(base), lambda place: _files(place, files), here, _RUNS) / name
     return _handed[path]
+
+
+def inputs(given: Any) -> Any:
+    """What an option of the main process names, as this process can read it: files, folders, globs.
+
+    Args:
+        given: the value of the option here: a path, several, or None.
+    """
+    own = given if isinstance(given, (tuple, list)) else [given]
+    found, is_one = _of_main("the inputs", [list(own), own is not given])
+    if not _several_machines():
+        return given
+    places = [_input(text, own[number] if number < len(own) else text) for number, text in enumerate(found)]
+    return places[0] if is_one else tuple(places)
+
+
+def _input(text: str | None, own: str | None) -> str | None:
+    """As `inputs`, of one path: where it is here, if it is none on the main process as it stands."""
+    if text is None:
+        return None
+    place = Path(text).expanduser()
+    about = _of_main(text, _named(place))
+    if about is None:  # a name on the Hub, or of something that the project has
+        return text
+    base, names, rest = about
+    here = [Path(str(own)).expanduser().parent, Path(base)]
+
+    def look(folder: Path) -> Files:
+        return _files(folder, names)
+
+    folder = _handed_over(text, Path(base), look, here, "inputs")
+    return text if folder == Path(base) else str(folder / rest)
+
+
+def _named(place: Path) -> tuple[str, list[str], str] | None:
+    """A folder, the names of what is meant in it, and what is to be asked for there; None for nothing on the disk."""
+    if place.is_dir() and (list_checkpoints(place) or (place / "final").is_dir()):  # of a run what is read
+        return str(place.parent), [str(find_saved(place)[0].relative_to(place.parent))], place.name
+    if place.exists():
+        return str(place.parent), [place.name], place.name
+    if not (matches := sorted(glob(str(place), recursive=True))):
+        return None
+    base = next(each for each in place.parents if not has_magic(str(each)))
+    return str(base), [str(Path(match).relative_to(base)) for match in matches], str(place.relative_to(base))
 
 
 def forget_copies() -> None:
@@ -95,17 +144,37 @@ def _handed_over(what: str, base: Path, look: Callable[[Path], Files], here: Seq
     assert met is not None
     is_main = met.rank == 0
     origin, wanted = _of_main(what, [f"{met.machines[0]} {base.resolve()}", look(base)] if is_main else None)
-    copy = user_cache() / kind / hashlib.sha256(origin.encode()).hexdigest()[:16]
+    key = origin if kind == _RUNS else json.dumps(wanted)  # inputs stay, a run goes on
+    copy = user_cache() / kind / hashlib.sha256(key.encode()).hexdigest()[:16]
     places = [base] if is_main else [*here, copy]
     found = next((place for place in places if look(place) == wanted), None)
-    lacking = met.exchange(f"{what} is here", found is None)
-    if any(lacking) and wanted:
-        receivers = {met.machines[rank]: rank for rank in reversed(range(len(lacking))) if lacking[rank]}
+    lacking = met.exchange(f"{what} is lacking", _own_cache() if found is None else None)
+    receivers = {cache: rank for rank, cache in reversed([*enumerate(lacking)]) if cache}  # the first of each
+    if receivers:
         _send(base, wanted, copy if met.rank in receivers.values() else None)
         met.exchange(f"{what} was handed over")
-    if found is None or found == copy:
+        _wait_for(lambda: look(copy) == wanted if found is None else True, copy)
+    if kind == _RUNS:
         _copies.add(copy)
     return found or copy
+
+
+def _own_cache() -> str:
+    """What tells the cache of a machine from those of others, which may also be one for all of them."""
+    file, name = user_cache() / "name", uuid.uuid4().hex
+    with suppress(FileExistsError), file.open("x", encoding="utf-8") as new:
+        new.write(name)
+    _wait_for(lambda: file.stat().st_size == len(name), file)  # of another process
+    return file.read_text(encoding="utf-8")
+
+
+def _wait_for(is_there: Callable[[], bool], place: Path) -> None:
+    """Wait for what another machine has written: a network disk shows it later."""
+    until = time.monotonic() + _LATE
+    while not is_there():
+        if time.monotonic() > until:
+            raise UserError(f"what was handed over is not in {place}: set XDG_CACHE_HOME to a disk of this machine")
+        time.sleep(0.5)
 
 
 def _files(base: Path, names: Iterable[str]) -> Files:
@@ -123,7 +192,7 @@ def _files(base: Path, names: Iterable[str]) -> Files:
 
 
 def _send(base: Path, wanted: Files, copy: Path | None) -> None:
-    """Send files of the main process to all processes, of which those with a `copy` write them down.
+    """Send files of the main process, maybe none, to all processes, of which those with a `copy` write them down.
 
     Raises:
         UserError: what came is not what was wanted.
@@ -131,7 +200,7 @@ def _send(base: Path, wanted: Files, copy: Path | None) -> None:
     with ExitStack() as stack:
         aside = None
         if copy is not None:
-            _remove_old(copy.parent)
+            _remove_old(copy.parents[1] / _RUNS)
             aside = stack.enter_context(replaced_folder(copy))
         for name, (size, _) in wanted.items():
             _send_file(base / name, aside and aside / name, size)

@@ -17,18 +17,51 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from lmscripts.errors import AllAgree, UserError, shortened
 from lmscripts.options.checks import duration_text
 from lmscripts.training import joining
+from lmscripts.training.handing import inputs as inputs_here
+from lmscripts.training.handing import run_folder
 from lmscripts.training.joining import join, launcher, who
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-__all__ = ["join", "who"]  # beside what is written here
+__all__ = ["join", "run_folder", "who"]  # beside what is written here
 Result = TypeVar("Result")
+# Options that may differ between machines.
+_OF_MACHINE = {
+    *("model_dir", "output_dir", "output_prefix", "output_file", "database", "logfile", "start_from", "decay_from"),
+    *("node_rank", "num_workers", "cpu_threads", "device", "config"),
+}
 _SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
 _LONG = 2 * 86400  # seconds
-_SAME = "start every machine with the same options and inputs; --send_inputs hands those of the first to the others"
+_SAME = "start every machine with the same options and inputs; --send_inputs hands over those of process 0"
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
+
+
+def agree(values: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
+    """Compare what all processes were asked for, before any of them reads its inputs.
+
+    Args:
+        values: the options of this process by name; with "send_inputs" the main process hands its inputs over.
+        inputs: names of those that say where inputs are, which may differ.
+
+    Returns:
+        The inputs that this process finds elsewhere than it was told.
+
+    Raises:
+        UserError: an option differs.
+    """
+    if (met := joining.world()) is None:
+        return {}
+    shared = {name: value for name, value in values.items() if name not in {*_OF_MACHINE, *inputs}}
+    everywhere = met.exchange("the options", shared)
+    for name in shared:
+        way_out = "start every machine with the same options"
+        joining.check_same(f"--{name}", [theirs.get(name) for theirs in everywhere], way_out)
+    if not values["send_inputs"]:
+        met.hint = "; --send_inputs hands over what only the machine of process 0 has"
+        return {}
+    return {name: inputs_here(values[name]) for name in inputs}
 
 
 def start_processes(
@@ -54,6 +87,7 @@ def start_processes(
     if (met := joining.world()) is None:
         joining.check_number(None)
     else:
+        met.hint = ""
         met.exchange("ready")  # who connects first would wait in a collective operation for who still reads
     # The library's own advice to drop an option that keeps every forward pass free of a broadcast.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
