@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import worlds
 from conftest import ROOT, SAMPLE, TINY_PRESET, free_port, run_script
+from torch.distributed import HashStore
 
 from lmscripts.cluster.announced import AnnouncedNode, announcement
 from lmscripts.errors import UserError
@@ -122,3 +124,16 @@ def test_machines_that_start_another_number(started, announced, monkeypatch):
 )
 def test_what_of_a_version_decides(one, other, alike):
     assert (joining._deciding(*one) == joining._deciding(*other)) == alike
+
+
+def test_processes_that_are_started_again_do_not_meet_what_earlier_ones_left():
+    """A launcher that goes on after a failure keeps its store; the next ones may also be fewer."""
+    store, names = HashStore(), []
+    for size in (3, 3, 2):
+        with ThreadPoolExecutor(size) as threads:
+            found = set(threads.map(lambda rank: joining._call(store, rank, size, 60), reversed(range(size))))  # noqa: B023
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="nothing was heard of process 1 for 1 s"):
+        joining._call(store, 0, 2, 1)
