@@ -201,7 +201,7 @@ def test_wrong_counts(world):
     world.start(0, other=2)
     world.start(1)
     lines = sentences(world, world.see("node 0 is told of 2 other GPUs, there is 1", began, START + TIMEOUT + SLACK))
-    assert all("4 processes were announced but 3" in line for line in lines)
+    assert all("was told of 3 processes in all, and node 0 of 4" in line for line in lines)
 
 
 def patched(folder, text):
@@ -353,7 +353,7 @@ def test_a_disk_is_full(world, rank, size):
 def test_killed_again_and_again_nothing_is_lost(world, what):
     """LMSCRIPTS_KILLS times, at any moment after a checkpoint, and started again at once, with the same port."""
     moment, times, kills = random.Random(what), int(os.environ.get("LMSCRIPTS_KILLS", 2)), 0
-    preset = {**TINY_PRESET, "train-steps": 400, "save-steps": 5, "keep-last": 3}
+    preset = {**TINY_PRESET, "train-steps": 20 + 12 * times, "save-steps": 5, "keep-last": 3}
     (world.folder / "presets.json").write_text(json.dumps({"bert-test": preset}), encoding="utf-8")
     lost = []
     while True:
