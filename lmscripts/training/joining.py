@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -155,6 +156,7 @@ class World:
         self._clock.end_within(14)
         with suppress(RuntimeError):  # nobody is there any more
             first: str = self._store.compare_set("problem", "", sentence).decode()
+            self._store.set(f"heard/{self.rank}", "")  # who tells something at the same moment waits for it
             waited_for = [f"heard/{rank}" for rank in range(self._size) if rank != self.rank]
             until = time.monotonic() + _GRACE
             while not self._store.check(waited_for) and time.monotonic() < until:
@@ -246,19 +248,47 @@ def _said(name: str) -> int | None:
 
 
 def _meet(timeout: int) -> World:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is said in words, not by stacks of C++
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
+        called = _call(PrefixStore("lmscripts", store), rank, size, timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"not all of {os.environ['WORLD_SIZE']} processes joined at {where}: {shortened(error)}. Is that the "
             "address of the first machine, given on every machine and reachable from there (firewall, interface)? Was "
             "every machine told the right number of GPUs of all others, and was every one started?"
         ) from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return World(PrefixStore(f"lmscripts/{attempt}", store), rank, size, timeout)
+    return World(PrefixStore(f"lmscripts/{called}", store), rank, size, timeout)
+
+
+def _call(store: Any, rank: int, size: int, timeout: int) -> str:
+    """A name for these very processes, as a store may still hold what earlier ones left that a launcher started again.
+
+    Raises:
+        RuntimeError: not all have come.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + timeout
+    keys, name = [f"here/{other}" for other in range(size)], ""
+    store.set(keys[rank], own)
+    while not (name and store.check([f"go/{name}"])):
+        if rank == 0 and store.check(keys):
+            names = [store.get(key).decode() for key in keys]  # maybe of earlier ones: these do not answer
+            name = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+            for each in names:
+                store.set(f"name/{each}", name)
+        if store.check([f"name/{own}"]):
+            name = store.get(f"name/{own}").decode()
+            store.set(f"yes/{name}/{rank}", "")
+        if rank == 0 and name and store.check([f"yes/{name}/{other}" for other in range(size)]):
+            store.set(f"go/{name}", "")
+        if time.monotonic() > until:
+            missing = [other for other in range(size) if not store.check([f"yes/{name}/{other}"])]
+            raise RuntimeError(f"nothing was heard of process {' and '.join(map(str, missing))} for {timeout} s")
+        time.sleep(0.02)
+    return name
 
 
 # ---- who started this one, and how many were meant ------------------------------------------------------------------
