@@ -15,10 +15,11 @@ import sys
 import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
-from lmscripts.cluster import gpus, nodes, starting, supervision
+from lmscripts.cluster import gpus, meeting, nodes, starting, supervision
 from lmscripts.errors import UserError, user_errors
 from lmscripts.options import check_numbers, check_useless, option, parse_options
 
@@ -41,12 +42,17 @@ class Options:
     )
     master_addr: str | None = option(None, help="address or name of node 0", group="machines")
     master_port: int | None = option(
-        None, help=f"port of node 0, the same on all machines; default: {nodes.DEFAULT_PORT}", group="machines"
+        None,
+        help=f"port of node 0, the same on all machines; default: {nodes.DEFAULT_PORT}",
+        group="machines",
+        most=65535,
     )
     cluster: str | None = option(
         None, help="YAML file of all machines, as accelerate_configs/cluster.example.yaml", group="machines"
     )
-    mixed_precision: str | None = option(None, help="no, fp16 or bf16", group="how it runs")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, help="in what the processes compute; default: no", group="how it runs"
+    )
     timeout: int | None = option(
         None, help=f"seconds to wait for the other machines; default: {nodes.DEFAULT_TIMEOUT}", group="how it runs"
     )
@@ -79,7 +85,15 @@ def main() -> None:
     own, program = split(sys.argv[1:])
     options = parse_options(Options, description=__doc__ or "", argv=own)
     with user_errors():
-        sys.exit(run(options, program))
+        if options.signals_from_stdin:
+            supervision.heed_stdin()
+        try:
+            code = run(options, program)
+        except UserError as error:
+            if options.signals_from_stdin:
+                supervision.tell_end(2, str(error))
+            raise
+        sys.exit(code)
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -127,16 +141,20 @@ def check(options: Options, program: list[str]) -> None:
         raise UserError("--module and --no_python differ: the second starts a program that is no Python")
     if not (options.module or options.no_python or options.over_ssh or Path(program[0]).is_file()):
         raise UserError(f"{program[0]} is no file: give the script to start, or --module or --no_python")
-    check_numbers(vars(options), positive=["here_gpus", "nnodes", "timeout"], not_negative=["node_rank"])
+    check_numbers(vars(options), positive=["here_gpus", "nnodes", "timeout", "master_port"], not_negative=["node_rank"])
     if options.cluster is not None:
         of_line = ("other_gpus", "here_gpus", "nnodes", "master_addr", "master_port")
         check_useless(vars(options), "with --cluster, where it stands", *of_line)
     if options.local_cpu and options.over_ssh:
         raise UserError("--local_cpu and --over_ssh differ: the first starts all nodes on this machine")
+    is_number = (options.other_gpus or "0").isdecimal()
     if not (options.local_cpu or options.over_ssh):
         check_useless(vars(options), "without --local_cpu or --over_ssh", "node_dir")
-    elif not options.signals_from_stdin:
-        check_useless(vars(options), "where all nodes are started from here", "node_rank")
+    else:
+        of_this = ["node_rank"] + ["master_addr"] * options.local_cpu + ["here_gpus", "nnodes"] * (not is_number)
+        check_useless(vars(options), "where all nodes are started from here", *of_this)
+    if options.over_ssh and options.cluster is None and is_number:
+        raise UserError("--over_ssh has to know the machines: give --cluster, or --other_gpus with a file of them")
 
 
 def say(options: Options, text: str) -> None:
@@ -183,7 +201,7 @@ def from_line(options: Options, here: int) -> tuple[nodes.Cluster, int]:
         world_size = sum(node.gpus for node in found)
     if own in found and own.gpus == 0:
         raise UserError("no GPU was found on this machine: give --cpu to start processes without")
-    main_host = options.master_addr or ("127.0.0.1" if rank == 0 else found[0].host)
+    main_host = options.master_addr or ("127.0.0.1" if rank == 0 and not options.over_ssh else found[0].host)
     if rank and options.master_addr is None and (main_host == "node-0" or nodes.is_loopback(main_host)):
         raise UserError("--master_addr is missing: give the address by which this machine reaches node 0")
     port = options.master_port or nodes.DEFAULT_PORT
@@ -206,12 +224,17 @@ def run_one(
             print(f"{as_yaml}\nwould start: {shlex.join(told)} accelerate launch {shlex.join(words)}")
             return 0
         file.write_text(as_yaml, encoding="utf-8")
+        if len(cluster.nodes) > 1:
+            environment |= meeting.meet(cluster, rank)
         how = {"alone": settings["distributed_type"] == "NO", "from_stdin": options.signals_from_stdin}
         return supervision.run_node(starting.agent(words), environment, **how)
 
 
 def run_all(options: Options, cluster: nodes.Cluster, program: list[str]) -> int:
     """Start every node from here, as somebody would on each of them."""
+    local = [node.host for node in cluster.nodes if nodes.is_loopback(node.host)]
+    if options.over_ssh and len(cluster.nodes) > 1 and local:
+        raise UserError(f"{local[0]} means another machine on each node: give the address by which the others reach it")
     if not cluster.is_known:
         raise UserError("--nnodes with a sum does not say how many processes each node has: give a file of the nodes")
     if options.local_cpu and Path(program[0]).is_file():  # which each node finds from its own folder

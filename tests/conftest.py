@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,9 @@ from pathlib import Path
 import forked
 import pytest
 
+from lmscripts.cluster.nodes import free_port
+
+__all__ = ["free_port"]  # beside what is written here
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "sample_data"
 
@@ -20,15 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 PATIENCE = 900  # seconds until something hangs, on a machine with much else to do
-
-
-def free_port():
-    """A port below those that the system gives to others, so that none takes it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @contextlib.contextmanager
@@ -83,7 +75,7 @@ def forget_accelerator():
 
 # The files that take longest come first: one that began last would run on alone.
 LONGEST = """run_pretraining finetune_classifier policy_training run_electra run_gpt2 coming_from causal pretrained
-families written_before launch_pattern copying modernbert pairs documents"""
+families written_before launch launch_pattern copying modernbert pairs documents"""
 
 
 def pytest_collection_modifyitems(items):

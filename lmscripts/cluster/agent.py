@@ -17,8 +17,7 @@ import time
 from typing import Any, NoReturn
 
 from lmscripts.cluster.announced import announced_nodes
-from lmscripts.cluster.meeting import meet
-from lmscripts.errors import UserError, shortened
+from lmscripts.errors import shortened
 
 SUPERVISED = "LMS_SUPERVISED"  # set where another launcher reads the end as a line of JSON after VERDICT
 VERDICT = "\x1elms-end "
@@ -45,16 +44,12 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-    place = (arguments.main_process_ip, arguments.main_process_port, arguments.machine_rank, arguments.num_machines)
-    timeout = int(arguments.rdzv_conf.removeprefix("timeout="))
     try:
-        if arguments.num_machines > 1:
-            os.environ |= meet(*place, arguments.num_processes // arguments.num_machines, timeout)
         multi_gpu_launcher(arguments)
     except ChildFailedError as error:
         _end(*_first(error.failures))
-    except (UserError, ConnectionError, DistError) as error:  # with a port, or with a node that has gone since
-        _end(2, shortened(error, 600), False)
+    except (ConnectionError, DistError) as error:  # a port that was taken, or a node that has gone, since they met
+        _end(2, f"node {arguments.machine_rank}: {shortened(error)}", True)
 
 
 def _first(failures: dict[int, Any]) -> tuple[int, str, bool]:

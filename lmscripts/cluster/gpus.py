@@ -41,6 +41,9 @@ def gpus_here() -> list[Gpu]:
         return there
     found: list[Gpu] = []
     for name in (text.strip() for text in visible.split(",")):
+        if not there and name.isdecimal():  # where nothing can be asked, who sets the variable knows
+            found.append(Gpu(name))
+            continue
         gpu = next((gpu for gpu in there if name and (name == gpu.name or gpu.uuid.startswith(name))), None)
         if gpu is None and not name.startswith(("GPU-", "MIG-")):
             break  # CUDA too looks no further than the first that is not there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import IO, Any, NamedTuple
 
 import psutil
@@ -29,7 +31,7 @@ def run_node(command: Sequence[str], environment: Mapping[str, str], *, alone: b
         command: the agent.
         environment: its environment.
         alone: it becomes the one process that there is.
-        from_stdin: signals come as lines of standard input, whose end means SIGTERM.
+        from_stdin: standard input is for `heed_stdin`, and the end is told to the launcher of all nodes.
 
     Returns:
         The exit code, 128 and a signal's number where it was ended by one.
@@ -48,8 +50,6 @@ def run_node(command: Sequence[str], environment: Mapping[str, str], *, alone: b
                 child.kill()
 
     _listen(pass_on)
-    if from_stdin:
-        threading.Thread(target=_read_signals, args=(pass_on,), daemon=True).start()
     code = child.wait()
     if alone and code < 0:  # of itself it could say nothing
         sys.stderr.write(f"error: process 0 was ended by {signal.Signals(-code).name}\n")
@@ -77,10 +77,23 @@ def _signal_children(process: psutil.Process, number: int) -> bool:
     return bool(children)
 
 
-def _read_signals(pass_on: Any) -> None:
-    for line in sys.stdin:
-        pass_on(signal.Signals[line.strip()])
-    pass_on(signal.SIGTERM)
+def heed_stdin() -> None:
+    """From now on take lines of standard input for signals to this process, and its end for SIGTERM."""
+    threading.Thread(target=_read_signals, daemon=True).start()
+
+
+def _read_signals() -> None:
+    for line in chain(sys.stdin, ["SIGTERM"]):
+        if line.strip() == "SIGKILL":
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.kill()
+        os.kill(os.getpid(), signal.Signals[line.strip()])
+
+
+def tell_end(code: int, sentence: str) -> None:
+    """Tell the launcher of all nodes how this one ends."""
+    sys.stderr.write(VERDICT + json.dumps({"code": code, "sentence": sentence}) + "\n")
 
 
 class NodeCommand(NamedTuple):
