@@ -17,11 +17,13 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, free_port, run_script
 from runs import SCRIPT, heed_signals, newest_step, same_bits, weights
 from test_launch_pattern import node_file
 
 from lmscripts.models.finding import find_damage, list_checkpoints
+from lmscripts.training.peers import is_lost
 
 pytestmark = pytest.mark.launch
 
@@ -45,7 +47,7 @@ class World:
     def __init__(self, folder, store_dir, preset=None):
         folder.mkdir(exist_ok=True)
         self.folder, self.run_dir, self.store_dir = folder, folder / "run", store_dir
-        self.nodes, self.port = {}, free_port()
+        self.nodes, self.port, self.script = {}, free_port(), SCRIPT
         preset = preset or {**TINY_PRESET, "train-steps": 100_000, "save-steps": 10, "keep-last": 2}
         (folder / "presets.json").write_text(json.dumps({"bert-test": preset}), encoding="utf-8")
 
@@ -74,7 +76,7 @@ class World:
             launcher += ["--here_gpus", here, "--other_gpus", other, "--master_addr", address, "--master_port", port]
         arguments = ["--parameter_file", self.folder / "presets.json", "--model_type", "bert-test", "--tracker", "none"]
         arguments += ["--dataset_dir", store or self.store_dir, "--model_dir", self.run_dir, "--timeout", TIMEOUT]
-        words = [*launcher, SCRIPT, *arguments, "--logging_steps", 1000, *more]
+        words = [*launcher, self.script, *arguments, "--logging_steps", 1000, *more]
         environment = {**os.environ, MARK: str(self.folder), **(env or {})}
         with open(self.log(node), "ab") as log:
             self.nodes[node] = subprocess.Popen(
@@ -201,7 +203,7 @@ def test_wrong_counts(world):
     world.start(0, other=2)
     world.start(1)
     lines = sentences(world, world.see("node 0 is told of 2 other GPUs, there is 1", began, START + TIMEOUT + SLACK))
-    assert all("4 processes were announced but 3" in line for line in lines)
+    assert all("was told of 3 processes in all, and node 0 of 4" in line for line in lines)
 
 
 def patched(folder, text):
@@ -301,6 +303,52 @@ def test_a_process_that_is_gone_or_stopped_is_named(world, number, rank):
     assert not find_damage(list_checkpoints(world.run_dir)[-1])
 
 
+BROKEN = """
+import os, runpy, sys
+from lmscripts.training import optim
+set_rate, calls = optim.set_rate, []
+
+def broken(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "2" and len(calls) == 5:
+        raise RuntimeError("a fault of mine")
+    set_rate(*arguments)
+
+optim.set_rate = broken
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_program_keeps_its_traceback_and_is_named_on_all(world):
+    world.script = world.folder / "broken.py"
+    world.script.write_text(f"import sys\nsys.argv[0] = {SCRIPT!r}\n{BROKEN}", encoding="utf-8")
+    began = time.monotonic()
+    for node in (0, 1):
+        world.start(node)
+    lines = world.see("a fault of the program on process 2", began, START + TIMEOUT + SLACK)
+    assert all("process 2 (host" in line and "RuntimeError: a fault of mine" in line for line in lines)
+    assert "Traceback" in world.printed(1)
+    assert "Traceback" not in world.printed(0)
+
+
+def test_the_loss_of_a_process_is_told_from_faults():
+    assert is_lost(RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:188"))
+    assert is_lost(RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 12000ms for recv"))
+    assert is_lost(torch.distributed.DistNetworkError("failed to recv, got 0 bytes"))
+    assert not is_lost(RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc:456] preamble.length <= nbytes"))
+    assert not is_lost(torch.distributed.DistBackendError("NCCL error: invalid usage"))
+    assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lost(TimeoutError("timed out: gloo"))
+
+
+def test_a_process_that_is_stopped_is_killed_and_one_that_works_is_not():
+    program = "import os, signal, time; from lmscripts.training.peers import Clock; Clock(3); time.sleep(6); "
+    program += "print('lives', flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "lives\n"), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_without_our_launcher(world, number):
@@ -353,7 +401,7 @@ def test_a_disk_is_full(world, rank, size):
 def test_killed_again_and_again_nothing_is_lost(world, what):
     """LMSCRIPTS_KILLS times, at any moment after a checkpoint, and started again at once, with the same port."""
     moment, times, kills = random.Random(what), int(os.environ.get("LMSCRIPTS_KILLS", 2)), 0
-    preset = {**TINY_PRESET, "train-steps": 400, "save-steps": 5, "keep-last": 3}
+    preset = {**TINY_PRESET, "train-steps": 20 + 12 * times, "save-steps": 5, "keep-last": 3}
     (world.folder / "presets.json").write_text(json.dumps({"bert-test": preset}), encoding="utf-8")
     lost = []
     while True:

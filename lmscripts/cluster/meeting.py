@@ -60,6 +60,8 @@ def _join(cluster: Cluster, facts: dict[str, Any]) -> Any:
                         return json.loads(answer)
         except socket.gaierror as error:
             raise UserError(f"node 0 at {place[0]} is not known here: {error.strerror}") from None
+        except ValueError:
+            raise UserError(f"another program answers at {place[0]}:{place[1]}: give all nodes another port") from None
         except OSError as error:
             reason = error.strerror or str(error)
         time.sleep(0.3)

@@ -97,7 +97,10 @@ class World:
                 self._store.set(keys[self.rank], str(number))
                 every = 1 if self._failed else 4
                 if number % every == 0:
-                    now = [str(self._store.get(key)) if self._store.check([key]) else "" for key in keys]
+                    if self._store.check(keys):  # one question, as there may be many processes
+                        now = [str(beat) for beat in self._store.multi_get(keys)]
+                    else:
+                        now = [str(self._store.get(key)) if self._store.check([key]) else "" for key in keys]
                     before = self._beats
                     self._beats = [(new, ticks + every if new == old else 0) for new, (old, ticks) in zip(now, before)]
                 if self._failed or self.silent(self.timeout):

@@ -44,9 +44,9 @@ class Clock:
 
     def __init__(self, seconds: int) -> None:
         """Begin; the process may be stopped for so many seconds."""
-        self._libc, self._timer, self._is_ending = ctypes.CDLL(None), ctypes.c_void_p(), False
+        self._libc, self._timer, self._is_ending = ctypes.CDLL(None), ctypes.c_void_p(), sys.platform != "linux"
         event = (ctypes.c_int * 16)(0, 0, signal.SIGKILL)  # struct sigevent of kind SIGEV_SIGNAL
-        if sys.platform == "linux":
+        if not self._is_ending:
             self._libc.timer_create(time.CLOCK_MONOTONIC, event, ctypes.byref(self._timer))
             threading.Thread(target=self._wind, args=[seconds], daemon=True).start()
 
@@ -61,4 +61,5 @@ class Clock:
     def end_within(self, seconds: int) -> None:
         """This process is about to end; where that hangs, it is killed as well."""
         self._is_ending = True
-        self._set(seconds)
+        if sys.platform == "linux":
+            self._set(seconds)

@@ -120,8 +120,10 @@ def connect(timeout_seconds: int) -> torch.device:
     import torch
     from accelerate import PartialState
 
+    # NCCL ends a process without a word; before it does, the others have said who is silent.
+    patience = timedelta(seconds=timeout_seconds + (0 if _on_cpu() else 12))
     try:
-        device: torch.device = PartialState(cpu=_on_cpu(), timeout=timedelta(seconds=timeout_seconds)).device
+        device: torch.device = PartialState(cpu=_on_cpu(), timeout=patience).device
     except torch.distributed.DistError as error:
         raise UserError(
             f"the processes cannot exchange data ({shortened(error)}): say over which network interface, in the "
