@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 
 class UserError(ValueError):
     """One sentence for the user: what is wrong, both values, the way out."""
+
+
+class AllAgree(UserError):
+    """What all processes of a run find wrong together, so that none of them has to be named."""
 
 
 class _Outlet:
@@ -73,32 +80,64 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     try:
         yield
         return
-    except UserError as error:
-        sentence = str(error)
-    except OSError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, is_fault = sentence_of(error)
+        if is_fault:
+            tell_launcher(sentence, of_another="by peer" in sentence)
+            raise
+        if isinstance(error, KeyboardInterrupt) and error.args:
+            code = 128 + error.args[0]
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _interrupt:
+                signal.signal(number, handler)
+    end_with(sentence, code)
+
+
+def sentence_of(error: BaseException) -> tuple[str, bool]:
+    """An error in words for the user, and whether it is a fault of the program instead of the user's to solve."""
+    if isinstance(error, UserError):
+        return str(error), False
+    if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
         sentence = f"{' -> '.join(names)}: {reason}" if names else reason
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sentence += "; what is half written is removed, free some space and run the same again"
-    except (MemoryError, RuntimeError) as error:  # torch's own is no MemoryError
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
-            raise
-        sentence = f"not enough memory ({shortened(error)}): give smaller sizes or batches"
-    except KeyboardInterrupt as stop:
-        sentence = f"stopped by {stop.args[0].name}" if stop.args else "stopped from the keyboard"
-        code = 128 + stop.args[0] if stop.args else 2
-    finally:
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is _interrupt:
-                signal.signal(number, handler)
+        return sentence, False
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {error.args[0].name}" if error.args else "stopped from the keyboard", False
+    # Of memory torch raises an error of its own.
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    ):
+        return f"not enough memory ({shortened(error)}): give smaller sizes or batches", False
+    return f"it ended with {type(error).__name__}: {shortened(error)}", True
+
+
+def end_with(sentence: str, code: int) -> NoReturn:
+    """End the process with a sentence on standard error."""
     # A second line would hide the sentence among the output of other processes.
     one_line = " ".join(sentence.split())
+    tell_launcher(one_line)
     try:
         sys.stderr.write(f"error: {one_line}\n")
         sys.stderr.flush()
     finally:
         leave(code)
+
+
+def tell_launcher(sentence: str, *, of_another: bool = False) -> None:
+    """Write where the launcher looks why this process ends, in torch's form, so that it can be said last of all.
+
+    Args:
+        sentence: the reason.
+        of_another: it ends because another process did, whose reason matters more.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"timestamp": time.time(), "of_another": of_another}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": sentence, "extraInfo": more}}), encoding="utf-8")
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

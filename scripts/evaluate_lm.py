@@ -92,7 +92,10 @@ def main() -> None:
     options = parse_options(Options, description=__doc__ or "", **EVALUATION)
     try:
         with user_errors():
-            evaluate(options)
+            from lmscripts.training.processes import join
+
+            with join():
+                evaluate(options)
     except Stopped as stopped:
         print(f"stopped by {signal.Signals(stopped.args[0]).name}; no result was written", file=sys.stderr)
         leave(128 + stopped.args[0])

@@ -72,7 +72,10 @@ def main() -> None:
     """Parse, evaluate, write."""
     options = parse_options(Options, description=__doc__ or "", renamed=RENAMED)
     with user_errors(only_words=True):
-        evaluate(options)
+        from lmscripts.training.processes import join
+
+        with join():
+            evaluate(options)
 
 
 def evaluate(options: Options) -> None:

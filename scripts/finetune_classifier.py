@@ -310,7 +310,10 @@ def main() -> None:
     renamed = {"epoch": "epochs", "sequence_length": "max_length"}
     options = parse_options(Options, description=__doc__ or "", renamed=renamed)
     with user_errors(only_words=True):
-        run(options)
+        from lmscripts.training.processes import join
+
+        with join(options.expected_processes, options.timeout):
+            run(options)
 
 
 def run(options: Options) -> None:
@@ -370,7 +373,6 @@ def start(options: Options, task: Task, files: ResultFiles) -> Accelerator:
 
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(None, 0, False, options.precision),
-        expected_processes=options.expected_processes,
         timeout_seconds=options.timeout,
         trackers=() if options.tracker == "none" else (options.tracker,),
         project_dir=str(files.training),

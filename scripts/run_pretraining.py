@@ -331,7 +331,10 @@ def main() -> None:
     also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
     options, further = parse_options(Options, description=__doc__ or "", **also)
     with user_errors(only_words=True):
-        run(options, further)
+        from lmscripts.training.processes import join
+
+        with join(options.expected_processes, options.timeout):
+            run(options, further)
 
 
 def run(options: Options, further: Further) -> None:
@@ -399,7 +402,6 @@ def start(asked: Inputs) -> Accelerator:
     options, preset, fp16_type = asked.options, asked.preset, asked.older.fp16_type
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(fp16_type, preset.fp16_type, preset.bf16, options.precision),
-        expected_processes=options.expected_processes,
         timeout_seconds=options.timeout,
         trackers=() if options.tracker == "none" else (options.tracker,),
         project_dir=options.model_dir,

@@ -259,12 +259,16 @@ def main() -> None:
     """Parse, prepare, train, export."""
     options, origins = parse_options_with_origin(Options, description=__doc__ or "", **POLICY)
     with user_errors(only_words=True):
-        run(settled(options, origins))
+        options = settled(options, origins)
+        choose_device(options.device)
+        from lmscripts.training.processes import join
+
+        with join(options.expected_processes, options.timeout):
+            run(options)
 
 
 def run(options: Options) -> None:
     """The whole run; ends the process with its exit code."""
-    choose_device(options.device)
     import torch
     from transformers import logging
 
@@ -318,7 +322,6 @@ def start(options: Options, data: Decisions) -> Accelerator:
 
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(None, 0, False, options.precision),
-        expected_processes=options.expected_processes,
         timeout_seconds=options.timeout,
         trackers=() if options.tracker == "none" else (options.tracker,),
         project_dir=options.output_prefix,

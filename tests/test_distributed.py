@@ -7,7 +7,7 @@ import torch
 
 from lmscripts.errors import UserError
 from lmscripts.options.checks import parse_duration
-from lmscripts.training import processes
+from lmscripts.training import joining, processes
 from lmscripts.training.processes import StopRequest, choose_precision, process_shares
 from lmscripts.training.state import TrainingState
 
@@ -93,12 +93,12 @@ def test_stop_request_remembers_signals_and_time():
 )
 def test_a_shell_that_exports_the_variables_of_a_launcher_is_none(parent, exported, is_one, monkeypatch):
     """Under nohup it ends before the run does."""
-    for name in processes._OF_LAUNCHERS:
+    for name in joining._OF_LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     if exported:
-        monkeypatch.setenv(processes._OF_LAUNCHERS[0], "no")
-    monkeypatch.setattr(processes.psutil.Process, "cmdline", lambda self: parent)
-    assert processes._launcher() == (os.getppid() if is_one else None)
+        monkeypatch.setenv(joining._OF_LAUNCHERS[0], "no")
+    monkeypatch.setattr(joining.psutil.Process, "cmdline", lambda self: parent)
+    assert joining.launcher() == (os.getppid() if is_one else None)
 
 
 def test_five_steps_without_a_finite_gradient_stop_the_run():
@@ -130,14 +130,14 @@ def test_a_launcher_that_started_fewer_than_asked(line, asked, tmp_path, monkeyp
     """accelerate launch does so with --cpu, and says nothing."""
     (tmp_path / "one.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 4\n", encoding="utf-8")
     words = ["python", "-m", "accelerate.commands.accelerate_cli", *line.format(file=tmp_path / "one.yaml").split()]
-    monkeypatch.setattr(processes.psutil, "Process", lambda number: SimpleNamespace(cmdline=lambda: words))
+    monkeypatch.setattr(joining.psutil, "Process", lambda number: SimpleNamespace(cmdline=lambda: words))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if asked == 1:
-        assert processes._asked_of_launcher() == 1
+        assert joining.asked_of_launcher() == 1
         return
     with pytest.raises(UserError, match=f"was asked for {asked} processes and started one"):
         processes.start_processes()
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")  # started from a shell of somebody who launches
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert processes._asked_of_launcher() == 1
+    assert joining.asked_of_launcher() == 1

@@ -7,68 +7,56 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
-from itertools import pairwise
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import psutil
 import torch
-import yaml
 
 from lmscripts.counters import split_shares, stream_key
-from lmscripts.errors import UserError
+from lmscripts.errors import AllAgree, UserError, shortened
 from lmscripts.options.checks import duration_text
+from lmscripts.training import joining
+from lmscripts.training.joining import join, launcher, who
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = ["join", "who"]  # beside what is written here
 Result = TypeVar("Result")
-_OF_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what `accelerate launch` and torchrun set
 _SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
 _LONG = 2 * 86400  # seconds
+_SAME = "start every machine with the same options and inputs; --send_inputs hands those of the first to the others"
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
 
 
 def start_processes(
     *,
     mixed_precision: str | None = None,
-    expected_processes: int | None = None,
     timeout_seconds: int = 600,
     trackers: Sequence[str] = (),
     project_dir: str | None = None,
 ) -> Accelerator:
-    """Join the world that the launcher made, and check that it is the one that was asked for.
+    """Connect the processes for what they compute together, once all of them have read what they need.
 
     On a host without CUDA the world is a gloo world: left alone, Accelerate would make every launched process the main
     process of a world of its own there, all writing to the same folder.
 
     Args:
         mixed_precision: "no", "fp16" or "bf16"; None takes what the Accelerate config says.
-        expected_processes: the announced size of the world; None takes LMS_EXPECTED_WORLD_SIZE if that is set.
         timeout_seconds: how long a collective operation may wait for a silent process.
         trackers: names for `Accelerator(log_with=...)`.
         project_dir: where trackers write.
 
     Raises:
-        UserError: the world is not the announced one, or fp16 was asked for on CPU.
+        UserError: the processes cannot reach each other, or fp16 was asked for on CPU.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched == 1 and (asked := _asked_of_launcher()) > 1:
-        raise UserError(
-            f"accelerate launch was asked for {asked} processes and started one, as it does with --cpu, with MULTI_CPU "
-            "and where there is no GPU: give --config_file accelerate_configs/cpu_2proc.yaml"
-        )
-    announced = expected_processes or int(os.environ.get("LMS_EXPECTED_WORLD_SIZE", "0")) or launched
-    if launched != announced:
-        raise UserError(
-            f"{announced} processes were announced but {launched} were started: with several machines, num_processes "
-            "in each machine's Accelerate config is its own number of processes times the number of machines"
-        )
+    if (met := joining.world()) is None:
+        joining.check_number(None)
+    else:
+        met.exchange("ready")  # who connects first would wait in a collective operation for who still reads
     # The library's own advice to drop an option that keeps every forward pass free of a broadcast.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     on_cpu = not torch.cuda.is_available()
@@ -87,9 +75,11 @@ def start_processes(
             ],
         )
     except torch.distributed.DistError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"not all of {launched} processes joined at {where}: {str(error).splitlines()[0]}") from None
-    _check_world(accelerator, launched)
+        raise UserError(
+            f"the processes cannot exchange data ({shortened(error)}): say over which network interface, in the "
+            "cluster file or by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on every machine, and open it in the firewall"
+        ) from None
+    _check_world(accelerator)
     return accelerator
 
 
@@ -98,11 +88,13 @@ def in_words(accelerator: Accelerator) -> str:
     text = f"{accelerator.num_processes} on {accelerator.device.type}"
     if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") == "False":
         text += " (no GPU was found, but the Accelerate config does not say use_cpu: true)"
-    return f"{text}; precision {accelerator.mixed_precision}"
+    met = joining.world()
+    return "; ".join([text, f"precision {accelerator.mixed_precision}", *(met.notices if met else [])])
 
 
-def _check_world(accelerator: Accelerator, launched: int) -> None:
+def _check_world(accelerator: Accelerator) -> None:
     """Refuse a world in which training would silently be wrong."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}")
     if accelerator.gradient_accumulation_steps != 1:
@@ -128,7 +120,7 @@ def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
             outcome[1] = str(error)
     result, problem = broadcast_object_list(outcome)
     if problem is not None:
-        raise UserError(problem)
+        raise AllAgree(problem)
     return cast(Result, result)
 
 
@@ -136,15 +128,13 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     """Compare facts that must be the same on all processes, such as the store's fingerprint and the options.
 
     Raises:
-        UserError: on every process, naming what differs and both values.
+        UserError: on every process, naming what differs, where, and both values.
     """
     from accelerate.utils import gather_object
 
     everywhere = gather_object([dict(facts)])
-    for rank, theirs in enumerate(everywhere):
-        for name, value in theirs.items():
-            if value != everywhere[0][name]:
-                raise UserError(f"{name} is {everywhere[0][name]} on process 0 but {value} on process {rank}")
+    for name in facts:
+        joining.check_same(name, [theirs.get(name) for theirs in everywhere], _SAME)
 
 
 def choose_precision(
@@ -267,36 +257,6 @@ def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tu
             )
 
 
-def _launcher() -> int | None:
-    """The process number of the launcher that started this process; None where it was started otherwise.
-
-    A shell that exports a launcher's variables is none: under nohup it ends, and the run has to go on.
-    """
-    with suppress(psutil.Error):
-        words = psutil.Process(os.getppid()).cmdline()
-        if any(name in os.environ for name in _OF_LAUNCHERS) and any("accelerate" in w or "torch" in w for w in words):
-            return os.getppid()
-    return None
-
-
-def _asked_of_launcher() -> int:
-    """Processes that the line or the file of `accelerate launch` asks for, if that started this one; else 1."""
-    launcher, words = _launcher(), list[str]()
-    with suppress(psutil.Error):
-        words = psutil.Process(launcher).cmdline() if launcher else []
-    of_line = of_file = ""
-    words = words[words.index("launch") :] if "launch" in words else []
-    for word, following in pairwise([*words, ""]):
-        if word.endswith(".py"):
-            break  # what comes now is for the script
-        name, _, value = word.removeprefix("--").partition("=")
-        if name == "config_file" and (file := Path(value or following)).is_file():
-            of_file = str((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("num_processes", ""))
-        elif name in ("num_processes", "num-processes"):
-            of_line = value or following
-    return int(asked) if (asked := of_line or of_file).isdecimal() else 1
-
-
 class StopRequest:
     """Remembers that the process was asked to stop; the loop looks at it between steps.
 
@@ -309,7 +269,7 @@ class StopRequest:
         """Begin to listen; `deadline` is a time of `time.monotonic()`."""
         self.reason = ""
         self._deadline = deadline
-        self._launcher = _launcher()
+        self._launcher = launcher()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
