@@ -206,7 +206,7 @@ def run_one(
             print(f"{as_yaml}\nwould start: {shlex.join(told)} accelerate launch {shlex.join(words)}")
             return 0
         file.write_text(as_yaml, encoding="utf-8")
-        how = {"alone": cluster.world_size == 1, "from_stdin": options.signals_from_stdin}
+        how = {"alone": settings["distributed_type"] == "NO", "from_stdin": options.signals_from_stdin}
         return supervision.run_node(starting.agent(words), environment, **how)
 
 

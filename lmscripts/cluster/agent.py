@@ -17,7 +17,8 @@ import time
 from typing import Any, NoReturn
 
 from lmscripts.cluster.announced import announced_nodes
-from lmscripts.errors import shortened
+from lmscripts.cluster.meeting import meet
+from lmscripts.errors import UserError, shortened
 
 SUPERVISED = "LMS_SUPERVISED"  # set where another launcher reads the end as a line of JSON after VERDICT
 VERDICT = "\x1elms-end "
@@ -33,25 +34,27 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments, *_ = completed(launch_command_parser().parse_args())
-    if arguments.num_processes == 1:
+    if not (arguments.multi_gpu or arguments.use_fsdp):
         command, environment = prepare_simple_launcher_cmd_env(arguments)
         os.execvpe(command[0], command, environment)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the sentence at the end says it
-    for number in SIGNALS:  # whoever started this sends them to the processes; a scheduler may send them to all
+    # Whoever started this sends signals to the processes directly, so that their exit codes count. A scheduler may send
+    # them to all: here they mean nothing, and torch is told to take no notice of them either.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-    here = f"node {arguments.machine_rank}" if arguments.num_machines > 1 else "this machine"
-    main_place = f"{arguments.main_process_ip}:{arguments.main_process_port}"
+    place = (arguments.main_process_ip, arguments.main_process_port, arguments.machine_rank, arguments.num_machines)
+    timeout = int(arguments.rdzv_conf.removeprefix("timeout="))
     try:
+        if arguments.num_machines > 1:
+            os.environ |= meet(*place, arguments.num_processes // arguments.num_machines, timeout)
         multi_gpu_launcher(arguments)
     except ChildFailedError as error:
         _end(*_first(error.failures))
-    except ConnectionError:
-        _end(2, f"{here}: port {arguments.main_process_port} is in use: give another one, the same on all nodes", False)
-    except DistError as error:
-        came = f"of {arguments.num_machines} nodes not all came to {main_place}"
-        _end(2, f"{here}: {came} ({shortened(error)}): start every node, with this address and port", False)
+    except (UserError, ConnectionError, DistError) as error:  # with a port, or with a node that has gone since
+        _end(2, shortened(error, 600), False)
 
 
 def _first(failures: dict[int, Any]) -> tuple[int, str, bool]:

@@ -51,8 +51,8 @@ def accelerate_settings(
         "use_cpu": on_cpu,
     }
     kept = {key: value for key, value in base.items() if key not in settings or key == "mixed_precision"}
-    if base.get("distributed_type") in ("FSDP", "DEEPSPEED"):
-        kept["distributed_type"] = base["distributed_type"]
+    if base.get("distributed_type") == "FSDP":
+        kept["distributed_type"] = "FSDP"
     return settings | kept
 
 
@@ -68,6 +68,8 @@ def read_base(file: str | None) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {shortened(error)}") from None
     if not isinstance(content, dict) or (file and "distributed_type" not in content):
         raise UserError(f"{file} is no file for Accelerate: it has no key distributed_type")
+    if content.get("distributed_type") in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
+        raise UserError(f"{file} is for {content['distributed_type']}, which is not started by launch.py: use FSDP")
     return content
 
 
@@ -76,7 +78,6 @@ def environment(cluster: Cluster, *, on_cpu: bool) -> dict[str, str]:
     mine = {k: v for k, v in os.environ.items() if k not in _OF_A_WORLD and not k.startswith(("PET_", "TORCHELASTIC_"))}
     nodes = [AnnouncedNode(node.host, node.gpus, node.batch_size) for node in cluster.nodes]
     mine |= announcement(nodes) if cluster.is_known else {WORLD_SIZE: str(cluster.world_size)}
-    mine["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others go to the processes directly, so that their exit codes count
     if on_cpu:
         mine |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     else:

@@ -51,9 +51,8 @@ def run_node(command: Sequence[str], environment: Mapping[str, str], *, alone: b
     if from_stdin:
         threading.Thread(target=_read_signals, args=(pass_on,), daemon=True).start()
     code = child.wait()
-    if alone and from_stdin and code:
-        how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-        sys.stderr.write(VERDICT + json.dumps({"code": _as_exit(code), "sentence": f"process 0 {how}"}) + "\n")
+    if alone and code < 0:  # of itself it could say nothing
+        sys.stderr.write(f"error: process 0 was ended by {signal.Signals(-code).name}\n")
     return 128 + ended_by[0] if ended_by else _as_exit(code)
 
 
@@ -164,7 +163,7 @@ def run_nodes(commands: Sequence[NodeCommand]) -> int:
         return 0
     first = next((node for node in failed if node.end and not node.end.get("of_another")), failed[0])
     code = int(first.end.get("code", _as_exit(first.process.returncode)))
-    if code != _STOPPED_EARLY:
+    if code != _STOPPED_EARLY and (first.end or len(nodes) > 1):
         sentence = first.end.get("sentence") or f"{first.name or 'node 0'} ended with exit code {code}"
         sys.stderr.write(f"error: {sentence}\n")
         sys.stderr.flush()
