@@ -180,7 +180,7 @@ def test_an_image_takes_the_place_of_the_environment(controller, tmp_path):
     submit(controller, JOBS=1, NODES="1x1", APPTAINER_IMAGE="/images/lmscripts.sif")
     controller.run()
     (log,) = logs(tmp_path).values()
-    assert f"apptainer exec --nv --bind {ROOT} /images/lmscripts.sif python scripts/launch.py --cluster" in log
+    assert f"apptainer exec --nv --bind {ROOT} --env PYTHONPATH={ROOT} /images/lmscripts.sif python scripts/launch.py --cluster" in log
 
 
 def test_every_variable_is_explained():
