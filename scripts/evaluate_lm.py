@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from lmscripts.data.token_store import Part, TokenStore
     from lmscripts.models.saved import SavedModel
     from lmscripts.text.records import TableOptions
+
+
+INPUTS = ("model_dir", "input_file", "tokenizer_dir", "generator_dir")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class Options:
     cpu_threads: int = option(
         1, help="threads of a process without a GPU; the last digits depend on it", group="scores", most=1024
     )
+    send_inputs: bool = option(
+        False, help="hand what only the first machine has of the inputs to the others", group="scores"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
@@ -89,13 +95,12 @@ class Options:
 
 def main() -> None:
     """Parse, evaluate, write."""
-    options = parse_options(Options, description=__doc__ or "", **EVALUATION)
-    try:
-        with user_errors():
-            from lmscripts.training.processes import join
+    from lmscripts.training.processes import agree, join
 
-            with join():
-                evaluate(options)
+    try:
+        with user_errors(), join():
+            options = parse_options(Options, description=__doc__ or "", **EVALUATION)
+            evaluate(replace(options, **agree(vars(options), INPUTS)))
     except Stopped as stopped:
         print(f"stopped by {signal.Signals(stopped.args[0]).name}; no result was written", file=sys.stderr)
         leave(128 + stopped.args[0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +55,9 @@ class Options:
     cpu_threads: int = option(
         1, help="threads of a process without a GPU; the last digits depend on it", group="scores", most=1024
     )
+    send_inputs: bool = option(
+        False, help="hand what only the first machine has of the inputs to the others", group="scores"
+    )
     num_workers: int | None = option(None, help="processes that parse it (1)", group="text", most=1024)
     on_bad_row: Literal["fail", "skip"] | None = option(
         None, help="a line that is no record ends it all (fail, the default), or is left out and counted", group="text"
@@ -70,12 +73,11 @@ class Options:
 
 def main() -> None:
     """Parse, evaluate, write."""
-    options = parse_options(Options, description=__doc__ or "", renamed=RENAMED)
-    with user_errors(only_words=True):
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import agree, join
 
-        with join():
-            evaluate(options)
+    with user_errors(only_words=True), join():
+        options = parse_options(Options, description=__doc__ or "", renamed=RENAMED)
+        evaluate(replace(options, **agree(vars(options), ("model", "data"))))
 
 
 def evaluate(options: Options) -> None:

@@ -51,6 +51,7 @@ POSITIVE = [
 ]  # fmt: skip
 NOT_NEGATIVE = ["weight_decay", "max_grad_norm", "seed", "split_seed", "overlap", "max_words"]
 BELOW_ONE = ["dropout", "label_smoothing", "warmup_share"]
+INPUTS = ("input_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_dir")
 FOLDING = ["max_words", "overlap", "balance", "policy", "most_folds"]
 # What must stay as it was when a run is continued.
 FIXED = [
@@ -148,6 +149,9 @@ class Options:
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
     timeout: int = option(600, help="seconds that a process may keep the others waiting", group="machine")
+    send_inputs: bool = option(
+        False, help="hand what only the first machine has of the inputs to the others", group="machine"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
@@ -307,13 +311,12 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, judge, export."""
-    renamed = {"epoch": "epochs", "sequence_length": "max_length"}
-    options = parse_options(Options, description=__doc__ or "", renamed=renamed)
-    with user_errors(only_words=True):
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import agree, join
 
-        with join(options.expected_processes, options.timeout):
-            run(options)
+    renamed = {"epoch": "epochs", "sequence_length": "max_length"}
+    with user_errors(only_words=True), join():
+        options = parse_options(Options, description=__doc__ or "", renamed=renamed)
+        run(replace(options, **agree(vars(options), INPUTS)))
 
 
 def run(options: Options) -> None:

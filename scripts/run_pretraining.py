@@ -76,6 +76,7 @@ PRETRAINED = {
     "pretrained_generator_model_name_or_path": "pretrained_generator",
     "pretrained_discriminator_model_name_or_path": "pretrained_discriminator",
 }
+INPUTS = ("dataset_dir", "input_file", "validation_file", "tokenizer_dir", "parameter_file", *PRETRAINED)
 OFTEN = ("save_steps", "keep_last", "keep_every", "eval_every", "logging_steps")
 SIZES = {"n_layer": "layers", "n_head": "heads", "n_embd": "hidden_size"}
 # What must stay as it was when a run is continued.
@@ -169,6 +170,9 @@ class Options:
     node_rank: int | None = option(None, help="number of this machine; default: the launcher's", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
     timeout: int = option(600, help="seconds that a process may keep the others waiting", group="machine")
+    send_inputs: bool = option(
+        False, help="hand what only the first machine has of the inputs to the others", group="machine"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
@@ -328,13 +332,12 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
-    options, further = parse_options(Options, description=__doc__ or "", **also)
-    with user_errors(only_words=True):
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import agree, join
 
-        with join(options.expected_processes, options.timeout):
-            run(options, further)
+    also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
+    with user_errors(only_words=True), join():
+        options, further = parse_options(Options, description=__doc__ or "", **also)
+        run(replace(options, **agree(vars(options), INPUTS)), further)
 
 
 def run(options: Options, further: Further) -> None:

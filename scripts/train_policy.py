@@ -50,6 +50,7 @@ Preset = Literal["tiny", "mini", "small", "base", "large"]
 OptimizerName = Literal["sgd", "adam", "radam", "lamb", "adamw", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
 SIZES = ("dimension", "num_heads", "num_layers", "dim_feedforward", "dim_final_feedforward")
+INPUTS = ("training_data", "validation_data", "schema", "initial_encoder", "initial_decoder")
 INITIAL = ("initial_encoder", "initial_decoder", "initial_optimizer")
 POSITIVE = [
     "dimension", "num_heads", "dim_feedforward", "num_layers", "dim_final_feedforward", "training_batch_size",
@@ -162,6 +163,9 @@ class Options:
     checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
     timeout: int = option(600, help="seconds that a process may keep the others waiting", group="machine")
+    send_inputs: bool = option(
+        False, help="hand what only the first machine has of the inputs to the others", group="machine"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
@@ -197,8 +201,10 @@ def settled(options: Options, origins: dict[str, str]) -> Options:
     given = [f"--{name.replace('_', '-')}" for name in INITIAL if origins[name] == "command line"]
     if options.resume and given:
         raise UserError(f"{given[0]} is for a run that begins, --resume for one that goes on: give one of them")
+    from lmscripts.training.processes import run_folder
+
     if options.resume:  # what the run began with stays written down, and counts until it has a snapshot
-        file = Path(options.output_prefix, str(options.experiment_name), "config.yaml")
+        file = run_folder(Path(options.output_prefix, str(options.experiment_name)), True) / "config.yaml"
         argv = ["--config", str(file)]
         before = parse_options(Options, description="", argv=argv, **POLICY) if file.is_file() else options
         options = replace(options, **{name: getattr(before, name) for name in INITIAL})
@@ -257,18 +263,16 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    options, origins = parse_options_with_origin(Options, description=__doc__ or "", **POLICY)
-    with user_errors(only_words=True):
-        options = settled(options, origins)
-        choose_device(options.device)
-        from lmscripts.training.processes import join
+    from lmscripts.training.processes import agree, join
 
-        with join(options.expected_processes, options.timeout):
-            run(options)
+    with user_errors(only_words=True), join():
+        options = settled(*parse_options_with_origin(Options, description=__doc__ or "", **POLICY))
+        run(replace(options, **agree(vars(options), INPUTS)))
 
 
 def run(options: Options) -> None:
     """The whole run; ends the process with its exit code."""
+    choose_device(options.device)
     import torch
     from transformers import logging
 

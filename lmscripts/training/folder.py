@@ -36,6 +36,7 @@ from lmscripts.models.finding import (
 from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import checkpoint as checkpoints
+from lmscripts.training import handing
 from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
 from lmscripts.training.processes import check_agreement, from_main, sum_over_processes
@@ -59,7 +60,7 @@ def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Pat
         do_continue: the newest of its checkpoints, whole or not, if there is one.
         branch_from: else the checkpoint that a decay branch leaves.
     """
-    own = list_checkpoints(run_dir) if do_continue else []
+    own = list_checkpoints(handing.run_folder(run_dir, True)) if do_continue else []
     return own[-1] if own else Path(branch_from) if branch_from else None
 
 
@@ -107,7 +108,7 @@ class RunFolder:
     """A run's folder.
 
     Attributes:
-        path: the folder.
+        path: the folder; on a machine that does not see the main process' one, a copy of its newest checkpoint.
         source: the checkpoint that the run goes on from, its own or another run's; None for none.
         continued: it is the run's own.
         beside: writes what stands beside each model, such as its tokenizer.
@@ -169,8 +170,10 @@ class RunFolder:
         Raises:
             UserError: see `claim` and `lmscripts.training.checkpoint.load_weights`.
         """
+        self.path = handing.run_folder(self.path, do_continue)
         claimed = from_main(accelerator, partial(self.claim, do_continue, start_from, branch))
         self.source, self.continued, notices = claimed
+        self.source = self.source and handing.checkpoint(self.source, self.path)
         check_agreement({"checkpoint found": self.source is None or self.source.is_dir()})
         self._carry_over = None if self.continued else carry_over
         if self.source is not None:
@@ -337,6 +340,7 @@ class RunFolder:
                 problem = error
         if sum_over_processes(accelerator, [float(problem is not None)])[0]:
             raise problem or UserError("the main process could not save a checkpoint")
+        handing.forget_copies()
 
     def prune(self, keep_last: int, keep_every: int = 0) -> None:
         """Remove old checkpoints, not the newest `keep_last` (at least one) nor those at multiples of `keep_every`."""
@@ -379,7 +383,7 @@ def load_moments(path: str, trained: nn.Module, optimizer: Optimizer, optimizer_
     Raises:
         UserError: there is no such checkpoint, or it does not fit.
     """
-    source, notices = find_checkpoint(Path(path))
+    source, notices = find_checkpoint(handing.checkpoint(Path(path)))
     _load_moments(source, trained, optimizer, optimizer_name, "or begin without its state")
     return [f"the optimizer's state is that of {source}", *notices[1:]]
 

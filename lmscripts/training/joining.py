@@ -25,7 +25,6 @@ from typing import Any
 
 import psutil
 import yaml
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from lmscripts.cluster.announced import NODES, WORLD_SIZE, announced_nodes
 from lmscripts.errors import AllAgree, UserError, end_with, sentence_of, shortened
@@ -49,25 +48,35 @@ class World:
     Attributes:
         rank: of this process.
         hosts: name of the machine of each process.
+        machines: of each process, the same text for those of one machine only.
+        timeout: seconds that a process may keep the others waiting.
         notices: sentences for the user.
+        hint: what may help where the inputs of another machine than the main one's are no good.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: int) -> None:
         """Begin to watch."""
-        self.rank, self.hosts, self.notices = rank, [""] * size, list[str]()
-        self._store, self._size, self._timeout, self._rounds = store, size, timeout, 0
+        self.rank, self.hosts, self.machines, self.notices = rank, [""] * size, [""] * size, list[str]()
+        self.timeout, self.hint = timeout, ""
+        self._store, self._size, self._rounds = store, size, 0
         self._told, self._is_ending, self._over = "", False, threading.Event()
         self._earlier = signal.signal(signal.SIGUSR2, self._interrupt)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def exchange(self, value: Any) -> list[Any]:
-        """What all processes give, as JSON, by rank; all call it, however long the others take as long as they live."""
+    def exchange(self, what: str, value: Any = None) -> list[Any]:
+        """What all processes give, as JSON, by rank; all call it, however long the others take as long as they live.
+
+        Raises:
+            UserError: the others exchange something else, as their options differ.
+        """
         self._rounds += 1
         keys = [f"{self._rounds}/{rank}" for rank in range(self._size)]
-        self._store.set(keys[self.rank], json.dumps(value))
+        self._store.set(keys[self.rank], json.dumps([what, value]))
         while not self._store.check(keys):
             time.sleep(0.05)
-        return [json.loads(self._store.get(key)) for key in keys]
+        everyone = [json.loads(self._store.get(key)) for key in keys]
+        check_same("what is done next", [each[0] for each in everyone], "start every machine with the same options")
+        return [each[1] for each in everyone]
 
     def silent(self, seconds: float) -> list[int]:
         """Ranks of which nothing was heard for so many seconds, in which this process itself was not stopped."""
@@ -85,8 +94,8 @@ class World:
                     now = [str(self._store.get(key)) if self._store.check([key]) else "" for key in keys]
                     before = self._beats
                     self._beats = [(new, ticks + 4 if new == old else 0) for new, (old, ticks) in zip(now, before)]
-                for rank in self.silent(self._timeout):
-                    text = f"{who(rank)} has given no sign of life for {self._timeout} seconds (--timeout)"
+                for rank in self.silent(self.timeout):
+                    text = f"{who(rank)} has given no sign of life for {self.timeout} seconds (--timeout)"
                     self._store.compare_set("problem", "", text)
                 if self._store.check(["problem"]):
                     self._hear(self._store.get("problem").decode())
@@ -137,12 +146,16 @@ def who(rank: int) -> str:
 
 
 @contextmanager
-def join(expected_processes: int | None = None, timeout_seconds: int = 600) -> Iterator[None]:
+def join(expected_processes: int | None = None, timeout_seconds: int | None = None) -> Iterator[None]:
     """Meet the processes that the launcher started; what ends one of them with an error in the block ends them all.
 
+    Scripts read their options in the block, so that a mistake in those of one machine is said on all.
+
     Args:
-        expected_processes: the announced size of the world; None takes LMS_EXPECTED_WORLD_SIZE if that is set.
-        timeout_seconds: how long to wait for the others, and later for a sign of life of one.
+        expected_processes: the announced size of the world; None takes what the line or the file of `--config` says,
+            or LMS_EXPECTED_WORLD_SIZE.
+        timeout_seconds: how long to wait for the others, and later for a sign of life of one; None takes what the line
+            or the file says, or 600.
 
     Raises:
         UserError: the world is not the announced one, or what a process raised, on each of them, with its name.
@@ -150,10 +163,11 @@ def join(expected_processes: int | None = None, timeout_seconds: int = 600) -> I
     global _world
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1 or _world is not None:
-        check_number(expected_processes)
+        check_number(expected_processes or _said("expected_processes"))
         yield
         return
-    _world = met = _meet(timeout_seconds)
+    expected_processes = expected_processes or _said("expected_processes")
+    _world = met = _meet(timeout_seconds or _said("timeout") or 600)
     try:
         _check(met, _of_number(launched, expected_processes))
         yield
@@ -161,16 +175,39 @@ def join(expected_processes: int | None = None, timeout_seconds: int = 600) -> I
         raise UserError(met.part()) from None
     except (Exception, KeyboardInterrupt) as error:
         sentence, is_fault = sentence_of(error)
+        if met.machines[met.rank] != met.machines[0]:
+            sentence += met.hint
         told = met.tell(sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}")
         if is_fault:  # of the program, which keeps its traceback
             raise
         raise UserError(told) from None
+    except SystemExit as stop:  # the parser has said what is wrong here
+        if stop.code and isinstance(stop.__context__, UserError):
+            met.tell(f"{who(met.rank)}: {stop.__context__}")
+        raise
     finally:
         met.part()
         _world = None
 
 
+def _said(name: str) -> int | None:
+    """A whole number that the line or the file of `--config` gives for an option, before options are parsed."""
+    of_file = None
+    for word, following in pairwise([*sys.argv[1:], ""]):
+        option, _, value = word.partition("=")
+        option, value = option.replace("-", "_"), value or following
+        if option == f"__{name}" and value.isdecimal():
+            return int(value)
+        if option == "__config" and Path(value).is_file():
+            # The parser says what is wrong with it.
+            with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError):
+                of_file = yaml.safe_load(Path(value).read_text(encoding="utf-8")).get(name)
+    return of_file if isinstance(of_file, int) else None
+
+
 def _meet(timeout: int) -> World:
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
@@ -254,13 +291,17 @@ def _check(met: World, problem: str) -> None:
     from lmscripts.training.log import versions
 
     facts: dict[str, Any] = {"problem": problem, "host": socket.gethostname(), "cluster": os.environ.get(NODES, "")}
-    facts |= {"node": os.environ.get("GROUP_RANK", "0"), "versions": versions() | _of_program()}
-    everywhere = met.exchange(facts)
+    facts |= {
+        "node": os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID", "0"),
+        "versions": versions() | _of_program(),
+    }
+    everywhere = met.exchange("facts", facts)
     nodes = announced_nodes()
     met.hosts = [each["host"] for each in everywhere]
+    met.machines = [f"{each['host']} {each['node']}" for each in everywhere]
     if sum(node.processes for node in nodes) == len(everywhere):
         met.hosts = [node.host for node in nodes for _ in range(node.processes)]
-    clocks = met.exchange(time.time())  # all at the same moment, as all have waited for the last
+    clocks = met.exchange("clock", time.time())  # all at the same moment, as all have waited for the last
     if problems := [each["problem"] for each in everywhere if each["problem"]]:
         raise AllAgree(problems[0])
     check_same("LMS_CLUSTER", [each["cluster"] for each in everywhere], "give every machine the same cluster file")

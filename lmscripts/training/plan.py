@@ -115,8 +115,9 @@ def check_unknown(phases: Sequence[PhaseSettings], most: float) -> None:
 def lengths_of_run(run_dir: Path) -> tuple[int, ...]:
     """Tokens of a row in each phase of a run, from its newest whole checkpoint; empty if it has none."""
     from lmscripts.models.finding import look_for_whole, read_state
+    from lmscripts.training import handing
 
-    own = look_for_whole(run_dir)[0]
+    own = look_for_whole(handing.run_folder(run_dir, True))[0]
     lengths = None if own is None else read_state(own, "fixed")["fixed"].get("sequence_length")
     return tuple(lengths) if isinstance(lengths, list) else ()
 
@@ -394,6 +395,7 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
         UserError: the checkpoint is none or not one of a stable rate, or an option was given that has no effect.
     """
     from lmscripts.models.finding import find_checkpoint, read_state
+    from lmscripts.training import handing
 
     decay_from, steps = (given.get(name, (None, False))[0] for name in ("decay_from", "decay_steps"))
     if decay_from is None:
@@ -401,7 +403,7 @@ def branch_options(given: Mapping[str, tuple[Any, bool]], read: Callable[[str], 
     own = _own_checkpoint(given)
     if own is None and steps is None:
         raise UserError(f"--decay_from {decay_from} needs --decay_steps")
-    checkpoint = own or find_checkpoint(Path(decay_from))[0]
+    checkpoint = own or find_checkpoint(handing.checkpoint(Path(decay_from)))[0]
     state = read_state(checkpoint, "fixed", "progress")
     plan, fixed, step = state.get("schedule"), state["fixed"], state["progress"]["step"]
     if not isinstance(plan, dict):
@@ -446,9 +448,11 @@ def _of_that_job(given: Mapping[str, tuple[Any, bool]], before: Mapping[str, Any
 def _own_checkpoint(given: Mapping[str, tuple[Any, bool]]) -> Path | None:
     """The newest checkpoint of a branch that is continued, be it damaged: its state has to be readable."""
     from lmscripts.models.finding import list_checkpoints, read_state
+    from lmscripts.training import handing
 
     run_dir, goes_on = (given.get(name, (None, False))[0] for name in ("model_dir", "do_continue"))
-    for checkpoint in reversed(list_checkpoints(Path(run_dir)) if run_dir and goes_on else []):
+    own = list_checkpoints(handing.run_folder(Path(run_dir), True)) if run_dir and goes_on else []
+    for checkpoint in reversed(own):
         try:
             read_state(checkpoint, "fixed", "progress")
         except (OSError, ValueError):

@@ -1,4 +1,7 @@
-"""Processes: starting them with a check, dividing a batch among them, agreeing on sums, stopping together."""
+"""Processes: starting them with a check, dividing a batch among them, agreeing on sums, stopping together.
+
+Heavy modules are imported where they are used: scripts join before they read their options.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,54 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
-
-from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import AllAgree, UserError, shortened
 from lmscripts.options.checks import duration_text
 from lmscripts.training import joining
+from lmscripts.training.handing import inputs as inputs_here
+from lmscripts.training.handing import run_folder
 from lmscripts.training.joining import join, launcher, who
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
-__all__ = ["join", "who"]  # beside what is written here
+__all__ = ["join", "run_folder", "who"]  # beside what is written here
 Result = TypeVar("Result")
+# Options that may differ between machines.
+_OF_MACHINE = {
+    *("model_dir", "output_dir", "output_prefix", "output_file", "database", "logfile", "start_from", "decay_from"),
+    *("node_rank", "num_workers", "cpu_threads", "device", "config"),
+}
 _SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
 _LONG = 2 * 86400  # seconds
-_SAME = "start every machine with the same options and inputs; --send_inputs hands those of the first to the others"
+_SAME = "start every machine with the same options and inputs; --send_inputs hands over those of process 0"
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
+
+
+def agree(values: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
+    """Compare what all processes were asked for, before any of them reads its inputs.
+
+    Args:
+        values: the options of this process by name; with "send_inputs" the main process hands its inputs over.
+        inputs: names of those that say where inputs are, which may differ.
+
+    Returns:
+        The inputs that this process finds elsewhere than it was told.
+
+    Raises:
+        UserError: an option differs.
+    """
+    if (met := joining.world()) is None:
+        return {}
+    shared = {name: value for name, value in values.items() if name not in {*_OF_MACHINE, *inputs}}
+    everywhere = met.exchange("the options", shared)
+    for name in shared:
+        way_out = "start every machine with the same options"
+        joining.check_same(f"--{name}", [theirs.get(name) for theirs in everywhere], way_out)
+    if not values["send_inputs"]:
+        met.hint = "; --send_inputs hands over what only the machine of process 0 has"
+        return {}
+    return {name: inputs_here(values[name]) for name in inputs}
 
 
 def start_processes(
@@ -39,9 +73,6 @@ def start_processes(
 ) -> Accelerator:
     """Connect the processes for what they compute together, once all of them have read what they need.
 
-    On a host without CUDA the world is a gloo world: left alone, Accelerate would make every launched process the main
-    process of a world of its own there, all writing to the same folder.
-
     Args:
         mixed_precision: "no", "fp16" or "bf16"; None takes what the Accelerate config says.
         timeout_seconds: how long a collective operation may wait for a silent process.
@@ -51,36 +82,56 @@ def start_processes(
     Raises:
         UserError: the processes cannot reach each other, or fp16 was asked for on CPU.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if (met := joining.world()) is None:
         joining.check_number(None)
     else:
+        met.hint = ""
         met.exchange("ready")  # who connects first would wait in a collective operation for who still reads
     # The library's own advice to drop an option that keeps every forward pass free of a broadcast.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-    on_cpu = not torch.cuda.is_available()
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if on_cpu and precision == "fp16":
+    if _on_cpu() and precision == "fp16":
         raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
+    connect(timeout_seconds)
+    accelerator = Accelerator(
+        cpu=_on_cpu(),
+        mixed_precision=mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=project_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    _check_world(accelerator)
+    return accelerator
+
+
+def connect(timeout_seconds: int) -> torch.device:
+    """Let the processes exchange tensors from here on; the device of this one.
+
+    On a host without CUDA the world is a gloo world: left alone, Accelerate would make every launched process the main
+    process of a world of its own there, all writing to the same folder.
+
+    Raises:
+        UserError: they cannot reach each other.
+    """
+    import torch
+    from accelerate import PartialState
+
     try:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=mixed_precision,
-            log_with=list(trackers) or None,
-            project_dir=project_dir,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            ],
-        )
+        device: torch.device = PartialState(cpu=_on_cpu(), timeout=timedelta(seconds=timeout_seconds)).device
     except torch.distributed.DistError as error:
         raise UserError(
             f"the processes cannot exchange data ({shortened(error)}): say over which network interface, in the "
             "cluster file or by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on every machine, and open it in the firewall"
         ) from None
-    _check_world(accelerator)
-    return accelerator
+    return device
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def in_words(accelerator: Accelerator) -> str:
@@ -151,6 +202,8 @@ def choose_precision(
     Raises:
         UserError: no such type, or the config asks for another precision.
     """
+    import torch
+
     if fp16_type and precision not in (None, "fp16"):
         raise UserError(f"--fp16_type {fp16_type} and --precision {precision} differ: give one")
     if precision == "fp16_on_gpu":
@@ -173,6 +226,8 @@ def choose_precision(
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
     """Sums of each value over all processes, in float64."""
+    import torch
+
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     tensor = torch.tensor(list(values), dtype=dtype, device=accelerator.device)
     summed: torch.Tensor = accelerator.reduce(tensor, "sum")
@@ -181,6 +236,10 @@ def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
 
 def seed_dropout(seed: int, step: int, process: int) -> None:
     """Begin a step's random numbers anew, so that a run that is continued draws what it would have drawn."""
+    import torch
+
+    from lmscripts.counters import stream_key
+
     torch.manual_seed(stream_key(seed, step, process) >> 1)
 
 
@@ -213,6 +272,8 @@ def process_shares(
     Raises:
         UserError: the map names other nodes than there are, or the weights another number of processes.
     """
+    from lmscripts.counters import split_shares
+
     if weights is not None:
         if len(weights) != len(nodes):
             raise UserError(f"{len(weights)} process shares were given for {len(nodes)} processes")
@@ -299,6 +360,8 @@ def guessed_time(operations: float, accelerator: Accelerator, fewer: str) -> tup
         accelerator: the running processes, all of which call it; the slowest decides.
         fewer: what makes a run shorter that takes days.
     """
+    import torch
+
     device, size = accelerator.device, 512 if accelerator.device.type == "cpu" else 4096
     matrix, times = torch.ones(size, size, device=device, dtype=product_dtype(accelerator)), list[float]()
     while len(times) < 3 or sum(times) < 0.05:
@@ -316,4 +379,6 @@ def guessed_time(operations: float, accelerator: Accelerator, fewer: str) -> tup
 
 def product_dtype(accelerator: Accelerator) -> Any:
     """In which products are computed."""
+    import torch
+
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
