@@ -235,7 +235,7 @@ def test_files_that_runs_write() -> None:
 
 @pytest.mark.parametrize("command", [line for line in commands() if ".py" in line], ids=lambda line: line[:60])
 def test_commands_are_understood(command: str, tmp_path: Path) -> None:
-    """Every line of the code blocks is parsed by its script, the launcher's part by Accelerate."""
+    """Every line of the code blocks is parsed by its script, the launcher's part by Accelerate or `launch.py`."""
     words = words_of(command)
     place = next(number for number, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[place]).exists(), words[place]
@@ -243,6 +243,14 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
         assert words[1] == "launch"
         given = launch_command_parser().parse_args([w.replace("$SLURM_NODEID", "1") for w in words[2:]])
         assert (ROOT / given.config_file).exists()
+    if words[place] == "scripts/launch.py":
+        launched = next(number for number in range(place + 1, len(words)) if words[number].endswith(".py"))
+        # The nodes of the example are no machine here; nor has this one GPUs.
+        how = ["--dry_run", *(["--node_rank", "1"] if "--cluster" in words else ["--here_gpus", "3"]), "--cpu"]
+        line = [sys.executable, *words[place : place + 1], *how, *words[place + 1 : launched], words[launched]]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 0, done.stderr
+        place = launched
     (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 1}\nmodel: {train_file: a.txt}\n", encoding="utf-8")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     line = [sys.executable, str(ROOT / words[place]), *words[place + 1 :], "--print_config"]
