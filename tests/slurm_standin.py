@@ -82,7 +82,8 @@ def srun(words):
 
 def squeue(words):
     found, _ = options_of(words)
-    assert found["format"] == "%A" and "noheader" in found and found["user"]
+    assert found["format"] == "%A"
+    assert {"noheader", "user"} <= set(found)
     for job in jobs():
         if job["state"] == found["states"] and job["parts"][0]["job-name"] == found["name"]:
             print(job["id"])
@@ -136,7 +137,9 @@ class Controller:
         log = job["parts"][0]["output"].replace("%x", name).replace("%j", str(number))
         with open(Path(job["folder"]) / log, "a") as output:
             words = ["bash", str(script), *job["words"]]
-            batch = subprocess.Popen(words, cwd=job["folder"], env=job["environment"] | own, stdout=output, stderr=output)
+            batch = subprocess.Popen(
+                words, cwd=job["folder"], env=job["environment"] | own, stdout=output, stderr=output
+            )
         state = self._watch(batch, number, tasks, at_limit, save_in)
         if state == "REQUEUED" and "requeue" in job["parts"][0]:
             change(number, state="PENDING", restarts=job["restarts"] + 1)

@@ -46,7 +46,7 @@ def test_variables_of_the_chain_are_those_of_its_files(line):
 
 
 def test_files_of_the_page_exist():
-    named = re.findall(r"\b(?:scripts|slurm|accelerate_configs|recipes|docs|tests)/[\w/.]*\w", PAGE)
+    named = re.findall(r"(?<![\w/-])(?:scripts|slurm|accelerate_configs|recipes|docs|tests)/[\w/.]*\w", PAGE)
     assert len(set(named)) >= 8
     for path in named:
         assert (ROOT / path).exists(), path
