@@ -27,7 +27,7 @@ if [ -d "$MODEL_DIR/final" ]; then
     echo "$MODEL_DIR is finished: the model is in $MODEL_DIR/final"
     exit 0
 fi
-mkdir -p "$LOGS" # which Slurm does not: the job would end without a word
+mkdir -p "$LOGS"  # which Slurm does not: the job would end without a word
 
 line=()
 part=0
@@ -41,6 +41,7 @@ for shape in ${NODES:-file}; do
     part=$((part + 1))
 done
 for _ in $(seq "$JOBS"); do
-    sbatch --job-name="$JOB_NAME" --dependency=singleton --output="$LOGS/%x-%j.txt" "${line[@]}" slurm/pretrain.sbatch "$@"
+    sbatch --job-name="$JOB_NAME" --dependency=singleton --export=ALL --output="$LOGS/%x-%j.txt" "${line[@]}" \
+        slurm/pretrain.sbatch "$@"
 done
 echo "look at them with: squeue --name=$JOB_NAME; stop the chain with: scancel --name=$JOB_NAME"
