@@ -22,7 +22,17 @@ from lmscripts.options.yaml_text import Entry
 PAGE = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
 SCRIPTS = ROOT / "scripts"
 PRESETS = json.loads((ROOT / "parameter.json").read_text(encoding="utf-8"))
-FOLDERS = "scripts slurm lmscripts accelerate_configs recipes docs benchmarks sample_data tests".split()
+FOLDERS = [
+    "scripts",
+    "slurm",
+    "lmscripts",
+    "accelerate_configs",
+    "recipes",
+    "docs",
+    "benchmarks",
+    "sample_data",
+    "tests",
+]
 SECTIONS = {
     "policy": "`kanachan.training.bert.phase1`",
     "japanese": "language-pretraining",
