@@ -23,6 +23,10 @@ class AllAgree(UserError):
     """What all processes of a run find wrong together, so that none of them has to be named."""
 
 
+class OfAnother(UserError):
+    """What ended another process, repeated by one that cannot go on without it."""
+
+
 class _Outlet:
     """A stream whose reader may go away, as `head` does, and whose encoding need not know every letter."""
 
@@ -70,7 +74,7 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     Raises:
         SystemExit: with code 2, or 128 and the signal's number, after the sentence was written.
     """
-    code, handlers = 2, {}
+    code, handlers, of_another = 2, {}, False
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:  # under nohup SIGHUP stays ignored
@@ -83,15 +87,16 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         sentence, is_fault = sentence_of(error)
         if is_fault:
-            tell_launcher(sentence, of_another="by peer" in sentence)
+            tell_launcher(sentence)
             raise
+        of_another = isinstance(error, OfAnother)
         if isinstance(error, KeyboardInterrupt) and error.args:
             code = 128 + error.args[0]
     finally:
         for number, handler in handlers.items():
             if signal.getsignal(number) is _interrupt:
                 signal.signal(number, handler)
-    end_with(sentence, code)
+    end_with(sentence, code, of_another=of_another)
 
 
 def sentence_of(error: BaseException) -> tuple[str, bool]:
@@ -115,11 +120,11 @@ def sentence_of(error: BaseException) -> tuple[str, bool]:
     return f"it ended with {type(error).__name__}: {shortened(error)}", True
 
 
-def end_with(sentence: str, code: int) -> NoReturn:
-    """End the process with a sentence on standard error."""
+def end_with(sentence: str, code: int, *, of_another: bool = False) -> NoReturn:
+    """End the process with a sentence on standard error, see `tell_launcher`."""
     # A second line would hide the sentence among the output of other processes.
     one_line = " ".join(sentence.split())
-    tell_launcher(one_line)
+    tell_launcher(one_line, of_another=of_another)
     try:
         sys.stderr.write(f"error: {one_line}\n")
         sys.stderr.flush()

@@ -10,8 +10,10 @@ import worlds
 from conftest import PATIENCE, ROOT, TINY_PRESET, free_port
 from runs import newest_step
 from safetensors.torch import load_file
-from test_finetune_classifier import COMMON, bert, table  # noqa: F401
+from test_finetune_classifier import COMMON, bert, same_results, table  # noqa: F401
 from test_policy_training import files, line  # noqa: F401
+
+from lmscripts.training import handing
 
 pytestmark = pytest.mark.launch
 PRETRAIN = [
@@ -25,9 +27,8 @@ PRETRAIN = [
     "none",
 ]
 PRETRAIN += ["--logging_steps", "5", "--save_steps", "4", "--max_steps", "40", "--model_dir", "runs/it"]
-PRETRAINING, POLICY, CLASSIFIER = (
-    ROOT / "scripts" / f"{name}.py" for name in ("run_pretraining", "train_policy", "finetune_classifier")
-)
+NAMES = ("run_pretraining", "train_policy", "finetune_classifier", "evaluate_lm")
+PRETRAINING, POLICY, CLASSIFIER, EVALUATION = (ROOT / "scripts" / f"{name}.py" for name in NAMES)
 
 
 @pytest.fixture
@@ -85,3 +86,71 @@ def test_a_run_that_is_killed_goes_on_as_on_one_machine(machines, tmp_path):
     assert [path for path in sorted(b.rglob("*.json")) if "rows" not in path.parts] == [
         path for path in before if "rows" not in path.parts
     ]
+
+
+@pytest.mark.slow
+def test_a_classifier_goes_on_and_only_the_main_process_writes_results(bert, table, tmp_path):  # noqa: F811
+    a, b, alone = (tmp_path / name for name in ("a", "b", "alone"))
+    for folder in (a, b, alone):
+        folder.mkdir()
+        shutil.copy(table, folder / "topics.csv")
+    words = [CLASSIFIER, "topics.csv", "--model_name_or_path", bert, *COMMON, "--save_steps", 4, "--output_dir", "out"]
+    run((1,), [alone], *words)
+    run((1, 1), [a, b], *words, "--stop_at_step", 8)
+    run((2, 1), [a, b], *words, "--do_continue", "--stop_at_step", 10)
+    run((1, 1), [a, b], *words, "--do_continue")
+    same_results(a / "out", alone / "out", 1e-6)
+    # The database is made of the table on each machine; all else is the main process'.
+    assert sorted(path.name for path in b.iterdir()) == ["topics.csv", "topics.sqlite"]
+
+
+@pytest.mark.slow
+def test_a_policy_goes_on_from_a_snapshot_of_another_machine(files, tmp_path):  # noqa: F811
+    a, b = tmp_path / "a", tmp_path / "b"
+    run((1,), [tmp_path / "alone"], POLICY, *line(files, "runs", "it"))
+    words = line(files, "runs", "it")
+    run((1, 1), [a, b], POLICY, *words, "--stop_at_step", 3)
+    run((1, 2), [a, b], POLICY, *words, "--resume", "--stop_at_step", 8)
+    run((1, 1), [a, b], POLICY, *words, "--resume")
+    assert largest_difference(a / "runs/it", tmp_path / "alone/runs/it") < 1e-6
+    assert not list(b.iterdir())
+
+
+def test_from_nothing_but_the_script(machines, tmp_path):
+    """Another run to begin with, store, presets, a glob of text and a model: all of it comes from the main process."""
+    a, b = machines
+    shutil.copytree(a, tmp_path / "alone")
+    shutil.rmtree(b)
+    text = [f"これ は 文 {number} です。" for number in range(400)]
+    for number in range(2):
+        (a / f"text{number}.txt").write_text("\n".join(text[number::2]), encoding="utf-8")
+    run((1,), [a], PRETRAINING, *PRETRAIN, "--stop_at_step", 2)
+    more = ["--model_dir", "runs/second", "--start_from", "runs/it", "--carry_over", "moments", "--stop_at_step", 2]
+    run((1, 1), machines, PRETRAINING, *PRETRAIN[:-2], *more, "--send_inputs")
+    assert newest_step(a / "runs/second") == 2
+    sent = sorted((b.with_name("b-cache") / "lmscripts" / "inputs").glob("*/*"))
+    assert [path.name for path in sent if path.is_dir()] == ["store"]
+    stamps = [path.stat().st_ino for path in sent]
+    words = ["--model_dir", "runs/second", "--input_file", "text*.txt", "--send_inputs", "--output_file", "result.json"]
+    run((1, 1), machines, EVALUATION, *words)
+    alone = [EVALUATION, *words[:-1], "alone.json"]
+    run((1,), [a], *alone)
+    together, one = (json.loads((a / name).read_text(encoding="utf-8")) for name in ("result.json", "alone.json"))
+    assert together["metrics"] == one["metrics"]
+    assert [path.stat().st_ino for path in sent] == stamps
+    assert not list(b.iterdir())
+
+
+def test_a_folder_is_compared_by_what_says_what_is_in_it(tmp_path):
+    (tmp_path / "store" / "rows").mkdir(parents=True)
+    for name in ("manifest.json", "tokens.bin", "rows/index.json", ".lock"):
+        (tmp_path / "store" / name).write_text("abc", encoding="utf-8")
+    (tmp_path / "table.csv").write_text("abc", encoding="utf-8")
+    found = handing._files(tmp_path, ["store", "table.csv", "absent"])
+    assert {name: size for name, (size, _) in found.items()} == {
+        "store/manifest.json": 3,
+        "store/tokens.bin": 3,
+        "table.csv": 3,
+    }
+    assert found["store/manifest.json"][1] == found["table.csv"][1] != ""
+    assert found["store/tokens.bin"][1] == ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,13 +39,13 @@ def meet(host: str, port: int, rank: int, num_nodes: int, processes: int, timeou
     Raises:
         UserError: a node did not come, or was told another thing than this one; on every node, with the node's name.
     """
-    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import DistError
 
     known = announced_nodes()
     mine = known[rank] if known else AnnouncedNode(socket.gethostname(), processes)
     facts = {"rank": rank, "nodes": num_nodes, "world": int(os.environ[WORLD_SIZE]), **asdict(mine)}
     try:
-        store = TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+        store = _store(host, port, rank, timeout)
         store.set(f"arrival/{store.add('arrived', 1)}", json.dumps(facts))
         if rank == 0:
             verdict = _gathered(store, facts, known, timeout)
@@ -60,13 +61,43 @@ def meet(host: str, port: int, rank: int, num_nodes: int, processes: int, timeou
     except DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(f"port {port} is in use here: give another one, the same on all nodes") from None
-        raise UserError(
-            f"node 0 does not answer at {host}:{port} ({shortened(error, 100)}): start it, and look whether that is "
-            "its address, the same on all nodes, and open in its firewall"
-        ) from None
+        raise UserError(f"node 0 at {host}:{port} has gone ({shortened(error, 100)}): it says why itself") from None
     if isinstance(verdict, str):
         raise UserError(verdict)
     return announcement([AnnouncedNode(**node) for node in verdict])
+
+
+def _store(host: str, port: int, rank: int, timeout: int) -> Any:
+    """The store at which the nodes meet.
+
+    Torch tries for twice the time that it is given, and waits for ever where another program answers.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    made: list[Any] = []
+
+    def make() -> None:
+        try:
+            waits = timedelta(seconds=timeout)
+            made.append(TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=waits))
+        except Exception as error:
+            made.append(error)
+
+    maker = threading.Thread(target=make, daemon=True)
+    maker.start()
+    maker.join(timeout + 1)
+    if made and isinstance(made[0], Exception) and rank == 0:
+        raise made[0]
+    if made and not isinstance(made[0], Exception):
+        return made[0]
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+        reason = "another program uses that port there: give another one, the same on all nodes"
+    except OSError as error:
+        reason = (
+            f"{error.strerror or error}. Start it, and look whether this is its address and its firewall lets it in"
+        )
+    raise UserError(f"node 0 does not answer at {host}:{port}: {reason}")
 
 
 def _wait(done: Any, seconds: float) -> bool:

@@ -77,7 +77,8 @@ def environment(cluster: Cluster, *, on_cpu: bool) -> dict[str, str]:
     """The environment of a node's processes."""
     mine = {k: v for k, v in os.environ.items() if k not in _OF_A_WORLD and not k.startswith(("PET_", "TORCHELASTIC_"))}
     nodes = [AnnouncedNode(node.host, node.gpus, node.batch_size) for node in cluster.nodes]
-    mine |= announcement(nodes) if cluster.is_known else {WORLD_SIZE: str(cluster.world_size)}
+    are_named = not any(node.host == f"node-{place}" for place, node in enumerate(nodes))  # by each machine alike
+    mine |= announcement(nodes) if cluster.is_known and are_named else {WORLD_SIZE: str(cluster.world_size)}
     if on_cpu:
         mine |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     else:

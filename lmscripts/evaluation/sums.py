@@ -231,7 +231,8 @@ def temporary_store(prepare_beside: Callable[[Path], Store]) -> Iterator[Store]:
     builds = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # A name that the processes of this run on this machine know without asking each other.
-        run = f"{os.getuid()}-{os.environ.get('MASTER_PORT', '0')}-{os.environ.get('SLURM_JOB_ID', '0')}"
+        names = ("MASTER_PORT", "SLURM_JOB_ID", "GROUP_RANK")
+        run = "-".join([str(os.getuid()), *(os.environ.get(name, "0") for name in names)])
         folder = Path(tempfile.gettempdir()) / f"lmscripts-evaluation-{run}"
     else:
         folder = Path(tempfile.mkdtemp(prefix="lmscripts-evaluation-"))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmscripts.errors import UserError, shortened
+from lmscripts.errors import OfAnother, UserError, shortened
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
 from lmscripts.models.checks import check_classes, check_exports
 from lmscripts.models.finding import (
@@ -39,6 +39,7 @@ from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training import handing
 from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
+from lmscripts.training.peers import progress
 from lmscripts.training.processes import check_agreement, from_main, sum_over_processes
 from lmscripts.training.state import TrainingState
 
@@ -176,6 +177,8 @@ class RunFolder:
         self.source = self.source and handing.checkpoint(self.source, self.path)
         check_agreement({"checkpoint found": self.source is None or self.source.is_dir()})
         self._carry_over = None if self.continued else carry_over
+        if self.continued:
+            progress["checkpoint"] = self.source
         if self.source is not None:
             notices += checkpoints.load_weights(models, self.source, tokenizer if self._carry_over else None)
         return notices
@@ -339,7 +342,8 @@ class RunFolder:
             except UserError as error:
                 problem = error
         if sum_over_processes(accelerator, [float(problem is not None)])[0]:
-            raise problem or UserError("the main process could not save a checkpoint")
+            raise problem or OfAnother("the main process could not save a checkpoint")
+        progress["checkpoint"] = place
         handing.forget_copies()
 
     def prune(self, keep_last: int, keep_every: int = 0) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from glob import glob, has_magic
@@ -22,6 +23,7 @@ from lmscripts.models.finding import CHECKSUMS, STATE, find_damage, find_saved, 
 from lmscripts.training import joining
 
 _PIECE = 16 << 20  # bytes that are sent at once
+_LATE = 120  # seconds after which another machine sees what one has written
 _KEPT = 30 * 86400  # seconds that a copy is kept for which nobody has asked again
 # A folder that says itself what is in it is compared by this file, and by the sizes of the others.
 _SAYS = (CHECKSUMS, "manifest.json")
@@ -146,14 +148,33 @@ def _handed_over(what: str, base: Path, look: Callable[[Path], Files], here: Seq
     copy = user_cache() / kind / hashlib.sha256(key.encode()).hexdigest()[:16]
     places = [base] if is_main else [*here, copy]
     found = next((place for place in places if look(place) == wanted), None)
-    lacking = met.exchange(f"{what} is here", found is None)
-    if any(lacking) and wanted:
-        receivers = {met.machines[rank]: rank for rank in reversed(range(len(lacking))) if lacking[rank]}
+    lacking = met.exchange(f"{what} is lacking", _own_cache() if found is None else None)
+    receivers = {cache: rank for rank, cache in reversed([*enumerate(lacking)]) if cache}  # the first of each
+    if receivers:
         _send(base, wanted, copy if met.rank in receivers.values() else None)
         met.exchange(f"{what} was handed over")
+        _wait_for(lambda: look(copy) == wanted if found is None else True, copy)
     if kind == _RUNS:
         _copies.add(copy)
     return found or copy
+
+
+def _own_cache() -> str:
+    """What tells the cache of a machine from those of others, which may also be one for all of them."""
+    file, name = user_cache() / "name", uuid.uuid4().hex
+    with suppress(FileExistsError), file.open("x", encoding="utf-8") as new:
+        new.write(name)
+    _wait_for(lambda: file.stat().st_size == len(name), file)  # of another process
+    return file.read_text(encoding="utf-8")
+
+
+def _wait_for(is_there: Callable[[], bool], place: Path) -> None:
+    """Wait for what another machine has written: a network disk shows it later."""
+    until = time.monotonic() + _LATE
+    while not is_there():
+        if time.monotonic() > until:
+            raise UserError(f"what was handed over is not in {place}: set XDG_CACHE_HOME to a disk of this machine")
+        time.sleep(0.5)
 
 
 def _files(base: Path, names: Iterable[str]) -> Files:
@@ -171,7 +192,7 @@ def _files(base: Path, names: Iterable[str]) -> Files:
 
 
 def _send(base: Path, wanted: Files, copy: Path | None) -> None:
-    """Send files of the main process to all processes, of which those with a `copy` write them down.
+    """Send files of the main process, maybe none, to all processes, of which those with a `copy` write them down.
 
     Raises:
         UserError: what came is not what was wanted.

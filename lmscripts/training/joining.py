@@ -27,13 +27,15 @@ import psutil
 import yaml
 
 from lmscripts.cluster.announced import NODES, WORLD_SIZE, announced_nodes
-from lmscripts.errors import AllAgree, UserError, end_with, sentence_of, shortened
+from lmscripts.errors import AllAgree, OfAnother, UserError, end_with, sentence_of, shortened
 from lmscripts.files import file_sha256
 from lmscripts.options.checks import duration_text
 from lmscripts.options.yaml_text import shown
+from lmscripts.training import peers
 
 _TICK = 0.5  # seconds between two looks of the watching thread
 _GRACE = 8  # seconds that others get to hear of a problem, and then to end by themselves
+_GONE = 4  # seconds without a sign of life after which a process is gone, where an exchange with it failed as well
 _CLOCKS = 60  # seconds that the clocks of two machines may differ
 _OF_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what `accelerate launch` and torchrun set
 
@@ -60,6 +62,8 @@ class World:
         self.timeout, self.hint = timeout, ""
         self._store, self._size, self._rounds = store, size, 0
         self._told, self._is_ending, self._over = "", False, threading.Event()
+        self._failed: tuple[BaseException, float] | None = None  # an exchange, and when
+        self._heard, self._clock = threading.Event(), peers.Clock(timeout + 5)
         self._earlier = signal.signal(signal.SIGUSR2, self._interrupt)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -90,24 +94,56 @@ class World:
             while not self._over.wait(_TICK):
                 number += 1
                 self._store.set(keys[self.rank], str(number))
-                if number % 4 == 0:
+                every = 1 if self._failed else 4
+                if number % every == 0:
                     now = [str(self._store.get(key)) if self._store.check([key]) else "" for key in keys]
                     before = self._beats
-                    self._beats = [(new, ticks + 4 if new == old else 0) for new, (old, ticks) in zip(now, before)]
-                for rank in self.silent(self.timeout):
-                    text = f"{who(rank)} has given no sign of life for {self.timeout} seconds (--timeout)"
-                    self._store.compare_set("problem", "", text)
+                    self._beats = [(new, ticks + every if new == old else 0) for new, (old, ticks) in zip(now, before)]
+                if self._failed or self.silent(self.timeout):
+                    self._look()
                 if self._store.check(["problem"]):
                     self._hear(self._store.get("problem").decode())
                     return
 
+    def _look(self) -> None:
+        """Tell which process is gone, or keeps the others waiting."""
+        error, since = self._failed or (None, time.monotonic())
+        problem = ""
+        for rank in self.silent(_GONE if error else self.timeout):
+            self._store.set(f"heard/{rank}", "")  # nobody waits for it
+            if self._beats[rank][1] * _TICK < 2 * _GONE:
+                why = "it was killed, by hand or because memory ran out, or crashed"
+                problem = peers.loss(f"{who(rank)} is gone", why)
+            else:
+                why = f"after {self.timeout} s (--timeout), it was stopped, or its machine hangs or cannot be reached"
+                problem = peers.loss(f"{who(rank)} gives no sign of life any more", why)
+        if not problem and time.monotonic() - since > 1.5 * _GONE:
+            late = [who(rank) for rank in range(self._size) if not self._store.check([f"failed/{rank}"])]
+            problem = peers.loss("the connection between two processes broke", shortened(error or ValueError()))
+            if late and "timed out" in str(error).lower():
+                what = f"{' and '.join(late)} kept the others waiting for more than {self.timeout} s (--timeout)"
+                problem = peers.loss(what)
+        elif error:
+            self._store.set(f"failed/{self.rank}", "")
+        if problem:
+            self._store.compare_set("problem", "", problem)
+
+    def explain(self, error: BaseException) -> str:
+        """What an exchange with the others failed of; the store, which may never answer, is left to the thread."""
+        self._is_ending, self._failed = True, (error, time.monotonic())
+        self._clock.end_within(14)
+        if not self._heard.wait(_GRACE):
+            return peers.loss("the other processes cannot be reached any more", shortened(error))
+        return self.tell(self._told)
+
     def _hear(self, problem: str) -> None:
         """End this process with what another one told, from the main thread if that is not waiting for a device."""
         self._told = problem
+        self._heard.set()
         self._store.set(f"heard/{self.rank}", "")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
         if not self._over.wait(_GRACE):
-            end_with(problem, 2)
+            end_with(problem, 2, of_another=True)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._told and not self._is_ending:
@@ -116,8 +152,10 @@ class World:
     def tell(self, sentence: str) -> str:
         """Tell all others why this one ends, unless another was first; what all end with."""
         self._is_ending = True
+        self._clock.end_within(14)
         with suppress(RuntimeError):  # nobody is there any more
             first: str = self._store.compare_set("problem", "", sentence).decode()
+            self._store.set(f"heard/{self.rank}", "")  # who tells something at the same moment waits for it
             waited_for = [f"heard/{rank}" for rank in range(self._size) if rank != self.rank]
             until = time.monotonic() + _GRACE
             while not self._store.check(waited_for) and time.monotonic() < until:
@@ -172,15 +210,18 @@ def join(expected_processes: int | None = None, timeout_seconds: int | None = No
         _check(met, _of_number(launched, expected_processes))
         yield
     except _Ended:
-        raise UserError(met.part()) from None
+        raise OfAnother(met.part()) from None
     except (Exception, KeyboardInterrupt) as error:
+        if peers.is_lost(error) or isinstance(error, OfAnother):
+            raise OfAnother(met.explain(error)) from None
         sentence, is_fault = sentence_of(error)
         if met.machines[met.rank] != met.machines[0]:
             sentence += met.hint
-        told = met.tell(sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}")
+        said = sentence if isinstance(error, AllAgree) else f"{who(met.rank)}: {sentence}"
+        told = met.tell(said)
         if is_fault:  # of the program, which keeps its traceback
             raise
-        raise UserError(told) from None
+        raise (UserError if told == said else OfAnother)(told) from None
     except SystemExit as stop:  # the parser has said what is wrong here
         if stop.code and isinstance(stop.__context__, UserError):
             met.tell(f"{who(met.rank)}: {stop.__context__}")
@@ -206,6 +247,7 @@ def _said(name: str) -> int | None:
 
 
 def _meet(timeout: int) -> World:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is said in words, not by stacks of C++
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

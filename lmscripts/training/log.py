@@ -24,6 +24,7 @@ import transformers
 from lmscripts.data.steps import Phases
 from lmscripts.files import write_text
 from lmscripts.options.checks import duration_text
+from lmscripts.training.peers import progress
 from lmscripts.training.processes import sum_over_processes
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Reporter:
     def advance(self, step: int) -> None:
         """Count a step; early, and whatever the time between log lines, say once how long all of them will take."""
         self.bar.update()
+        progress["step"] = step
         self._first = self._first or (step, time.monotonic())
         begun, began = self._first
         if not self._told and step > begun and time.monotonic() - began > _EARLY_SECONDS:
