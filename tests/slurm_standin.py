@@ -72,7 +72,7 @@ def srun(words):
     gpus = [part["gres"].rpartition(":")[2] for part in gpus for _ in range(int(part["nodes"]))]
     tasks = []
     for place, of_node in enumerate(gpus):
-        own = {"SLURM_PROCID": str(place), "SLURM_GPUS_ON_NODE": of_node, "SLURMD_NODENAME": os.uname().nodename}
+        own = {"SLURM_PROCID": str(place), "SLURM_GPUS_ON_NODE": of_node, "SLURMD_NODENAME": f"n{place}.invalid"}
         tasks.append(subprocess.Popen(words, env=os.environ | own))
         with open(Path(os.environ[PLACE]) / f"{number}.tasks", "a") as file:
             file.write(f"{tasks[-1].pid}\n")
