@@ -21,7 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lmscripts.errors import UserError, leave, user_errors
-from lmscripts.options import check_numbers, dump_options, option, parse_duration, parse_options
+from lmscripts.options import check_numbers, check_useless, dump_options, option, parse_duration, parse_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +43,7 @@ STARTED = monotonic()  # the time of a job counts from here, not from when the i
 Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
 Metric = Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "mcc"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+Balance = Literal["even", "auto"]
 DEFAULT_MODEL = "bert-base-uncased"  # English; of the script whose command lines are taken here
 SCREEN = ("stdout", "stderr", "/dev/stdout", "/dev/stderr")
 POSITIVE = [
@@ -52,7 +53,7 @@ POSITIVE = [
 NOT_NEGATIVE = ["weight_decay", "max_grad_norm", "seed", "split_seed", "overlap", "max_words"]
 BELOW_ONE = ["dropout", "label_smoothing", "warmup_share"]
 INPUTS = ("input_file", "validation_file", "test_file", "model_name_or_path", "tokenizer_dir")
-FOLDING = ["max_words", "overlap", "balance", "policy", "most_folds"]
+FOLDING = ["max_words", "overlap", "policy", "most_folds"]
 # What must stay as it was when a run is continued.
 FIXED = [
     "model_name_or_path", "from_scratch", "lora_rank", "dropout", "aggregate", "count_documents_once",
@@ -98,7 +99,7 @@ class Options:
     fold_unit: Literal["tokens", "words"] = option("tokens", help="what overlap is counted in", group="folding")
     max_words: int = option(0, help="words of a row; --fold_unit is words then", group="folding")
     overlap: int = option(0, help="units that a row repeats of the row before", group="folding")
-    balance: bool = option(False, help="rows of a text about equally long", group="folding")
+    balance_folds: bool = option(False, help="rows of a text about equally long", group="folding")
     policy: Literal["fold", "truncate", "head_tail"] = option("fold", help="or one row a text", group="folding")
     most_folds: int | None = option(None, help="rows of a text at most", group="folding")
     aggregate: Aggregate = option("mean_probabilities", help="from rows to documents", group="folding")
@@ -118,6 +119,7 @@ class Options:
     batch_size: int = option(32, help="rows per step, all processes", group="training", most=10**9)
     micro_batch_size: int = option(32, help="rows of one forward pass on one process", group="training", most=10**6)
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="training")
+    balance: Balance = option("even", help="auto: divide them by measured speed", group="training")
     learning_rate: float | None = option(None, help="2e-5; LoRA 2e-4; from scratch 1e-4", group="training")
     warmup_share: float = option(0.06, help="share of the steps; then linear to 0", group="training")
     weight_decay: float = option(0.01, help="on matrices only", group="training")
@@ -164,6 +166,8 @@ class Options:
             check_shares(self)
         if self.lora_rank and self.from_scratch:
             raise UserError("--lora_rank adds to trained weights, and --from_scratch has none: give one of them")
+        if self.balance == "auto":
+            check_useless(vars(self), "with --balance auto, which measures them", "process_shares")
         if self.split_column and (self.validation_file or self.test_file):
             raise UserError("give --split_column, or a file for each part, not both")
         name = self.run_name
@@ -247,6 +251,7 @@ def open_task(options: Options) -> Task:
         say(options, f"beginning with {DEFAULT_MODEL}, which is for English; another: --model_name_or_path")
     source = find_source(options.model_name_or_path, options.tokenizer_dir)
     folding = {name: getattr(options, name) for name in FOLDING}
+    folding["balance"] = options.balance_folds
     folding["unit"] = "words" if options.max_words else options.fold_unit
     folds = fold_settings(source, options.max_length, **folding)
     files = {"validation": options.validation_file, "test": options.test_file}
@@ -314,8 +319,9 @@ def main() -> None:
     from lmscripts.training.processes import agree, join
 
     renamed = {"epoch": "epochs", "sequence_length": "max_length"}
+    older = {"balance": {"false": "even"}}  # in files, where it was what --balance_folds is now
     with user_errors(only_words=True), join():
-        options = parse_options(Options, description=__doc__ or "", renamed=renamed)
+        options = parse_options(Options, description=__doc__ or "", renamed=renamed, renamed_values=older)
         run(replace(options, **agree(vars(options), INPUTS)))
 
 
@@ -341,6 +347,8 @@ def run(options: Options) -> None:
     name = options.run_name or task.database.path.stem
     files = classifier_run.ResultFiles(output_dir, name, options.spreadsheet_safe)
     accelerator = start(options, task, files)
+    if processes.from_main(accelerator, partial(folder.is_started_again, files.training)):
+        options = replace(options, do_continue=True)
     if not options.dry_run:
         processes.from_main(accelerator, partial(files.check_free, options.do_continue))
     torch.use_deterministic_algorithms(options.deterministic)
@@ -503,15 +511,16 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
 
     accelerator, state, own, objective, model = run.accelerator, run.state, run.state.own, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
-    meter = log.Meter(device, *state.open_window(rank))
+    meter = log.Meter(device, *state.open_window(rank), model)
     epoch_meter = log.Meter(device, *own.open_epoch(rank))
     report = log.Reporter(accelerator, run.folder.path, state.step, run.stop_step, run.folder.continued)
-    batches = run.steps.prefetch(state.step, run.stop_step, rank)
+    batches = meter.batches(accelerator, run.steps, state, run.stop_step, report, options.balance)
     model.train()
     stopped = stopped_while_judging(options, run, meter, epoch_meter, report, stop_asked)
     while state.step < run.stop_step and not stopped and not own.is_stale(options.patience):
         micro_batches, counts = next(batches)
-        *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
+        with meter.waiting():
+            *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
         targets = dict(zip(counts, totals, strict=True))
         learning_rate = run.rate(state.step)
         optim.set_rate(run.optimizer, learning_rate)
@@ -611,7 +620,7 @@ def finish(options: Options, run: Run, as_yaml: str, stop_asked: StopRequest, st
             parts[name] = part, answer(options, run, part, stop_asked) if part.num_rows else None
             stopped = stopped or bool(part.num_rows and parts[name][1] is None)
     if stopped:
-        reason = stop_asked.reason or "a signal to another process"
+        reason = stop_asked.words()
         say(options, f"stopped by {reason} at step {state.step:,}; everything is saved, go on with --do_continue")
     elif complete:
         about = (run.files, task.database, own, run.settings, run.objective.models[""], run.folder.beside)

@@ -54,6 +54,7 @@ Attention = Literal["auto", "sdpa", "eager", "varlen"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Optimizer = Literal["adamw", "adam", "radam", "lamb", "sgd", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+Balance = Literal["even", "auto"]
 CarryOver = Literal["weights", "moments", "everything"]
 Every = int | Literal["epoch"]
 POSITIVE = [
@@ -148,6 +149,7 @@ class Options:
         (32,), help="rows of one forward pass on one process", group="optimizer", most=10**6
     )
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="optimizer")
+    balance: Balance = option("even", help="auto: divide them by measured speed", group="optimizer")
     optimizer: Optimizer = option("adamw", help="muon is for the layers' matrices, with adamw", group="optimizer")
     learning_rate: float | None = option(None, help="peak; default: the preset's", group="optimizer")
     schedule: Schedule = option("linear", help="after the warmup; wsd = stable, then decay", group="optimizer")
@@ -200,6 +202,8 @@ class Options:
         if self.process_shares and (min(self.process_shares) < 0 or sum(self.process_shares) == 0):
             given = " ".join(map(str, self.process_shares))
             raise UserError(f"--process_shares must be at least 0 and not all 0, got {given}")
+        if self.balance == "auto":
+            check_useless(values, "with --balance auto, which measures them", "process_shares")
         if self.schedule == "constant":
             check_useless(values, "with --schedule constant", "final_lr_ratio")
         if self.dataset_dir:
@@ -355,6 +359,9 @@ def run(options: Options, further: Further) -> None:
     wanted = {name: getattr(asked.older, name) for name in ("tokenizer_type", "mecab_dic", "word_tokenizer_type")}
     tokenizer, sources = plan.open_sources(asked.phases, asked.objective, options.packing, **wanted)
     accelerator = start(asked)
+    if processes.from_main(accelerator, partial(folder.is_started_again, run_dir)):
+        options = replace(options, do_continue=True)
+        asked = asked._replace(options=options)
     torch.use_deterministic_algorithms(options.deterministic)
     like = folder.built_like(run_dir, options.do_continue, options.start_from if asked.is_branch else None)
     dropouts = building.choose_dropouts(asked.preset, like, options.hidden_dropout, options.attention_dropout)
@@ -432,7 +439,7 @@ def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerato
         weights=options.process_shares or None,
     )
     batches = [(phase.shares, phase.batch_size, phase.total_rows) for phase in data.phases]
-    processes.check_sharded(accelerator, options.optimizer, batches)
+    processes.check_sharded(accelerator, options.optimizer, batches, options.balance)
     return data
 
 
@@ -520,14 +527,15 @@ def train(options: Options, run: Run) -> str:
     accelerator, data, state, objective, model = run.accelerator, run.data, run.state, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
     stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
-    meter = log.Meter(device, *state.open_window(rank))
+    meter = log.Meter(device, *state.open_window(rank), model)
     report = log.Reporter(accelerator, run.folder.path, state.step, run.stop_step, run.folder.continued)
-    batches = data.prefetch(state.step, run.stop_step, rank)
+    batches = meter.batches(accelerator, data, state, run.stop_step, report, options.balance)
     model.train()
     stopped = stopped_while_evaluating(options, run, meter, report, stop_asked)
     while state.step < run.stop_step and not stopped:
         micro_batches, counts = next(batches)
-        *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
+        with meter.waiting():
+            *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
         targets = dict(zip(counts, totals, strict=True))
         learning_rate = run.rate(state.step)
         optim.set_rate(run.optimizer, learning_rate)
@@ -566,7 +574,7 @@ def train(options: Options, run: Run) -> str:
                 run.folder.prune(options.keep_last, options.keep_every)
     batches.close()
     report.bar.close()
-    return (stop_asked.reason or "a signal to another process") if stopped else ""
+    return stop_asked.words() if stopped else ""
 
 
 def stopped_while_evaluating(

@@ -49,6 +49,7 @@ STARTED = monotonic()  # the time of a job counts from here, not from when the i
 Preset = Literal["tiny", "mini", "small", "base", "large"]
 OptimizerName = Literal["sgd", "adam", "radam", "lamb", "adamw", "muon"]
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
+Balance = Literal["even", "auto"]
 SIZES = ("dimension", "num_heads", "num_layers", "dim_feedforward", "dim_final_feedforward")
 INPUTS = ("training_data", "validation_data", "schema", "initial_encoder", "initial_decoder")
 INITIAL = ("initial_encoder", "initial_decoder", "initial_optimizer")
@@ -125,6 +126,7 @@ class Options:
         None, help="of one process; default: its equal part of the batch", group="training", most=10**9
     )
     process_shares: tuple[int, ...] = option((), help="relative records of each process: 3 1", group="training")
+    balance: Balance = option("even", help="auto: divide them by measured speed", group="training")
     num_epochs: int = option(1, help="in all, also of a resumed run; -1 = endless, 0 = only validate", group="training")
     freeze_encoder: bool = option(False, help="train the heads alone, without dropout below", group="training")
     optimizer: OptimizerName = option("lamb", help="muon is for the layers' matrices, with adamw", group="training")
@@ -186,6 +188,8 @@ class Options:
             check_useless(values, "with --schedule constant", "final_lr_ratio")
         elif self.num_epochs == -1:
             raise UserError(f"--schedule {self.schedule} needs an end, and --num-epochs -1 has none")
+        if self.balance == "auto":
+            check_useless(values, "with --balance auto, which measures them", "process_shares")
         if self.validation_data and self.validation_share:
             raise UserError("give --validation-data or --validation-share, not both")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:?\d+)?", self.device):
@@ -291,9 +295,11 @@ def run(options: Options) -> None:
         raise UserError("--num-epochs 0 validates only, and there is nothing held out: give --validation-data")
     accelerator = start(options, data)
     torch.use_deterministic_algorithms(options.deterministic)
-    started = processes.from_main(accelerator, lambda: f"{datetime.now():%Y-%m-%d-%H-%M-%S}")
+    started = processes.from_main(accelerator, partial(name_of_run, prefix))
     options = replace(options, experiment_name=options.experiment_name or started)
     run_dir = prefix / str(options.experiment_name)
+    if processes.from_main(accelerator, partial(folder.is_started_again, run_dir)):
+        options = replace(options, resume=True)
     accelerator.project_configuration.logging_dir = str(run_dir)
     network, notices = build_model(options, data, sizes)
     steps = lay_out(options, data, accelerator)
@@ -318,6 +324,14 @@ def run(options: Options) -> None:
     stopped_by = train(options, run)
     finish(options, run, stopped_by)
     leave(processes.STOPPED_EARLY if stopped_by else 0)  # here, where model and processes still stand
+
+
+def name_of_run(prefix: Path) -> str:
+    """The time now, or when this job began its run if an elastic launcher has started it anew."""
+    from lmscripts.training import folder
+
+    own = (file.parent for file in prefix.glob(f"*/{folder.LOCK}") if folder.is_started_again(file.parent))
+    return next((path.name for path in own), f"{datetime.now():%Y-%m-%d-%H-%M-%S}")
 
 
 def start(options: Options, data: Decisions) -> Accelerator:
@@ -467,14 +481,15 @@ def train(options: Options, run: Run) -> str:
     accelerator, steps, state, objective, model = run.accelerator, run.steps, run.state, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
     stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
-    meter = log.Meter(device, *state.open_window(rank))
+    meter = log.Meter(device, *state.open_window(rank), model)
     report = log.Reporter(accelerator, run.folder.path, state.step, run.stop_step, run.folder.continued)
-    batches = steps.prefetch(state.step, run.stop_step, rank)
+    batches = meter.batches(accelerator, steps, state, run.stop_step, report, options.balance)
     model.train()
     stopped = stopped_while_validating(options, run, meter, report, stop_asked)
     while state.step < run.stop_step and not stopped:
         micro_batches, counts = next(batches)
-        *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
+        with meter.waiting():
+            *totals, stops = processes.sum_over_processes(accelerator, [*counts.values(), float(stop_asked())])
         targets = dict(zip(counts, totals, strict=True))
         learning_rate = run.rate(state.step)
         optim.set_rate(run.optimizer, learning_rate)
@@ -513,7 +528,7 @@ def train(options: Options, run: Run) -> str:
                 folder.prune_best(run.folder.path, lambda saved: saved["best_epoch"])
     batches.close()
     report.bar.close()
-    return (stop_asked.reason or "a signal to another process") if stopped else ""
+    return stop_asked.words() if stopped else ""
 
 
 def stopped_while_validating(

@@ -59,7 +59,8 @@ def records(run_dir):
 
 
 def without_times(run_dir):
-    return [{name: value for name, value in each.items() if "second" not in name} for each in records(run_dir)]
+    of_time = ("second", "waiting")
+    return [{n: v for n, v in each.items() if not any(word in n for word in of_time)} for each in records(run_dir)]
 
 
 @pytest.fixture(scope="module")

@@ -139,14 +139,19 @@ class Steps:
         epochs, inside = divmod(step, self.per_epoch)
         return f"snapshots/{epochs:0{digits}}" + (f".{self.records(step)}" if inside else "")
 
-    def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
-        """Micro-batches of one process for the steps [first, stop), with their counts, made in the background."""
+    def prefetch(
+        self, first: int, stop: int, process: int, shares: Sequence[int] = ()
+    ) -> Prefetcher[tuple[list[Batch], Counts]]:
+        """Micro-batches of one process for the steps [first, stop), with their counts, made in the background.
+
+        The rows are divided as the shares say, which need not sum to anything; without, as the steps' own.
+        """
         longest = self.micro_batch_size * self._schema.max_positions
         return Prefetcher(
             step_batches(
                 self._order,
                 self._make,
-                shares=self.shares,
+                shares=shares or self.shares,
                 process=process,
                 micro_batch_size=self.micro_batch_size,
                 first=first,

@@ -161,7 +161,12 @@ class Steps:
         """Whether what is done at the end of an epoch, and every so many steps, is done after so many steps."""
         return step % self.per_epoch == 0 or (every is not None and step % every == 0)
 
-    def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
-        """Micro-batches of one process for the steps [first, stop), with their counts, made in the background."""
+    def prefetch(
+        self, first: int, stop: int, process: int, shares: Sequence[int] = ()
+    ) -> Prefetcher[tuple[list[Batch], Counts]]:
+        """Micro-batches of one process for the steps [first, stop), with their counts, made in the background.
+
+        The rows are divided as the shares say, which need not sum to anything; without, as the steps' own.
+        """
         about = {"process": process, "micro_batch_size": self._micro_batch_size, "first": first, "stop": stop}
-        return Prefetcher(step_batches(self._order, self._make, shares=self.shares, **about))
+        return Prefetcher(step_batches(self._order, self._make, shares=shares or self.shares, **about))

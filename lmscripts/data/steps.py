@@ -282,12 +282,17 @@ class Phase:
         """Held-out rows to evaluate on; 0 without a validation part."""
         return 0 if self.held_out is None else min(self.most_eval_rows, self.held_out.num_rows)
 
-    def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
-        """Micro-batches of one process for the steps [first, stop) of the stretch, see `step_batches`."""
+    def step_batches(
+        self, first: int, stop: int, process: int, shares: Sequence[int] = ()
+    ) -> Iterator[tuple[list[Batch], Counts]]:
+        """Micro-batches of one process for the steps [first, stop) of the stretch, see `step_batches`.
+
+        The rows are divided as the shares say, which need not sum to anything; without, as those of the stretch.
+        """
         return step_batches(
             Shuffled(self.train.num_rows, self.batch_size, self.total_rows, self.seed),
             lambda rows, epochs, sizes: self._pinned(self.train, rows, epochs, self.seed, sizes),
-            shares=self.shares,
+            shares=shares or self.shares,
             process=process,
             micro_batch_size=self.micro_batch_size,
             first=first,
@@ -357,15 +362,19 @@ class Phases:
         before, after = (number // phase.train.num_rows for number in rows)
         return after > before
 
-    def step_batches(self, first: int, stop: int, process: int) -> Iterator[tuple[list[Batch], Counts]]:
+    def step_batches(
+        self, first: int, stop: int, process: int, shares: Sequence[int] = ()
+    ) -> Iterator[tuple[list[Batch], Counts]]:
         """As `Phase.step_batches`, for the steps [first, stop) of the run."""
         for (begin, end), phase in zip(pairwise([0, *self.ends]), self.phases, strict=True):
             if first < end and begin < stop:
-                yield from phase.step_batches(max(first, begin) - begin, min(stop, end) - begin, process)
+                yield from phase.step_batches(max(first, begin) - begin, min(stop, end) - begin, process, shares)
 
-    def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
+    def prefetch(
+        self, first: int, stop: int, process: int, shares: Sequence[int] = ()
+    ) -> Prefetcher[tuple[list[Batch], Counts]]:
         """As `step_batches`, made in the background, a few steps ahead."""
-        return Prefetcher(self.step_batches(first, stop, process))
+        return Prefetcher(self.step_batches(first, stop, process, shares))
 
 
 def cut_rows(

@@ -37,6 +37,7 @@ from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training import handing
+from lmscripts.training.joining import job
 from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
 from lmscripts.training.peers import progress
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
 _FORMAT = 2
+LOCK = ".lock"  # of the run that is going on; in it, which job of an elastic launcher that is
+_ORPHANED = 60  # seconds until a process of this job that lost its launcher has noticed and let go
 Beside = Callable[[Path], None]
 
 
@@ -63,6 +66,13 @@ def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Pat
     """
     own = list_checkpoints(handing.run_folder(run_dir, True)) if do_continue else []
     return own[-1] if own else Path(branch_from) if branch_from else None
+
+
+def is_started_again(run_dir: Path) -> bool:
+    """Whether the job of this process began the run in that folder, and an elastic launcher has started it anew."""
+    with suppress(OSError):
+        return (run_dir / LOCK).read_text(encoding="utf-8") == job() != ""
+    return False
 
 
 def write_nothing(folder: Path) -> None:
@@ -255,16 +265,18 @@ class RunFolder:
             if branch:
                 self._check_fixed(earlier)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {self.path}; wait for it or choose another folder"
-            ) from None
+        self._lock = (self.path / LOCK).open("a", encoding="utf-8")
+        until = time.monotonic() + (_ORPHANED if is_started_again(self.path) else 0)
+        while not _locks(self._lock):
+            if time.monotonic() > until:
+                raise UserError(f"another process is training in {self.path}; wait for it or choose another folder")
+            time.sleep(0.5)
         used = any((self.path / name).exists() for name in ("config.yaml", "log.jsonl", "final"))
         if (used or list_checkpoints(self.path)) and not do_continue:
             raise UserError(f"{self.path} holds a run already: add --do_continue to go on, or choose another folder")
+        self._lock.truncate(0)
+        self._lock.write(job())
+        self._lock.flush()
         for pattern in (".checkpoint-*", f"{SNAPSHOTS}/.*", ".final.new*", "..final*"):
             for leftover in self.path.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
@@ -373,6 +385,14 @@ class RunFolder:
                 write_weights(aside / part, model)
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
         return final
+
+
+def _locks(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def load_moments(path: str, trained: nn.Module, optimizer: Optimizer, optimizer_name: str) -> list[str]:

@@ -259,7 +259,9 @@ def _meet(timeout: int) -> World:
             "address of the first machine, given on every machine and reachable from there (firewall, interface)? Was "
             "every machine told the right number of GPUs of all others, and was every one started?"
         ) from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # A store of the launcher has the keys of the attempts before; machines that came later count fewer of them.
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
     return World(PrefixStore(f"lmscripts/{attempt}", store), rank, size, timeout)
 
 
@@ -280,12 +282,34 @@ def launcher() -> int | None:
     return None
 
 
+def _words_of_launcher() -> list[str]:
+    with suppress(psutil.Error):
+        if parent := launcher():
+            return list(psutil.Process(parent).cmdline())
+    return []
+
+
+def is_elastic() -> bool:
+    """Whether machines may come and go, as under torchrun with --nnodes MIN:MAX."""
+    given = os.environ.get("PET_NNODES", "")
+    for word, following in pairwise([*_words_of_launcher(), ""]):
+        name, _, value = word.partition("=")
+        given = (value or following) if name == "--nnodes" else given
+    fewest, _, most = given.partition(":")
+    return most not in ("", fewest)
+
+
+def job() -> str:
+    """Names the job of a launcher that may start its processes again; empty under none."""
+    name, parent = os.environ.get("TORCHELASTIC_RUN_ID", ""), launcher()
+    if name != "none":
+        return name
+    return f"{socket.gethostname()} {parent} {psutil.Process(parent).create_time()}" if parent else ""
+
+
 def asked_of_launcher() -> int:
     """Processes that the line or the file of `accelerate launch` asks for, if that started this one; else 1."""
-    parent, words = launcher(), list[str]()
-    with suppress(psutil.Error):
-        words = psutil.Process(parent).cmdline() if parent else []
-    of_line = of_file = ""
+    words, of_line, of_file = _words_of_launcher(), "", ""
     words = words[words.index("launch") :] if "launch" in words else []
     for word, following in pairwise([*words, ""]):
         if word.endswith(".py"):
@@ -315,7 +339,7 @@ def _of_number(launched: int, expected: int | None) -> str:
             "and where there is no GPU: give --config_file accelerate_configs/cpu_2proc.yaml"
         )
     announced = expected or int(os.environ.get(WORLD_SIZE) or 0) or launched
-    if launched == announced:
+    if launched == announced or is_elastic():
         return ""
     return (
         f"{announced} processes were announced but {launched} were started: with several machines, num_processes in "

@@ -24,8 +24,10 @@ import transformers
 from lmscripts.data.steps import Phases
 from lmscripts.files import write_text
 from lmscripts.options.checks import duration_text
+from lmscripts.training.pace import Balance, Batches, Pace, Steps
 from lmscripts.training.peers import progress
-from lmscripts.training.processes import sum_over_processes
+from lmscripts.training.processes import slots, sum_over_processes
+from lmscripts.training.state import TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +38,7 @@ _NONE: Mapping[str, float] = MappingProxyType({})
 _SPOKEN = ("loss", "perplexity", "_byte")
 SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
 _EARLY_SECONDS = 10.0
+_UNEVEN = 0.15  # of the time, by which waiting has to differ between processes to be worth a word
 _CENTURY = 100 * 365 * 86400
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}  # dense bf16, from the makers' data sheets
 _LIMITS = """The biases and gaps of the text are those of the model. The held-out text comes from the same corpus: how
@@ -176,6 +179,9 @@ def in_words(metrics: Mapping[str, float]) -> str:
             said = owner
         elif name == "tokens_per_second":
             words.append(f"{value:,.0f} tokens/s")
+    waits = [value for name, value in metrics.items() if name.startswith("waiting_")]
+    if waits and max(waits) - min(waits) > _UNEVEN:
+        words.append(f"process {waits.index(max(waits))} waits {max(waits):.0%} of the time")
     return ", ".join(words)
 
 
@@ -228,10 +234,18 @@ def _curve(records: list[dict[str, Any]], name: str, factor: float = 1) -> tuple
 
 
 class Meter:
-    """Loss and speed between two log lines."""
+    """Loss and speed between two log lines.
+
+    Attributes:
+        waiting: a context around what the processes agree on before they compute a step.
+    """
 
     def __init__(
-        self, device: torch.device, sums: Mapping[str, float] | None = None, counts: Mapping[str, float] | None = None
+        self,
+        device: torch.device,
+        sums: Mapping[str, float] | None = None,
+        counts: Mapping[str, float] | None = None,
+        model: Any = None,
     ) -> None:
         """Start the clock.
 
@@ -239,8 +253,11 @@ class Meter:
             device: where the model is.
             sums: of the steps since the last log line before the run was interrupted, on one process alone.
             counts: of those steps.
+            model: prepared for the processes, which wait for each other in it.
         """
-        self._device = device
+        self._device, self._pace, self._advised = device, Pace(device, model), False
+        self._slow = list[int | None]()
+        self.waiting = self._pace.waiting
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in gpu), None)
         self._reset()
@@ -262,8 +279,25 @@ class Meter:
 
     def add_sums(self, sums: Mapping[str, torch.Tensor]) -> None:
         """Add this process' sums; they stay on the device, so nothing waits for them."""
+        self._pace.exchanged()
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+
+    def batches(
+        self,
+        accelerator: Accelerator,
+        steps: Steps,
+        state: TrainingState,
+        stop_step: int,
+        report: Reporter,
+        balance: Balance,
+    ) -> Batches:
+        """What this process computes from the state's step on, divided by speed if that is to be balanced.
+
+        See `lmscripts.training.pace.Batches`.
+        """
+        self._advised = balance == "auto"
+        return Batches(accelerator, steps, state, stop_step, self._pace, report, balance)
 
     def add_step(self, counts: Mapping[str, float], operations: float = 0.0) -> None:
         """Add a step's counts over all processes, whatever is counted, and its floating-point operations if known."""
@@ -277,26 +311,43 @@ class Meter:
 
         Every process must call it.
         """
-        names = list(self._sums)
-        totals = sum_over_processes(accelerator, [float(self._sums[name]) for name in names]) if names else []
-        return dict(zip(names, totals, strict=True)), dict(self._counts)
+        return self._totals(accelerator, [])[0], dict(self._counts)
+
+    def _totals(self, accelerator: Accelerator, more: list[float]) -> tuple[dict[str, float], list[float]]:
+        """The sums over all processes, and those of more values."""
+        values = [*(float(value) for value in self._sums.values()), *more]
+        totals = sum_over_processes(accelerator, values) if values else []
+        return dict(zip(self._sums, totals)), totals[len(self._sums) :]
 
     def read(self, accelerator: Accelerator, metrics: Metrics) -> dict[str, float]:
         """What the objective makes of sums and counts since the last reading, and the speed.
 
         Every process must call it. Speed counts real tokens only; utilisation, on a known GPU, all positions that
-        were computed.
+        were computed. Where processes wait for each other, "waiting_RANK" is the share of the time in which each did.
         """
-        sums, counts = self.open_window(accelerator)
-        seconds = max(1e-9, time.monotonic() - self._began)
-        record = metrics(sums, counts)
+        self._pace.settle()
+        alone = self._pace.waited if self._pace.is_shared else None
+        sums, waited = self._totals(accelerator, [] if alone is None else slots(accelerator, alone))
+        counts, seconds = dict(self._counts), max(1e-9, time.monotonic() - self._began)
+        record = metrics(sums, counts) | {f"waiting_{rank}": each / seconds for rank, each in enumerate(waited)}
+        self._advise(accelerator, waited, _UNEVEN * seconds)
         if "tokens" in counts:
             record["tokens_per_second"] = self._tokens / seconds
         record |= gpu_statistics(self._device)
         if self._peak is not None and self._operations:
             record["mfu"] = self._operations / seconds / (self._peak * accelerator.num_processes)
         self._reset()
+        self._pace.waited = 0.0
         return record
+
+    def _advise(self, accelerator: Accelerator, waited: list[float], uneven: float) -> None:
+        """Say once which process is slow, when the others have waited for it in three windows one after another."""
+        slow = waited.index(min(waited)) if waited and max(waited) - min(waited) > uneven else None
+        self._slow = [*self._slow, slow][-3:]
+        if self._slow == [slow] * 3 and slow is not None and not self._advised:
+            self._advised = True
+            name = self._pace.names[slow]
+            accelerator.print(f"{name} is slower than others, which wait for it: --balance auto gives it fewer rows")
 
 
 # ---- the model card ------------------------------------------------------------------------------------------------

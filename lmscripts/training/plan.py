@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Of a run's config.yaml, what belongs to that job and its machines and not to what comes after it.
 _ITS_OWN = {
     *("model_dir", "do_continue", "dry_run", "decay_from", "start_from", "carry_over", "stop_at_step", "max_time"),
-    *("node_rank", "expected_processes", "process_shares"),
+    *("node_rank", "expected_processes", "process_shares", "balance"),
 }
 # Where one of the first is given, the others are not taken either: they say the same in another way, or more of it.
 _TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (

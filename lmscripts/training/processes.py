@@ -14,12 +14,13 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from lmscripts.cluster.announced import announced_nodes
 from lmscripts.errors import AllAgree, UserError, shortened
 from lmscripts.options.checks import duration_text
 from lmscripts.training import joining
 from lmscripts.training.handing import inputs as inputs_here
 from lmscripts.training.handing import run_folder
-from lmscripts.training.joining import join, launcher, who
+from lmscripts.training.joining import is_elastic, join, launcher, who
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ _OF_MACHINE = {
 }
 _SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
 _LONG = 2 * 86400  # seconds
+_OWN_SIGNAL = 5  # seconds until an elastic launcher has told all its processes to stop
 _SAME = "start every machine with the same options and inputs; --send_inputs hands over those of process 0"
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
 
@@ -139,6 +141,8 @@ def in_words(accelerator: Accelerator) -> str:
     text = f"{accelerator.num_processes} on {accelerator.device.type}"
     if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") == "False":
         text += " (no GPU was found, but the Accelerate config does not say use_cpu: true)"
+    if is_elastic() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        text += " (no machine can come back unless torchrun has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set)"
     met = joining.world()
     return "; ".join([text, f"precision {accelerator.mixed_precision}", *(met.notices if met else [])])
 
@@ -243,16 +247,25 @@ def seed_dropout(seed: int, step: int, process: int) -> None:
     torch.manual_seed(stream_key(seed, step, process) >> 1)
 
 
+def slots(accelerator: Accelerator, value: float) -> list[float]:
+    """A value in a place of its own for each process, so that the sum over all has everyone's, by rank."""
+    return [value if rank == accelerator.process_index else 0.0 for rank in range(accelerator.num_processes)]
+
+
 def nodes_of_processes(accelerator: Accelerator, node_rank: int | None = None) -> list[int]:
     """The node of each process, in the order of the ranks.
 
     Args:
         accelerator: the running processes.
-        node_rank: this process' node; None takes what the launcher says (GROUP_RANK), else 0.
+        node_rank: this process' node; None takes what `launch.py` announced, or what the launcher says (GROUP_RANK;
+            SLURM_NODEID where `srun` started the processes itself), else 0.
     """
-    node = node_rank if node_rank is not None else int(os.environ.get("GROUP_RANK", "0"))
-    mine = [float(node) if rank == accelerator.process_index else 0.0 for rank in range(accelerator.num_processes)]
-    return [int(value) for value in sum_over_processes(accelerator, mine)]
+    announced = [number for number, node in enumerate(announced_nodes()) for _ in range(node.processes)]
+    if node_rank is None and len(announced) == accelerator.num_processes:
+        return announced
+    said = os.environ.get("GROUP_RANK") or (os.environ.get("SLURM_NODEID") if accelerator.num_processes > 1 else None)
+    node = node_rank if node_rank is not None else int(said or "0")
+    return [int(value) for value in sum_over_processes(accelerator, slots(accelerator, float(node)))]
 
 
 def process_shares(
@@ -266,7 +279,8 @@ def process_shares(
     Args:
         batch_size: rows of an optimizer step, over all processes.
         nodes: node of each process.
-        node_batch_sizes: rows per node, a node's rows being divided evenly over its processes.
+        node_batch_sizes: rows per node, of which the proportions are taken, a node's rows being divided evenly over its
+            processes. Those of the cluster file, which is about these very machines, come before them.
         weights: relative share of each process instead.
 
     Raises:
@@ -278,6 +292,9 @@ def process_shares(
         if len(weights) != len(nodes):
             raise UserError(f"{len(weights)} process shares were given for {len(nodes)} processes")
         return split_shares(batch_size, list(weights))
+    announced = {number: node.batch_size for number, node in enumerate(announced_nodes())}
+    given = {number: rows for number, rows in announced.items() if rows is not None}
+    node_batch_sizes = given or (None if is_elastic() else node_batch_sizes)  # for nodes that may not be there
     if node_batch_sizes is None:
         if max(nodes) >= len(nodes):
             raise UserError(f"--node_rank {max(nodes)} cannot be: {len(nodes)} processes were started, on fewer nodes")
@@ -293,7 +310,9 @@ def process_shares(
     return [next(inside[node]) for node in nodes]
 
 
-def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]]) -> None:
+def check_sharded(
+    accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]], balance: str = "even"
+) -> None:
     """Refuse what a sharded model (FSDP) cannot do.
 
     It exchanges weights in every forward pass, so all processes must make equally many.
@@ -302,6 +321,7 @@ def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tu
         accelerator: the running processes.
         optimizer: name of the optimizer.
         batches: rows of each process in a step, rows of a step, and rows in all; of each phase.
+        balance: "auto" would divide rows unevenly.
 
     Raises:
         UserError: the model is sharded and the rows do not divide evenly, or the optimizer does not know shards.
@@ -310,6 +330,10 @@ def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tu
         return
     if optimizer == "lamb":
         raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use DDP")
+    if balance == "auto":
+        raise UserError(
+            "with FSDP every process needs the same rows in every step: leave out --balance auto, or use DDP"
+        )
     for shares, batch_size, total_rows in batches:
         if len(set(shares)) > 1 or total_rows % batch_size:
             raise UserError(
@@ -347,6 +371,17 @@ class StopRequest:
         if not self.reason and self._launcher not in (None, os.getppid()):
             self.reason = "the end of its launcher"
         return bool(self.reason)
+
+    def words(self) -> str:
+        """What stopped the run.
+
+        Where machines come and go, the launcher of each stops its processes, a little after one another: a process that
+        stopped with the others waits for its own signal, as its end would be taken for a failure before.
+        """
+        until = time.monotonic() + (_OWN_SIGNAL if is_elastic() else 0)
+        while not self.reason and time.monotonic() < until:
+            time.sleep(0.1)
+        return self.reason or "a signal to another process"
 
 
 # ---- how fast they are -------------------------------------------------------------------------------------------

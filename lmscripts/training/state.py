@@ -28,6 +28,7 @@ class TrainingState:
         window_sums: sums of the objective since the last log line, over all processes.
         window_counts: their counts.
         origin: model or run that the training began with; empty for none.
+        speeds: rows per second of each process by its name, where they decide who computes what; else empty.
         own: what else the loop has to know, a dataclass of plain values; None for nothing.
     """
 
@@ -39,6 +40,7 @@ class TrainingState:
     window_sums: Sums = field(default_factory=dict)
     window_counts: Sums = field(default_factory=dict)
     origin: str = ""
+    speeds: Sums = field(default_factory=dict)
     own: Any = None
 
     def as_json(self) -> dict[str, Any]:
