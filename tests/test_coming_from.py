@@ -152,7 +152,7 @@ def test_options_on_the_right_exist_in_the_script_that_is_named(name: str) -> No
 
 
 def test_paths_and_presets_exist() -> None:
-    for path in re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w/.]*\w", PAGE):
+    for path in re.findall(rf"(?<![\w/.])(?:slurm|{'|'.join(FOLDERS)})/[\w/.]*\w", PAGE):
         assert (ROOT / path).exists(), path
     for row in (row for name in SECTIONS for row in rows(name)):
         for preset in re.findall(r"`(?:--model_type )?((?:bert|electra|gpt2)-[a-z-]+)`", row.here + row.differs):
