@@ -188,6 +188,7 @@ def open_phases(
     node_rank: int | None,
     node_batch_sizes: Mapping[int, int] | None,
     weights: Sequence[int] | None,
+    aligned: bool = False,
 ) -> Phases:
     """What each process computes in every phase.
 
@@ -203,6 +204,7 @@ def open_phases(
         node_rank: number of this machine; None takes the launcher's.
         node_batch_sizes: rows per node, of which the proportions are taken.
         weights: relative share of each process instead.
+        aligned: all processes make the same number of forward passes, as a sharded model needs it.
 
     Raises:
         UserError: shares or nodes do not match the processes.
@@ -231,6 +233,7 @@ def open_phases(
                 most_eval_rows=most_eval_rows,
                 pin_memory=accelerator.device.type == "cuda",
                 whole=phase.store.whole,
+                aligned=aligned,
             )
         )
     return Phases(made)

@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import psutil
 import torch
 import yaml
+from torch.distributed.device_mesh import init_device_mesh
 
 from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import UserError
 from lmscripts.options.checks import duration_text
+from lmscripts.training.sharding import asked_of_launcher, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.optim.swa_utils import AveragedModel
+
+    from lmscripts.objectives.module import Objective
 
 Result = TypeVar("Result")
 _OF_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what `accelerate launch` and torchrun set
@@ -75,6 +80,8 @@ def start_processes(
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if on_cpu and precision == "fp16":
         raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
+    asked_of_launcher()
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", None)  # `prepare` does it, on every device
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -89,6 +96,8 @@ def start_processes(
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"not all of {launched} processes joined at {where}: {str(error).splitlines()[0]}") from None
+    finally:
+        os.environ.update({} if sharded is None else {"ACCELERATE_USE_FSDP": sharded})
     _check_world(accelerator, launched)
     return accelerator
 
@@ -242,29 +251,31 @@ def process_shares(
     return [next(inside[node]) for node in nodes]
 
 
-def check_sharded(accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]]) -> None:
-    """Refuse what a sharded model (FSDP) cannot do.
-
-    It exchanges weights in every forward pass, so all processes must make equally many.
+def prepare(
+    accelerator: Accelerator, objective: Objective, average: AveragedModel | None = None, *, sharded: bool = False
+) -> Any:
+    """What is trained by all processes together, on its device: each has all of it (DDP), or a part (FSDP2).
 
     Args:
         accelerator: the running processes.
-        optimizer: name of the optimizer.
-        batches: rows of each process in a step, rows of a step, and rows in all; of each phase.
+        objective: with whole weights on the CPU, the same on all processes; stays what computes without gradients.
+        average: moving average of the weights, if there is one; treated likewise.
+        sharded: divide weights, gradients and what the optimizer keeps among the processes. Each must then make the
+            same number of forward passes.
 
-    Raises:
-        UserError: the model is sharded and the rows do not divide evenly, or the optimizer does not know shards.
+    Returns:
+        What is to be called for gradients; the objective's parameters are those that an optimizer steps.
     """
-    if str(accelerator.distributed_type.value) != "FSDP":
-        return
-    if optimizer == "lamb":
-        raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use DDP")
-    for shares, batch_size, total_rows in batches:
-        if len(set(shares)) > 1 or total_rows % batch_size:
-            raise UserError(
-                f"with FSDP every process needs the same rows in every step, but the shares are {list(shares)} of "
-                f"{batch_size} rows and {total_rows} rows in all: choose sizes that divide, and --max_steps"
-            )
+    sharded = sharded and accelerator.num_processes > 1
+    modules: list[Any] = [objective, *([average.module] if average else [])]
+    if sharded:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        dtype = product_dtype(accelerator)
+        for module in modules:
+            shard(module, mesh, None if dtype == torch.float32 else dtype)
+    for module in modules:
+        module.to(accelerator.device)
+    return accelerator.prepare_model(objective, evaluation_mode=sharded)
 
 
 def _launcher() -> int | None:
