@@ -380,6 +380,7 @@ def run(options: Options, further: Further) -> None:
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
+    words["sharded"] = options.shard
     words |= {
         "schedule": options.schedule,
         "corners": [options.warmup_steps],
@@ -410,6 +411,8 @@ def start(asked: Inputs) -> Accelerator:
         project_dir=options.model_dir,
     )
     processes.check_agreement(asked.fixed | {"--shard": options.shard})
+    if options.shard:
+        processes.check_sharded(accelerator, options.optimizer)
     return accelerator
 
 

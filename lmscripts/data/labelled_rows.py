@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,5 +164,5 @@ class Steps:
 
     def prefetch(self, first: int, stop: int, process: int) -> Prefetcher[tuple[list[Batch], Counts]]:
         """Micro-batches of one process for the steps [first, stop), with their counts, made in the background."""
-        about = {"process": process, "micro_batch_size": self._micro_batch_size, "first": first, "stop": stop}
-        return Prefetcher(step_batches(self._order, self._make, shares=self.shares, **about))
+        own: Any = {"process": process, "micro_batch_size": self._micro_batch_size, "first": first, "stop": stop}
+        return Prefetcher(step_batches(self._order, self._make, shares=self.shares, **own))

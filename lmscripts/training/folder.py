@@ -334,7 +334,9 @@ class RunFolder:
             def write(aside: Path) -> None:
                 for part, model in models.items():
                     self.beside(aside / part)
-                    write_weights(aside / part, model, dict(zip(states[part], whole, strict=False)) if sharded else None)
+                    write_weights(
+                        aside / part, model, dict(zip(states[part], whole, strict=False)) if sharded else None
+                    )
                 if averages:
                     checkpoints.save_each(aside / AVERAGE, averages, whole)
 

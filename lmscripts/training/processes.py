@@ -22,7 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from lmscripts.counters import split_shares, stream_key
 from lmscripts.errors import UserError
 from lmscripts.options.checks import duration_text
-from lmscripts.training.sharding import asked_of_launcher, shard
+from lmscripts.training.sharding import asked_of_launcher, shard, whole_copies
+
+__all__ = ["asked_of_launcher"]
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +39,7 @@ _LONG = 2 * 86400  # seconds
 STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
 
 
+@whole_copies()
 def start_processes(
     *,
     mixed_precision: str | None = None,
@@ -80,8 +83,6 @@ def start_processes(
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if on_cpu and precision == "fp16":
         raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
-    asked_of_launcher()
-    sharded = os.environ.pop("ACCELERATE_USE_FSDP", None)  # `prepare` does it, on every device
     try:
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -96,8 +97,6 @@ def start_processes(
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"not all of {launched} processes joined at {where}: {str(error).splitlines()[0]}") from None
-    finally:
-        os.environ.update({} if sharded is None else {"ACCELERATE_USE_FSDP": sharded})
     _check_world(accelerator, launched)
     return accelerator
 
@@ -249,6 +248,14 @@ def process_shares(
     by_node = dict(zip(names, split_shares(batch_size, [node_batch_sizes[name] for name in names]), strict=True))
     inside = {name: iter(split_shares(by_node[name], [1] * list(nodes).count(name))) for name in names}
     return [next(inside[node]) for node in nodes]
+
+
+def check_sharded(accelerator: Accelerator, optimizer: str) -> None:
+    """Refuse, with a UserError, an optimizer or a precision that is not for sharded models."""
+    if optimizer == "lamb":
+        raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use whole copies")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("fp16 is not supported with sharded weights (FSDP): use bf16 or no, or whole copies")
 
 
 def prepare(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -56,6 +57,18 @@ def asked_of_launcher() -> bool:
     if odd:
         raise UserError(f"the Accelerate config: {'; '.join(odd)}")
     return True
+
+
+@contextmanager
+def whole_copies() -> Iterator[None]:
+    """Let Accelerate start as for whole copies; a UserError where the config asks for what is not done here."""
+    hidden = {"ACCELERATE_USE_FSDP": "true"} if asked_of_launcher() else {}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def shard(trained: Objective, mesh: DeviceMesh, half: torch.dtype | None) -> None:
