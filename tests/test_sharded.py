@@ -5,8 +5,9 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -32,7 +33,7 @@ from lmscripts.errors import UserError
 from lmscripts.objectives import replaced
 from lmscripts.training import sharding
 from lmscripts.training.log import Meter
-from lmscripts.training.processes import start_processes
+from lmscripts.training.processes import _check_same_weights, start_processes
 
 PAIR = {"embedding-size": 16, "generator-size": "1/2", "mask-percent": 15}
 LARGE = {"number-of-layers": 8, "hidden-size": 768, "ffn-inner-hidden-size": 3072, "attention-heads": 12}
@@ -112,6 +113,7 @@ def test_draws_losses_and_the_mean_of_many_steps_are_float32(world, monkeypatch)
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type DEEPSPEED is not supported"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "distributed_type MEGATRON_LM is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version must be 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}, "no weights stay gathered"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params must be false"),
     ],
 )
@@ -140,6 +142,17 @@ def test_optimizers_and_precisions_without_shards_are_refused(common, tmp_path):
     assert done.returncode != 0
     assert "the optimizer lamb does not know sharded weights" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_different_models_are_refused():
+    """Whole copies are handed out by the main process; of parts each would belong to the model of its process."""
+    for factor, answer in (
+        (2.0, nullcontext()),
+        (2.01, pytest.raises(UserError, match="begin with different weights")),
+    ):
+        two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=lambda t, how, f=factor: f * t)
+        with answer:
+            _check_same_weights(two, make_pair())
 
 
 def test_layers_that_the_model_has_not_are_refused(world, monkeypatch):

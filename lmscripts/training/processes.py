@@ -250,6 +250,19 @@ def process_shares(
     return [next(inside[node]) for node in nodes]
 
 
+def _check_same_weights(accelerator: Accelerator, objective: Objective) -> None:
+    """Refuse weights of which processes would each keep a part of another model: copies are handed out, parts are not.
+
+    Machines of different kinds may draw new weights that differ by a rounding.
+    """
+    norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in objective.parameters()]
+    for own, total in zip(norms, sum_over_processes(accelerator, norms), strict=True):
+        if abs(own * accelerator.num_processes - total) > 1e-4 * total:
+            raise UserError(
+                "the processes begin with different weights: is the pretrained model of all machines the same?"
+            )
+
+
 def check_sharded(accelerator: Accelerator, optimizer: str) -> None:
     """Refuse, with a UserError, an optimizer or a precision that is not for sharded models."""
     if optimizer == "lamb":
@@ -272,10 +285,14 @@ def prepare(
 
     Returns:
         What is to be called for gradients; the objective's parameters are those that an optimizer steps.
+
+    Raises:
+        UserError: a sharded model is another one on some process.
     """
     sharded = sharded and accelerator.num_processes > 1
     modules: list[Any] = [objective, *([average.module] if average else [])]
     if sharded:
+        _check_same_weights(accelerator, objective)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         dtype = product_dtype(accelerator)
         for module in modules:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # What a config with FSDP may not ask for, as `accelerate launch` hands it on.
 _ONLY = {
     "FSDP_VERSION": ("2", "the first version is not supported"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "no weights stay gathered"),
     "FSDP_OFFLOAD_PARAMS": ("false", "weights stay on the device"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "every process builds the model"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "it is the option --activation_checkpointing"),
@@ -96,10 +97,8 @@ def shard(trained: Objective, mesh: DeviceMesh, half: torch.dtype | None) -> Non
             f"{', '.join(sorted(known))}: leave fsdp_transformer_layer_cls_to_wrap out, the layers are found"
         )
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=again, mp_policy=policy)
-    fully_shard(trained, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    for module in [*layers, trained]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
 def is_sharded(module: nn.Module) -> bool:
