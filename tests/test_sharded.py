@@ -36,7 +36,7 @@ from lmscripts.training.log import Meter
 from lmscripts.training.processes import _check_same_weights, start_processes
 
 PAIR = {"embedding-size": 16, "generator-size": "1/2", "mask-percent": 15}
-LARGE = {"number-of-layers": 8, "hidden-size": 768, "ffn-inner-hidden-size": 3072, "attention-heads": 12}
+LARGE = {"number-of-layers": 8, "hidden-size": 1024, "ffn-inner-hidden-size": 4096, "attention-heads": 16}
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_a_sharded_run_that_is_killed_goes_on_to_the_same_bits(common, tmp_path,
 @pytest.mark.slow
 @pytest.mark.launch
 def test_memory_of_each_process(common, tmp_path, fsdp_file):
-    """Of 58 million parameters; every process builds the whole model first, and saves it at the end."""
+    """Of 104 million parameters: 1,587 MiB of weights, gradients and moments, or a quarter beside a layer at a time."""
     more = ["--model_type", "bert-large", "--max_steps", "3", "--save_steps", "3", "--eval_rows", "1", "--model_dir"]
     most = {}
     for name, config in (("whole", "cpu_2proc.yaml"), ("sharded", fsdp_file)):
@@ -266,7 +266,7 @@ def test_memory_of_each_process(common, tmp_path, fsdp_file):
             most[name] = peaks(process)
         assert process.wait() == 0, (tmp_path / f"{name}.txt").read_text(encoding="utf-8")
         print(f"{name}: most memory of each process {most[name]} MiB")
-    assert max(most["sharded"]) < 0.8 * min(most["whole"])
+    assert all(part < 0.8 * whole for part, whole in zip(most["sharded"], most["whole"], strict=True))
 
 
 def peaks(process):
@@ -274,7 +274,7 @@ def peaks(process):
     found = {}
     while process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(OSError, psutil.Error, KeyError):
+            with suppress(OSError, psutil.Error, KeyError, IndexError):  # it ends, or has not begun
                 lines = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8").splitlines()
                 sizes = [int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")]
                 found[child.environ()["RANK"]] = sizes[0]
