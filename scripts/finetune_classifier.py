@@ -388,7 +388,7 @@ def start(options: Options, task: Task, files: ResultFiles) -> Accelerator:
         trackers=() if options.tracker == "none" else (options.tracker,),
         project_dir=str(files.training),
     )
-    if str(accelerator.distributed_type.value) == "FSDP":
+    if processes.asked_of_launcher():
         raise UserError("classifiers are trained with whole copies of the model: choose a config without FSDP")
     processes.check_agreement(fixed_facts(options, task))
     return accelerator

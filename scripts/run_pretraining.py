@@ -169,6 +169,9 @@ class Options:
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     compile: bool = option(False, help="torch.compile the model", group="machine")
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
+    shard: bool | None = option(
+        None, help="divide weights, gradients and moments among processes (FSDP2); or the config's", group="machine"
+    )
     node_rank: int | None = option(None, help="number of this machine; default: the launcher's", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
     timeout: int = option(600, help="seconds that a process may keep the others waiting", group="machine")
@@ -246,6 +249,7 @@ class Inputs(NamedTuple):
 def read_inputs(options: Options, further: Further) -> Inputs:
     """Preset, objective and text, put together with the options."""
     from lmscripts.models import building
+    from lmscripts.training import processes
 
     notices: list[str] = []
     preset, family = building.read_preset(options.parameter_file, options.model_type)
@@ -265,6 +269,7 @@ def read_inputs(options: Options, further: Further) -> Inputs:
         raise UserError(f"--start_from {options.start_from} and {origin} are both a beginning: give one of them")
     values: dict[str, Any] = {name: getattr(preset, name) for name in FROM_PRESET}
     values |= {"beta2": family.defaults.get("beta2", 0.999), "eval_every": options.save_steps or preset.save_steps}
+    values["shard"] = processes.asked_of_launcher()
     values["sequence_length"] = options.sequence_length or row_lengths(options, preset, bool(given))
     values["batch_size"] = (preset.batch_size * preset.accumulation_steps,)  # the older way to say it
     if options.decay_from is not None:  # everything of that checkpoint; the parser has read its schedule
@@ -388,6 +393,7 @@ def run(options: Options, further: Further) -> None:
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
+    words["sharded"] = options.shard
     words |= {
         "schedule": options.schedule,
         "corners": [options.warmup_steps],
@@ -416,16 +422,16 @@ def start(asked: Inputs) -> Accelerator:
         trackers=() if options.tracker == "none" else (options.tracker,),
         project_dir=options.model_dir,
     )
-    processes.check_agreement(asked.fixed)
+    processes.check_agreement(asked.fixed | {"--shard": options.shard})
+    if options.shard:
+        processes.check_sharded(accelerator, options.optimizer, options.balance)
     return accelerator
 
 
 def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerator, *, with_ends: bool) -> Phases:
     """Which process computes which rows of which step."""
-    from lmscripts.training import processes
-
     options = asked.options
-    data = plan.open_phases(
+    return plan.open_phases(
         asked.phases,
         sources,
         asked.objective,
@@ -437,10 +443,8 @@ def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerato
         node_rank=options.node_rank,
         node_batch_sizes=asked.preset.node_batch_sizes,
         weights=options.process_shares or None,
+        aligned=options.shard,
     )
-    batches = [(phase.shares, phase.batch_size, phase.total_rows) for phase in data.phases]
-    processes.check_sharded(accelerator, options.optimizer, batches, options.balance)
-    return data
 
 
 def build_models(
@@ -484,7 +488,7 @@ def begin(
     import torch
 
     from lmscripts.models import building
-    from lmscripts.training import optim
+    from lmscripts.training import optim, processes
 
     options = asked.options
     which = {"start_from": options.start_from, "carry_over": options.carry_over, "branch": asked.is_branch}
@@ -493,6 +497,8 @@ def begin(
     if options.compile:
         torch._dynamo.config.recompile_limit = 64  # a graph for each phase, size of batch, and evaluation
         objective.compile(dynamic=False)
+    average = optim.start_average(objective, options.ema_decay)
+    model = processes.prepare(accelerator, objective, average, sharded=options.shard)
     optimizer = optim.build_optimizer(
         options.optimizer,
         objective,
@@ -501,8 +507,7 @@ def begin(
         epsilon=options.epsilon,
         weight_decay=options.weight_decay,
     )
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    average = optim.start_average(objective, options.ema_decay)
+    optimizer = accelerator.prepare(optimizer)
     kept = {"average": average, "optimizer_name": options.optimizer}
     state = run_folder.restore(accelerator, objective, optimizer, **kept)
     stop_step = min(data.num_steps, options.stop_at_step or data.num_steps)
@@ -547,7 +552,7 @@ def train(options: Options, run: Run) -> str:
                 # DDP takes the mean of the gradients over the processes; wanted is the sum over all targets.
                 accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
-        norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
+        norm = optim.clip_gradients(accelerator, model, options.max_grad_norm or inf)
         finite = state.judge(norm, has_scaler)
         if finite or has_scaler:  # which has to see the others too, to find its scale
             run.optimizer.step()
@@ -620,7 +625,7 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
     elif accelerator.is_main_process:
         title = f"{run_dir.name}: {asked.options.model_type}"
         describe = partial(log.pretraining_card, title, state.origin, asked.objective, data, run_dir, asked.as_yaml)
-        final = run.folder.export(state.step, run.average and run.average.module.models, describe)
+        final = run.folder.export(state.step, None, describe, run.average)
         places = f"the curves in {run_dir / 'curves.png'}, the numbers in {run_dir / 'log.jsonl'}"
         accelerator.print(f"the model is in {final}, {places}")
     if accelerator.is_main_process:  # last, as nothing depends on it

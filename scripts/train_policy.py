@@ -344,7 +344,7 @@ def start(options: Options, data: Decisions) -> Accelerator:
         trackers=() if options.tracker == "none" else (options.tracker,),
         project_dir=options.output_prefix,
     )
-    if str(accelerator.distributed_type.value) == "FSDP":
+    if processes.asked_of_launcher():
         raise UserError("policies are trained with whole copies of the model: choose a config without FSDP")
     processes.check_agreement(fixed_facts(options, data))
     return accelerator

@@ -217,6 +217,18 @@ def test_a_step_has_the_same_rows_for_any_processes_and_micro_batches(name, shar
     assert rows_of_steps(order, num_steps, shares, 2, 3, first=3) == expected[3:]  # after a stop
 
 
+@pytest.mark.parametrize("shares", [[3, 1], [1, 0, 2], [1] * 7])
+def test_aligned_processes_compute_equally_many_micro_batches(shares):
+    """A sharded model waits for all processes in every forward pass; rows that are not there weigh nothing."""
+    order, num_steps = ORDERS["shuffled"]
+    settings = {"micro_batch_size": 1, "first": 0, "stop": num_steps, "aligned": True}
+    given = [list(step_batches(order, made, shares=shares, process=each, **settings)) for each in range(len(shares))]
+    for step, expected in enumerate(rows_by_step(order, num_steps)):
+        batches = [batch for process in given for batch in process[step][0]]
+        assert len({len(process[step][0]) for process in given}) == 1
+        assert [row for b in batches if b["weights"].any() for row in b["rows"].tolist()] == expected.tolist()
+
+
 def test_micro_batches_are_few_and_even():
     def sizes(rows, micro_batch_size):
         settings = {"shares": [1], "process": 0, "micro_batch_size": micro_batch_size, "first": 0, "stop": 1}

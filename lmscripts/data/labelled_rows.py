@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,5 +169,5 @@ class Steps:
 
         The rows are divided as the shares say, which need not sum to anything; without, as the steps' own.
         """
-        about = {"process": process, "micro_batch_size": self._micro_batch_size, "first": first, "stop": stop}
-        return Prefetcher(step_batches(self._order, self._make, shares=shares or self.shares, **about))
+        own: Any = {"process": process, "micro_batch_size": self._micro_batch_size, "first": first, "stop": stop}
+        return Prefetcher(step_batches(self._order, self._make, shares=shares or self.shares, **own))

@@ -181,6 +181,7 @@ def step_batches(
     first: int,
     stop: int,
     at_once: int = 1,
+    aligned: bool = False,
 ) -> Iterator[tuple[list[Batch], Counts]]:
     """Micro-batches of one process for the steps [first, stop), with the counts of their targets.
 
@@ -189,8 +190,9 @@ def step_batches(
 
     A step's rows are divided in proportion to the shares of the processes. A process without rows in a step computes
     one row that weighs nothing, so that all take part in what the processes exchange: its floating-point numbers, which
-    are what positions and rows count, are all 0. Making several micro-batches `at_once` is several times faster for
-    short ones.
+    are what positions and rows count, are all 0. Where processes are `aligned` all compute as many micro-batches as the
+    one with the most rows, be it such rows. Making several micro-batches `at_once` is several times faster for short
+    ones.
     """
     key = np.array(stream_key(order.seed, _DROPOUT), np.uint64)
 
@@ -201,7 +203,8 @@ def step_batches(
             parts = split_shares(end - begin, list(shares))
             place = begin + sum(parts[:process])
             # The fewest micro-batches that do, as even as possible.
-            for size in split_shares(parts[process], [1] * max(1, -(-parts[process] // micro_batch_size))):
+            most = max(parts) if aligned else parts[process]
+            for size in split_shares(parts[process], [1] * max(1, -(-most // micro_batch_size))):
                 yield step, place if size else begin, size
                 place += size
 
@@ -246,6 +249,7 @@ class Phase:
         most_eval_rows: held-out rows to evaluate on, at most.
         pin_memory: put batches where a GPU can fetch them without blocking.
         whole: how many times as large the text is of which `train` is a sample.
+        aligned: all processes make the same number of forward passes.
     """
 
     train: RowSource
@@ -261,6 +265,7 @@ class Phase:
     most_eval_rows: int
     pin_memory: bool = False
     whole: float = 1.0
+    aligned: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -298,6 +303,7 @@ class Phase:
             first=first,
             stop=stop,
             at_once=max(1, _TOKENS_AT_ONCE // (self.layout.sequence_length * self.micro_batch_size)),
+            aligned=self.aligned,
         )
 
     def eval_batch(self, rows: Ints) -> tuple[Batch, Counts]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ from lmscripts.models.finding import OPTIMIZER, STATE, find_damage, list_checkpo
 from lmscripts.models.fitting import position_table, repeat_positions
 from lmscripts.models.loading import load_model
 from lmscripts.models.pretrained import adopt_tokenizer
+from lmscripts.training.sharding import part_like
 
 # What config.json of a checkpoint may say otherwise than the model that is to get its weights.
 _DROPOUTS = ("dropout", "dropout_prob", "pdrop")  # --hidden_dropout and --attention_dropout may change at any step
@@ -46,9 +47,19 @@ _MAY_DIFFER_FROM_ANOTHER = {
 # Of a decoder: they come from the tokenizer, whose fingerprint is compared, and change nothing that is computed.
 _SET_BY_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+# What safetensors calls the types that optimizers keep.
+_NAMES = {
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"
+}  # fmt: skip
+
 
 def save_checkpoint(
-    folder: Path, write_model: Callable[[Path], None], tensors: dict[str, Tensor], state: dict[str, Any]
+    folder: Path,
+    write_model: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    whole: Iterable[Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint aside, flush it to the disk and rename it. Called by one process.
 
@@ -57,6 +68,7 @@ def save_checkpoint(
         write_model: writes the model and tokenizer files into the folder it is given.
         tensors: optimizer state, from `optimizer_state`.
         state: everything else, as JSON.
+        whole: see `save_each`.
 
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
@@ -65,7 +77,7 @@ def save_checkpoint(
         remove_leftovers(folder)
         with new_folder(folder) as aside:
             write_model(aside)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / OPTIMIZER)
+            save_each(aside / OPTIMIZER, tensors, whole)
             text = json.dumps(state, indent=1, ensure_ascii=False, sort_keys=True)
             (aside / STATE).write_text(text + "\n", encoding="utf-8")
             write_checksums(aside)
@@ -79,6 +91,27 @@ def save_checkpoint(
             "when it can be written again, go on with --do_continue"
         ) from None
     return folder
+
+
+def save_each(file: Path, tensors: Mapping[str, Tensor], whole: Iterable[Tensor] | None = None) -> None:
+    """Write tensors as a safetensors file, of which one at a time is in memory.
+
+    Args:
+        file: does not exist yet.
+        tensors: by name. They may be sharded: shapes and types are those of the whole ones.
+        whole: the same tensors on the CPU and whole, in this order; more may follow. None: they are here as they are.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in zip(tensors, tensors.values() if whole is None else whole, strict=False):
+            out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def newest_whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -213,25 +246,15 @@ def _repeat_positions(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
 # ---- the optimizer -----------------------------------------------------------------------------------------------
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered first if it is sharded (FSDP2); a collective operation in that case."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered.detach().to("cpu", copy=True)
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights on the CPU, gathered from all processes if they are sharded. Every process must call it."""
-    return {name: _whole(tensor) for name, tensor in model.state_dict().items()}
-
-
 def check_finite(weights: Mapping[str, Tensor], part: str, step: int) -> None:
-    """Refuse weights that no training comes back from.
+    """Refuse weights, or parts of them, that no training comes back from.
 
     Raises:
         UserError: names one that holds numbers that are not finite.
     """
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if here.is_floating_point() and not here.isfinite().all():
             raise UserError(
                 f"after step {step:,} {name} of the {part or 'model'} holds numbers that are not finite: nothing was "
                 "saved. Lower the learning rate; the last checkpoint is from before"
@@ -241,15 +264,16 @@ def check_finite(weights: Mapping[str, Tensor], part: str, step: int) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state by parameter name. Every process must call it.
+    """An optimizer's state by parameter name.
 
     Returns:
-        Tensors named "parameter/key", and the numbers of each parameter group (such as its step).
+        Tensors named "parameter/key", the optimizer's own, which may be sharded, and the numbers of each parameter
+        group (such as its step).
     """
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = _whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+            tensors[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     numbers = (int, float, bool, str, type(None), list, tuple)
     groups = [{k: v for k, v in g.items() if k != "params" and isinstance(v, numbers)} for g in optimizer.param_groups]
     return tensors, groups
@@ -276,18 +300,20 @@ def load_optimizer_state(
     Raises:
         UserError: the file names other parameters than the model has.
     """
-    saved: dict[str, dict[str, Tensor]] = {}
-    for entry, tensor in load_file(file).items():
+    saved: dict[str, dict[str, str]] = {}
+    tensors: Any = safe_open(file, "pt")
+    for entry in tensors.keys():  # noqa: SIM118
         owner, key = entry.rsplit("/", 1)
-        saved.setdefault(owner, {})[key] = tensor
+        saved.setdefault(owner, {})[key] = entry
     parameters = dict(model.named_parameters())
     if unknown := sorted(set(saved) - set(parameters)):
         raise UserError(f"{file} holds state of the parameter {unknown[0]}, which the model has not")
     group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for name, state in saved.items():
+    for name, entries in saved.items():
         parameter = parameters[name]
         if parameter not in group_of:
             continue  # trained in the other run, frozen in this one
+        state = {key: tensors.get_tensor(entry) for key, entry in entries.items()}  # of one parameter at a time
         if another_run:
             state = {key: _fitted(value, parameter) for key, value in state.items()}
         if odd := [key for key, value in state.items() if value.ndim and value.shape != parameter.shape]:
@@ -298,7 +324,7 @@ def load_optimizer_state(
         counts_on_device = group_of[parameter].get("fused") or group_of[parameter].get("capturable")
         optimizer.state[parameter] = {
             # Fused kernels want their step counter on the device; for all others that would be a wait in every step.
-            key: value if key == "step" and not counts_on_device else _placed(value, parameter)
+            key: value if key == "step" and not counts_on_device else part_like(value, parameter)
             for key, value in state.items()
         }
     if len(groups) != len(optimizer.param_groups):
@@ -323,13 +349,3 @@ def _fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor
     missing = max(0, parameter.shape[0] - tensor.shape[0])
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])[: parameter.shape[0]].contiguous()
-
-
-def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A saved tensor where its parameter lives, sharded like it when the shapes agree."""
-    if hasattr(parameter, "device_mesh") and tensor.shape == parameter.shape:
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(parameter, DTensor)
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor.to(parameter.device)

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,6 +43,7 @@ from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
 from lmscripts.training.peers import progress
 from lmscripts.training.processes import check_agreement, from_main, sum_over_processes
+from lmscripts.training.sharding import is_sharded, whole_tensors
 from lmscripts.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -327,13 +329,20 @@ class RunFolder:
         Raises:
             UserError: it could not be written, or a weight is no finite number; earlier checkpoints are as they were.
         """
-        problem: UserError | None = None
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in trained.parameters())
         models: Mapping[str, PreTrainedModel] = trained.models  # type: ignore[assignment]
-        if accelerator.is_main_process or sharded:
-            weights = {part: (m, checkpoints.model_state(m) if sharded else None) for part, m in models.items()}
-            tensors, groups = checkpoints.optimizer_state(optimizer, trained)
-        place = self.path / self._name(state.step)
+        states = {part: _untied(model) for part, model in models.items()}
+        sharded, place, problem = is_sharded(trained), self.path / self._name(state.step), None
+        try:
+            for part, of_part in states.items():
+                checkpoints.check_finite(of_part, part, state.step)
+        except UserError as error:
+            problem = error
+        _raise_together(accelerator, problem, "the weights of another process are not finite: nothing was saved")
+        tensors, groups = checkpoints.optimizer_state(optimizer, trained)
+        averages = {} if average is None else average_state(average)
+        # What is sharded is gathered while it is written, in this order, in which all processes take part.
+        weights = [tensor for of_part in states.values() for tensor in of_part.values()] if sharded else []
+        whole = whole_tensors([*weights, *averages.values(), *tensors.values()])
         if accelerator.is_main_process and not place.exists():
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": state.as_json(), "groups": groups, "scaler": scaler}
@@ -341,20 +350,21 @@ class RunFolder:
             facts |= {"processes": accelerator.num_processes, "versions": versions(), "saved_at": time.time()}
 
             def write(aside: Path) -> None:
-                for part, (model, tensors) in weights.items():
+                for part, model in models.items():
                     self.beside(aside / part)
-                    write_weights(aside / part, model, tensors)
-                if average is not None:
-                    save_file(average_state(average), aside / AVERAGE)
+                    write_weights(
+                        aside / part, model, dict(zip(states[part], whole, strict=False)) if sharded else None
+                    )
+                if averages:
+                    checkpoints.save_each(aside / AVERAGE, averages, whole)
 
             try:
-                for part, (model, gathered) in weights.items():
-                    checkpoints.check_finite(gathered or model.state_dict(), part, state.step)
-                checkpoints.save_checkpoint(place, write, tensors, facts)
+                checkpoints.save_checkpoint(place, write, tensors, facts, whole)
             except UserError as error:
                 problem = error
-        if sum_over_processes(accelerator, [float(problem is not None)])[0]:
-            raise problem or OfAnother("the main process could not save a checkpoint")
+        if sharded:
+            deque(whole, maxlen=0)  # what was not written: of other processes, or after an error
+        _raise_together(accelerator, problem, "the main process could not save a checkpoint")
         progress["checkpoint"] = place
         handing.forget_copies()
 
@@ -369,20 +379,31 @@ class RunFolder:
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def export(
-        self, step: int, averages: Mapping[str, PreTrainedModel] | None, describe: Callable[[Path], str]
+        self,
+        step: int,
+        models: Mapping[str, PreTrainedModel] | None,
+        describe: Callable[[Path], str],
+        average: AveragedModel | None = None,
     ) -> Path:
         """Write final/ from the checkpoint of the last step: model, tokenizer and card. Called by the main process.
 
         Args:
             step: of the checkpoint.
-            averages: models to write instead of those of the checkpoint, by subfolder.
+            models: to write instead of those of the checkpoint, by subfolder.
             describe: gives the text of the card, once model and tokenizer are in the folder it is given.
+            average: moving average of the weights, if there is one; what the checkpoint has of it is written instead.
         """
         final, ignored = self.path / "final", shutil.ignore_patterns(*OF_TRAINING)
         with replaced_folder(final) as aside:
             shutil.copytree(self.path / self._name(step), aside, ignore=ignored, dirs_exist_ok=True)
-            for part, model in (averages or {}).items():
+            for part, model in (models or {}).items():
                 write_weights(aside / part, model)
+            if average is not None:
+                trained: Any = average.module
+                saved = load_file(self.path / self._name(step) / AVERAGE)
+                own = {id(parameter): saved[name] for name, parameter in trained.named_parameters()}
+                for part, model in trained.models.items():
+                    write_weights(aside / part, model, {n: own.get(id(t), t) for n, t in _untied(model).items()})
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
         return final
 
@@ -426,6 +447,17 @@ def _load_moments(
     return facts
 
 
+def _raise_together(accelerator: Accelerator, problem: UserError | None, elsewhere: str) -> None:
+    """Raise a problem that any process has, on every process."""
+    if sum_over_processes(accelerator, [float(problem is not None)])[0]:
+        raise problem or UserError(elsewhere)
+
+
+def _untied(model: PreTrainedModel) -> dict[str, Any]:
+    """The weights of a model, those that are tied under one name."""
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in model.all_tied_weights_keys}
+
+
 def _said(value: Any) -> str:
     return "not given" if value in (None, "", []) else str(value)
 
@@ -437,11 +469,8 @@ def _in_numbers(rate: Callable[[int], float]) -> dict[str, Any]:
 
 
 def write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None = None) -> None:
-    """A model as the Auto classes load it; `weights` if they had to be gathered."""
-    given: dict[str, Any] = {}
-    if weights is not None:
-        tied = set(model.all_tied_weights_keys)
-        given = {"state_dict": {name: tensor for name, tensor in weights.items() if name not in tied}}
+    """A model as the Auto classes load it; `weights` if its own are to be others, tied ones under one name."""
+    given: dict[str, Any] = {} if weights is None else {"state_dict": weights}
     try:
         model.save_pretrained(folder, **given)
     except SafetensorError as error:

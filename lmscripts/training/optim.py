@@ -7,13 +7,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lmscripts.errors import UserError
+from lmscripts.training.sharding import part_like
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ScheduleName = Literal["linear", "cosine", "constant", "wsd"]
 OptimizerName = Literal["adamw", "adam", "radam", "sgd", "lamb", "muon"]
@@ -76,6 +80,12 @@ def rates_text(
     if corners and max(corners) > last:
         rates += f"; the warmup of {max(corners):,} steps is longer than the run"
     return rates
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, most: float) -> Tensor:
+    """Scale gradients to a global norm of at most so much; () the norm before, the same on all processes."""
+    norm: Any = accelerator.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -248,22 +258,20 @@ def start_average(objective: nn.Module, decay: float | None) -> AveragedModel | 
     are shared in the copy, and averaged once. Buffers are copied, not averaged.
 
     Args:
-        objective: what is trained, on its device and not wrapped for distributed training.
+        objective: what is trained, before `lmscripts.training.processes.prepare`, which takes both.
         decay: in (0, 1); None for no average.
 
     Returns:
         The average; None without a decay.
 
     Raises:
-        UserError: the decay is out of range, or the parameters are sharded or in half precision.
+        UserError: the decay is out of range, or the parameters are in half precision.
     """
     if decay is None:
         return None
     if not 0 < decay < 1:
         raise UserError(f"the decay of the average must lie between 0 and 1, got {decay}")
     for name, parameter in objective.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise UserError(f"an average of sharded weights (FSDP) is not kept, and {name} is sharded; use DDP")
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{name} is in {parameter.dtype}, too coarse for an average: keep the weights in float32")
     average = AveragedModel(nn.Identity())
@@ -299,12 +307,11 @@ def update_average(average: AveragedModel, objective: nn.Module) -> None:
 
 
 def average_state(average: AveragedModel) -> dict[str, Tensor]:
-    """The averages by parameter name, and the number of steps, on the CPU; no two tensors share memory.
+    """The averages by parameter name, which may be sharded, and the number of steps; all are the average's own.
 
     A shared parameter is there once, under its first name. Buffers are the objective's, and saved with it.
     """
-    tensors = {name: parameter.detach() for name, parameter in average.module.named_parameters()}
-    return {name: tensor.to("cpu", copy=True) for name, tensor in (tensors | {_COUNT: average.n_averaged}).items()}
+    return {n: parameter.detach() for n, parameter in average.module.named_parameters()} | {_COUNT: average.n_averaged}
 
 
 @torch.no_grad()
@@ -323,4 +330,4 @@ def load_average(average: AveragedModel, tensors: Mapping[str, Tensor]) -> None:
             shapes = f"{tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
             raise UserError(f"the saved average is of another model: {name} has the shape {shapes}")
     for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+        tensor.copy_(part_like(tensors[name], tensor))

@@ -62,6 +62,10 @@ class PhaseSettings:
     epochs: float | None
     objective: Any
 
+    def total_rows(self, num_rows: int) -> int:
+        """Rows of the phase, where the text has so many."""
+        return self.batch_size * (self.steps or 0) or max(1, round((self.epochs or 0) * num_rows * self.store.whole))
+
 
 def open_stores(
     dataset_dirs: Sequence[str],
@@ -189,6 +193,7 @@ def open_phases(
     node_rank: int | None,
     node_batch_sizes: Mapping[int, int] | None,
     weights: Sequence[int] | None,
+    aligned: bool = False,
 ) -> Phases:
     """What each process computes in every phase.
 
@@ -204,6 +209,7 @@ def open_phases(
         node_rank: number of this machine; None takes the launcher's.
         node_batch_sizes: rows per node, of which the proportions are taken.
         weights: relative share of each process instead.
+        aligned: all processes make the same number of forward passes.
 
     Raises:
         UserError: shares or nodes do not match the processes.
@@ -215,8 +221,6 @@ def open_phases(
     nodes, made = nodes_of_processes(accelerator, node_rank), []
     for number, (phase, (rows, held_out)) in enumerate(zip(phases, sources, strict=True)):
         plan = objective.plan(tokenizer, rows.layout, phase.objective)
-        passes = (phase.epochs or 0) * rows.num_rows * phase.store.whole
-        total = phase.batch_size * phase.steps if phase.steps else round(passes)
         made.append(
             Phase(
                 rows,
@@ -226,12 +230,13 @@ def open_phases(
                 words=objective.words(plan, rows),
                 seed=stream_key(seed, number) if number else seed,  # no phase repeats the order of another
                 batch_size=phase.batch_size,
-                total_rows=max(1, total),
+                total_rows=phase.total_rows(rows.num_rows),
                 shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
                 micro_batch_size=phase.micro_batch_size,
                 most_eval_rows=most_eval_rows,
                 pin_memory=accelerator.device.type == "cuda",
                 whole=phase.store.whole,
+                aligned=aligned,
             )
         )
     return Phases(made)
@@ -246,6 +251,7 @@ def plan_text(
     attention: str,
     dropout: str = "",
     average: bool = False,
+    sharded: bool = False,
     schedule: str = "",
     corners: Sequence[int] = (),
     often: Mapping[str, Any] | None = None,
@@ -260,6 +266,7 @@ def plan_text(
         objective: what is trained.
         attention: how attention is computed.
         average: an average of the weights is kept.
+        sharded: weights, gradients, moments and average are divided among the processes.
         dropout: of hidden states and attention weights, and who says so.
         schedule: name of the schedule.
         corners: steps whose rates are shown besides those at the ends of phases, such as the end of the warmup.
@@ -288,9 +295,9 @@ def plan_text(
         ("time", words),
         *([("often", _often(data, often, seconds / data.num_steps))] if often else []),
         ("rates", f"{schedule}: {rates}" if schedule else rates),
-        ("processes", f"{in_words(accelerator)}, attention {attention}"),
+        ("processes", f"{in_words(accelerator)}, attention {attention}{', weights divided (FSDP2)' * sharded}"),
         *([("dropout", dropout)] if dropout else []),
-        ("memory", _memory_text(data, objective, accelerator, parameters, average)),
+        ("memory", _memory_text(data, objective, accelerator, parameters, average, sharded)),
         ("disk", _disk(12 * parameters / 2**20, data, often or {})),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in lines)
@@ -321,12 +328,15 @@ def _often(data: Phases, often: Mapping[str, Any], seconds: float) -> str:
     return "; ".join(f"{what} {every(often[name])}" for name, what in heard.items() if often.get(name))
 
 
-def _memory_text(data: Phases, objective: Objective, accelerator: Accelerator, parameters: int, average: bool) -> str:
-    """Memory of a process that holds all weights; what a micro-batch keeps is that of the largest share."""
+def _memory_text(
+    data: Phases, objective: Objective, accelerator: Accelerator, parameters: int, average: bool, sharded: bool
+) -> str:
+    """Memory of a process; what a micro-batch keeps is that of the largest share."""
     from lmscripts.training.processes import product_dtype
 
     kept, moments = 0, ", moments and average" if average else " and moments"
-    text = f"about {(20 if average else 16) * parameters / 2**20:,.0f} MiB per process for weights, gradients{moments}"
+    size = (20 if average else 16) * parameters / (accelerator.num_processes if sharded else 1)
+    text = f"about {size / 2**20:,.0f} MiB per process for weights, gradients{moments}"
     if not accelerator.is_main_process:  # which alone shows it
         return text
     for phase in data.phases:

@@ -21,12 +21,16 @@ from lmscripts.training import joining
 from lmscripts.training.handing import inputs as inputs_here
 from lmscripts.training.handing import run_folder
 from lmscripts.training.joining import is_elastic, join, launcher, who
+from lmscripts.training.sharding import asked_of_launcher, shard, whole_copies
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["join", "run_folder", "who"]  # beside what is written here
+    from lmscripts.objectives.module import Objective
+
+__all__ = ["asked_of_launcher", "join", "run_folder", "who"]  # beside what is written here
 Result = TypeVar("Result")
 # Options that may differ between machines.
 _OF_MACHINE = {
@@ -97,13 +101,14 @@ def start_processes(
     if _on_cpu() and precision == "fp16":
         raise UserError("fp16 on a CPU has no loss scaling and would train on rounding errors: use bf16 or no")
     connect(timeout_seconds)
-    accelerator = Accelerator(
-        cpu=_on_cpu(),
-        mixed_precision=mixed_precision,
-        log_with=list(trackers) or None,
-        project_dir=project_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    with whole_copies():
+        accelerator = Accelerator(
+            cpu=_on_cpu(),
+            mixed_precision=mixed_precision,
+            log_with=list(trackers) or None,
+            project_dir=project_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
     _check_world(accelerator)
     return accelerator
 
@@ -312,36 +317,66 @@ def process_shares(
     return [next(inside[node]) for node in nodes]
 
 
-def check_sharded(
-    accelerator: Accelerator, optimizer: str, batches: Sequence[tuple[Sequence[int], int, int]], balance: str = "even"
-) -> None:
-    """Refuse what a sharded model (FSDP) cannot do.
+def _check_same_weights(accelerator: Accelerator, objective: Objective) -> None:
+    """Refuse weights of which processes would each keep a part of another model: copies are handed out, parts are not.
 
-    It exchanges weights in every forward pass, so all processes must make equally many.
+    Machines of different kinds may draw new weights that differ by a rounding.
+    """
+    import torch
+
+    norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).item() for p in objective.parameters()]
+    for own, total in zip(norms, sum_over_processes(accelerator, norms), strict=True):
+        if abs(own * accelerator.num_processes - total) > 1e-4 * total:
+            raise UserError(
+                "the processes begin with different weights: is the pretrained model of all machines the same?"
+            )
+
+
+def check_sharded(accelerator: Accelerator, optimizer: str, balance: str) -> None:
+    """Refuse, with a UserError, an optimizer, a precision or a balance that is not for sharded models."""
+    if balance == "auto":
+        raise UserError(
+            "processes with sharded weights (FSDP) wait for each other in every layer, so that --balance auto cannot "
+            "measure them: leave it out, or give --process_shares"
+        )
+    if optimizer == "lamb":
+        raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use whole copies")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("fp16 is not supported with sharded weights (FSDP): use bf16 or no, or whole copies")
+
+
+def prepare(
+    accelerator: Accelerator, objective: Objective, average: AveragedModel | None = None, *, sharded: bool = False
+) -> Any:
+    """What is trained by all processes together, on its device: each has all of it (DDP), or a part (FSDP2).
 
     Args:
         accelerator: the running processes.
-        optimizer: name of the optimizer.
-        batches: rows of each process in a step, rows of a step, and rows in all; of each phase.
-        balance: "auto" would divide rows unevenly.
+        objective: with whole weights on the CPU, the same on all processes; stays what computes without gradients.
+        average: moving average of the weights, if there is one; treated likewise.
+        sharded: divide weights, gradients and what the optimizer keeps among the processes. Each must then make the
+            same number of forward passes.
+
+    Returns:
+        What is to be called for gradients; the objective's parameters are those that an optimizer steps.
 
     Raises:
-        UserError: the model is sharded and the rows do not divide evenly, or the optimizer does not know shards.
+        UserError: a sharded model is another one on some process.
     """
-    if str(accelerator.distributed_type.value) != "FSDP":
-        return
-    if optimizer == "lamb":
-        raise UserError("the optimizer lamb does not know sharded weights (FSDP): choose another or use DDP")
-    if balance == "auto":
-        raise UserError(
-            "with FSDP every process needs the same rows in every step: leave out --balance auto, or use DDP"
-        )
-    for shares, batch_size, total_rows in batches:
-        if len(set(shares)) > 1 or total_rows % batch_size:
-            raise UserError(
-                f"with FSDP every process needs the same rows in every step, but the shares are {list(shares)} of "
-                f"{batch_size} rows and {total_rows} rows in all: choose sizes that divide, and --max_steps"
-            )
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sharded = sharded and accelerator.num_processes > 1
+    modules: list[Any] = [objective, *([average.module] if average else [])]
+    if sharded:
+        _check_same_weights(accelerator, objective)
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        dtype = product_dtype(accelerator)
+        for module in modules:
+            shard(module, mesh, None if dtype == torch.float32 else dtype)
+    for module in modules:
+        module.to(accelerator.device)
+    return accelerator.prepare_model(objective, evaluation_mode=sharded)
 
 
 class StopRequest:
