@@ -31,7 +31,7 @@ def draws(rows, length=None, places=None):
 def test_the_share_that_is_dropped_and_the_scale(p):
     kept = RowDropout(p, 3, draws(64))(torch.ones(64, 128, 255))
     assert kept.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=1e-4)
-    assert float((kept == 0).float().mean()) == pytest.approx(p, abs=4e-4)
+    assert float((kept == 0).float().mean()) == pytest.approx(p, abs=1e-3)  # three deviations of chance at 0.5
     assert float(kept.mean()) == pytest.approx(1, abs=2e-3)
     for part in ((kept == 0).float().mean((0, 1)), (kept == 0).float().mean((1, 2)), (kept == 0).float().mean((0, 2))):
         assert float((part - p).abs().max()) < 0.03  # no place, row or channel is another's

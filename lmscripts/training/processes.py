@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -90,7 +91,22 @@ def start_processes(
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"not all of {launched} processes joined at {where}: {str(error).splitlines()[0]}") from None
     _check_world(accelerator, launched)
+    if on_cpu:
+        keep_memory()
     return accelerator
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for the tensors of the next step.
+
+    glibc gives large blocks back to the system at once, which has to fill them with zeros when they are asked for
+    again: on a CPU a tenth of a step. Where the C library is another one nothing is done.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is the system's own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        mallopt(-2, 16 << 20)  # M_TOP_PAD: it grows by so many bytes at once
 
 
 def in_words(accelerator: Accelerator) -> str:
