@@ -60,6 +60,18 @@ def test_compiled_the_same_is_dropped(width):
     assert torch.equal(torch.compile(module, backend="eager")(states), module(states))
 
 
+@pytest.mark.slow
+def test_compiled_it_is_one_kernel():
+    """As on a GPU, where every kernel reads and writes the states once more."""
+    from torch._inductor import metrics
+
+    torch._dynamo.reset()
+    metrics.reset()
+    module, states = RowDropout(0.1, 3, draws(8, 64)), torch.randn(8, 64, 128)
+    assert torch.equal(torch.compile(module)(states), module(states))
+    assert metrics.generated_kernel_count == 1
+
+
 def test_a_row_alone_drops_what_it_drops_among_others_also_where_some_states_are_computed():
     by, states = draws(6, 12), torch.randn(6, 12, 8)
     whole = RowDropout(0.3, 5, by)(states)
