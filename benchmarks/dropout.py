@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from transformers import BertConfig, BertForMaskedLM
 
 from lmscripts.models.dropout import install
+from lmscripts.training.processes import keep_memory
 
 LENGTH, VOCABULARY = 128, 8192
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    keep_memory()  # as every training script does
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 1024}

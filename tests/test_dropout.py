@@ -31,7 +31,7 @@ def draws(rows, length=None, places=None):
 def test_the_share_that_is_dropped_and_the_scale(p):
     kept = RowDropout(p, 3, draws(64))(torch.ones(64, 128, 255))
     assert kept.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=1e-4)
-    assert float((kept == 0).float().mean()) == pytest.approx(p, abs=4e-4)
+    assert float((kept == 0).float().mean()) == pytest.approx(p, abs=1e-3)  # three deviations of chance at 0.5
     assert float(kept.mean()) == pytest.approx(1, abs=2e-3)
     for part in ((kept == 0).float().mean((0, 1)), (kept == 0).float().mean((1, 2)), (kept == 0).float().mean((0, 2))):
         assert float((part - p).abs().max()) < 0.03  # no place, row or channel is another's
@@ -58,6 +58,18 @@ def test_any_two_channels_drop_independently():
 def test_compiled_the_same_is_dropped(width):
     module, states = RowDropout(0.3, 5, draws(4, 6)), torch.randn(4, 6, width)
     assert torch.equal(torch.compile(module, backend="eager")(states), module(states))
+
+
+@pytest.mark.slow
+def test_compiled_it_is_one_kernel():
+    """As on a GPU, where every kernel reads and writes the states once more."""
+    from torch._inductor import metrics
+
+    torch._dynamo.reset()
+    metrics.reset()
+    module, states = RowDropout(0.1, 3, draws(8, 64)), torch.randn(8, 64, 128)
+    assert torch.equal(torch.compile(module)(states), module(states))
+    assert metrics.generated_kernel_count == 1
 
 
 def test_a_row_alone_drops_what_it_drops_among_others_also_where_some_states_are_computed():

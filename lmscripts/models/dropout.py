@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 EAGER = "lmscripts_eager"
 _GOLDEN = -1640531527  # 0x9E3779B9
+_OTHER = -2048144789  # 0x85EBCA6B: no few steps of the one number are some of the other
 
 
 class Draws:
@@ -46,7 +47,7 @@ class RowDropout(nn.Module):
         self.p, self.number, self.draws = p, number, draws
 
     def forward(self, states: Tensor) -> Tensor:
-        """States of which a share p is 0 and the rest enlarged by 1 / (1 - p), in training mode."""
+        """States of which a share p (at most 255/256) is 0 and the rest enlarged by 1 / (1 - p), in training mode."""
         return self.drop(states, self.p) if self.training and self.p > 0 else states
 
     def drop(self, states: Tensor, p: float) -> Tensor:
@@ -56,7 +57,7 @@ class RowDropout(nn.Module):
             return nn.functional.dropout(states, p)
         if states.ndim > 2 and len(states) != len(keys):
             raise ValueError(f"dropout of states {tuple(states.shape)} of {len(keys)} rows")
-        keys = _mixed(keys + self.number * _GOLDEN)
+        keys = keys + self.number * _OTHER
         at = torch.arange(states.shape[-2], device=keys.device)
         if states.ndim == 2 and places is None:  # one state of each row, as in the head of a classifier
             at = torch.zeros_like(at)
@@ -69,27 +70,25 @@ class RowDropout(nn.Module):
             keys = _mixed(keys[:, None] + heads[:, None, None] * _GOLDEN)
             if places is not None and states.shape[2] != self.draws.length:  # queries at some positions only
                 at = (places % self.draws.length).view(len(states), 1, -1)
-        dropped = round(p * 65536)  # of the numbers of 16 bits
-        bits = _bits(keys, at.int(), states.shape[-1])
-        kept = torch.empty(bits.shape, dtype=states.dtype, device=bits.device)  # no truth values on the way
-        torch.ge(bits, dropped - 32768, out=kept)
+        dropped = min(round(p * 65536), 255 * 256)
+        numbers = _mixed(keys[..., 0] + at.int() * _GOLDEN, keys[..., 1])[..., None]
+        # Channels drop by bytes: a place drops a number of 256ths, and one more in as many places as make up the rest.
+        least = (((numbers & 255) < dropped % 256) + (dropped // 256 - 128)).to(torch.int8)
+        kept = torch.empty((*numbers.shape[:-1], states.shape[-1]), dtype=states.dtype, device=numbers.device)
+        torch.ge(_bytes(numbers, states.shape[-1]), least, out=kept)  # no truth values on the way
         return states * kept.mul_(65536 / (65536 - dropped))
 
 
-def _bits(keys: Tensor, at: Tensor, width: int) -> Tensor:
-    """(..., width) uniform int16 for (..., 2) keys and (...) places that broadcast with them.
-
-    A whole hash of each place, and half a hash more for each number of 32 bits, of which two are taken.
-    """
+def _bytes(numbers: Tensor, width: int) -> Tensor:
+    """(..., width) uniform int8 for (..., 1) hashes of places: half a hash more for every four of them."""
     alone = torch.compiler.is_compiling()  # each channel by itself: a view of another type would part the kernel
-    channels = torch.arange(0, width, 1 if alone else 2, dtype=torch.int32, device=at.device)
-    lanes = ((channels >> 1) + 1) * _GOLDEN
-    numbers = _mixed(keys[..., 0] + at * _GOLDEN, keys[..., 1])[..., None] ^ lanes
+    channels = torch.arange(0, width, 1 if alone else 4, dtype=torch.int32, device=numbers.device)
+    numbers = numbers ^ ((channels >> 2) + 1) * _GOLDEN
     numbers *= 0x7FEB352D
     numbers ^= numbers >> 16  # that the sign's copies come along makes no difference to be seen
     numbers *= -2073254261
     numbers ^= (numbers >> 16).bitwise_and_(0xFFFF)
-    return numbers << 16 * (1 - (channels & 1)) >> 16 if alone else numbers.view(torch.int16)[..., :width]
+    return numbers << 8 * (3 - (channels & 3)) >> 24 if alone else numbers.view(torch.int8)[..., :width]
 
 
 def _mixed(numbers: Tensor, key: Tensor | int = 0) -> Tensor:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmscripts.errors import OfAnother, UserError, shortened
+from lmscripts.errors import UserError, shortened
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
 from lmscripts.models.checks import check_classes, check_exports
 from lmscripts.models.finding import (
