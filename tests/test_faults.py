@@ -203,7 +203,7 @@ def test_wrong_counts(world):
     world.start(0, other=2)
     world.start(1)
     lines = sentences(world, world.see("node 0 is told of 2 other GPUs, there is 1", began, START + TIMEOUT + SLACK))
-    assert all("was told of 3 processes in all, and node 0 of 4" in line for line in lines)
+    assert all("told of 3 processes in all, and node 0 of 4" in line for line in lines)
 
 
 def patched(folder, text):

@@ -162,7 +162,7 @@ def test_lines_of_the_older_document_run_as_written(where, tmp_path, gpus):
 @pytest.mark.parametrize(
     ("nodes_told", "sentence"),
     [
-        ([TWO], "node 1 (node-1) did not come in 3 seconds"),
+        ([TWO], "node 1 did not come in 3 seconds"),
         ([["--other_gpus", 2], ["--node_rank", 1, *TWO]], "told of 2 processes in all, and node 0 of 3"),
         ([THREE, ["--node_rank", 1, *THREE], ["--node_rank", 1, *THREE]], "--node_rank of"),
         ([THREE, ["--node_rank", 1, "--other_gpus", 2]], "told of 2 nodes, and node 0 of 3"),

@@ -54,7 +54,7 @@ def _join(cluster: Cluster, facts: dict[str, Any]) -> Any:
         try:
             with socket.create_connection(place, timeout=cluster.timeout) as node0:
                 node0.sendall(json.dumps(facts).encode() + b"\n")
-                node0.settimeout(cluster.timeout + 10)
+                node0.settimeout(cluster.timeout + 5)
                 with node0.makefile("rb") as answers:
                     if answer := answers.readline(_MOST * len(cluster.nodes)):
                         return json.loads(answer)
@@ -117,7 +117,8 @@ def _problem(node: dict[str, Any], before: dict[str, Any] | None, own: dict[str,
 
 def _verdict(by_rank: dict[int, dict[str, Any]], own: dict[str, Any], cluster: Cluster) -> str | list[dict[str, Any]]:
     if missing := [rank for rank in range(own["nodes"]) if rank not in by_rank]:
-        names = ", ".join(f"node {rank} ({cluster.nodes[rank].host})" for rank in missing)
+        hosts = {rank: cluster.nodes[rank].host for rank in missing}
+        names = ", ".join(f"node {n}" + (f" ({host})" if host != f"node-{n}" else "") for n, host in hosts.items())
         return f"{names} did not come in {cluster.timeout} seconds: start it, and look whether it reaches node 0"
     nodes = [by_rank[rank] for rank in sorted(by_rank)]
     if sum(node["processes"] for node in nodes) != own["world"]:
