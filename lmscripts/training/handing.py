@@ -45,8 +45,9 @@ def run_folder(run_dir: Path, goes_on: bool) -> Path:
     if not goes_on or run_dir in _handed or not _several_machines():
         return _handed.get(run_dir, run_dir)
 
-    def newest(base: Path) -> Files:
-        return _files(base, [*(str(each.relative_to(base)) for each in list_checkpoints(base)[-1:]), "config.yaml"])
+    def newest(base: Path, hashed: bool) -> Files:
+        names = [str(each.relative_to(base)) for each in list_checkpoints(base)[-1:]]
+        return _files(base, [*names, "config.yaml"], hashed)
 
     _handed[run_dir] = _handed_over("the run", run_dir, newest, [run_dir], _RUNS)
     return _handed[run_dir]
@@ -65,7 +66,9 @@ def checkpoint(path: Path, run_dir: Path | None = None) -> Path:
     mine = run_of(found)
     base, name = _of_main("the checkpoint", [str(mine), str(found.relative_to(mine))])
     files, here = [name, "config.yaml"], [mine, Path(base), *([run_dir] if run_dir else [])]
-    _handed[path] = _handed_over(name, Path(base), lambda place: _files(place, files), here, _RUNS) / name
+    _handed[path] = (
+        _handed_over(name, Path(base), lambda place, hashed: _files(place, files, hashed), here, _RUNS) / name
+    )
     return _handed[path]
 
 
@@ -94,8 +97,8 @@ def _input(text: str | None, own: str | None) -> str | None:
     base, names, rest = about
     here = [Path(str(own)).expanduser().parent, Path(base)]
 
-    def look(folder: Path) -> Files:
-        return _files(folder, names)
+    def look(folder: Path, hashed: bool) -> Files:
+        return _files(folder, names, hashed)
 
     folder = _handed_over(text, Path(base), look, here, "inputs")
     return text if folder == Path(base) else str(folder / rest)
@@ -130,30 +133,36 @@ def _of_main(what: str, value: Any) -> Any:
     return met.exchange(what, value if met.rank == 0 else None)[0]
 
 
-def _handed_over(what: str, base: Path, look: Callable[[Path], Files], here: Sequence[Path], kind: str) -> Path:
+def _handed_over(what: str, base: Path, look: Callable[[Path, bool], Files], here: Sequence[Path], kind: str) -> Path:
     """The folder that has files of the main process here; all processes call it.
 
     Args:
         what: it is, in words.
         base: the folder of the main process.
-        look: gives the files in a folder.
+        look: gives the files in a folder, with their hashes or without.
         here: folders of this process that may have the same.
         kind: of the cache where they are put, if none has.
     """
     met = joining.world()
     assert met is not None
     is_main = met.rank == 0
-    origin, wanted = _of_main(what, [f"{met.machines[0]} {base.resolve()}", look(base)] if is_main else None)
+    origin, wanted = _of_main(what, [f"{met.machines[0]} {base.resolve()}", look(base, True)] if is_main else None)
     key = origin if kind == _RUNS else json.dumps(wanted)  # inputs stay, a run goes on
     copy = user_cache() / kind / hashlib.sha256(key.encode()).hexdigest()[:16]
-    places = [base] if is_main else [*here, copy]
-    found = next((place for place in places if look(place) == wanted), None)
+    sizes = {name: [size, ""] for name, (size, _) in wanted.items()}
+
+    def is_same(place: Path) -> bool:
+        # The name of a copy of inputs is a hash of what is in it.
+        is_known = is_main or (place == copy and kind != _RUNS)
+        return look(place, False) == sizes and (is_known or look(place, True) == wanted)
+
+    found = next(filter(is_same, [base] if is_main else [*here, copy]), None)
     lacking = met.exchange(f"{what} is lacking", _own_cache() if found is None else None)
     receivers = {cache: rank for rank, cache in reversed([*enumerate(lacking)]) if cache}  # the first of each
     if receivers:
         _send(base, wanted, copy if met.rank in receivers.values() else None)
         met.exchange(f"{what} was handed over")
-        _wait_for(lambda: look(copy) == wanted if found is None else True, copy)
+        _wait_for(lambda: found is not None or is_same(copy), copy)
     if kind == _RUNS:
         _copies.add(copy)
     return found or copy
@@ -177,7 +186,7 @@ def _wait_for(is_there: Callable[[], bool], place: Path) -> None:
         time.sleep(0.5)
 
 
-def _files(base: Path, names: Iterable[str]) -> Files:
+def _files(base: Path, names: Iterable[str], hashed: bool = True) -> Files:
     """Files and folders of a folder as they are compared; those that are not there are left out."""
     found: Files = {}
     for place in (base / name for name in names):
@@ -186,7 +195,7 @@ def _files(base: Path, names: Iterable[str]) -> Files:
         for path in files:
             inside = path.relative_to(place).parts
             if not any(part.startswith(".") for part in inside) and not (says and inside[0] == _ROWS):
-                whole = path in says or not says
+                whole = hashed and (path in says or not says)
                 found[str(path.relative_to(base))] = [path.stat().st_size, file_sha256(path) if whole else ""]
     return found
 
