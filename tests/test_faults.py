@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, free_port, run_script
-from runs import SCRIPT, heed_signals, newest_step, same_bits, weights
+from runs import SCRIPT, heed_signals, largest_difference, newest_step, weights
 from test_launch_pattern import node_file
 
 from lmscripts.models.finding import find_damage, list_checkpoints
@@ -165,7 +165,8 @@ def test_the_other_node_never_comes(world, node):
     began = time.monotonic()
     world.start(node)
     (last,) = sentences(world, world.see(f"only node {node} is started", began, START + TIMEOUT + SLACK))
-    assert f"node {1 - node} d" in last  # did not come, or does not answer
+    assert last.startswith(f"error: node {1 - node} ")
+    assert "did not" in last  # come, or answer
 
 
 @pytest.mark.slow
@@ -327,7 +328,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_is_named_on_all(world):
     for node in (0, 1):
         world.start(node)
     lines = world.see("a fault of the program on process 2", began, START + TIMEOUT + SLACK)
-    assert all("process 2 (host" in line and "RuntimeError: a fault of mine" in line for line in lines)
+    assert all("process 2 (" in line and "RuntimeError: a fault of mine" in line for line in lines)
     assert "Traceback" in world.printed(1)
     assert "Traceback" not in world.printed(0)
 
@@ -435,4 +436,6 @@ def test_killed_again_and_again_nothing_is_lost(world, what):
     for node in (0, 1):
         whole.start(node)
     whole.ended(time.monotonic())
-    assert same_bits(weights(world.run_dir), weights(whole.run_dir))
+    difference = largest_difference(weights(world.run_dir), weights(whole.run_dir))
+    TABLE.append((f"largest difference of a weight: {difference:.1e}", 0.0, []))
+    assert difference < 1e-5  # of three processes the gradients are not always added in the same order
