@@ -120,12 +120,6 @@ def commands() -> list[str]:
     return [line for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines()]
 
 
-def words_of(command: str) -> list[str]:
-    """Words of a command; of `srun bash -c '...'` those of what it runs."""
-    words = shlex.split(command)
-    return shlex.split(words[-1]) if words[:3] == ["srun", "bash", "-c"] else words
-
-
 @pytest.mark.parametrize("name", SECTIONS)
 def test_everything_that_a_document_names_has_an_answer(name: str) -> None:
     there = " ".join(row.there for row in rows(name))
@@ -236,12 +230,12 @@ def test_files_that_runs_write() -> None:
 @pytest.mark.parametrize("command", [line for line in commands() if ".py" in line], ids=lambda line: line[:60])
 def test_commands_are_understood(command: str, tmp_path: Path) -> None:
     """Every line of the code blocks is parsed by its script, the launcher's part by Accelerate or `launch.py`."""
-    words = words_of(command)
+    words = shlex.split(command)
     place = next(number for number, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[place]).exists(), words[place]
     if words[0] == "accelerate":
         assert words[1] == "launch"
-        given = launch_command_parser().parse_args([w.replace("$SLURM_NODEID", "1") for w in words[2:]])
+        given = launch_command_parser().parse_args(words[2:])
         assert (ROOT / given.config_file).exists()
     if words[place] == "scripts/launch.py":
         launched = next(number for number in range(place + 1, len(words)) if words[number].endswith(".py"))
