@@ -112,7 +112,7 @@ def evaluate(options: Options) -> None:
     elif result is None and not options.dry_run:
         accelerator.print(f"stopped by {stop_asked.reason or 'a signal to another process'}; no result was written")
     accelerator.wait_for_everyone()
-    leave(0 if result is not None or options.dry_run else processes.STOPPED_EARLY)
+    leave(0 if result is not None or options.dry_run else processes.stopped_early())
 
 
 def judge(

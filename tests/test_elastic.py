@@ -121,6 +121,18 @@ def test_a_machine_leaves_and_comes_back(arguments, alone, tmp_path):
     same_as_one_process(run_dir, alone)
 
 
+@pytest.mark.slow
+@pytest.mark.launch
+def test_a_limit_of_time_is_no_failure_to_be_started_again(arguments, tmp_path):
+    run_dir = tmp_path / "run"
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        words = ["--nproc-per-node", 2, "--master-port", free_port(), "--max-restarts", 3]
+        ended = torchrun(words, [*arguments, run_dir, "--do_continue", "--max_time", "25s"], log, "0.2")
+        assert ended.wait(timeout=PATIENCE) == 0
+    assert (tmp_path / "log").read_text(encoding="utf-8").count("stopped by --max_time") == 1
+    assert 0 < newest_step(run_dir) < STEPS
+
+
 def test_only_the_job_that_began_a_run_goes_on_by_itself(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     run = folder.RunFolder(tmp_path, {}, lambda step: 0.1)

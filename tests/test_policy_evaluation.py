@@ -313,7 +313,7 @@ def test_who_is_stopped_writes_nothing_and_leaves_nothing(model_dir, text, tmp_p
     done = run_here(
         "evaluate_policy.py", "--model", model_dir, "--data", text, "--output_file", tmp_path / "r.json", check=False
     )
-    assert done.returncode == processes.STOPPED_EARLY
+    assert done.returncode == processes.stopped_early()
     assert "stopped by SIGTERM; no result was written" in done.stdout
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 

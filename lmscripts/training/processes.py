@@ -43,7 +43,6 @@ _SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reache
 _LONG = 2 * 86400  # seconds
 _OWN_SIGNAL = 5  # seconds until an elastic launcher has told all its processes to stop
 _SAME = "start every machine with the same options and inputs; --send_inputs hands over those of process 0"
-STOPPED_EARLY = 75  # exit code of a run that a signal or a time limit ended after saving (EX_TEMPFAIL: try again)
 
 
 def agree(values: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
@@ -436,6 +435,14 @@ class StopRequest:
         while not self.reason and time.monotonic() < until:
             time.sleep(0.1)
         return self.reason or "a signal to another process"
+
+
+def stopped_early() -> int:
+    """The exit code of a run that a signal or a time limit ended after saving: 75 (EX_TEMPFAIL: try again).
+
+    A launcher that starts again what failed would take it for a failure, and go on: there it is 0.
+    """
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else 75
 
 
 # ---- how fast they are -------------------------------------------------------------------------------------------
