@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import PATIENCE, ROOT, TINY_PRESET, free_port, run_script
-from runs import kill_tree, largest_difference, log_of, newest_step, wait_for_step, weights
+from runs import kill_tree, largest_difference, log_of, newest_step, same_bits, wait_for_step, weights
 
 from lmscripts.training import folder, joining
 
@@ -119,6 +119,19 @@ def test_a_machine_leaves_and_comes_back(arguments, alone, tmp_path):
     assert printed.count("going on from") >= 2
     assert "holds a run already" not in printed
     same_as_one_process(run_dir, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_three_processes_go_on_to_the_same_bits(arguments, tmp_path):
+    """In which order three gradients are added is DDP's choice, which it makes anew at every start."""
+    for run, parts in (("whole", [[]]), ("parts", [["--stop_at_step", 40], ["--do_continue"]])):
+        for more in parts:
+            with open(tmp_path / "log", "w", encoding="utf-8") as log:
+                words = ["--nproc-per-node", 3, "--master-port", free_port()]
+                ended = torchrun(words, [*arguments, tmp_path / run, *more], log, "0")
+                assert ended.wait(timeout=PATIENCE) == 0
+    assert same_bits(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.parallel import DistributedDataParallel
 
 from lmscripts.data.steps import Batch, Counts, Prefetcher
@@ -53,7 +54,8 @@ class Pace:
     def __init__(self, device: torch.device, model: Any = None) -> None:
         """Begin; without a model that is shared, nothing is measured."""
         self._device, self._marks = device, dict[str, Any]()
-        self.is_shared, self.waited, self.rows = isinstance(model, DistributedDataParallel), 0.0, 0
+        self._model, self.is_shared = model, isinstance(model, DistributedDataParallel)
+        self.waited, self.rows = 0.0, 0
         self.names = list[str]()
         self._steps = deque[tuple[float, int]](maxlen=_MEASURED)  # seconds and rows
         self._watch([each for each in model.parameters() if each.requires_grad] if self.is_shared else [])
@@ -61,6 +63,17 @@ class Pace:
     def _watch(self, parameters: list[torch.Tensor]) -> None:
         hooks = [each.register_post_accumulate_grad_hook(self._arrived) for each in parameters]  # type: ignore[no-untyped-call]
         self._hooks = hooks
+
+    def rehearse(self, batch: Batch) -> None:
+        """Compute a batch once for nothing, with gradients of 0 that are exchanged.
+
+        DDP puts its buckets in the order of the gradients after its first backward pass. In which order three or more
+        numbers are added depends on the buckets, and a run that goes on is to add as one that was not interrupted.
+        """
+        sums = self._model(send_to_device(batch, self._device))
+        (sum(each.sum() for each in sums.values() if each.requires_grad) * 0).backward()
+        self._model.zero_grad(set_to_none=True)
+        self._marks = {}
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":
@@ -145,6 +158,10 @@ class Batches(Iterator[tuple[list[Batch], Counts]]):
             later = f"--balance auto: the rows are divided by speed after step {self._due:,}"
             accelerator.print(f"{self._in_words()}, as measured before" if state.speeds else later, flush=True)
         self._begin()
+        self._first: Any = None
+        if pace.is_shared and accelerator.num_processes > 2 and state.step < stop_step:
+            self._first = next(self._batches)
+            pace.rehearse(self._first[0][0])
 
     def _begin(self) -> None:
         """From the step on that comes next."""
@@ -161,7 +178,8 @@ class Batches(Iterator[tuple[list[Batch], Counts]]):
             record = {f"rows_per_second_{rank}": speed for rank, speed in enumerate(speeds)}
             self._report(self._state.step, record, f"{self._in_words()}, as fast as each was")
             self._begin()
-        micro_batches, counts = next(self._batches)
+        micro_batches, counts = self._first or next(self._batches)
+        self._first = None
         self._pace.rows = sum(len(batch["row_keys"]) for batch in micro_batches)
         return micro_batches, counts
 
