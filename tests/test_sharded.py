@@ -186,6 +186,7 @@ def test_shards_go_on_whole_and_whole_ones_as_shards(common, tmp_path, fsdp_file
     assert {"model.safetensors", "optimizer.safetensors", "average.safetensors"} <= {*files[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_full_disk_ends_all_processes_of_a_sharded_run(common, tmp_path):
     """Between two of the tensors that all of them gather."""
@@ -202,7 +203,7 @@ def test_a_full_disk_ends_all_processes_of_a_sharded_run(common, tmp_path):
     )
     assert done.returncode != 0
     assert f"could not save {run_dir}/checkpoint-2" in done.stderr
-    assert "the main process could not save a checkpoint" in done.stderr
+    assert "process 0 (host " in done.stderr  # said by the other as well
     assert not [*run_dir.glob("checkpoint-*")]
     assert time.monotonic() - began < PATIENCE
 

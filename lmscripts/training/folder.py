@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmscripts.errors import UserError, shortened
+from lmscripts.errors import OfAnother, UserError, shortened
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
 from lmscripts.models.checks import check_classes, check_exports
 from lmscripts.models.finding import (
@@ -450,7 +450,7 @@ def _load_moments(
 def _raise_together(accelerator: Accelerator, problem: UserError | None, elsewhere: str) -> None:
     """Raise a problem that any process has, on every process."""
     if sum_over_processes(accelerator, [float(problem is not None)])[0]:
-        raise problem or UserError(elsewhere)
+        raise problem or OfAnother(elsewhere)
 
 
 def _untied(model: PreTrainedModel) -> dict[str, Any]:
