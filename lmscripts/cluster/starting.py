@@ -106,13 +106,13 @@ def agent(words: Sequence[str]) -> list[str]:
 
 def rank_table(cluster: Cluster, rank: int | None, visible: Sequence[str], unit: str) -> str:
     """The machines, what each of them starts, and the ranks of its processes, in words."""
-    rows, first = [], 0
+    rows, first, whole = [], 0, sum(node.batch_size or 0 for node in cluster.nodes)
     for place, node in enumerate(cluster.nodes):
         count = in_words(node.gpus, unit) if node.gpus else "some"
         ranks = f"ranks {first} to {first + node.gpus - 1}" if node.gpus > 1 else f"rank {first}"
         known = all(before.gpus for before in cluster.nodes[: place + 1])
         rows.append([f"node {place}", node.host, count, ranks if known else "ranks when they meet"])
-        rows[-1] += [f"{node.batch_size:,} rows of a step"] if node.batch_size else []
+        rows[-1] += [f"{node.batch_size:,} of {whole:,} rows"] if node.batch_size else []
         rows[-1] += [f"<- this machine{', ' + unit + ' ' + ', '.join(visible) if visible else ''}"] * (place == rank)
         first += node.gpus
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
