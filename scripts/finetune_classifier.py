@@ -375,7 +375,7 @@ def run(options: Options) -> None:
         stopped = finish(options, run, as_yaml, stop_asked, stopped)
         accelerator.wait_for_everyone()
         accelerator.end_training()
-    leave(processes.stopped_early() if stopped else 0)  # here, where model and processes still stand
+    leave(processes.stopped_early(stop_asked.reason) if stopped else 0)  # here, where model and processes still stand
 
 
 def start(options: Options, task: Task, files: ResultFiles) -> Accelerator:

@@ -408,7 +408,7 @@ def run(options: Options, further: Further) -> None:
     run = begin(asked, accelerator, data, rate, run_folder, objective, tokenizer)
     stopped_by = train(options, run)
     finish(asked, run, stopped_by)
-    leave(processes.stopped_early() if stopped_by else 0)  # here, where model and processes still stand
+    leave(processes.stopped_early(stopped_by) if stopped_by else 0)  # here, where model and processes still stand
 
 
 def start(asked: Inputs) -> Accelerator:

@@ -323,7 +323,7 @@ def run(options: Options) -> None:
     run = begin(options, accelerator, data, steps, rate, run_folder, network, num_steps)
     stopped_by = train(options, run)
     finish(options, run, stopped_by)
-    leave(processes.stopped_early() if stopped_by else 0)  # here, where model and processes still stand
+    leave(processes.stopped_early(stopped_by) if stopped_by else 0)  # here, where model and processes still stand
 
 
 def name_of_run(prefix: Path) -> str:

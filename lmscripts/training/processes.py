@@ -431,18 +431,23 @@ class StopRequest:
         Where machines come and go, the launcher of each stops its processes, a little after one another: a process that
         stopped with the others waits for its own signal, as its end would be taken for a failure before.
         """
-        until = time.monotonic() + (_OWN_SIGNAL if is_elastic() else 0)
-        while not self.reason and time.monotonic() < until:
+        until = time.monotonic() + (_OWN_SIGNAL if is_elastic() or _starts_again() else 0)
+        while not self() and time.monotonic() < until:
             time.sleep(0.1)
         return self.reason or "a signal to another process"
 
 
-def stopped_early() -> int:
+def stopped_early(reason: str = "") -> int:
     """The exit code of a run that a signal or a time limit ended after saving: 75 (EX_TEMPFAIL: try again).
 
-    A launcher that starts again what failed would take it for a failure, and go on: there it is 0.
+    A launcher that starts again what failed would take it for a failure, and go on: there it is 0, where the end was
+    asked for, and not by the launcher itself, which stops its processes to start them again.
     """
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else 75
+    return 0 if _starts_again() and reason in ("--max_time", "SIGUSR1") else 75
+
+
+def _starts_again() -> bool:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 # ---- how fast they are -------------------------------------------------------------------------------------------
