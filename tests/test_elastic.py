@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import PATIENCE, ROOT, TINY_PRESET, free_port, run_script
@@ -88,7 +90,8 @@ def test_a_run_changes_its_shape_four_times_and_is_killed_in_between(arguments, 
 @pytest.mark.launch
 def test_a_machine_leaves_and_comes_back(arguments, alone, tmp_path):
     """Its launcher is killed, as a machine that goes, and the run goes on by itself; likewise when it returns."""
-    run_dir, where = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    run_dir, port = tmp_path / "run", free_port()
+    where = f"127.0.0.1:{port}"
     words = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=lmscripts"]
     words += [f"--rdzv-endpoint={where}", "--rdzv-conf=last_call_timeout=5,join_timeout=300"]
     of_script = [*arguments, run_dir, "--expected_processes", 2]  # which is no reason to end where machines may go
@@ -100,6 +103,10 @@ def test_a_machine_leaves_and_comes_back(arguments, alone, tmp_path):
     logs = {name: open(tmp_path / name, "w", encoding="utf-8") for name in ("stays", "goes", "returns")}  # noqa: SIM115
     try:
         start("stays", logs["stays"])
+        # Whoever comes first to a port of this machine has the store of all, and must not go.
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert agents["stays"].poll() is None
+            time.sleep(0.1)
         start("goes", logs["goes"])
         wait_for_step(agents["stays"], run_dir, STEPS // 5)
         agents["goes"].kill()
