@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    keep_memory()  # as every training script does
+    keep_memory()  # as pretraining does
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 1024}

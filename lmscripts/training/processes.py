@@ -111,8 +111,6 @@ def start_processes(
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     _check_world(accelerator)
-    if _on_cpu():
-        keep_memory()
     return accelerator
 
 
@@ -150,7 +148,8 @@ def keep_memory() -> None:
     """Let this process keep the memory that it frees, for the tensors of the next step.
 
     glibc gives large blocks back to the system at once, which has to fill them with zeros when they are asked for
-    again: on a CPU a tenth of a step. Where the C library is another one nothing is done.
+    again: on a CPU a tenth of a step. For steps of one shape only, as others would leave gaps that nothing fits. Where
+    the C library is another one nothing is done.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -383,6 +382,8 @@ def prepare(
     from torch.distributed.device_mesh import init_device_mesh
 
     sharded = sharded and accelerator.num_processes > 1
+    if accelerator.device.type == "cpu" and not sharded:
+        keep_memory()
     modules: list[Any] = [objective, *([average.module] if average else [])]
     if sharded:
         _check_same_weights(accelerator, objective)
