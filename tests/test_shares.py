@@ -222,4 +222,4 @@ def test_a_classifier_by_speed(tmp_path, tokenizer_dir):
     slow = slowed([*words, tmp_path / "two"], "finetune_classifier.py", MEASURED="1 6")
     assert "step 7/24  rows from here on: process 0" in slow, slow
     two, one = (load_file(tmp_path / name / "table_trained_model" / "model.safetensors") for name in ("two", "one"))
-    assert largest_difference(two, one) < 1e-6
+    assert largest_difference(two, one) < 1e-5  # an epsilon of 1e-8 enlarges what the order of a sum changes
