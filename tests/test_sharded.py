@@ -166,6 +166,7 @@ def test_layers_that_the_model_has_not_are_refused(world, monkeypatch):
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_shards_go_on_whole_and_whole_ones_as_shards(common, tmp_path, fsdp_file):
     """Two halves that share embeddings, an average, and processes with unequal rows and micro-batches."""

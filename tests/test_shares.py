@@ -158,6 +158,7 @@ def alone(arguments, workspace):
     return workspace / "alone"
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_rows_by_speed_change_nothing_but_who_computes_them(arguments, alone, tmp_path):
     """Killed after the rows were divided anew, and continued by the same processes."""

@@ -81,6 +81,7 @@ def whole(tmp_path, store_dir):
     return trained
 
 
+@pytest.mark.slow
 def test_a_chain_ends_at_the_bits_of_one_run(controller, tmp_path, store_dir, recipe, whole):
     """One job is ended at its limit with the next one waiting, one without, and one is left when all is done."""
     python(controller)
