@@ -390,7 +390,8 @@ def start(options: Options, task: Task, files: ResultFiles) -> Accelerator:
     )
     if processes.asked_of_launcher():
         raise UserError("classifiers are trained with whole copies of the model: choose a config without FSDP")
-    processes.check_agreement(fixed_facts(options, task))
+    # The same model may lie in another place on another machine.
+    processes.check_agreement(fixed_facts(options, task) | {"model_name_or_path": task.source.weights()})
     return accelerator
 
 
