@@ -37,8 +37,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +48,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 PRELOADED = ["torch._dynamo", "accelerate", "lmscripts.training.log", "lmscripts.models.building"]
 PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in ("bert", "electra", "gpt2", "modernbert")]
+FAMILIES = ("bert", "electra", "modernbert", "gpt2")
 WINDOW, WINDOWS = 10, 3  # steps between log lines, and how many of these count
-TOKENS = 2_500_000  # of a store
+SMALL, LARGE = 1024, 50_304  # vocabularies: of a smoke test, and of GPT-2
+TOKENS = (2_500_000, 60_000)  # of a store, and of one of a smoke test
 NEVER = 1_000_000  # steps
 FRESH = ("re-initialize CUDA", "initialization error", "sees no GPU")  # where a fork was not good enough
 
@@ -59,8 +62,9 @@ class Bench(NamedTuple):
     work_dir: Path
     smoke: bool = False
 
-    def store(self, vocabulary: int) -> Path:
-        return self.work_dir / f"store-{vocabulary}"
+    def vocabulary(self, model: str) -> int:
+        """Entries of the vocabulary of a model, by which its store is called."""
+        return SMALL if self.smoke else LARGE if model.startswith("gpt2") else 32_768
 
 
 class Item(NamedTuple):
@@ -72,7 +76,7 @@ class Item(NamedTuple):
     arguments: dict[str, Any] = {}
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------------------------
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -113,15 +117,15 @@ def timed(call: Callable[[], object], bench: Bench) -> tuple[float, float]:
     return statistics.median(times[1 if bench.smoke else 3 :]), torch.cuda.max_memory_allocated() / 2**30
 
 
-def stores(bench: Bench, vocabularies: Sequence[int], tokens: int) -> dict[str, Any]:
+def stores(bench: Bench) -> dict[str, Any]:
     """Token stores of generated text, one for each size of vocabulary; those that are there are left."""
     from lmscripts.data.preparation import Source, prepare_store
 
     made = {}
-    for vocabulary in vocabularies:
-        folder = bench.store(vocabulary)
+    for vocabulary in sorted({bench.vocabulary(family) for family in FAMILIES}):
+        folder = bench.work_dir / f"store-{vocabulary}"
         if not folder.exists():
-            text, tokenizer = write_text(bench.work_dir, vocabulary, tokens)
+            text, tokenizer = write_text(bench.work_dir, vocabulary, TOKENS[bench.smoke])
             prepare_store(Source((str(text),), tokenizer, validation_fraction=0.02), folder, 1)
             text.unlink()
             shutil.rmtree(tokenizer)
@@ -161,7 +165,7 @@ def write_text(folder: Path, vocabulary: int, tokens: int) -> tuple[Path, Path]:
 
 def marked_tests(bench: Bench) -> dict[str, Any]:
     """The tests that need a GPU."""
-    files = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text("utf-8")]
+    files = [file for file in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in file.read_text("utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "-p", "no:cacheprovider", *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
@@ -170,27 +174,30 @@ def marked_tests(bench: Bench) -> dict[str, Any]:
     return {"tests": done.stdout.strip().splitlines()[-1].strip("= ")}
 
 
-def pretrain(bench: Bench, name: str, model: str, vocabulary: int, *more: Any, watched: Any = None) -> dict[str, Any]:
+def pretrain(bench: Bench, name: str, model: str, *more: Any, watched: Any = None) -> dict[str, Any]:
     """Run scripts/run_pretraining.py in the folder NAME, which is new unless the run is continued."""
     from watching import run_script
 
     run_dir = bench.work_dir / name
     if "--do_continue" not in more:
         shutil.rmtree(run_dir, ignore_errors=True)
-    arguments = ["--dataset_dir", bench.store(vocabulary), "--model_dir", run_dir, "--model_type", model]
+    store = bench.work_dir / f"store-{bench.vocabulary(model)}"
+    arguments = ["--dataset_dir", store, "--model_dir", run_dir, "--model_type", model]
     return run_script("run_pretraining.py", [*arguments, "--tracker", "none", *more], watched)
 
 
-def short(steps: int, *more: Any) -> list[Any]:
+def short(bench: Bench, steps: int, options: Sequence[str]) -> list[Any]:
     """Options of a run of a tiny model that goes on to its end."""
-    return ["--max_steps", steps, "--warmup_steps", 2, "--logging_steps", 2, "--eval_rows", 32, *more]
+    rows = 8 if bench.smoke else 32
+    often = ["--warmup_steps", 2, "--logging_steps", 2, "--eval_rows", rows]
+    return ["--batch_size", rows, "--max_steps", steps, *often, "--precision", *options]
 
 
-def tiny(bench: Bench, model: str, vocabulary: int, precision: str, steps: int) -> dict[str, Any]:
+def tiny(bench: Bench, model: str, options: Sequence[str], steps: int) -> dict[str, Any]:
     """A whole run: the loss must be a number, and fall."""
     from lmscripts.training.log import read_log
 
-    pretrain(bench, "run", model, vocabulary, *short(steps, "--precision", precision))
+    pretrain(bench, "run", model, *short(bench, steps, options))
     records = read_log(bench.work_dir / "run" / "log.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
@@ -199,14 +206,14 @@ def tiny(bench: Bench, model: str, vocabulary: int, precision: str, steps: int) 
     return {"first_loss": losses[0], "last_loss": losses[-1], "held_out_loss": held_out[-1]}
 
 
-def resumed(bench: Bench, model: str, vocabulary: int, precision: str, *, deterministic: bool) -> dict[str, Any]:
+def resumed(bench: Bench, model: str, options: Sequence[str]) -> dict[str, Any]:
     """How far a run that was stopped halfway and continued ends from one that was not."""
     from safetensors.torch import load_file
 
-    options = short(8, "--precision", precision, *["--deterministic"] * deterministic)
-    pretrain(bench, "whole", model, vocabulary, *options)
-    pretrain(bench, "halves", model, vocabulary, *options, "--stop_at_step", 4)
-    pretrain(bench, "halves", model, vocabulary, *options, "--do_continue")
+    options = short(bench, 8, options)
+    pretrain(bench, "whole", model, *options)
+    pretrain(bench, "halves", model, *options, "--stop_at_step", 4)
+    pretrain(bench, "halves", model, *options, "--do_continue")
     differences = []
     for file in (bench.work_dir / "whole" / "final").rglob("*.safetensors"):
         theirs = load_file(bench.work_dir / "halves" / file.relative_to(bench.work_dir / "whole"))
@@ -214,9 +221,7 @@ def resumed(bench: Bench, model: str, vocabulary: int, precision: str, *, determ
     return {"same_bits": max(differences) == 0, "largest_difference": max(differences)}
 
 
-def speed(
-    bench: Bench, model: str, vocabulary: int, length: int, rows: int, *, compiled: bool, save: bool, more: Sequence[Any]
-) -> dict[str, Any]:
+def speed(bench: Bench, model: str, length: int, rows: int, options: Sequence[Any], *, save: bool) -> dict[str, Any]:
     """Steps of run_pretraining.py: milliseconds, tokens, utilisation, memory, and where the time goes."""
     from watching import Watched
 
@@ -225,20 +230,19 @@ def speed(
     every = 2 if bench.smoke else WINDOW
     run_dir = bench.work_dir / "run"
     watched = Watched(every, every * (1 + WINDOWS), run_dir, save)
-    sizes = ["--sequence_length", length, "--batch_size", rows, "--micro_batch_size", rows]
-    how = ["--precision", "bf16", "--hidden_dropout", 0, "--compile" if compiled else "--no_compile", *more]
+    sizes = ["--sequence_length", length, "--batch_size", rows]
     often = ["--max_steps", NEVER, "--logging_steps", every, "--save_steps", watched.save_step, "--eval_every", NEVER]
-    seen = pretrain(bench, "run", model, vocabulary, *sizes, *how, *often, watched=watched)
+    seen = pretrain(bench, "run", model, *sizes, *options, *often, watched=watched)
     records = [record for record in read_log(run_dir / "log.jsonl") if "tokens_per_second" in record][: 1 + WINDOWS]
-    tokens = [(after["tokens"] - before["tokens"]) / every for before, after in zip(records, records[1:])]
+    tokens = [(after["tokens"] - before["tokens"]) / every for before, after in pairwise(records)]
     times = [1000 * some / record["tokens_per_second"] for some, record in zip(tokens, records[1:])]
     names = ("tokens_per_second", "mfu", "gpu_memory_gib")
     figures = {name: [record[name] for record in records[1:] if name in record] for name in names}
     found = {"ms_per_step": statistics.median(times), "ms_from": min(times), "ms_to": max(times)}
     found |= {name: statistics.median(values) for name, values in figures.items() if values}
-    if "gpu_memory_gib" in found:
+    if "synchronisations" in seen:  # on a GPU
         found["idle"] = max(0.0, 1 - seen["busy_ms"] / found["ms_per_step"])
-    return found | {"model": model, "length": length, "rows": rows, "compiled": compiled} | seen
+    return found | seen
 
 
 def loss(bench: Bench, logits: int, vocabulary: int, positions: int, width: int) -> dict[str, Any]:
@@ -274,9 +278,7 @@ def segments(bench: Bench, padded: int, rows: int, length: int, heads: int) -> d
     total = rows * length
     ends = torch.arange(padded + 1, dtype=torch.int32, device=device).mul_(length // 4).clamp_(max=total)
     shape = (rows, heads, length, 64)
-    query, key, value = (
-        torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    )
+    query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     batch = {"segment_ends": ends, "input_ids": torch.zeros(rows, length, dtype=torch.int64, device=device)}
     inputs = attention_inputs("varlen", batch, torch.bfloat16)
     attend, module = ALL_ATTENTION_FUNCTIONS[use_attention("varlen")], torch.nn.Module()
@@ -290,67 +292,69 @@ def segments(bench: Bench, padded: int, rows: int, length: int, heads: int) -> d
     return {"ms": 1000 * seconds, "memory_gib": memory}
 
 
-# ---- the items, the most valuable first ------------------------------------------------------------------------------
+# ---- the items, the most valuable first ----------------------------------------------------------------------------
+
+
+Case = tuple[str, int, int]  # preset, positions of a row, rows of a step
 
 
 def items(smoke: bool) -> list[Item]:
     """All items of a run."""
-    small, large = (1024, 1024) if smoke else (32_768, 50_304)
-    sizes = {"bert": small, "electra": small, "modernbert": small, "gpt2": large}
-
-    def speeds(cases: Iterable[tuple[str, int, int]], compiled: bool, save: bool = False, **named: Any) -> list[Item]:
-        made = []
-        for model, length, rows in cases:
-            values = {"model": model, "vocabulary": sizes[model.split("-")[0]], "length": length, "rows": rows}
-            name = f"{model} T={length} B={rows} {'compiled' if compiled else 'eager'}{named.get('words', '')}"
-            values |= {"compiled": compiled, "save": save, "more": named.get("more", ())}
-            made.append(Item(name, 70 if compiled else 20, speed, values))
-        return made
-
-    def tinies(models: Iterable[str], precision: str) -> list[Item]:
-        each = {"precision": precision, "steps": 10 if smoke else 30}
-        return [
-            Item(f"{family}-tiny {precision}", 15, tiny, {"model": f"{family}-tiny", "vocabulary": sizes[family]} | each)
-            for family in models
-        ]
-
-    def resumes(precision: str, deterministic: bool, models: Iterable[str]) -> list[Item]:
-        each = {"precision": precision, "deterministic": deterministic}
-        words = f"{precision}, killed and continued" + ", --deterministic" * deterministic
-        return [
-            Item(f"{family}-tiny {words}", 40, resumed, {"model": f"{family}-tiny", "vocabulary": sizes[family]} | each)
-            for family in models
-        ]
-
-    first = [Item("machine", 20, machine)]
-    first += [Item("stores", 40, stores, {"vocabularies": sorted({small, large}), "tokens": 60_000 if smoke else TOKENS})]
-    first += [Item("tests marked gpu", 60, marked_tests)]
-    piece = {"positions": 64, "width": 32} if smoke else {"positions": 32 * 1024, "width": 768}
-    shape = {"rows": 2, "length": 64, "heads": 2} if smoke else {"rows": 32, "length": 1024, "heads": 12}
-    losses = [(24, large), (27, large), (29, large), (27, 50_257)][: 1 if smoke else None]
-    parts = [
-        Item(f"loss, 2^{power} logits, vocabulary {size:,}", 8, loss, {"logits": 1 << power, "vocabulary": size} | piece)
-        for power, size in losses
-    ]
-    parts += [
-        Item(f"varlen attention, {padded:,} sequences", 8, segments, {"padded": padded} | shape)
-        for padded in ((128,) if smoke else (128, 2048, 32_768))
-    ]
+    begin = [Item("machine", 20, machine), Item("stores", 40, stores), Item("tests marked gpu", 60, marked_tests)]
     if smoke:
-        tiny_models = [(f"{family}-tiny", 64, 8) for family in sizes]
-        one = speeds(tiny_models[:1], True, more=("--n_layer", 1))
-        runs = tinies(sizes, "bf16") + resumes("no", True, ["electra"])
-        return first + runs + speeds(tiny_models[:1], False, True) + speeds(tiny_models[1:], False) + one + parts
-    main = [("bert-base", 512, 128), ("gpt2-small", 1024, 32), ("electra-small", 128, 1024), ("modernbert-base", 512, 128)]
-    rest = [("bert-base", 512, 32), ("electra-small", 128, 128), ("gpt2-small", 1024, 16), ("gpt2-small", 1024, 64)]
-    first += tinies(sizes, "bf16") + speeds(main, False) + speeds(main, True, True)
-    first += resumes("bf16", False, ["bert"]) + resumes("bf16", True, ["electra"])
-    first += parts + tinies(["bert", "electra"], "fp16") + tinies(["bert"], "no")
-    dropout = speeds(main[:1], True, words=", dropout 0.1", more=("--hidden_dropout", 0.1))
-    return first + speeds(rest, False) + speeds(rest, True) + dropout
+        cases = [(f"{family}-tiny", 64, 8) for family in FAMILIES]
+        wholes = [*map(whole, FAMILIES, ["bf16"] * 4, [10] * 4), stopped("electra", "no", "--deterministic")]
+        speeds = [speeds_of(cases[0], "by default", save=True), *(speeds_of(case, "eager") for case in cases[1:])]
+        return [*begin, *wholes, *speeds, loss_of(14, SMALL, 64, 32), segments_of(128, 2, 64, 2)]  # to compile is slow
+    bert, gpt2, electra = ("bert-base", 512, 128), ("gpt2-small", 1024, 32), ("electra-small", 128, 1024)
+    main: list[Case] = [bert, gpt2, electra, ("modernbert-base", 512, 128)]
+    rest: list[Case] = [("bert-base", 512, 32), ("electra-small", 128, 128)]
+    rest += [("gpt2-small", 1024, 16), ("gpt2-small", 1024, 64)]
+    begin += [whole(family, "bf16") for family in FAMILIES]
+    begin += [speeds_of(case, "eager") for case in main] + [speeds_of(case, "compiled", save=True) for case in main]
+    begin += [speeds_of(bert, "by default"), stopped("bert", "bf16"), stopped("electra", "bf16", "--deterministic")]
+    begin += [loss_of(power, size) for power, size in [(24, LARGE), (27, LARGE), (29, LARGE), (27, 50_257)]]
+    begin += [segments_of(padded) for padded in (128, 2048, 32_768)]
+    begin += [whole("bert", "fp16"), whole("electra", "fp16"), whole("bert", "no")]
+    begin += [speeds_of(case, "eager") for case in rest] + [speeds_of(case, "compiled") for case in rest]
+    return [*begin, speeds_of(bert, "compiled", "--hidden_dropout", 0.1), speeds_of(gpt2, "by default")]
 
 
-# ---- one process for each ----------------------------------------------------------------------------------------------
+def whole(family: str, precision: str, steps: int = 30) -> Item:
+    """A run of a tiny model to its end."""
+    values = {"model": f"{family}-tiny", "options": [precision], "steps": steps}
+    return Item(f"{family}-tiny {precision}", 15, tiny, values)
+
+
+def stopped(family: str, precision: str, *more: str) -> Item:
+    """A run that is stopped halfway and continued."""
+    name = " ".join([f"{family}-tiny {precision}", *more, "stopped and continued"])
+    return Item(name, 40, resumed, {"model": f"{family}-tiny", "options": [precision, *more]})
+
+
+def speeds_of(case: Case, way: str, *more: Any, save: bool = False) -> Item:
+    """Steps of a model: eager, compiled, or as run_pretraining.py does it where nobody says how."""
+    model, length, rows = case
+    how = [] if way == "by default" else ["--precision", "bf16", "--hidden_dropout", 0, "--micro_batch_size", rows]
+    how += {"eager": ["--no_compile"], "compiled": ["--compile"]}.get(way, [])
+    name = " ".join([f"{model} T={length} B={rows} {way}", *map(str, more)])
+    values = {"model": model, "length": length, "rows": rows, "options": [*how, *more], "save": save}
+    return Item(name, 20 if way == "eager" else 70, speed, values)
+
+
+def loss_of(power: int, vocabulary: int, positions: int = 32 * 1024, width: int = 768) -> Item:
+    """The loss of 32 rows of GPT-2."""
+    values = {"logits": 1 << power, "vocabulary": vocabulary, "positions": positions, "width": width}
+    return Item(f"loss, 2^{power} logits at once, vocabulary {vocabulary:,}", 8, loss, values)
+
+
+def segments_of(padded: int, rows: int = 32, length: int = 1024, heads: int = 12) -> Item:
+    """The attention of a layer of GPT-2."""
+    values = {"padded": padded, "rows": rows, "length": length, "heads": heads}
+    return Item(f"varlen attention, {padded:,} sequences", 8, segments, values)
+
+
+# ---- one process for each ------------------------------------------------------------------------------------------
 
 
 def run_items(
@@ -411,7 +415,6 @@ def _last_words(log: Path) -> str:
 def _work(item: Item, bench: Bench, log: Path, connection: Any) -> None:
     """In the process of an item."""
     os.setpgrp()
-    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # what runs here runs as it would anywhere
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -423,7 +426,7 @@ def _work(item: Item, bench: Bench, log: Path, connection: Any) -> None:
         connection.send({"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]})
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 
 def copy_packages(folder: Path) -> None:
@@ -445,6 +448,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models, on a CPU too")
     parser.add_argument("--prepare", action="store_true", help="only make what can be carried to another machine")
     options = parser.parse_args()
+    from gpu_table import read
+
     bench = Bench(options.work_dir.resolve(), options.smoke)
     bench.work_dir.mkdir(parents=True, exist_ok=True)
     packages = bench.work_dir / "packages"
@@ -456,7 +461,7 @@ def main() -> None:
         copy_packages(packages)
         print(next(item for item in todo if item.name == "stores").run(bench, **todo[1].arguments))
         return
-    earlier = [json.loads(line) for line in _whole_lines(options.output_file)]
+    earlier = read(options.output_file)
     done = {result["item"] for result in earlier if result["status"] == "ok" and result["item"] != "machine"}
     was = next((result.get("device") for result in earlier if result["item"] == "machine"), None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the item's processes end too
@@ -468,22 +473,12 @@ def main() -> None:
                 raise SystemExit(f"{options.output_file} is of {was}, this is {result.get('device')}: name another")
         line = json.dumps(result)
         with options.output_file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(f"\n{line}\n")  # the line before may have been cut off
             file.flush()
             os.fsync(file.fileno())
         print(line if len(line) < 400 else line[:400] + "...", flush=True)
 
     run_items([item for item in todo if item.name not in done], bench, options.minutes, write, PRELOADED)
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """Lines of an output, of which the last may have been cut off and is then removed."""
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        file.write_text("".join(lines[:-1]), encoding="utf-8")
-    return [line for line in lines if line.endswith("\n")]
 
 
 if __name__ == "__main__":

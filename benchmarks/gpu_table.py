@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _FACTS = {"item", "seconds", "estimate", "status", "kernels", "synchronised_at"}
 def read(file: Path) -> list[Record]:
     """The newest result of every item in the order of the file; lines that are cut off are left out."""
     found = dict[str, Record]()
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:
             result = json.loads(line)
             found[result["item"]] = result
@@ -104,10 +104,9 @@ def _kernels(result: Record) -> str:
     return f"<details><summary>{title}</summary>{said}\n\n{table}\n\n</details>"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = [*head]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in row)} |" for row in lines)
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    body = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
 
 
 def main() -> None:

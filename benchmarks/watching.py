@@ -51,16 +51,23 @@ def run_script(name: str, arguments: Iterable[Any], watched: Watched | None = No
         sys.stdout.flush()
         sys.stderr.flush()
         if (child := os.fork()) == 0:
-            _run(name, [*map(str, arguments)], watched, seen)
+            _run(name, [*map(str, arguments)], watched, seen, in_fork=True)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code or (watched and not seen.exists()):
             raise RuntimeError(f"{name} ended with {code}")
         return json.loads(seen.read_text()) if watched else {}
 
 
-def _run(name: str, arguments: list[str], watched: Watched | None, seen: Path) -> NoReturn:
+def _run(name: str, arguments: list[str], watched: Watched | None, seen: Path, in_fork: bool) -> NoReturn:
+    import torch
+
     code = 1
     try:
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # what runs here runs as it would anywhere
+        if in_fork and [*Path("/dev").glob("nvidia[0-9]*")] and not torch.cuda.is_available():
+            # Something has begun with CUDA before the fork, which cannot go on with it: a new process can.
+            job = json.dumps([name, arguments, watched, str(seen)], default=str)
+            os.execv(sys.executable, [sys.executable, __file__, job])
         sys.argv = [str(SCRIPTS / name), *arguments]
         if watched:
             _Watch(watched, seen)
@@ -162,7 +169,7 @@ class _Watch:
         torch.cuda.set_sync_debug_mode("warn" if on else "default")
 
     def _count(self, message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
-        if "synchronizing" in str(message):
+        if "called a synchronizing" in str(message):
             self.places[f"{'/'.join(Path(filename).parts[-2:])}:{lineno}"] += 1
 
     def _wait_for_checkpoint(self) -> None:
@@ -203,3 +210,9 @@ def kernels(profile: Any, on_gpu: bool) -> dict[str, Any]:
         "busy_ms": busy / of_step,
         "kernels": [[name[:120], times[name] / of_step, calls[name] / STEPS] for name in most],
     }
+
+
+if __name__ == "__main__":
+    name, arguments, watched, seen = json.loads(sys.argv[1])
+    asked = watched and Watched(*watched[:2], Path(watched[2]), watched[3])
+    _run(name, arguments, asked, Path(seen), in_fork=False)
