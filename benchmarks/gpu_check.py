@@ -245,7 +245,9 @@ def speed(bench: Bench, model: str, length: int, rows: int, options: Sequence[An
     return found | seen
 
 
-def loss(bench: Bench, logits: int, vocabulary: int, positions: int, width: int) -> dict[str, Any]:
+def loss(
+    bench: Bench, logits: int, vocabulary: int, positions: int, width: int, compiled: bool = False
+) -> dict[str, Any]:
     """Forward and backward of the loss over a vocabulary, in pieces of so many logits."""
     import torch
 
@@ -254,14 +256,15 @@ def loss(bench: Bench, logits: int, vocabulary: int, positions: int, width: int)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     states = torch.randn(positions, width, device=device, requires_grad=True)
     matrix = torch.randn(vocabulary, width, device=device).mul_(0.02).requires_grad_()
+    how = {"compiled": True} if compiled else {}
     labels, weights = torch.randint(vocabulary, (positions,), device=device), torch.ones(positions, device=device)
 
     def step() -> None:
         states.grad = matrix.grad = None
         with torch.autocast(device, torch.bfloat16):
             pieces = max(1, logits // vocabulary)
-            total = chunked_cross_entropy(states, matrix, None, labels, weights, positions_at_once=pieces)[0]
-        total.backward()
+            sums = chunked_cross_entropy(states, matrix, None, labels, weights, positions_at_once=pieces, **how)
+        sums[0].backward()
 
     seconds, memory = timed(step, bench)
     return {"ms": 1000 * seconds, "tflops": 6 * positions * vocabulary * width / seconds / 1e12, "memory_gib": memory}
@@ -314,6 +317,7 @@ def items(smoke: bool) -> list[Item]:
     begin += [speeds_of(case, "eager") for case in main] + [speeds_of(case, "compiled", save=True) for case in main]
     begin += [speeds_of(bert, "by default"), stopped("bert", "bf16"), stopped("electra", "bf16", "--deterministic")]
     begin += [loss_of(power, size) for power, size in [(24, LARGE), (27, LARGE), (29, LARGE), (27, 50_257)]]
+    begin += [loss_of(27, LARGE, compiled=True)]
     begin += [segments_of(padded) for padded in (128, 2048, 32_768)]
     begin += [whole("bert", "fp16"), whole("electra", "fp16"), whole("bert", "no")]
     begin += [speeds_of(case, "eager") for case in rest] + [speeds_of(case, "compiled") for case in rest]
@@ -342,10 +346,11 @@ def speeds_of(case: Case, way: str, *more: Any, save: bool = False) -> Item:
     return Item(name, 20 if way == "eager" else 70, speed, values)
 
 
-def loss_of(power: int, vocabulary: int, positions: int = 32 * 1024, width: int = 768) -> Item:
+def loss_of(power: int, vocabulary: int, positions: int = 32 * 1024, width: int = 768, compiled: bool = False) -> Item:
     """The loss of 32 rows of GPT-2."""
     values = {"logits": 1 << power, "vocabulary": vocabulary, "positions": positions, "width": width}
-    return Item(f"loss, 2^{power} logits at once, vocabulary {vocabulary:,}", 8, loss, values)
+    name = f"loss, 2^{power} logits at once, vocabulary {vocabulary:,}{', compiled' * compiled}"
+    return Item(name, 30 if compiled else 8, loss, values | {"compiled": compiled})
 
 
 def segments_of(padded: int, rows: int = 32, length: int = 1024, heads: int = 12) -> Item:
@@ -372,11 +377,11 @@ def run_items(
         if item.seconds > left:
             write({"item": item.name, "status": "skipped", "estimate": item.seconds, "left": round(max(0.0, left))})
             continue
-        result = run_item(context, item, bench, min(left, 60 + 4 * item.seconds))
+        patience = left if bench.smoke else min(left, 60 + 4 * item.seconds)
+        result = run_item(context, item, bench, patience)
         if any(words in result.get("error", "") for words in FRESH) and context.get_start_method() != "spawn":
             context = multiprocessing.get_context("spawn")
-            left = 60 * minutes - (time.monotonic() - began)
-            result = run_item(context, item, bench, max(1.0, min(left, 60 + 4 * item.seconds)))
+            result = run_item(context, item, bench, min(patience, 60 * minutes - (time.monotonic() - began)))
         write(result)
 
 
