@@ -461,6 +461,8 @@ def main() -> None:
     sys.path.append(str(packages))  # after all that is installed here
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", ""), str(packages)])
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Locks of processes that were ended are cleared away at the end, of which nobody has to know.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     todo = items(options.smoke)
     if options.prepare:
         copy_packages(packages)

@@ -1,15 +1,18 @@
 """benchmarks/gpu_check.py: what ends one item ends no other, and whatever was measured makes a table."""
 
+import collections
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from multiprocessing import get_context
 
 import psutil
 import pytest
+import torch
 from conftest import PATIENCE, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -57,7 +60,13 @@ def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path):
 def command(tmp_path, monkeypatch):
     """Run main with items of this file on an output; gives its results."""
     before = signal.getsignal(signal.SIGTERM)
-    for name in ("PYTHONPATH", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+    for name in (
+        "PYTHONPATH",
+        "HF_HUB_OFFLINE",
+        "TOKENIZERS_PARALLELISM",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "PYTHONWARNINGS",
+    ):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(gpu_check, "PRELOADED", [])
@@ -128,6 +137,25 @@ def test_time_in_which_kernels_run_together_counts_once():
     assert found["busy_ms"] == pytest.approx(8 / watching.STEPS)
     assert found["launched"] == 1.0
     assert found["kernels"] == [["a", 2.0, pytest.approx(2 / 3)], ["b", 1.0, pytest.approx(1 / 3)]]
+
+
+def test_synchronisations_of_the_host_are_counted_by_place(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    watch = object.__new__(watching._Watch)
+    watch.on_gpu, watch.seen, watch.places = True, {}, collections.Counter()
+    before = warnings.showwarning
+    watch._count_synchronisations(True)
+    for number in range(2 * watching.STEPS):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn(f"another {number}, of synchronizing nothing", stacklevel=1)
+    watch._count_synchronisations(False)
+    assert modes == ["warn", "default"]
+    assert watch.seen["synchronisations"] == 2.0
+    place, times = watch.seen["synchronised_at"][0].split()
+    assert place.startswith("tests/test_gpu_check.py:")
+    assert times == f"({2 * watching.STEPS})"
+    assert warnings.showwarning is before
 
 
 @pytest.mark.slow
