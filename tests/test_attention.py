@@ -173,3 +173,23 @@ def test_varlen_kernel_equals_mask_on_a_gpu(family):
         )
     real = batch["segments"] >= 0
     assert (kernel - masked)[real].abs().max() / masked[real].abs().max() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs where there is a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_the_varlen_kernel_are_those_of_the_mask_on_a_gpu(family):
+    batch, _ = make_batch([7, 20, 1, 30])
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+
+    def gradient(path, half):
+        model = make_model(family, path).cuda()
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            logits = logits_of(model, family, path, batch).float()
+        logits[batch["segments"] >= 0].square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact = gradient("sdpa", half=False)
+    kernel, masked = ((gradient(path, half=True) - exact).norm() / exact.norm() for path in ("varlen", "sdpa"))
+    assert kernel < 2 * masked + 0.01, (kernel, masked)
+    assert masked < 0.2
