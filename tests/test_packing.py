@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,47 @@ def test_a_word_longer_than_a_row_is_cut_and_nothing_is_lost(tmp_path):
     assert np.array_equal(rows.ids[rows.content], part.tokens)
     first_of_segment = rows.content & (rows.positions == 1)
     assert rows.word_starts[first_of_segment].all()
+
+
+def laid_out(part, layout):
+    """The segments, one after the other: the plain way, (first token, length, whether it begins a row)."""
+    length, lead, row_lead = layout.sequence_length, layout.lead_of_segment, layout.lead_of_row
+    found, used = [], row_lead
+    for begin, end in pairwise(part.document_tokens.tolist()):
+        while begin < end:
+            room = length - used - lead - 1
+            size = end - begin
+            if size > room:
+                starts = np.flatnonzero(part.word_starts(begin, begin + room + 1)[1:]) + 1 if room >= 4 else []
+                if not len(starts) and used > row_lead:
+                    used = row_lead
+                    continue
+                size = starts[-1] if len(starts) else room
+            found.append((begin, size, used == row_lead))
+            used += lead + size + 1
+            begin += size
+            if begin < end:
+                used = row_lead
+    return [np.array(values) for values in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("word_share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("sizes", ["short", "any", "long"])
+def test_rows_are_those_of_the_plain_way(tmp_path, monkeypatch, sizes, word_share):
+    """Also where the tokens are looked at in pieces of which none ends with a row, and past documents without tokens."""
+    monkeypatch.setattr("lmscripts.files.sync_folder", lambda folder: None)  # of hundreds of small files
+    random = np.random.default_rng(3)
+    few, most, number = {"short": (0, 7, 150), "any": (0, 150, 30), "long": (700, 900, 2)}[sizes]
+    part, _ = make_part([*random.integers(few, most, number), 0, 5], word_share=word_share)
+    for length, packing, begin in product((10, 16, 130), ("isolated", "contiguous"), (BEGIN, None)):
+        layout = Layout(length, packing, begin, END, PAD)
+        starts, lengths, begins_row = laid_out(part, layout)
+        for tokens in (1, 1 << 20):
+            monkeypatch.setattr("lmscripts.data.packing._CHUNK", tokens)
+            packed = rows_of(part, layout, tmp_path, f"looked at {tokens} at a time")
+            assert np.array_equal(packed.segment_start, starts)
+            assert np.array_equal(packed.segment_length, lengths)
+            assert np.array_equal(packed.first_segment, [*np.flatnonzero(begins_row), starts.size])
 
 
 def test_order_of_rows_does_not_matter(tmp_path):
