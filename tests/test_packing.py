@@ -120,7 +120,7 @@ def laid_out(part, layout):
 @pytest.mark.parametrize("word_share", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("sizes", ["short", "any", "long"])
 def test_rows_are_those_of_the_plain_way(tmp_path, monkeypatch, sizes, word_share):
-    """Also where the tokens are looked at in pieces of which none ends with a row, and past documents without tokens."""
+    """Also where pieces of the text are looked at that end inside of rows, and past documents without tokens."""
     monkeypatch.setattr("lmscripts.files.sync_folder", lambda folder: None)  # of hundreds of small files
     random = np.random.default_rng(3)
     few, most, number = {"short": (0, 7, 150), "any": (0, 150, 30), "long": (700, 900, 2)}[sizes]
