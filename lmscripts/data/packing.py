@@ -28,6 +28,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from lmscripts.data.arrays import fetch_soon
 from lmscripts.data.masking import expand_ranges
 from lmscripts.data.token_store import Part, TokenStore, rows_folders
 from lmscripts.errors import UserError, naming
@@ -223,6 +224,7 @@ def _pieces_of_store(
         return nothing, nothing.astype(np.bool_), np.zeros(begin.size, np.bool_)
     inside = (begin >= 0) & (begin <= part.tokens.size - length - 8 * width)
     begin = np.where(inside, begin, 0)
+    fetch_soon([(part.tokens, begin, length), (part.word_start_bits, begin >> 3, width)])
     ids = _runs(part.tokens, begin, length).astype(np.int32)
     bits = np.unpackbits(_runs(part.word_start_bits, begin >> 3, width).reshape(-1), bitorder="little")
     starts = _runs(bits, np.arange(0, bits.size, 8 * width) + (begin & 7), length)
