@@ -201,7 +201,7 @@ def cold(options: argparse.Namespace, folder: Path) -> None:
         rows = open_rows(store, "train", layout)
         assert rows is not None
         arrays.resource = has_faults if asks else SimpleNamespace()  # type: ignore[assignment]
-        order = np.random.default_rng(seed).permutation(rows.num_rows)[: 40 * 256].reshape(40, 256)
+        order = np.random.default_rng(seed).permutation(rows.num_rows)[: 10 * 256].reshape(10, 256)
         return sum(int(rows.read(batch).ids.sum(dtype=np.int64)) for batch in order)
 
     def forget() -> None:
@@ -209,22 +209,24 @@ def cold(options: argparse.Namespace, folder: Path) -> None:
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[tuple[float, int]]] = {}
     for pair in range(options.pairs):
         found = set()
         for asks in (True, False) if pair % 2 else (False, True):
             for state in ("cold", "warm"):
                 if state == "cold":
                     forget()
-                begun = time.perf_counter()
+                begun, faults = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
                 found.add(read(asks, pair))
                 kind = f"{state}, {'asked for' if asks else 'not asked'}"
-                seconds.setdefault(kind, []).append(time.perf_counter() - begun)
+                faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
+                seconds.setdefault(kind, []).append((time.perf_counter() - begun, faults))
         assert len(found) == 1
     size = sum(file.stat().st_size for file in place.rglob("*.bin")) / 1e6
-    print(f"40 batches of 256 rows of {options.sequence_length} from a store of {size:,.0f} MB, seconds of each pair:")
+    print(f"10 batches of 256 rows of {options.sequence_length} from a store of {size:,.0f} MB")
+    print("seconds of each pair (and how often the disk was waited for)")
     for kind, times in sorted(seconds.items()):
-        print(f"{kind:<18}", " ".join(f"{each:.2f}" for each in times))
+        print(f"{kind:<18}", "  ".join(f"{each:.2f} ({faults:,})" for each, faults in times))
 
 
 if __name__ == "__main__":
