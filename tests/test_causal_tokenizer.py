@@ -198,6 +198,23 @@ def test_a_very_long_line(folder):
     check_lossless(encoder, [text, "あ" * 100_000, "\U0001f468" * 20_000])
 
 
+def test_what_stood_between_spaces_before_is_the_same_again(outputs):
+    """The cache of a byte-level BPE changes neither ids nor words; what is long is not kept in it."""
+    encoder = load_encoder(outputs["bpe"][0])
+    way = encoder._encode
+    spaces = ["\x1c", "\x85", "\xa0", "\u3000", "\u200b", "\n\n", " \r\n", "\u0301 ", " \t", "\t "]
+    lines = [" a  b", "don't 'll  've x", "", " ", "   ", "a" * 200, "a,b 12c_3 ...", "a b" * 30, *random_texts(50)]
+    lines += [f"{a} {b}x{a}  {b} {a}" for a in spaces for b in ("", *spaces)]
+    plain = way.encode(lines)
+    for _ in range(2):
+        encoded = encoder.encode(lines)
+        assert np.array_equal(encoded.word_starts, plain.word_starts)
+        ids = [encoder.tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+        assert [row.tolist() for row in encoded.rows()] == ids
+    assert "a" in way.cache
+    assert "a" * 200 not in way.cache
+
+
 def test_word_starts(folder):
     """Spaces begin words, characters of unspaced scripts do, and a line feed is a word of its own."""
     encoder = load_encoder(folder)

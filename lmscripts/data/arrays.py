@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import resource
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,7 +45,37 @@ def map_array(path: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
     """Memory-map a file; an empty file, which cannot be mapped, gives an empty array."""
     if size == 0:
         return np.zeros(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))  # as a plain array, which numpy indexes faster
+    with path.open("rb") as file:  # a plain array, which numpy indexes faster than a memmap
+        return np.ndarray(size // dtype.itemsize, dtype, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+class _Cold(threading.local):
+    """Of a thread: how often it has waited for the disk, and how many of its next calls are to look ahead."""
+
+    faults, calls = 0, 0
+
+
+_cold = _Cold()
+
+
+def fetch_soon(ranges: Iterable[tuple[NDArray[Any], NDArray[np.int64], int]]) -> None:
+    """Have the system read `length` items from each of (B,) offsets of mapped arrays: all at once, without waiting.
+
+    Else each is waited for when it is looked at, one after the other. Costs nothing as long as what is looked at is in
+    memory; does nothing for other arrays and where the system cannot.
+    """
+    if not (hasattr(mmap, "MADV_WILLNEED") and hasattr(resource, "RUSAGE_THREAD")):
+        return
+    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+    # What was asked for in time is no fault, so that their absence says nothing at once.
+    _cold.calls = 100 if faults > _cold.faults else max(0, _cold.calls - 1)
+    _cold.faults = faults
+    for array, begin, length in ranges if _cold.calls else ():
+        if isinstance(mapped := array.base, mmap.mmap):
+            first = np.clip(begin, 0, array.size - 1) * array.itemsize
+            skipped = first % mmap.PAGESIZE
+            for at, size in zip((first - skipped).tolist(), (skipped + length * array.itemsize).tolist()):
+                mapped.madvise(mmap.MADV_WILLNEED, at, size)
 
 
 def check_sizes(folder: Path, sizes: Mapping[str, int], described: Mapping[str, Any], way_out: str) -> None:

@@ -15,11 +15,11 @@ import os
 import shutil
 import time
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from lmscripts.data.arrays import fetch_soon
 from lmscripts.data.masking import expand_ranges
 from lmscripts.data.token_store import Part, TokenStore, rows_folders
 from lmscripts.errors import UserError, naming
@@ -37,7 +38,7 @@ Ints = NDArray[np.int64]
 Packing = Literal["isolated", "contiguous"]
 _VERSION = 1
 _MIN_PIECE = 4  # a shorter gap at the end of a row is left empty rather than filled with a sliver of a document
-_CHUNK = 1 << 16  # segments held in memory while an index is built
+_CHUNK = 1 << 20  # tokens whose segments are found together while an index is built
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ def _pieces_of_store(
         return nothing, nothing.astype(np.bool_), np.zeros(begin.size, np.bool_)
     inside = (begin >= 0) & (begin <= part.tokens.size - length - 8 * width)
     begin = np.where(inside, begin, 0)
+    fetch_soon([(part.tokens, begin, length), (part.word_start_bits, begin >> 3, width)])
     ids = _runs(part.tokens, begin, length).astype(np.int32)
     bits = np.unpackbits(_runs(part.word_start_bits, begin >> 3, width).reshape(-1), bitorder="little")
     starts = _runs(bits, np.arange(0, bits.size, 8 * width) + (begin & 7), length)
@@ -237,29 +239,46 @@ def _runs(array: NDArray[Any], begin: NDArray[np.int64], length: int) -> NDArray
     return runs.view(array.dtype).reshape(begin.size, length)
 
 
-def _pieces(part: Part, layout: Layout) -> Iterator[tuple[int, int, bool]]:
-    """Segments in order: (first token, length, whether it begins a row)."""
-    length, lead, row_lead = layout.sequence_length, layout.lead_of_segment, layout.lead_of_row
-    used, offsets = row_lead, part.document_tokens
-    for document in range(part.num_documents):
-        begin, end = int(offsets[document]), int(offsets[document + 1])
-        flags = part.word_starts(begin, end).tobytes() if end - begin > length - used - lead - 1 else b""
-        at = begin
-        while at < end:
-            room, size = length - used - lead - 1, end - at
-            if size > room:
-                # Cut before the last word that does not fit whole; a word longer than the room is cut itself
-                # only where it would not fit an empty row either.
-                cut = flags.rfind(1, at - begin + 1, at - begin + room + 1) if room >= _MIN_PIECE else -1
-                size = cut - (at - begin) if cut >= 0 else room
-                if room < _MIN_PIECE or (cut < 0 and used > row_lead):
-                    used = row_lead
-                    continue
-            yield at, size, used == row_lead
-            used += lead + size + 1
-            at += size
-            if at < end:
-                used = row_lead
+def _pieces(part: Part, layout: Layout) -> Iterator[tuple[Ints, Ints, NDArray[np.bool_]]]:
+    """Segments in order, many at a time: (n,) first tokens, lengths, and whether they begin a row."""
+    first, total, span = 0, part.tokens.size, max(_CHUNK, 16 * layout.sequence_length)
+    while first < total:  # where a row begins
+        size = min(span, total - first)
+        after, before = np.searchsorted(part.document_tokens, [first + 1, first + size])
+        documents = np.append(first, part.document_tokens[after:before]) - first
+        sizes = np.diff(documents, append=size)
+        documents, sizes = documents[sizes > 0], sizes[sizes > 0]
+        rows = _row_starts(documents, sizes, part.word_starts(first, first + size).tobytes(), layout)
+        if first + size < total:  # the last row goes on
+            size = int(rows[-1])
+        marks = np.zeros(size, np.uint8)
+        marks[documents[: np.searchsorted(documents, size)]] = 1
+        marks[rows[: np.searchsorted(rows, size)]] = 2
+        starts = np.flatnonzero(marks)
+        yield first + starts, np.diff(starts, append=size), marks[starts] == 2
+        first += size
+
+
+def _row_starts(documents: Ints, sizes: Ints, word_starts: bytes, layout: Layout) -> Ints:
+    """(r,) tokens at which rows begin, 0 the first, that hold documents of some sizes; a loop over the rows alone.
+
+    The tokens are thought to lie with the special tokens of their documents in one line: a row that begins at a place
+    reaches as far as it has positions, which is inside of the one document that does not fit.
+    """
+    lead, positions = layout.lead_of_segment, layout.sequence_length - layout.lead_of_row
+    ends = np.cumsum(sizes + lead + 1)
+    places, tokens = (ends - sizes - lead - 1).tolist(), documents.tolist()
+    at, found, end = 0, [0], int(ends[-1])
+    while (reach := at + positions) < end:
+        document = bisect_right(places, reach) - 1
+        place, token = places[document], tokens[document]
+        begin, room = max(at, place), reach - place - lead - 1
+        # Cut before the last word that does not fit whole; a word longer than the room is cut itself only where it
+        # would not fit an empty row either.
+        cut = word_starts.rfind(1, token + begin - place + 1, token + room + 1) - token if room >= _MIN_PIECE else -1
+        at = place + cut if cut >= 0 else place + room if at >= place else place
+        found.append(token + at - place)
+    return np.array(found)
 
 
 # ---- what is kept beside the store --------------------------------------------------------------------------------
@@ -279,9 +298,7 @@ def open_rows(store: TokenStore, part_name: str, layout: Layout) -> PackedRows |
 
     def build(facts: dict[str, int]) -> Iterator[Sequence[ArrayLike]]:
         facts |= {"version": _VERSION, "rows": 0, "segments": 0, "real_tokens": 0}
-        pieces = _pieces(part, layout)
-        while chunk := list(islice(pieces, _CHUNK)):
-            starts, sizes, begins_row = np.array(chunk).T
+        for starts, sizes, begins_row in _pieces(part, layout):
             firsts = facts["segments"] + np.flatnonzero(begins_row)
             yield firsts, starts, sizes
             facts["rows"] += firsts.size

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscripts.data.arrays import fetch_soon
 from lmscripts.data.masking import expand_ranges
 from lmscripts.data.packing import Layout, Rows
 from lmscripts.data.token_store import Part, TokenStore
@@ -84,6 +85,7 @@ class StreamRows:
         begin = rows * length
         end = np.minimum(begin + length, self.num_positions)
         first, last = self.documents_at(begin), self.documents_at(end - 1)
+        fetch_soon([(part.tokens, begin - first, length)])
         count = last - first + 1
         document, row = expand_ranges(first, count), np.repeat(np.arange(num_rows), count)
         starts, stops = (part.document_tokens[document + n] + document + n for n in (0, 1))

@@ -1,7 +1,8 @@
 """Text to token ids and word starts, with the ids of `AutoTokenizer` and many times its speed for Japanese.
 
 `BertJapaneseTokenizer` spends its time on Python objects for every token. Here a line is cut into words by one call
-of the analyser, and every word that was seen before is one look-up that gives the bytes of its ids.
+of the analyser, and every word that was seen before is one look-up that gives the bytes of its ids. Byte-level BPE
+looks up what stands between spaces.
 
 Word starts, which whole-word masking needs, are
 - for `BertJapaneseTokenizer`: the first token of every word of the analyser;
@@ -46,6 +47,8 @@ from lmscripts.text.words import (
 )
 
 MAX_CACHED_WORDS = 1_000_000
+_LONGEST_CACHED = 40  # characters between spaces: a script without them would fill the memory with its lines
+_BEFORE_SPACE = re.compile(r"(?= \S)")
 # Entries that no text gives, kept free for later words.
 UNUSED = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved[^>]*>")
 # Scripts without spaces: Thai, Lao, Myanmar, Khmer, kana, Chinese characters and their punctuation.
@@ -388,7 +391,48 @@ def _fast_way(tokenizer: Any, backend: Tokenizer) -> Callable[[Sequence[str]], E
         starts[_first_places(lengths)] = True
         return Encoded(ids, starts, lengths)
 
-    return encode
+    return _SpacedWay(encode) if _cuts_at_spaces(tokenizer, backend) else encode
+
+
+def _cuts_at_spaces(tokenizer: Any, backend: Tokenizer) -> bool:
+    """Whether a line is cut before every space with something behind it, and nothing before it decides what follows.
+
+    GPT-2's pattern does so, by which a byte-level BPE cuts.
+    """
+    settings = json.loads(backend.to_str())
+    cut, model = settings["pre_tokenizer"] or {}, settings["model"]
+    is_pattern = cut.get("type") == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
+    is_fixed = model["type"] == "BPE" and not model["dropout"] and settings["normalizer"] is None
+    return is_pattern and is_fixed and set(tokenizer.get_added_vocab()) <= special_tokens(tokenizer)
+
+
+class _SpacedWay:
+    """A fast tokenizer that cuts at spaces, through a cache from what it cuts to the bytes of its uint32 ids.
+
+    The highest bit of an id says that it begins a word, as there may be several between two spaces.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[str]], Encoded]) -> None:
+        self.encode, self.cache = encode, dict[str, bytes]()
+
+    def __call__(self, lines: Sequence[str]) -> Encoded:
+        cut = list(map(_BEFORE_SPACE.split, lines))
+        words = list(itertools.chain.from_iterable(cut))
+        if len(self.cache) >= MAX_CACHED_WORDS:
+            self.cache.clear()
+        if new := list(set(words).difference(self.cache)):
+            encoded = self.encode(new)
+            marked = replace(encoded, ids=encoded.ids | encoded.word_starts.astype(np.uint32) << 31)
+            self.cache.update(zip(new, map(np.ndarray.tobytes, marked.rows()), strict=True))
+        found = list(map(self.cache.__getitem__, words))
+        for word in new:
+            if len(word) > _LONGEST_CACHED:
+                del self.cache[word]
+        tokens_before = np.append(0, np.cumsum(np.fromiter(map(len, found), np.int64, len(found)) // 4))
+        words_before = np.append(0, np.cumsum(np.fromiter(map(len, cut), np.int64, len(cut))))
+        marked_ids = np.frombuffer(b"".join(found), np.uint32)
+        starts, lengths = marked_ids >> 31 > 0, np.diff(tokens_before[words_before])
+        return Encoded(marked_ids & np.uint32(0x7FFFFFFF), starts, lengths)
 
 
 def _begins_unspaced(backend: Any) -> Callable[[str], bool]:
