@@ -488,7 +488,7 @@ def begin(
     objective = labels.trained(network, labels.Settings(task.multi_label, options.label_smoothing, positive_weights))
     adam = {"learning_rate": options.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8}
     optimizer = optim.build_optimizer("adamw", objective, weight_decay=options.weight_decay, **adam)
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = accelerator.prepare(objective), optim.with_scaler(accelerator, optimizer)
     own = classifier_run.ClassifierProgress()
     state = run_folder.restore(accelerator, objective, optimizer, own=own)
     facts = {"metric": options.metric, "processes": accelerator.num_processes, "parameters": network.num_parameters()}
@@ -533,11 +533,8 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
                 accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
             epoch_meter.add_sums(sums)
-        norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
-        finite = state.judge(norm, has_scaler)
-        if finite or has_scaler:  # which has to see the others too, to find its scale
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        norm = optim.clip_gradients(accelerator, model, options.max_grad_norm or inf)
+        optim.step(run.optimizer, norm, state, has_scaler=has_scaler)
         state.step += 1
         state.real_tokens += targets["tokens"]
         meter.add_step(targets)

@@ -507,7 +507,7 @@ def begin(
         epsilon=options.epsilon,
         weight_decay=options.weight_decay,
     )
-    optimizer = accelerator.prepare(optimizer)
+    optimizer = optim.with_scaler(accelerator, optimizer)
     kept = {"average": average, "optimizer_name": options.optimizer}
     state = run_folder.restore(accelerator, objective, optimizer, **kept)
     stop_step = min(data.num_steps, options.stop_at_step or data.num_steps)
@@ -553,12 +553,9 @@ def train(options: Options, run: Run) -> str:
                 accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
         norm = optim.clip_gradients(accelerator, model, options.max_grad_norm or inf)
-        finite = state.judge(norm, has_scaler)
-        if finite or has_scaler:  # which has to see the others too, to find its scale
-            run.optimizer.step()
+        finite = optim.step(run.optimizer, norm, state, has_scaler=has_scaler, at_once=run.average is not None)
         if finite and run.average:
             optim.update_average(run.average, objective)
-        run.optimizer.zero_grad(set_to_none=True)
         phase = data.of_step(state.step)
         state.step += 1
         state.real_tokens += targets["tokens"]

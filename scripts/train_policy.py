@@ -453,7 +453,7 @@ def begin(
         epsilon=options.epsilon or 0.0,
         weight_decay=options.weight_decay,
     )
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = accelerator.prepare(objective), optim.with_scaler(accelerator, optimizer)
     state = run_folder.restore(accelerator, objective, optimizer, own=Progress())
     if options.initial_optimizer and not run_folder.continued:
         notices += folder.load_moments(options.initial_optimizer, objective, optimizer, options.optimizer)
@@ -501,11 +501,8 @@ def train(options: Options, run: Run) -> str:
                 # DDP takes the mean of the gradients over the processes; wanted is the sum over all targets.
                 accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
-        norm = accelerator.clip_grad_norm_(model.parameters(), options.max_gradient_norm or inf)
-        finite = state.judge(norm, has_scaler)
-        if finite or has_scaler:  # which has to see the others too, to find its scale
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        norm = optim.clip_gradients(accelerator, model, options.max_gradient_norm or inf)
+        optim.step(run.optimizer, norm, state, has_scaler=has_scaler)
         state.step += 1
         state.real_tokens += targets["tokens"]
         state.own.records = steps.records(state.step)
