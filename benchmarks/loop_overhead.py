@@ -99,8 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of a turn")
     parser.add_argument("--pairs", type=int, default=15)
     given, more = parser.parse_known_args()
-    spec = importlib.util.spec_from_file_location("run_pretraining", ROOT / "scripts" / "run_pretraining.py")
-    assert spec is not None and spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location("run_pretraining", ROOT / "scripts" / "run_pretraining.py")
     script: Any = importlib.util.module_from_spec(spec)
     sys.modules["run_pretraining"] = script
     spec.loader.exec_module(script)
@@ -114,7 +113,7 @@ def main() -> None:
         optimizer = optim.build_optimizer(options.optimizer, model, **arguments)
         run.data = InTurns(run.data, bare_loop(run.data, run.rate, model, optimizer), given.steps)
         run.folder.save = lambda *_: run.data.take_turns()  # at the end of the last turn
-        stopped_by = train(options, run)
+        train(options, run)
         for ours, theirs in zip(run.objective.parameters(), model.parameters(), strict=True):
             assert torch.equal(ours, theirs), "the loops computed something else"
         pairs = run.data.pairs

@@ -507,7 +507,7 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
     """The loop; whether it was stopped before its last step."""
     from accelerate.utils import send_to_device
 
-    from lmscripts.training import folder, log, optim, processes
+    from lmscripts.training import log, optim, processes
 
     accelerator, state, own, objective, model = run.accelerator, run.state, run.state.own, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
@@ -553,10 +553,10 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
                 own.epoch_sums, own.epoch_counts = epoch_meter.open_window(accelerator)
                 run.folder.save(accelerator, objective, run.optimizer, state)
             if accelerator.is_main_process:
-                run.folder.prune(options.keep_last)
-                folder.prune_best(run.folder.path, lambda saved: saved["best_epoch"])
+                run.folder.prune(options.keep_last, best=lambda saved: saved["best_epoch"])
     batches.close()
     report.bar.close()
+    run.folder.wait(accelerator)
     return stopped
 
 

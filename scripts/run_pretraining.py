@@ -576,6 +576,7 @@ def train(options: Options, run: Run) -> str:
                 run.folder.prune(options.keep_last, options.keep_every)
     batches.close()
     report.bar.close()
+    run.folder.wait(accelerator)
     return stop_asked.words() if stopped else ""
 
 

@@ -476,7 +476,7 @@ def train(options: Options, run: Run) -> str:
     """The loop; what stopped it before its last step, empty where nothing did."""
     from accelerate.utils import send_to_device
 
-    from lmscripts.training import folder, log, optim, processes
+    from lmscripts.training import log, optim, processes
 
     accelerator, steps, state, objective, model = run.accelerator, run.steps, run.state, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
@@ -520,11 +520,10 @@ def train(options: Options, run: Run) -> str:
                 state.window_sums, state.window_counts = meter.open_window(accelerator)
                 run.folder.save(accelerator, objective, run.optimizer, state)
             if accelerator.is_main_process:
-                if options.keep_snapshots:
-                    run.folder.prune(options.keep_snapshots)
-                folder.prune_best(run.folder.path, lambda saved: saved["best_epoch"])
+                run.folder.prune(options.keep_snapshots or log.ENDLESS, best=lambda saved: saved["best_epoch"])
     batches.close()
     report.bar.close()
+    run.folder.wait(accelerator)
     return stop_asked.words() if stopped else ""
 
 

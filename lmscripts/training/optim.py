@@ -129,7 +129,7 @@ def _is_told_later(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
 
 
 def with_scaler(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer under the loss scaler of fp16; as it is without one, as what is around it costs time at each step."""
+    """The optimizer under the loss scaler of fp16; without one as it is, as what is around it costs time."""
     return accelerator.prepare(optimizer) if accelerator.scaler is not None else optimizer  # type: ignore[no-any-return]
 
 

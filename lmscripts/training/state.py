@@ -46,7 +46,8 @@ class TrainingState:
     own: Any = None
 
     def __post_init__(self) -> None:
-        """No step waits to be judged: its number, the norm on its way to the CPU, when it is there, the longest streak."""
+        """No step is to be judged yet."""
+        # Its number, the norm on its way to the CPU, when it is there, and the streak that ends the run.
         self._pending = deque[tuple[int, Tensor, Any, int]]()
 
     def as_json(self) -> dict[str, Any]:
