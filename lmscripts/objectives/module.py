@@ -43,6 +43,7 @@ class Objective(nn.Module):
         self.attention: AttentionPath = attention
         self.weights: dict[str, float] = kind.weights(settings)
         self.draws: Any = next((model.draws for model in models.values() if hasattr(model, "draws")), Draws())
+        self.is_compiled = False
         self._flops: dict[tuple[int, int], float] = {}
         kind.prepare(self)
 
@@ -57,6 +58,11 @@ class Objective(nn.Module):
         self.draws.keys, self.draws.length = batch.get("row_keys"), batch["input_ids"].shape[1]
         self.draws.places = None
         return self.kind.forward(self, batch)  # type: ignore[no-any-return]
+
+    def compile(self, *arguments: Any, **settings: Any) -> None:
+        """As of any module."""
+        self.is_compiled = True
+        super().compile(*arguments, **settings)
 
     def loss(self, sums: Mapping[str, Tensor], targets: Sums) -> Tensor:
         """() the weighted sum of the terms of a batch, each divided by its targets in all of the optimizer step."""

@@ -31,6 +31,7 @@ class TrainingState:
         window_counts: their counts.
         origin: model or run that the training began with; empty for none.
         speeds: rows per second of each process by its name, where they decide who computes what; else empty.
+        rows_at_once: of each process by its name and memory, what fits in each phase where that was tried; else empty.
         own: what else the loop has to know, a dataclass of plain values; None for nothing.
     """
 
@@ -43,6 +44,7 @@ class TrainingState:
     window_counts: Sums = field(default_factory=dict)
     origin: str = ""
     speeds: Sums = field(default_factory=dict)
+    rows_at_once: dict[str, list[int]] = field(default_factory=dict)
     own: Any = None
 
     def __post_init__(self) -> None:
