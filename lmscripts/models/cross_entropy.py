@@ -73,7 +73,7 @@ def _losses(
 def _gradient(
     product: Tensor, bias: Tensor | None, label: Tensor, share: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The two losses of (n, V) logits, and of their sum the (n, V) gradient, in the same precision, with its (V,) sum."""
+    """The two losses of (n, V) logits, and of their sum the (n, V) gradient in the same precision, and its (V,) sum."""
     logits, logarithms, partition, plain, penalty = _losses(product, bias, label, share, z_loss)
     gradient = torch.exp(logarithms, out=logits)
     gradient *= (share * (1 + 2 * z_loss * partition))[:, None]

@@ -131,6 +131,8 @@ class RunFolder:
         beside: writes what stands beside each model, such as its tokenizer.
     """
 
+    behind: bool | None = None
+
     def __init__(
         self,
         path: Path,
@@ -157,7 +159,6 @@ class RunFolder:
         self.source: Path | None = None
         self.continued = False
         self._carry_over: str | None = None
-        self.behind: bool | None = None
         self._writer: threading.Thread | None = None  # on the main process
         self._problem: Exception | None = None  # that it had
         self._place: Path | None = None  # of the checkpoint that nobody waited for yet

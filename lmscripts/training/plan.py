@@ -65,6 +65,11 @@ class PhaseSettings:
     epochs: float | None
     objective: Any
 
+    def at_once(self, can_try: bool) -> dict[str, Any]:
+        """Rows of a forward pass, and whether to try how many fit: who tries has to need no other process for it."""
+        given = self.micro_batch_size
+        return {"micro_batch_size": given or _ROWS_AT_ONCE, "is_tried": can_try and given is None}
+
     def total_rows(self, num_rows: int) -> int:
         """Rows of the phase, where the text has so many."""
         return self.batch_size * (self.steps or 0) or max(1, round((self.epochs or 0) * num_rows * self.store.whole))
@@ -204,7 +209,8 @@ def open_phases(
         phases: what each phase is asked to be.
         sources: their rows, from `open_sources`.
         objective: its module.
-        tokenizer, accelerator: of transformers; the running processes.
+        tokenizer: from transformers.
+        accelerator: the running processes.
         with_ends: batches bring the ends of segments, for varlen attention.
         seed: decides order and masks.
         most_eval_rows: held-out rows to evaluate on, at most.
@@ -221,7 +227,6 @@ def open_phases(
     from lmscripts.training.processes import nodes_of_processes, process_shares
 
     nodes, made = nodes_of_processes(accelerator, node_rank), []
-    tries = accelerator.device.type == "cuda" and not aligned  # who tries alone must not need the others
     for number, (phase, (rows, held_out)) in enumerate(zip(phases, sources, strict=True)):
         plan = objective.plan(tokenizer, rows.layout, phase.objective)
         made.append(
@@ -235,8 +240,7 @@ def open_phases(
                 batch_size=phase.batch_size,
                 total_rows=phase.total_rows(rows.num_rows),
                 shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
-                micro_batch_size=phase.micro_batch_size or _ROWS_AT_ONCE,
-                is_tried=tries and phase.micro_batch_size is None,
+                **phase.at_once(accelerator.device.type == "cuda" and not aligned),
                 most_eval_rows=most_eval_rows,
                 pin_memory=accelerator.device.type == "cuda",
                 whole=phase.store.whole,
