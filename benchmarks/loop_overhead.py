@@ -4,7 +4,7 @@ python benchmarks/loop_overhead.py --store store
 
 The script runs in this process as it is, with an optimizer step of a single micro-batch. After every so many of its
 steps its clock stands still, and the bare loop does the same steps on a copy of the model, with batches from the same
-source. Nothing is logged or saved meanwhile, as a longer run would do rarely. In the end both have the same weights.
+source. Nothing is logged or saved meanwhile, as a longer run would do rarely. In the end both must have the same weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +113,19 @@ def main() -> None:
         run.data = InTurns(run.data, bare_loop(run.data, run.rate, model, optimizer), given.steps)
         run.folder.save = lambda *_: run.data.take_turns()  # at the end of the last turn
         train(options, run)
-        for ours, theirs in zip(run.objective.parameters(), model.parameters(), strict=True):
-            assert torch.equal(ours, theirs), "the loops computed something else"
+        both = zip(run.objective.parameters(), model.parameters(), strict=True)
+        apart = max(float((ours - theirs).abs().max()) for ours, theirs in both)
+        if apart > 1e-3:
+            raise SystemExit(f"the loops computed something else: weights differ by {apart:.1e}")
+        print(f"weights differ by at most {apart:.1e}")
         pairs = run.data.pairs
         for clocks in (pairs.wall, pairs.cpu):
             del clocks[0][0], clocks[1][0]  # the first warms up
         print(pairs.report(given.steps, "steps"))
-        raise SystemExit
+        raise SystemExit(0)
 
     script.train, number = train_in_turns, given.steps * (given.pairs + 1)
-    with tempfile.TemporaryDirectory() as folder, suppress(SystemExit):
+    with tempfile.TemporaryDirectory() as folder:
         words = ["--dataset_dir", given.store, "--model_dir", Path(folder, "run"), "--model_type", given.model_type]
         words += ["--max_steps", number, "--save_steps", number, "--logging_steps", number, "--eval_rows", 0]
         words += ["--batch_size", given.rows, "--sequence_length", given.length, "--tracker", "none"]

@@ -120,7 +120,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     continue
                 losses, penalties, gradient, of_bias = between(states @ matrix.t(), bias, label, share, z_loss)
                 plain, penalty = plain + losses, penalty + penalties
-                if for_bias is not None:
+                if for_bias is not None and of_bias is not None:
                     for_bias += of_bias
                 if for_hidden is not None:
                     for_hidden[part] = gradient @ matrix
