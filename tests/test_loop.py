@@ -4,6 +4,7 @@ import shutil
 import threading
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from lmscripts.models.finding import find_damage, list_checkpoints
 from lmscripts.training import optim, passes, processes
 from lmscripts.training.checkpoint import optimizer_state
 from lmscripts.training.folder import RunFolder
+from lmscripts.training.pace import Pace
 from lmscripts.training.state import TrainingState
 
 NAN = float("nan")
@@ -113,6 +115,60 @@ def test_seeding_a_step_gives_the_numbers_of_torch_and_keeps_nothing():
     assert len(torch.cuda._queued_calls) == before
     torch.manual_seed(torch.initial_seed())
     assert torch.equal(torch.rand(5), drawn)
+
+
+@pytest.mark.parametrize(("launched", "backend"), [("0", "cpu:gloo,cuda:nccl"), ("-1", None)])
+def test_processes_on_gpus_have_a_world_for_numbers_on_the_cpu_too(launched, backend, monkeypatch):
+    seen = []
+
+    class State:
+        device = torch.device("cuda")
+
+        def __init__(self, cpu, timeout, backend=None):
+            seen.append(backend)
+
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setattr(processes, "_on_cpu", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", launched)
+    processes.connect(60)
+    assert seen == [backend]
+
+
+class Event:
+    """A moment in the queue of a GPU."""
+
+    def __init__(self, milliseconds):
+        self.at, self.is_over = milliseconds, False
+
+    def elapsed_time(self, other):
+        assert self.is_over
+        assert other.is_over
+        return other.at - self.at
+
+    def query(self):
+        return self.is_over
+
+    def synchronize(self):
+        self.is_over = True
+
+
+def test_the_pace_of_a_gpu_is_read_when_the_gpu_is_there():
+    pace, marks = Pace(torch.device("cpu")), ("begun", "agreed", "gradient", "exchanged")
+    steps = [[Event(at + moment) for moment in (0, 10, 40, 45)] for at in (0, 100)]
+    pace._hooks = []
+    for rows, step in enumerate(steps, 3):
+        pace.rows, pace._marks = rows, dict(zip(marks, step, strict=True))
+        pace.settle()
+    assert pace.waited == 0
+    for event in steps[0]:
+        event.is_over = True
+    pace.settle()
+    assert pace.waited == pytest.approx(0.015)
+    for event in steps[1][:3]:
+        event.is_over = True
+    pace.settle(wait=True)
+    assert pace.waited == pytest.approx(0.030)
+    assert pace.speed() == pytest.approx(3 / 0.03)
 
 
 # ---- checkpoints that are written meanwhile ------------------------------------------------------------------------

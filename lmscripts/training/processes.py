@@ -129,7 +129,8 @@ def connect(timeout_seconds: int) -> torch.device:
     # NCCL ends a process without a word; before it does, the others have said who is silent.
     patience = timedelta(seconds=timeout_seconds + (0 if _on_cpu() else 12))
     # On GPUs also a gloo world, for numbers on the CPU: NCCL would let the host wait for all that is queued before.
-    backend = {} if _on_cpu() else {"backend": "cpu:gloo,cuda:nccl"}
+    is_launched = int(os.environ.get("LOCAL_RANK", "-1")) != -1 and not _on_cpu()
+    backend: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl"} if is_launched else {}
     try:
         device: torch.device = PartialState(cpu=_on_cpu(), timeout=patience, **backend).device
     except torch.distributed.DistError as error:
