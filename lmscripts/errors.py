@@ -56,6 +56,7 @@ class _Outlet:
                 os.dup2(nothing.fileno(), self._stream.fileno())
 
 
+WRITER = "writer"  # name of threads whose work is to be done before a process ends
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
 
 
@@ -174,5 +175,8 @@ def leave(code: int) -> NoReturn:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        for thread in threading.enumerate():
+            if thread.name == WRITER:
+                thread.join()
         os._exit(code)
     sys.exit(code)

@@ -489,7 +489,7 @@ def begin(
     objective = labels.trained(network, labels.Settings(task.multi_label, options.label_smoothing, positive_weights))
     adam = {"learning_rate": options.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8}
     optimizer = optim.build_optimizer("adamw", objective, weight_decay=options.weight_decay, **adam)
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = accelerator.prepare(objective), optim.with_scaler(accelerator, optimizer)
     own = classifier_run.ClassifierProgress()
     state = run_folder.restore(accelerator, objective, optimizer, own=own)
     facts = {"metric": options.metric, "processes": accelerator.num_processes, "parameters": network.num_parameters()}
@@ -508,7 +508,7 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
     """The loop; whether it was stopped before its last step."""
     from accelerate.utils import send_to_device
 
-    from lmscripts.training import folder, log, optim, processes
+    from lmscripts.training import log, optim, processes
 
     accelerator, state, own, objective, model = run.accelerator, run.state, run.state.own, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
@@ -534,11 +534,8 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
                 accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
             epoch_meter.add_sums(sums)
-        norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or inf)
-        finite = state.judge(norm, has_scaler)
-        if finite or has_scaler:  # which has to see the others too, to find its scale
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        norm = optim.clip_gradients(accelerator, model, options.max_grad_norm or inf)
+        optim.step(run.optimizer, norm, state, has_scaler=has_scaler)
         state.step += 1
         state.real_tokens += targets["tokens"]
         meter.add_step(targets)
@@ -557,10 +554,10 @@ def train(options: Options, run: Run, stop_asked: StopRequest) -> bool:
                 own.epoch_sums, own.epoch_counts = epoch_meter.open_window(accelerator)
                 run.folder.save(accelerator, objective, run.optimizer, state)
             if accelerator.is_main_process:
-                run.folder.prune(options.keep_last)
-                folder.prune_best(run.folder.path, lambda saved: saved["best_epoch"])
+                run.folder.prune(options.keep_last, best=lambda saved: saved["best_epoch"])
     batches.close()
     report.bar.close()
+    run.folder.wait(accelerator)
     return stopped
 
 

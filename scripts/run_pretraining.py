@@ -58,8 +58,8 @@ Balance = Literal["even", "auto"]
 CarryOver = Literal["weights", "moments", "everything"]
 Every = int | Literal["epoch"]
 POSITIVE = [
-    "batch_size", "micro_batch_size", "max_steps", "epochs", "save_steps", "logging_steps", "eval_every",
-    "stop_at_step", "learning_rate", "sequence_length", "decay_steps", "expected_processes", "timeout",
+    "batch_size", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs", "save_steps", "logging_steps",
+    "eval_every", "stop_at_step", "learning_rate", "sequence_length", "decay_steps", "expected_processes", "timeout",
     "num_workers", "phase_steps", "n_layer", "n_head", "n_embd"
 ]  # fmt: skip
 NOT_NEGATIVE = [
@@ -67,7 +67,7 @@ NOT_NEGATIVE = [
     "max_unknown_share"
 ]  # fmt: skip
 BELOW_ONE = ["hidden_dropout", "attention_dropout", "beta1", "beta2", "final_lr_ratio", "validation_fraction"]
-PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_size"
+PER_PHASE = "give these once or once for each: dataset_dir sequence_length mask_probability batch_size micro_batch_*"
 OBJECTIVES = " or ".join(objectives.names())
 SETTINGS = [*(objectives.objective(name).Settings for name in objectives.names()), OlderNames]
 # What the preset decides where no option does, and what of it an option may say otherwise.
@@ -146,8 +146,9 @@ class Options:
         (), help="rows per step, all processes; or the preset's", group="optimizer", most=10**9
     )
     micro_batch_size: tuple[int, ...] = option(
-        (32,), help="rows of one forward pass on one process", group="optimizer", most=10**6
+        (), help="rows of one forward pass on one process; 32, on a GPU what fits", group="optimizer", most=10**6
     )
+    micro_batch_tokens: tuple[int, ...] = option((), help="the same in tokens", group="optimizer", most=10**9)
     process_shares: tuple[int, ...] = option((), help="relative rows of each process: 3 1", group="optimizer")
     balance: Balance = option("even", help="auto: divide them by measured speed", group="optimizer")
     optimizer: Optimizer = option("adamw", help="muon is for the layers' matrices, with adamw", group="optimizer")
@@ -205,6 +206,8 @@ class Options:
         if self.process_shares and (min(self.process_shares) < 0 or sum(self.process_shares) == 0):
             given = " ".join(map(str, self.process_shares))
             raise UserError(f"--process_shares must be at least 0 and not all 0, got {given}")
+        if self.micro_batch_size:
+            check_useless(values, "with --micro_batch_size, which says the same in rows", "micro_batch_tokens")
         if self.balance == "auto":
             check_useless(values, "with --balance auto, which measures them", "process_shares")
         if self.schedule == "constant":
@@ -300,7 +303,7 @@ def ask_phases(options: Options, settings: Any) -> list[plan.PhaseSettings]:
     """What each phase is asked to be; one phase without --phase_steps."""
     steps = options.phase_steps or (options.max_steps,)
     of_objective = {name: value for name, value in asdict(settings).items() if isinstance(value, tuple)}
-    names = ("dataset_dir", "sequence_length", "batch_size", "micro_batch_size")
+    names = ("dataset_dir", "sequence_length", "batch_size", "micro_batch_size", "micro_batch_tokens")
     values = plan.by_phase({name: getattr(options, name) for name in names} | of_objective, len(steps))
     stores = plan.open_stores(
         options.dataset_dir,
@@ -315,7 +318,8 @@ def ask_phases(options: Options, settings: Any) -> list[plan.PhaseSettings]:
     phases = []
     for number, value in zip(steps, values, strict=True):
         own = replace(settings, **{name: (value.pop(name),) for name in of_objective if name in value})
-        store = stores[value.pop("dataset_dir", "")]
+        store, tokens = stores[value.pop("dataset_dir", "")], value.pop("micro_batch_tokens", 0)
+        value.setdefault("micro_batch_size", max(1, tokens // value["sequence_length"]) if tokens else None)
         phases.append(plan.PhaseSettings(store=store, steps=number, epochs=options.epochs, objective=own, **value))
     return phases
 
@@ -507,7 +511,7 @@ def begin(
         epsilon=options.epsilon,
         weight_decay=options.weight_decay,
     )
-    optimizer = accelerator.prepare(optimizer)
+    optimizer = optim.with_scaler(accelerator, optimizer)
     kept = {"average": average, "optimizer_name": options.optimizer}
     state = run_folder.restore(accelerator, objective, optimizer, **kept)
     stop_step = min(data.num_steps, options.stop_at_step or data.num_steps)
@@ -520,6 +524,8 @@ def begin(
         state.origin = options.start_from or building.origin(asked.preset)
     if accelerator.is_main_process:
         run_folder.write_options(asked.as_yaml)
+    data, said = plan.fit_rows(accelerator, data, objective, state)
+    accelerator.print("".join(f"{sentence}\n" for sentence in said), end="", flush=True)
     return Run(accelerator, data, rate, run_folder, objective, model, optimizer, average, state, stop_step)
 
 
@@ -553,12 +559,9 @@ def train(options: Options, run: Run) -> str:
                 accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
         norm = optim.clip_gradients(accelerator, model, options.max_grad_norm or inf)
-        finite = state.judge(norm, has_scaler)
-        if finite or has_scaler:  # which has to see the others too, to find its scale
-            run.optimizer.step()
+        finite = optim.step(run.optimizer, norm, state, has_scaler=has_scaler, at_once=run.average is not None)
         if finite and run.average:
             optim.update_average(run.average, objective)
-        run.optimizer.zero_grad(set_to_none=True)
         phase = data.of_step(state.step)
         state.step += 1
         state.real_tokens += targets["tokens"]
@@ -579,6 +582,7 @@ def train(options: Options, run: Run) -> str:
                 run.folder.prune(options.keep_last, options.keep_every)
     batches.close()
     report.bar.close()
+    run.folder.wait(accelerator)
     return stop_asked.words() if stopped else ""
 
 

@@ -453,7 +453,7 @@ def begin(
         epsilon=options.epsilon or 0.0,
         weight_decay=options.weight_decay,
     )
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = accelerator.prepare(objective), optim.with_scaler(accelerator, optimizer)
     state = run_folder.restore(accelerator, objective, optimizer, own=Progress())
     if options.initial_optimizer and not run_folder.continued:
         notices += folder.load_moments(options.initial_optimizer, objective, optimizer, options.optimizer)
@@ -476,7 +476,7 @@ def train(options: Options, run: Run) -> str:
     """The loop; what stopped it before its last step, empty where nothing did."""
     from accelerate.utils import send_to_device
 
-    from lmscripts.training import folder, log, optim, processes
+    from lmscripts.training import log, optim, processes
 
     accelerator, steps, state, objective, model = run.accelerator, run.steps, run.state, run.objective, run.model
     rank, device, has_scaler = accelerator.process_index, accelerator.device, accelerator.scaler is not None
@@ -501,11 +501,8 @@ def train(options: Options, run: Run) -> str:
                 # DDP takes the mean of the gradients over the processes; wanted is the sum over all targets.
                 accelerator.backward(objective.loss(sums, targets) * accelerator.num_processes)
             meter.add_sums(sums)
-        norm = accelerator.clip_grad_norm_(model.parameters(), options.max_gradient_norm or inf)
-        finite = state.judge(norm, has_scaler)
-        if finite or has_scaler:  # which has to see the others too, to find its scale
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        norm = optim.clip_gradients(accelerator, model, options.max_gradient_norm or inf)
+        optim.step(run.optimizer, norm, state, has_scaler=has_scaler)
         state.step += 1
         state.real_tokens += targets["tokens"]
         state.own.records = steps.records(state.step)
@@ -523,11 +520,10 @@ def train(options: Options, run: Run) -> str:
                 state.window_sums, state.window_counts = meter.open_window(accelerator)
                 run.folder.save(accelerator, objective, run.optimizer, state)
             if accelerator.is_main_process:
-                if options.keep_snapshots:
-                    run.folder.prune(options.keep_snapshots)
-                folder.prune_best(run.folder.path, lambda saved: saved["best_epoch"])
+                run.folder.prune(options.keep_snapshots or log.ENDLESS, best=lambda saved: saved["best_epoch"])
     batches.close()
     report.bar.close()
+    run.folder.wait(accelerator)
     return stop_asked.words() if stopped else ""
 
 

@@ -80,13 +80,13 @@ def wait_for_step(process, run_dir, step):
         time.sleep(0.002)
 
 
-def kill_at_random_moments(arguments, run_dir, log_file, config=None, times=4, seed=5):
+def kill_at_random_moments(arguments, run_dir, log_file, config=None, times=4, seed=5, script=SCRIPT):
     """Start a run again and again and kill it, LMSCRIPTS_KILLS or `times` times; returns how often it was killed."""
     moment = random.Random(seed)
     kills = 0
     with open(log_file, "w", encoding="utf-8") as log:
         while kills < int(os.environ.get("LMSCRIPTS_KILLS", times)):
-            process = start(arguments, log, config)
+            process = start(arguments, log, config, script)
             before = newest_step(run_dir)
             # Somewhere in the loop or in a save, after a little progress; or at any time, often while starting.
             deadline = time.monotonic() + (60 if moment.random() < 0.6 else moment.uniform(0.2, 5))

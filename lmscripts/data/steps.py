@@ -251,6 +251,7 @@ class Phase:
         pin_memory: put batches where a GPU can fetch them without blocking.
         whole: how many times as large the text is of which `train` is a sample.
         aligned: all processes make the same number of forward passes.
+        is_tried: nobody said how many rows one forward pass has: as many as fit, see `lmscripts.training.passes`.
     """
 
     train: RowSource
@@ -267,6 +268,7 @@ class Phase:
     pin_memory: bool = False
     whole: float = 1.0
     aligned: bool = False
+    is_tried: bool = False
 
     @property
     def layout(self) -> Layout:

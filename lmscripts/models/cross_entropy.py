@@ -7,6 +7,7 @@ nothing is computed twice and only the gradients of the hidden states and of the
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.autograd.function import once_differentiable
 # Most logits held at a time, for at least so many positions. On the CPU they should stay in its cache and in memory
 # that the C library keeps: blocks of over 32 MiB go back to the kernel and are cleared anew each time. With fewer
 # positions the time would go into adding to the gradient of the output matrix.
-LOGITS_AT_ONCE = {"cpu": (1 << 21, 128)}
-LOGITS_ON_DEVICE = (1 << 24, 1)
+# A GPU wants large products: half a GiB of logits in fp32.
+LOGITS_AT_ONCE = {"cpu": (1 << 21, 128), "cuda": (1 << 27, 1)}
+LOGITS_ON_DEVICE = (1 << 24, 1)  # another one
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -29,6 +31,7 @@ def chunked_cross_entropy(
     weights: Tensor,
     z_loss: float = 0.0,
     positions_at_once: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over N positions: of the loss, of its two parts, and of right predictions.
 
@@ -36,6 +39,7 @@ def chunked_cross_entropy(
     one is 0 the label may be any id. `z_loss` is the factor of the square of the logarithm of the partition function,
     which is added to every loss so that logits do not drift (arXiv:2204.02311, section 5). Logits of so many positions
     at once are held in fp32 and once more in the precision of the matrix product; None takes what suits the device.
+    Where it is `compiled`, what lies between the products is a kernel or two, which hold nothing in fp32.
 
     Returns:
         () fp32 each: the sum of weight x (cross-entropy + z_loss x log(Z)^2), which gradients flow through; the sum of
@@ -48,8 +52,38 @@ def chunked_cross_entropy(
         most, least = LOGITS_AT_ONCE.get(device, LOGITS_ON_DEVICE)
         positions_at_once = max(least, most // weight.shape[0])
     with_gradients = torch.is_grad_enabled()  # which inside a Function always is off
-    settings = (z_loss, dtype, positions_at_once, with_gradients)
+    settings = (z_loss, dtype, positions_at_once, with_gradients, compiled)
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, weights, *settings)  # type: ignore
+
+
+def _losses(
+    logits: Tensor, bias: Tensor | None, label: Tensor, share: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(n, V) fp32 logits, their logarithmic softmax, (n,) logarithms of the partition function, and the two losses."""
+    logits = logits.float()
+    if bias is not None:
+        logits += bias.float()
+    first = logits[:, 0].clone()
+    logarithms = torch.log_softmax(logits, -1)  # one pass, where logsumexp takes several
+    partition = first - logarithms[:, 0]
+    entropy = -logarithms.gather(1, label).squeeze(1)
+    return logits, logarithms, partition, (entropy * share).sum(), (z_loss * partition.square() * share).sum()
+
+
+def _gradient(
+    product: Tensor, bias: Tensor | None, label: Tensor, share: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The two losses of (n, V) logits, and of their sum the (n, V) gradient in the same precision, and its (V,) sum."""
+    logits, logarithms, partition, plain, penalty = _losses(product, bias, label, share, z_loss)
+    gradient = torch.exp(logarithms, out=logits)
+    gradient *= (share * (1 + 2 * z_loss * partition))[:, None]
+    gradient.scatter_add_(1, label, -share[:, None])
+    return plain, penalty, gradient.to(product.dtype), None if bias is None else gradient.sum(0)
+
+
+@cache
+def _compiled_gradient() -> Any:
+    return torch.compile(_gradient, dynamic=True)  # for the last positions, which are fewer
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -65,43 +99,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         chunk: int,
         with_gradients: bool,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         plain, penalty, correct = hidden.new_zeros(3, dtype=torch.float32).unbind()
         wants_hidden, wants_weight, wants_bias = (with_gradients and needed for needed in ctx.needs_input_grad[:3])
         for_hidden = torch.empty_like(hidden) if wants_hidden else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+        between = _compiled_gradient() if compiled else _gradient
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             for begin in range(0, hidden.shape[0], chunk):
                 part = slice(begin, begin + chunk)
                 states, label, share = hidden[part].to(dtype), labels[part, None], weights[part]
-                logits = (states @ matrix.t()).float()
-                if bias is not None:
-                    logits += bias.float()
-                first = logits[:, 0].clone()
-                logarithms = torch.log_softmax(logits, -1)  # one pass, where logsumexp takes several
-                partition = first - logarithms[:, 0]
-                entropy = -logarithms.gather(1, label).squeeze(1)
-                plain = plain + (entropy * share).sum()
-                penalty = penalty + (z_loss * partition.square() * share).sum()
                 if not (wants_hidden or wants_weight):
+                    logits, _, _, losses, penalties = _losses(states @ matrix.t(), bias, label, share, z_loss)
+                    plain, penalty = plain + losses, penalty + penalties
                     correct = correct + ((logits.argmax(-1) == label.squeeze(1)) * share).sum()
-                    del logits, logarithms
+                    del logits
                     continue
-                gradient = torch.exp(logarithms, out=logits)
-                gradient *= (share * (1 + 2 * z_loss * partition))[:, None]
-                gradient.scatter_add_(1, label, -share[:, None])
-                if for_bias is not None:
-                    for_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
+                losses, penalties, gradient, of_bias = between(states @ matrix.t(), bias, label, share, z_loss)
+                plain, penalty = plain + losses, penalty + penalties
+                if for_bias is not None and of_bias is not None:
+                    for_bias += of_bias
                 if for_hidden is not None:
                     for_hidden[part] = gradient @ matrix
                 if for_weight is not None and dtype == torch.float32:
                     for_weight.addmm_(gradient.t(), states)
                 elif for_weight is not None:
                     for_weight += gradient.t() @ states
-                del logits, logarithms, gradient  # or they would stand beside those of the next positions
+                del gradient  # or it would stand beside those of the next positions
         ctx.save_for_backward(for_hidden, for_weight, for_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(plain, penalty, correct)
@@ -116,5 +143,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if for_hidden is None else for_hidden * gradient.to(for_hidden.dtype),
             None if for_weight is None else (for_weight.mul_(gradient)).to(weight_dtype),
             None if for_bias is None else (for_bias * gradient).to(bias_dtype),
-            *([None] * 6),
+            *([None] * 7),
         )

@@ -168,7 +168,13 @@ def forward(trained: Objective, batch: Batch) -> dict[str, Tensor]:
     hidden = trained.family.encode(model, batch["input_ids"], batch["position_ids"], attention).flatten(0, 1)
     head = model.get_output_embeddings()
     loss, entropy, penalty, correct = chunked_cross_entropy(
-        hidden, head.weight, head.bias, batch["labels"], batch["weights"], trained.settings.z_loss or 0.0
+        hidden,
+        head.weight,
+        head.bias,
+        batch["labels"],
+        batch["weights"],
+        trained.settings.z_loss or 0.0,
+        compiled=trained.is_compiled and hidden.device.type != "cpu",
     )
     sums = {"clm": loss, "clm_entropy": entropy, "clm_penalty": penalty}
     return sums if trained.training else sums | {"clm_correct": correct}

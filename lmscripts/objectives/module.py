@@ -43,6 +43,8 @@ class Objective(nn.Module):
         self.attention: AttentionPath = attention
         self.weights: dict[str, float] = kind.weights(settings)
         self.draws: Any = next((model.draws for model in models.values() if hasattr(model, "draws")), Draws())
+        self.is_compiled = False
+        self._flops: dict[tuple[int, int], float] = {}
         kind.prepare(self)
 
     @property
@@ -57,6 +59,11 @@ class Objective(nn.Module):
         self.draws.places = None
         return self.kind.forward(self, batch)  # type: ignore[no-any-return]
 
+    def compile(self, *arguments: Any, **settings: Any) -> None:
+        """As of any module."""
+        self.is_compiled = True
+        super().compile(*arguments, **settings)
+
     def loss(self, sums: Mapping[str, Tensor], targets: Sums) -> Tensor:
         """() the weighted sum of the terms of a batch, each divided by its targets in all of the optimizer step."""
         terms = self.weights.items()
@@ -68,8 +75,10 @@ class Objective(nn.Module):
 
     def flops_per_position(self, sequence_length: int, slots: int) -> float:
         """Operations of a training step per position."""
-        bodies = {id(model.base_model): model for model in self.models.values()}  # two heads may share one
-        return float(sum(self.family.flops(model, sequence_length, slots) for model in bodies.values()))
+        if (shape := (sequence_length, slots)) not in self._flops:
+            bodies = {id(model.base_model): model for model in self.models.values()}  # two heads may share one
+            self._flops[shape] = float(sum(self.family.flops(model, *shape) for model in bodies.values()))
+        return self._flops[shape]
 
     def kept_bytes(self, batch: Batch, dtype: torch.dtype) -> int:
         """Bytes that a training forward pass of a batch keeps for the gradient, found without computing anything.

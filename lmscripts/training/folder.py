@@ -7,21 +7,23 @@ import json
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmscripts.errors import OfAnother, UserError, shortened
+from lmscripts.errors import WRITER, OfAnother, UserError, shortened
 from lmscripts.files import remove_leftovers, replaced_folder, write_text
 from lmscripts.models.checks import check_classes, check_exports
 from lmscripts.models.finding import (
@@ -141,9 +143,13 @@ class RunFolder:
     Attributes:
         path: the folder; on a machine that does not see the main process' one, a copy of its newest checkpoint.
         source: the checkpoint that the run goes on from, its own or another run's; None for none.
+        behind: checkpoints are written by a thread, from a copy on the CPU, while the next steps are computed; None to
+            do so where they are computed on another device. Not with sharded weights, which are gathered one by one.
         continued: it is the run's own.
         beside: writes what stands beside each model, such as its tokenizer.
     """
+
+    behind: bool | None = None
 
     def __init__(
         self,
@@ -171,6 +177,10 @@ class RunFolder:
         self.source: Path | None = None
         self.continued = False
         self._carry_over: str | None = None
+        self._writer: threading.Thread | None = None  # on the main process
+        self._problem: Exception | None = None  # that it had
+        self._place: Path | None = None  # of the checkpoint that nobody waited for yet
+        self._copies = list[Tensor]()
 
     def enter(
         self,
@@ -335,7 +345,7 @@ class RunFolder:
         state: TrainingState,
         average: AveragedModel | None = None,
     ) -> None:
-        """Save a checkpoint; every process calls it and learns whether it worked.
+        """Save a checkpoint; every process calls it and learns whether it worked, see also `wait`.
 
         Args:
             accelerator: the running processes.
@@ -347,9 +357,12 @@ class RunFolder:
         Raises:
             UserError: it could not be written, or a weight is no finite number; earlier checkpoints are as they were.
         """
+        self.wait(accelerator)
+        state.settle()
         models: Mapping[str, PreTrainedModel] = trained.models  # type: ignore[assignment]
         states = {part: _untied(model) for part, model in models.items()}
         sharded, place, problem = is_sharded(trained), self.path / self._name(state.step), None
+        behind = (accelerator.device.type != "cpu" if self.behind is None else self.behind) and not sharded
         try:
             for part, of_part in states.items():
                 checkpoints.check_finite(of_part, part, state.step)
@@ -359,9 +372,11 @@ class RunFolder:
         tensors, groups = checkpoints.optimizer_state(optimizer, trained)
         averages = {} if average is None else average_state(average)
         # What is sharded is gathered while it is written, in this order, in which all processes take part.
-        weights = [tensor for of_part in states.values() for tensor in of_part.values()] if sharded else []
-        whole = whole_tensors([*weights, *averages.values(), *tensors.values()])
+        weights = [tensor for of_part in states.values() for tensor in of_part.values()] if sharded or behind else []
+        needed = [*weights, *averages.values(), *tensors.values()]
+        whole = whole_tensors(needed)
         if accelerator.is_main_process and not place.exists():
+            whole = self._copied(needed) if behind else whole
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": state.as_json(), "groups": groups, "scaler": scaler}
             facts |= {"schedule": _in_numbers(self._rate), "learning_rate": self._rate(max(0, state.step - 1))}
@@ -371,23 +386,79 @@ class RunFolder:
                 for part, model in models.items():
                     self.beside(aside / part)
                     write_weights(
-                        aside / part, model, dict(zip(states[part], whole, strict=False)) if sharded else None
+                        aside / part, model, dict(zip(states[part], whole, strict=False)) if weights else None
                     )
                 if averages:
                     checkpoints.save_each(aside / AVERAGE, averages, whole)
 
-            try:
-                checkpoints.save_checkpoint(place, write, tensors, facts, whole)
-            except UserError as error:
-                problem = error
+            self._do(partial(checkpoints.save_checkpoint, place, write, tensors, facts, whole), behind)
         if sharded:
             deque(whole, maxlen=0)  # what was not written: of other processes, or after an error
+        self._place = place
+        if not behind:
+            self.wait(accelerator)
+
+    def _copied(self, tensors: list[Tensor]) -> Iterator[Tensor]:
+        """Tensors as they are now, in memory on the CPU that is kept for the next time, one after another."""
+        is_on_gpu = tensors[0].device.type == "cuda"
+        if not self._copies:
+            self._copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=is_on_gpu) for each in tensors]
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor.detach(), non_blocking=is_on_gpu)
+        if is_on_gpu:
+            torch.cuda.synchronize()
+        return iter(self._copies)
+
+    def _do(self, task: Callable[[], Any], behind: bool) -> None:
+        """Do something, or let a thread do it after what it is doing; what goes wrong is raised by `wait`."""
+        before = self._writer
+
+        def work() -> None:
+            if before is not None:
+                before.join()
+            try:
+                task()
+            except Exception as error:
+                self._problem = self._problem or error
+
+        if behind:
+            self._writer = threading.Thread(target=work, name=WRITER)
+            self._writer.start()
+        else:
+            work()
+
+    def wait(self, accelerator: Accelerator) -> None:
+        """Wait until the last checkpoint is written; every process calls it, and learns whether it worked.
+
+        Raises:
+            UserError: it could not be written; earlier checkpoints are as they were.
+        """
+        place, self._place = self._place, None
+        if place is None:
+            return
+        if self._writer is not None:
+            self._writer.join()
+        problem, self._writer, self._problem = self._problem, None, None
         _raise_together(accelerator, problem, "the main process could not save a checkpoint")
         progress["checkpoint"] = place
         handing.forget_copies()
 
-    def prune(self, keep_last: int, keep_every: int = 0) -> None:
-        """Remove old checkpoints, not the newest `keep_last` (at least one) nor those at multiples of `keep_every`."""
+    def prune(self, keep_last: int, keep_every: int = 0, best: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        """Remove old checkpoints, not the newest `keep_last` (at least one) nor those at multiples of `keep_every`.
+
+        It is done once the last checkpoint is written. With `best`, which gives the name of the best weights from what
+        a checkpoint says of its progress, those that are there now and that none names any more are removed as well.
+        """
+        weights = [] if best is None else [*self.path.glob("best-*")]
+        task = partial(self._prune, keep_last, keep_every, best, weights)
+        if self._writer is None:
+            task()
+        else:
+            self._do(task, behind=True)
+
+    def _prune(
+        self, keep_last: int, keep_every: int, best: Callable[[dict[str, Any]], Any] | None, weights: list[Path]
+    ) -> None:
         for folder in list_checkpoints(self.path)[: -max(1, keep_last)]:
             step = checkpoint_step(folder) or 0
             if not (keep_every and step % keep_every == 0):
@@ -395,6 +466,11 @@ class RunFolder:
                 with suppress(FileNotFoundError):  # somebody else removed it
                     folder.rename(doomed)  # so that a half removed checkpoint is never found by its name
                 shutil.rmtree(doomed, ignore_errors=True)
+        if best is not None and weights:
+            named = {str(best(read_state(each, "progress")["progress"])) for each in list_checkpoints(self.path)}
+            for folder in weights:
+                if folder.name.removeprefix("best-") not in named:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def export(
         self,
@@ -465,7 +541,7 @@ def _load_moments(
     return facts
 
 
-def _raise_together(accelerator: Accelerator, problem: UserError | None, elsewhere: str) -> None:
+def _raise_together(accelerator: Accelerator, problem: Exception | None, elsewhere: str) -> None:
     """Raise a problem that any process has, on every process."""
     if sum_over_processes(accelerator, [float(problem is not None)])[0]:
         raise problem or OfAnother(elsewhere)
@@ -499,7 +575,7 @@ def write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tenso
 
 
 def keep_best(run_dir: Path, name: str, model: PreTrainedModel) -> None:
-    """Write weights aside as best-NAME; earlier ones stay until no checkpoint names them, see `prune_best`."""
+    """Write weights aside as best-NAME; earlier ones stay until no checkpoint names them, see `RunFolder.prune`."""
     folder = run_dir / f"best-{name}"
     remove_leftovers(folder)
     with replaced_folder(folder) as aside:  # of an epoch that was repeated after a stop
@@ -509,16 +585,3 @@ def keep_best(run_dir: Path, name: str, model: PreTrainedModel) -> None:
 def load_best(models: Mapping[str, PreTrainedModel], run_dir: Path, name: str) -> None:
     """Load what `keep_best` wrote; a UserError where it is not there."""
     checkpoints.load_weights(models, run_dir / f"best-{name}")
-
-
-def prune_best(run_dir: Path, named: Callable[[dict[str, Any]], Any]) -> None:
-    """Remove best weights that no checkpoint names any more.
-
-    Args:
-        run_dir: the run's folder.
-        named: gives the name of the best weights from what a checkpoint says of its progress.
-    """
-    kept = {str(named(read_state(folder, "progress")["progress"])) for folder in list_checkpoints(run_dir)}
-    for folder in run_dir.glob("best-*"):
-        if folder.name.removeprefix("best-") not in kept:
-            shutil.rmtree(folder, ignore_errors=True)

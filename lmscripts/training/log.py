@@ -325,7 +325,7 @@ class Meter:
         Every process must call it. Speed counts real tokens only; utilisation, on a known GPU, all positions that
         were computed. Where processes wait for each other, "waiting_RANK" is the share of the time in which each did.
         """
-        self._pace.settle()
+        self._pace.settle(wait=True)
         alone = self._pace.waited if self._pace.is_shared else None
         sums, waited = self._totals(accelerator, [] if alone is None else slots(accelerator, alone))
         counts, seconds = dict(self._counts), max(1e-9, time.monotonic() - self._began)

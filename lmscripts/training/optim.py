@@ -19,6 +19,8 @@ from lmscripts.training.sharding import part_like
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from lmscripts.training.state import TrainingState
+
 ScheduleName = Literal["linear", "cosine", "constant", "wsd"]
 OptimizerName = Literal["adamw", "adam", "radam", "sgd", "lamb", "muon"]
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
@@ -84,8 +86,51 @@ def rates_text(
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, most: float) -> Tensor:
     """Scale gradients to a global norm of at most so much; () the norm before, the same on all processes."""
-    norm: Any = accelerator.clip_grad_norm_(model.parameters(), most)
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients()
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), most)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
+
+
+def step(
+    optimizer: torch.optim.Optimizer, norm: Tensor, state: TrainingState, *, has_scaler: bool, at_once: bool = False
+) -> bool:
+    """Move the weights, on all processes or on none: not where the global norm of the gradients is no finite number.
+
+    A GPU is not waited for where the optimizer can look at the norm there by itself: what became of the step is learned
+    after the next one, and taken to be well until then.
+
+    Args:
+        optimizer: of the run; its gradients are gone afterwards.
+        norm: () the global norm, the same on all processes.
+        state: counts what was skipped, see its `judge`.
+        has_scaler: of fp16, which has to see gradients that are not finite too, to find its scale.
+        at_once: what became of it has to be known now.
+
+    Returns:
+        Whether the weights have moved.
+
+    Raises:
+        UserError: too many steps in a row had no finite gradient.
+    """
+    late = not (at_once or has_scaler) and _is_told_later(optimizer, norm)
+    if late:
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    is_finite = state.judge(norm, has_scaler, late)
+    if is_finite or has_scaler:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return is_finite
+
+
+def _is_told_later(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+    """On a CPU there is nothing to wait for."""
+    return norm.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def with_scaler(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer under the loss scaler of fp16; without one as it is, as what is around it costs time."""
+    return accelerator.prepare(optimizer) if accelerator.scaler is not None else optimizer  # type: ignore[no-any-return]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -58,6 +58,7 @@ class Pace:
         self.waited, self.rows = 0.0, 0
         self.names = list[str]()
         self._steps = deque[tuple[float, int]](maxlen=_MEASURED)  # seconds and rows
+        self._open = deque[tuple[dict[str, Any], int]]()  # marks and rows of steps that a GPU may still compute
         self._watch([each for each in model.parameters() if each.requires_grad] if self.is_shared else [])
 
     def _watch(self, parameters: list[torch.Tensor]) -> None:
@@ -82,8 +83,8 @@ class Pace:
         event.record()
         return event
 
-    def _between(self, first: str, last: str) -> float:
-        begin, end = self._marks[first], self._marks[last]
+    @staticmethod
+    def _between(begin: Any, end: Any) -> float:
         return float(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000)
 
     @contextmanager
@@ -100,16 +101,26 @@ class Pace:
         """After a backward pass, the last of which has waited for the gradients of all."""
         self._marks["exchanged"] = self._mark()
 
-    def settle(self) -> None:
-        """Count the step that was computed; once its gradient was looked at, so that the GPU is done with it."""
+    def settle(self, wait: bool = False) -> None:
+        """Count the steps that were computed; those that a GPU still computes later, unless it is waited for."""
         if "gradient" in self._marks:
-            self.waited += self._between("begun", "agreed") + self._between("gradient", "exchanged")
-            self._steps.append((self._between("agreed", "gradient"), self.rows))
+            self._open.append((self._marks, self.rows))
             if len(self._hooks) > 1:  # from now on only the one whose gradient comes last is watched
                 for hook in self._hooks:
                     hook.remove()
                 self._watch([self._last])
         self._marks = {}
+        while self._open:
+            marks, rows = self._open[0]
+            begun, agreed, gradient, exchanged = (marks[name] for name in ("begun", "agreed", "gradient", "exchanged"))
+            if not isinstance(exchanged, float):
+                if wait:
+                    exchanged.synchronize()
+                elif not exchanged.query():
+                    break
+            self.waited += self._between(begun, agreed) + self._between(gradient, exchanged)
+            self._steps.append((self._between(agreed, gradient), rows))
+            self._open.popleft()
 
     def speed(self) -> float:
         """Rows per second of the last steps, without the slowest of them."""
@@ -170,7 +181,7 @@ class Batches(Iterator[tuple[list[Batch], Counts]]):
         self._batches = self._steps.prefetch(self._state.step, self._stop, self._accelerator.process_index, shares)
 
     def __next__(self) -> tuple[list[Batch], Counts]:
-        self._pace.settle()
+        self._pace.settle(wait=self._state.step == self._due)
         if self._state.step == self._due:
             self.close()
             speeds = sum_over_processes(self._accelerator, slots(self._accelerator, self._pace.speed()))

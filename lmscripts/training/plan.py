@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lmscripts.data.steps import Phase, Phases, RowSource
     from lmscripts.data.token_store import TokenStore
     from lmscripts.objectives.module import Objective
+    from lmscripts.training.state import TrainingState
 
 # Of a run's config.yaml, what belongs to that job and its machines and not to what comes after it.
 _ITS_OWN = {
@@ -33,7 +34,9 @@ _ITS_OWN = {
 _TOGETHER: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("dataset_dir", "input_file"), ("validation_fraction", "validation_file", "num_workers")),
     (("precision", "fp16_type"), ()),
+    (("micro_batch_size", "micro_batch_tokens"), ()),
 )
+_ROWS_AT_ONCE = 32
 _PRETRAINED = [f"pretrained_{half}model_name_or_path" for half in ("", "generator_", "discriminator_")]
 # Of the settings in a checkpoint, what is no option, or none of the family's: config.yaml has it as it was given.
 _LENGTHS = ("max_steps", "epochs")
@@ -48,7 +51,7 @@ class PhaseSettings:
         store: its text.
         sequence_length: tokens per row.
         batch_size: rows of an optimizer step over all processes.
-        micro_batch_size: most rows of one forward pass.
+        micro_batch_size: most rows of one forward pass; None where nobody said: as many as fit on a GPU, else 32.
         steps: optimizer steps; None for as many as `epochs` passes over the rows take.
         epochs: passes over the rows.
         objective: settings of the objective.
@@ -57,10 +60,15 @@ class PhaseSettings:
     store: TokenStore
     sequence_length: int
     batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | None
     steps: int | None
     epochs: float | None
     objective: Any
+
+    def at_once(self, can_try: bool) -> dict[str, Any]:
+        """Rows of a forward pass, and whether to try how many fit: who tries has to need no other process for it."""
+        given = self.micro_batch_size
+        return {"micro_batch_size": given or _ROWS_AT_ONCE, "is_tried": can_try and given is None}
 
     def total_rows(self, num_rows: int) -> int:
         """Rows of the phase, where the text has so many."""
@@ -232,7 +240,7 @@ def open_phases(
                 batch_size=phase.batch_size,
                 total_rows=phase.total_rows(rows.num_rows),
                 shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
-                micro_batch_size=phase.micro_batch_size,
+                **phase.at_once(accelerator.device.type == "cuda" and not aligned),
                 most_eval_rows=most_eval_rows,
                 pin_memory=accelerator.device.type == "cuda",
                 whole=phase.store.whole,
@@ -240,6 +248,15 @@ def open_phases(
             )
         )
     return Phases(made)
+
+
+def fit_rows(
+    accelerator: Accelerator, data: Phases, objective: Objective, state: TrainingState
+) -> tuple[Phases, list[str]]:
+    """As many rows at once as fit, see `lmscripts.training.passes.fit`."""
+    from lmscripts.training.passes import fit
+
+    return fit(accelerator, data, objective, state)
 
 
 def plan_text(
@@ -337,6 +354,9 @@ def _memory_text(
     kept, moments = 0, ", moments and average" if average else " and moments"
     size = (20 if average else 16) * parameters / (accelerator.num_processes if sharded else 1)
     text = f"about {size / 2**20:,.0f} MiB per process for weights, gradients{moments}"
+    if accelerator.device.type != "cpu" and not sharded:
+        copy = (16 if average else 12) * parameters / 2**20
+        text += f"; {copy:,.0f} MiB of process 0 on the CPU, from where checkpoints are written meanwhile"
     if not accelerator.is_main_process:  # which alone shows it
         return text
     for phase in data.phases:
@@ -373,13 +393,14 @@ def _phase_lines(data: Phase) -> list[tuple[str, str]]:
     text += f"{tokens:,.0f} tokens in {num_rows:,.0f} rows of {layout.sequence_length}, "
     text += f"{index.fill():.2%} full, {layout.packing}; "
     text += f"{data.num_eval_rows:,} rows {'of what was read ' if sampled else ''}held out"
+    at_once = "as many as fit, which is tried," if data.is_tried else f"at most {data.micro_batch_size}"
     steps = f"{data.num_steps:,} of {data.batch_size} rows, {epochs:.2f} epochs of "
     steps += f"{num_rows / data.batch_size:,.1f} steps; {positions:,} positions, "
     return [
         ("text", text),
         ("objective", data.words),
         ("steps", f"{steps}{epochs * tokens:,.0f} tokens"),
-        ("shares", f"rows of a step {data.shares} by process, at most {data.micro_batch_size} at once"),
+        ("shares", f"rows of a step {data.shares} by process, {at_once} at once"),
     ]
 
 

@@ -128,8 +128,11 @@ def connect(timeout_seconds: int) -> torch.device:
 
     # NCCL ends a process without a word; before it does, the others have said who is silent.
     patience = timedelta(seconds=timeout_seconds + (0 if _on_cpu() else 12))
+    # On GPUs also a gloo world, for numbers on the CPU: NCCL would let the host wait for all that is queued before.
+    is_launched = int(os.environ.get("LOCAL_RANK", "-1")) != -1 and not _on_cpu()
+    backend: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl"} if is_launched else {}
     try:
-        device: torch.device = PartialState(cpu=_on_cpu(), timeout=patience).device
+        device: torch.device = PartialState(cpu=_on_cpu(), timeout=patience, **backend).device
     except torch.distributed.DistError as error:
         raise UserError(
             f"the processes cannot exchange data ({shortened(error)}): say over which network interface, in the "
@@ -251,12 +254,13 @@ def choose_precision(
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
-    """Sums of each value over all processes, in float64."""
+    """Sums of each value over all processes, in float64; no GPU is asked, nor waits for them."""
     import torch
 
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    tensor = torch.tensor(list(values), dtype=dtype, device=accelerator.device)
-    summed: torch.Tensor = accelerator.reduce(tensor, "sum")
+    if accelerator.num_processes == 1:
+        return [float(value) for value in values]
+    device = "cpu" if accelerator.device.type == "cuda" else accelerator.device  # see `connect`
+    summed: torch.Tensor = accelerator.reduce(torch.tensor(list(values), dtype=torch.float64, device=device), "sum")
     return [float(value) for value in summed.tolist()]
 
 
@@ -266,7 +270,9 @@ def seed_dropout(seed: int, step: int, process: int) -> None:
 
     from lmscripts.counters import stream_key
 
-    torch.manual_seed(stream_key(seed, step, process) >> 1)
+    # What is for all devices writes down, for a GPU that nobody uses, from where it was called: a tenth of a tiny step.
+    seeds = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seeds(stream_key(seed, step, process) >> 1)
 
 
 def slots(accelerator: Accelerator, value: float) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -29,6 +31,7 @@ class TrainingState:
         window_counts: their counts.
         origin: model or run that the training began with; empty for none.
         speeds: rows per second of each process by its name, where they decide who computes what; else empty.
+        rows_at_once: of each process by its name and memory, what fits in each phase where that was tried; else empty.
         own: what else the loop has to know, a dataclass of plain values; None for nothing.
     """
 
@@ -41,7 +44,13 @@ class TrainingState:
     window_counts: Sums = field(default_factory=dict)
     origin: str = ""
     speeds: Sums = field(default_factory=dict)
+    rows_at_once: dict[str, list[int]] = field(default_factory=dict)
     own: Any = None
+
+    def __post_init__(self) -> None:
+        """No step is to be judged yet."""
+        # Its number, the norm on its way to the CPU, when it is there, and the streak that ends the run.
+        self._pending = deque[tuple[int, Tensor, Any, int]]()
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain values, those of `own` among the others."""
@@ -72,26 +81,38 @@ class TrainingState:
         """Sums and counts to go on with; the sums belong to the first process, as they are over all of them."""
         return of_process(self.window_sums, process), dict(self.window_counts)
 
-    def judge(self, gradient_norm: Tensor | float, has_scaler: bool) -> bool:
+    def judge(self, gradient_norm: Tensor, has_scaler: bool, late: bool = False) -> bool:
         """Whether a step may be applied; the global norm is the same on all processes, so all decide alike.
 
-        A loss scaler (fp16) meets overflows while it looks for its scale, so it is given a longer streak.
+        A loss scaler (fp16) meets overflows while it looks for its scale, so it is given a longer streak. If asked to
+        be `late`, nothing waits for the norm: the step before is judged, and this one, which may be applied, after the
+        next or when all are settled.
 
         Raises:
             UserError: too many steps in a row had no finite gradient.
         """
-        if bool(torch.isfinite(torch.as_tensor(gradient_norm))):
-            self.nonfinite_streak = 0
-            return True
-        self.skipped_steps += 1
-        self.nonfinite_streak += 1
-        limit = 25 if has_scaler else 5
-        if self.nonfinite_streak >= limit:
-            raise UserError(
-                f"the gradient was not finite in {limit} steps in a row, up to step {self.step + 1}: lower the "
-                "learning rate or look at the text; the last checkpoint is from before"
-            )
-        return False
+        norm = gradient_norm.detach().float().to("cpu", non_blocking=late)
+        event = torch.Event(gradient_norm.device) if late and gradient_norm.device.type != "cpu" else None
+        if event is not None:
+            event.record()
+        self._pending.append((self.step + 1, norm, event, 25 if has_scaler else 5))
+        self.settle(int(late))
+        return late or self.nonfinite_streak == 0
+
+    def settle(self, left: int = 0) -> None:
+        """Judge the steps that were not judged yet, but for so many of the last; a UserError as `judge` raises it."""
+        while len(self._pending) > left:
+            step, norm, event, limit = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            is_finite = isfinite(norm.numpy())
+            self.nonfinite_streak = 0 if is_finite else self.nonfinite_streak + 1
+            self.skipped_steps += not is_finite
+            if self.nonfinite_streak >= limit:
+                raise UserError(
+                    f"the gradient was not finite in {limit} steps in a row, up to step {step}: lower the learning "
+                    "rate or look at the text; the last checkpoint is from before"
+                )
 
 
 def _is_a(value: Any, hint: Any) -> bool:
