@@ -327,7 +327,6 @@ def main() -> None:
 
 def run(options: Options) -> None:
     """The whole run; ends the process with its exit code."""
-    import torch
     from transformers import logging
 
     from lmscripts.evaluation import classifier_run
@@ -351,7 +350,7 @@ def run(options: Options) -> None:
         options = replace(options, do_continue=True)
     if not options.dry_run:
         processes.from_main(accelerator, partial(files.check_free, options.do_continue))
-    torch.use_deterministic_algorithms(options.deterministic)
+    processes.only_deterministic(options.deterministic)
     parts, positive_weights, steps = lay_out(options, task, accelerator)
     num_steps = steps.per_epoch * options.epochs
     warmup_steps = round(options.warmup_share * num_steps)

@@ -294,7 +294,7 @@ def run(options: Options) -> None:
     if data.held_out is None and options.num_epochs == 0:
         raise UserError("--num-epochs 0 validates only, and there is nothing held out: give --validation-data")
     accelerator = start(options, data)
-    torch.use_deterministic_algorithms(options.deterministic)
+    processes.only_deterministic(options.deterministic)
     started = processes.from_main(accelerator, partial(name_of_run, prefix))
     options = replace(options, experiment_name=options.experiment_name or started)
     run_dir = prefix / str(options.experiment_name)

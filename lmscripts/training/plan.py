@@ -194,6 +194,7 @@ def open_phases(
     node_batch_sizes: Mapping[int, int] | None,
     weights: Sequence[int] | None,
     aligned: bool = False,
+    same_keys: bool = False,
 ) -> Phases:
     """What each process computes in every phase.
 
@@ -210,6 +211,7 @@ def open_phases(
         node_batch_sizes: rows per node, of which the proportions are taken.
         weights: relative share of each process instead.
         aligned: all processes make the same number of forward passes.
+        same_keys: see `lmscripts.data.steps.Phase`.
 
     Raises:
         UserError: shares or nodes do not match the processes.
@@ -237,6 +239,7 @@ def open_phases(
                 pin_memory=accelerator.device.type == "cuda",
                 whole=phase.store.whole,
                 aligned=aligned,
+                same_keys=same_keys,
             )
         )
     return Phases(made)
