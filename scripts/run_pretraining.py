@@ -378,10 +378,7 @@ def run(options: Options, further: Further) -> None:
         attention_dropout=dropouts.attention,
         like=like,
     )
-    names = ("deterministic", "activation_checkpointing", "shard")
-    against = {name: bool(getattr(options, name)) for name in names} | {"balance auto": options.balance == "auto"}
-    compiled, said = processes.choose_compile(options.compile, accelerator, **against)
-    asked, notices = asked._replace(options=replace(options, compile=compiled)), notices + said
+    asked, of_compiling = decide_on_compiling(asked, accelerator)
     data = lay_out(asked, tokenizer, sources, accelerator, with_ends=attention == "varlen")
     rate = optim.Schedule(
         options.schedule,
@@ -391,8 +388,7 @@ def run(options: Options, further: Further) -> None:
         decay_steps=options.decay_steps,
         final_ratio=options.final_lr_ratio or 0.0,
     )
-    models, said = build_models(asked, tokenizer, data, attention, dropouts, like)
-    notices += said
+    models, of_models = build_models(asked, tokenizer, data, attention, dropouts, like)
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
@@ -405,7 +401,7 @@ def run(options: Options, further: Further) -> None:
     }
     words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
-    accelerator.print("\n".join([said, *notices, *remarks(asked, tokenizer)]), flush=True)
+    accelerator.print("\n".join([said, *notices, *of_compiling, *of_models, *remarks(asked, tokenizer)]), flush=True)
     if options.dry_run:
         return
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)
@@ -430,6 +426,16 @@ def start(asked: Inputs) -> Accelerator:
     if options.shard:
         processes.check_sharded(accelerator, options.optimizer, options.balance)
     return accelerator
+
+
+def decide_on_compiling(asked: Inputs, accelerator: Accelerator) -> tuple[Inputs, list[str]]:
+    """The options with an answer to --compile, and a sentence for the user."""
+    from lmscripts.training import processes
+
+    options, names = asked.options, ("deterministic", "activation_checkpointing", "shard")
+    against = {name: bool(getattr(options, name)) for name in names} | {"balance auto": options.balance == "auto"}
+    compiled, said = processes.choose_compile(options.compile, accelerator, **against)
+    return asked._replace(options=replace(options, compile=compiled)), said
 
 
 def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerator, *, with_ends: bool) -> Phases:

@@ -98,19 +98,23 @@ def build(
             check_isolation(module, model, path, layout)
     dropout.install(models.values(), attention_dropout > 0)
     for part in bodies.values() if hidden_dropout or attention_dropout else ():
-        drops, by_rows = drops_something(module, models[part], path)
-        kind = models[part].config.model_type
-        if going_on and hidden_dropout and not drops:
-            notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {kind}")
-        notices += [] if by_rows else [_BY_TORCH.format(kind)]
+        notices += _said_of_dropout(module, models[part], path, hidden_dropout if going_on else 0.0)
     return models, list(dict.fromkeys(notices))
+
+
+def _said_of_dropout(module: Any, model: PreTrainedModel, path: AttentionPath, hidden: float) -> list[str]:
+    """Sentences where a dropout that was asked of a pretrained model has no effect, or is drawn by torch."""
+    (drops, by_rows), kind = drops_something(module, model, path), model.config.model_type
+    said = [f"--hidden_dropout {hidden} has no effect on a {kind}"] if hidden and not drops else []
+    return said if by_rows else [*said, _BY_TORCH.format(kind)]
 
 
 def _num_ids(tokenizer: Any, origin: Path | None) -> int:
     """Entries of the tokenizer, filled up to a multiple of 64; or as many as those of its origin have."""
     if origin is not None and len(tokenizer) % 64:
         with suppress(UserError):  # of what is no checkpoint, which is said where it is loaded
-            return int(read_config(find_checkpoint(origin)[0]).vocab_size)
+            place = origin if (origin / "config.json").is_file() else find_checkpoint(origin)[0]
+            return int(read_config(place).vocab_size)
     return -(-len(tokenizer) // 64) * 64
 
 
