@@ -146,7 +146,7 @@ class Options:
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
 
-    precision: Precision | None = option(None, help="default: the Accelerate config's", group="machine")
+    precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")

@@ -165,7 +165,9 @@ class Options:
     ema_decay: float | None = option(None, help="evaluate and export an average of the weights", group="optimizer")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 = never", group="optimizer")
 
-    precision: Precision | None = option(None, help="or the Accelerate config's, or the preset's", group="machine")
+    precision: Precision | None = option(
+        None, help="or the Accelerate config's, the preset's, the GPU's", group="machine"
+    )
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     compile: bool | None = option(None, help="torch.compile the model; default: on CUDA", group="machine")
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")

@@ -160,7 +160,7 @@ class Options:
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
 
     device: str | None = option(None, help="cpu, cuda or cudaN; default: what there is", group="machine")
-    precision: Precision | None = option(None, help="default: the Accelerate config's", group="machine")
+    precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
