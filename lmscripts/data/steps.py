@@ -247,11 +247,11 @@ class Phase:
         shares: rows of each process in a full step.
         micro_batch_size: most rows of one forward pass.
         most_eval_rows: held-out rows to evaluate on, at most.
+        same_keys: where rows may hold several segments, batches that need no mask have "segments" too, so that what was
+            compiled for one batch is for all.
         pin_memory: put batches where a GPU can fetch them without blocking.
         whole: how many times as large the text is of which `train` is a sample.
         aligned: all processes make the same number of forward passes.
-        same_keys: where rows may hold several segments, batches that need no mask have "segments" too, so that what was
-            compiled for one batch is for all.
     """
 
     train: RowSource
@@ -265,10 +265,10 @@ class Phase:
     shares: list[int]
     micro_batch_size: int
     most_eval_rows: int
+    same_keys: bool = False
     pin_memory: bool = False
     whole: float = 1.0
     aligned: bool = False
-    same_keys: bool = False
 
     @property
     def layout(self) -> Layout:
