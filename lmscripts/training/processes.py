@@ -222,7 +222,7 @@ def in_words(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cpu" and other is not None and other.type != "cuda":
         text += f" (this machine's {other.type.upper()} is not used: models are trained on CUDA or on the CPU)"
     if accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() == "high":
-        precision += ", where that is float32 products in TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it)"
+        precision += "; float32 products in TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it)"
         precision += "; --precision bf16 takes less time and memory" if accelerator.mixed_precision == "no" else ""
     if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") == "False":
         text += " (no GPU was found, but the Accelerate config does not say use_cpu: true)"
