@@ -476,7 +476,7 @@ def build_models(
         seed=asked.options.seed,
         path=attention,
         dropouts=dropouts,
-        origin=folder.carried_from(asked.options.start_from),
+        origin=folder.carried_from(asked.options.start_from) if like is None and len(tokenizer) % 64 else None,
     )
     if asked.options.activation_checkpointing:
         building.recompute_activations(models)
