@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import fake_cuda
 import numpy as np
 import pytest
+import test_policy_model
 import torch
 from test_objectives import LAYOUT, PLAN, InMemory, make_rows
 from tiny import new_models, tiny_preset
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from lmscripts import objectives
 from lmscripts.data.packing import PackedRows, Rows
@@ -20,7 +21,7 @@ from lmscripts.data.steps import Phase
 from lmscripts.data.stream import StreamRows
 from lmscripts.errors import UserError
 from lmscripts.models import attention, building, families
-from lmscripts.objectives import causal
+from lmscripts.objectives import causal, choice, labels
 from lmscripts.objectives.replaced import by_groups, sample
 from lmscripts.training import log, processes
 
@@ -103,6 +104,26 @@ def test_a_forward_pass_with_masks_stays_on_the_gpu_too(family, objective):
     sums, recorder = fake_cuda.forward(trained(family, objective, "sdpa"), batch_for(objective, "sdpa")[0], torch.half)
     assert recorder.elsewhere == []
     assert {each.device.type for each in sums.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("kind", ["choice", "labels"])
+def test_policies_and_classifiers_stay_there_too(kind):
+    if kind == "choice":
+        module = choice.trained(test_policy_model.build(), choice.Settings())
+        batch = test_policy_model.batch_of(test_policy_model.records(ROWS))
+    else:
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 24}
+        model = BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=3, **sizes))
+        module, ids = labels.trained(model, labels.Settings(multi_label=False)), torch.ones(ROWS, 8, dtype=torch.int64)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": ids,
+            "truth": torch.eye(3)[[0, 1, 2, 0]],
+            "weights": torch.ones(ROWS),
+        }
+    sums, recorder = fake_cuda.forward(module.train(), batch, torch.bfloat16)
+    assert recorder.elsewhere == []
+    assert {(each.dtype, each.device.type, each.shape) for each in sums.values()} == {(torch.float32, "cuda", ())}
 
 
 # ---- segments (D1) ----
