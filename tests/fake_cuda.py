@@ -1,7 +1,7 @@
 """CUDA tensors without a GPU: their shapes, dtypes and devices alone, through whole forward passes.
 
-`FakeTensorMode` needs no kernel, but where torch was built without CUDA two ways from Python to its operators ask for
-the device first: indexing and `contiguous`. They are led to the operators themselves. Gradients cannot be had so.
+`FakeTensorMode` needs no kernel, but where torch was built without CUDA some ways from Python to its operators ask for
+the device first: indexing, `contiguous` and `~`. They are led to the operators themselves. Gradients cannot be had so.
 """
 
 import contextlib
@@ -40,6 +40,8 @@ class _PastTheGuard(TorchFunctionMode):
             return pick(*arguments)
         if function is torch.Tensor.contiguous:
             return torch.ops.aten.clone(arguments[0], memory_format=torch.contiguous_format)
+        if function is torch.Tensor.__invert__:
+            return torch.ops.aten.bitwise_not(arguments[0])
         return function(*arguments, **(more or {}))
 
 
