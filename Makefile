@@ -39,7 +39,7 @@ demo: $(READY)
 	@echo "On your own corpus, one sentence a line and a blank line between documents (source .venv/bin/activate first):"
 	@echo "  python scripts/train_tokenizer.py --input_file corpus.txt --model_dir tokenizer"
 	@echo "  python scripts/prepare_corpus.py --input_file corpus.txt --tokenizer_dir tokenizer --output_dir store"
-	@echo "  accelerate launch --config_file accelerate_configs/gpu1.yaml scripts/run_pretraining.py \\"
+	@echo "  accelerate launch --config_file accelerate_configs/gpu1_bf16.yaml scripts/run_pretraining.py \\"
 	@echo "    --dataset_dir store --model_dir runs/bert --model_type bert-small --do_whole_word_mask"
 
 # Decisions that follow a rule: made, prepared, learnt on two processes, judged on others; and three of them in words.

@@ -143,7 +143,7 @@ def evaluate(options: Options) -> None:
         tokenizer, rows = store.load_tokenizer(), None
         if kind.SCORES == "masks":
             rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
-        accelerator = distributed.start_processes(mixed_precision=options.precision.replace("fp32", "no"))
+        accelerator = distributed.start_processes(mixed_precision=options.precision.replace("fp32", "no"), exact=True)
         if (device := accelerator.device.type) == "cpu":
             torch.set_num_threads(options.cpu_threads)
             device = f"cpu, {options.cpu_threads} thread{'s' * (options.cpu_threads > 1)} per process"

@@ -102,7 +102,7 @@ def evaluate(options: Options) -> None:
         )
     read = TextReport()
     with opened_data(options, saved, read) as store:
-        accelerator = processes.start_processes(mixed_precision=options.precision.replace("fp32", "no"))
+        accelerator = processes.start_processes(mixed_precision=options.precision.replace("fp32", "no"), exact=True)
         stop_asked = processes.StopRequest()
         for sentence in [*saved.notices, *read.sentences()[1:], *store.sentences()]:
             accelerator.print(sentence, flush=True)

@@ -146,7 +146,7 @@ class Options:
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
 
-    precision: Precision | None = option(None, help="default: the Accelerate config's", group="machine")
+    precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
@@ -327,7 +327,6 @@ def main() -> None:
 
 def run(options: Options) -> None:
     """The whole run; ends the process with its exit code."""
-    import torch
     from transformers import logging
 
     from lmscripts.evaluation import classifier_run
@@ -351,7 +350,7 @@ def run(options: Options) -> None:
         options = replace(options, do_continue=True)
     if not options.dry_run:
         processes.from_main(accelerator, partial(files.check_free, options.do_continue))
-    torch.use_deterministic_algorithms(options.deterministic)
+    processes.only_deterministic(options.deterministic)
     parts, positive_weights, steps = lay_out(options, task, accelerator)
     num_steps = steps.per_epoch * options.epochs
     warmup_steps = round(options.warmup_share * num_steps)

@@ -166,9 +166,11 @@ class Options:
     ema_decay: float | None = option(None, help="evaluate and export an average of the weights", group="optimizer")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 = never", group="optimizer")
 
-    precision: Precision | None = option(None, help="or the Accelerate config's, or the preset's", group="machine")
+    precision: Precision | None = option(
+        None, help="or the Accelerate config's, the preset's, the GPU's", group="machine"
+    )
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
-    compile: bool = option(False, help="torch.compile the model", group="machine")
+    compile: bool | None = option(None, help="torch.compile the model; default: on CUDA", group="machine")
     activation_checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     shard: bool | None = option(
         None, help="divide weights, gradients and moments among processes (FSDP2); or the config's", group="machine"
@@ -355,7 +357,6 @@ def main() -> None:
 
 def run(options: Options, further: Further) -> None:
     """The whole run; ends the process with its exit code."""
-    import torch
     from transformers import logging
 
     from lmscripts.models import building
@@ -371,10 +372,10 @@ def run(options: Options, further: Further) -> None:
     if folder.goes_on_by_itself(accelerator, run_dir):
         options = replace(options, do_continue=True)
         asked = asked._replace(options=options)
-    torch.use_deterministic_algorithms(options.deterministic)
+    processes.only_deterministic(options.deterministic)
     like = folder.built_like(run_dir, options.do_continue, options.start_from if asked.is_branch else None)
     dropouts = building.choose_dropouts(asked.preset, like, options.hidden_dropout, options.attention_dropout)
-    attention = building.choose_attention(
+    attention, notices = building.choose_attention(
         asked.preset,
         asked.name,
         options.attention,
@@ -383,6 +384,7 @@ def run(options: Options, further: Further) -> None:
         attention_dropout=dropouts.attention,
         like=like,
     )
+    asked, of_compiling = decide_on_compiling(asked, accelerator)
     data = lay_out(asked, tokenizer, sources, accelerator, with_ends=attention == "varlen")
     rate = optim.Schedule(
         options.schedule,
@@ -392,7 +394,7 @@ def run(options: Options, further: Further) -> None:
         decay_steps=options.decay_steps,
         final_ratio=options.final_lr_ratio or 0.0,
     )
-    models, notices = build_models(asked, tokenizer, data, attention, dropouts, like)
+    models, of_models = build_models(asked, tokenizer, data, attention, dropouts, like)
     autos = {export.subfolder: export.auto for export in asked.objective.EXPORTS}
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
@@ -405,7 +407,7 @@ def run(options: Options, further: Further) -> None:
     }
     words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
-    accelerator.print("\n".join([said, *notices, *remarks(asked, tokenizer)]), flush=True)
+    accelerator.print("\n".join([said, *notices, *of_compiling, *of_models, *remarks(asked, tokenizer)]), flush=True)
     if options.dry_run:
         return
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)
@@ -432,6 +434,16 @@ def start(asked: Inputs) -> Accelerator:
     return accelerator
 
 
+def decide_on_compiling(asked: Inputs, accelerator: Accelerator) -> tuple[Inputs, list[str]]:
+    """The options with an answer to --compile, and a sentence for the user."""
+    from lmscripts.training import processes
+
+    options, names = asked.options, ("deterministic", "activation_checkpointing", "shard")
+    against = {name: bool(getattr(options, name)) for name in names} | {"balance auto": options.balance == "auto"}
+    compiled, said = processes.choose_compile(options.compile, accelerator, **against)
+    return asked._replace(options=replace(options, compile=compiled)), said
+
+
 def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerator, *, with_ends: bool) -> Phases:
     """Which process computes which rows of which step."""
     options = asked.options
@@ -448,6 +460,7 @@ def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerato
         node_batch_sizes=asked.preset.node_batch_sizes,
         weights=options.process_shares or None,
         aligned=options.shard,
+        same_keys=bool(options.compile),
     )
 
 
@@ -456,6 +469,7 @@ def build_models(
 ) -> tuple[dict[str, PreTrainedModel], list[str]]:
     """The models, anew or from another model, and sentences for the user; a checkpoint's weights come later."""
     from lmscripts.models import building
+    from lmscripts.training import folder
 
     models, notices = building.build(
         asked.preset,
@@ -466,6 +480,7 @@ def build_models(
         seed=asked.options.seed,
         path=attention,
         dropouts=dropouts,
+        origin=folder.carried_from(asked.options.start_from) if like is None and len(tokenizer) % 64 else None,
     )
     if asked.options.activation_checkpointing:
         building.recompute_activations(models)
@@ -489,8 +504,6 @@ def begin(
     tokenizer: Any,
 ) -> Run:
     """Take the run's folder; models, optimizer and state as the newest checkpoint has them, or as at a beginning."""
-    import torch
-
     from lmscripts.models import building
     from lmscripts.training import optim, processes
 
@@ -499,7 +512,6 @@ def begin(
     for notice in run_folder.enter(accelerator, objective.models, options.do_continue, **which, tokenizer=tokenizer):
         accelerator.print(notice, flush=True)
     if options.compile:
-        torch._dynamo.config.recompile_limit = 64  # a graph for each phase, size of batch, and evaluation
         objective.compile(dynamic=False)
     average = optim.start_average(objective, options.ema_decay)
     model = processes.prepare(accelerator, objective, average, sharded=options.shard)

@@ -160,7 +160,7 @@ class Options:
     tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
 
     device: str | None = option(None, help="cpu, cuda or cudaN; default: what there is", group="machine")
-    precision: Precision | None = option(None, help="default: the Accelerate config's", group="machine")
+    precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
     checkpointing: bool = option(False, help="save memory, recompute activations", group="machine")
     expected_processes: int | None = option(None, help="stop unless so many processes started", group="machine")
@@ -294,7 +294,7 @@ def run(options: Options) -> None:
     if data.held_out is None and options.num_epochs == 0:
         raise UserError("--num-epochs 0 validates only, and there is nothing held out: give --validation-data")
     accelerator = start(options, data)
-    torch.use_deterministic_algorithms(options.deterministic)
+    processes.only_deterministic(options.deterministic)
     started = processes.from_main(accelerator, partial(name_of_run, prefix))
     options = replace(options, experiment_name=options.experiment_name or started)
     run_dir = prefix / str(options.experiment_name)

@@ -16,6 +16,7 @@ EXPECTED = {
     "cpu.yaml": ("NO", 1, "no"),
     "cpu_2proc.yaml": ("MULTI_GPU", 2, "no"),
     "gpu1.yaml": ("NO", 1, "no"),
+    "gpu1_bf16.yaml": ("NO", 1, "bf16"),
     "gpu1_fp16.yaml": ("NO", 1, "fp16"),
     "gpu4_fp16.yaml": ("MULTI_GPU", 4, "fp16"),
     "gpu4_bf16.yaml": ("MULTI_GPU", 4, "bf16"),

@@ -122,9 +122,12 @@ def test_gradients_agree_between_paths(path):
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
-def test_segment_ends_have_a_fixed_shape():
+def test_segment_ends_have_one_of_few_shapes():
     segments = torch.tensor([[0, 0, 1, -1], [0, 1, 2, 2]])
-    assert segment_ends(segments, 10).tolist() == [0, 2, 3, 4, 5, 6, 8, 8, 8, 8]
+    assert segment_ends(segments).tolist() == [0, 2, 3, 4, 5, 6, 8, 8, 8]  # 8 sequences, of which 6 are real
+    assert segment_ends(segments, 10).tolist() == [0, 2, 3, 4, 5, 6] + 11 * [8]
+    assert segment_ends(segments[:, :2]).tolist() == [0, 2, 3, 4, 4]
+    assert segment_ends(segments[1:, 1:], 3).tolist() == [0, 1, 3, 3, 3]
 
 
 def test_additive_mask_is_finite_and_has_no_empty_row():

@@ -313,9 +313,10 @@ def preset_of(folder):
 
 
 def choose(preset, wanted="auto", device="cpu", precision="no"):
-    return building.choose_attention(
+    path, _ = building.choose_attention(
         preset, "causal", wanted, device=device, precision=precision, attention_dropout=0.0
     )
+    return path
 
 
 def build(preset, tokenizer, layout, path="sdpa", hidden_dropout=0.0):

@@ -29,7 +29,7 @@ def make_rows(num_rows, segments=1, seed=0):
 class InMemory:
     """A source of rows that are there already."""
 
-    layout, most_segments = LAYOUT, 4
+    layout, usual_segments = LAYOUT, 2.0
 
     def __init__(self, rows):
         self._rows = rows

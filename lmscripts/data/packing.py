@@ -19,7 +19,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,18 +95,20 @@ class Rows:
     targets: NDArray[np.int32] | None = None
 
 
-def segment_ends(segments: Tensor, capacity: int) -> Tensor:
-    """(capacity,) int32 cumulative lengths 0, l1, l1 + l2, ... of the segments of (B, T) rows, for varlen attention.
+def segment_ends(segments: ArrayLike, usual: int = 1) -> Tensor:
+    """(S + 1,) int32 cumulative lengths 0, l1, l1 + l2, ... of the segments of (B, T) rows, for varlen attention.
 
-    The empty end of a row counts as a segment. Unused entries, at least one, repeat the total, so the shape does not
-    depend on the number of segments.
+    The empty end of a row counts as a segment. S is their number, or the `usual` one where that is higher, rounded up
+    to a power of two: few shapes, and the kernel, which begins blocks and keeps memory for every sequence, is asked for
+    few empty ones. Unused entries, at least one, repeat the total.
     """
-    changes = torch.ones_like(segments, dtype=torch.bool)
-    changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = changes.reshape(-1).nonzero().squeeze(1)
-    ends = torch.full((capacity,), segments.numel(), dtype=torch.int32, device=segments.device)
-    ends[: starts.numel()] = starts.to(torch.int32)
-    return ends
+    numbers = np.asarray(segments)
+    begins = np.ones(numbers.shape, np.bool_)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    starts = np.flatnonzero(begins)
+    ends = np.full(2 ** (max(starts.size, usual) - 1).bit_length() + 1, numbers.size, np.int32)
+    ends[: starts.size] = starts
+    return torch.from_numpy(ends)
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ class PackedRows:
         """Text tokens in all rows."""
         return self.facts["real_tokens"]
 
-    @cached_property
-    def most_segments(self) -> int:
-        """Segments of the row that has the most, its empty end counted as one."""
-        return int(np.diff(self.first_segment).max()) + 1
+    @property
+    def usual_segments(self) -> float:
+        """Segments of a row in the mean, its empty end counted as one."""
+        return len(self.segment_start) / self.num_rows + 1
 
     def fill(self) -> float:
         """Share of the positions that hold a text token or a special token that belongs to one."""

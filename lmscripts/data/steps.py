@@ -248,6 +248,8 @@ class Phase:
         shares: rows of each process in a full step.
         micro_batch_size: most rows of one forward pass.
         most_eval_rows: held-out rows to evaluate on, at most.
+        same_keys: where rows may hold several segments, batches that need no mask have "segments" too, so that what was
+            compiled for one batch is for all.
         pin_memory: put batches where a GPU can fetch them without blocking.
         whole: how many times as large the text is of which `train` is a sample.
         aligned: all processes make the same number of forward passes.
@@ -265,6 +267,7 @@ class Phase:
     shares: list[int]
     micro_batch_size: int
     most_eval_rows: int
+    same_keys: bool = False
     pin_memory: bool = False
     whole: float = 1.0
     aligned: bool = False
@@ -318,6 +321,9 @@ class Phase:
     def _pinned(self, *asked: Any) -> Made:
         """What `make` gives, where asked in page-locked memory, which a GPU fetches without blocking."""
         made = self.make(*asked)
+        for batch, _ in made if self.same_keys and self.layout.packing == "isolated" else ():
+            if "segments" not in batch:
+                batch["segments"] = torch.zeros_like(batch["position_ids"])
         if not self.pin_memory:
             return made
         return [({name: tensor.pin_memory() for name, tensor in batch.items()}, counts) for batch, counts in made]
@@ -387,7 +393,7 @@ class Phases:
 
 
 def cut_rows(
-    rows: Rows, sizes: list[int], arrays: dict[str, NDArray[Any]], several: NDArray[np.bool_], most_segments: int | None
+    rows: Rows, sizes: list[int], arrays: dict[str, NDArray[Any]], several: NDArray[np.bool_], usual: float | None
 ) -> list[Batch]:
     """Laid out rows as batches, with what keeps their documents apart.
 
@@ -396,7 +402,8 @@ def cut_rows(
         sizes: rows of each batch, B; they sum to N.
         arrays: (N, ...) what else is in a batch, by name.
         several: (N,) whether a row holds more than one segment; a batch of none that does needs no mask.
-        most_segments: of a row, where batches need "segment_ends" (for varlen attention); None where not.
+        usual: segments of a row in the mean, where batches need "segment_ends" (for varlen attention): of twice as
+            many there is room; None where not.
 
     Returns:
         For each batch: position_ids (B, T) int32, segments (B, T) int32 unless none is needed, segment_ends int32
@@ -406,8 +413,8 @@ def cut_rows(
     batches = list[Batch]()
     for end, size in zip(accumulate(sizes), sizes):
         batch = {name: torch.from_numpy(array[end - size : end]) for name, array in arrays.items()}
-        if most_segments is not None:
-            batch["segment_ends"] = segment_ends(batch["segments"], size * most_segments + 1)
+        if usual is not None:
+            batch["segment_ends"] = segment_ends(rows.segments[end - size : end], round(2 * usual * size))
         if not several[end - size : end].any():
             del batch["segments"]
         batches.append(batch)

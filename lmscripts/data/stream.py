@@ -57,9 +57,9 @@ class StreamRows:
         return int(self.part.tokens.size)
 
     @property
-    def most_segments(self) -> int:
-        """Segments of a row, at most."""
-        return self.layout.sequence_length if self.layout.packing == "isolated" else 2
+    def usual_segments(self) -> float:
+        """Segments of a row in the mean: those that begin in it, and the one that goes on."""
+        return 1 + (self.part.num_documents / self.num_rows if self.layout.packing == "isolated" else 0)
 
     def fill(self) -> float:
         """Share of the positions that are not empty."""

@@ -7,7 +7,7 @@ leaks under eager attention. An additive float mask is right under "eager" and "
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from lmscripts.errors import UserError
 AttentionPath = Literal["eager", "sdpa", "varlen"]
 PATHS: tuple[AttentionPath, ...] = ("varlen", "sdpa", "eager")  # the fastest first
 VARLEN = "lmscripts_varlen"
+HALF = ("fp16", "bf16")
 
 
 def additive_mask(segments: Tensor, dtype: torch.dtype, causal: bool = False, window: int | None = None) -> Tensor:
@@ -134,13 +135,28 @@ def use_attention(path: AttentionPath) -> str:
     return VARLEN
 
 
-def choose_attention(
-    wanted: str, device: str, precision: str, attention_dropout: float, paths: Sequence[AttentionPath] = PATHS
-) -> AttentionPath:
-    """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16), else sdpa, else eager.
+def kernel_lacks(head_sizes: Iterable[int]) -> str:
+    """Why the flash kernel cannot compute heads of these sizes on this GPU, in words; empty where it can."""
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"varlen attention needs a GPU of compute capability 8.0 (Ampere), and this one has {major}.{minor}"
+    odd = [size for size in head_sizes if size % 8 or size > 256]
+    return f"varlen attention needs heads of a multiple of 8, at most 256, and not of {odd[0]}" if odd else ""
 
-    Of the paths that a model has, the fastest first; a UserError where the wanted one is not among them. Kernels draw
-    no dropout by rows (see `lmscripts.models.dropout`), so that attention dropout takes eager.
+
+def choose_attention(
+    wanted: str,
+    device: str,
+    precision: str,
+    attention_dropout: float,
+    paths: Sequence[AttentionPath] = PATHS,
+    lacking: str = "",
+) -> AttentionPath:
+    """Resolve "auto": varlen where its kernel runs (CUDA, fp16 or bf16, nothing `lacking`), else sdpa, else eager.
+
+    Of the paths that a model has, the fastest first; a UserError where the wanted one is not among them, or lacks what
+    `kernel_lacks` says. Kernels draw no dropout by rows (see `lmscripts.models.dropout`), so that attention dropout
+    takes eager.
     """
     if attention_dropout > 0 and wanted not in ("auto", "eager"):
         raise UserError(
@@ -150,10 +166,12 @@ def choose_attention(
     if wanted == "auto" and attention_dropout > 0:
         return "eager"
     if wanted == "auto":
-        fits = device == "cuda" and precision in ("fp16", "bf16")
+        fits = device == "cuda" and precision in HALF and not lacking
         return next(path for path in paths if path != "varlen" or fits)
     if wanted not in PATHS:
         raise ValueError(f"attention must be auto, eager, sdpa or varlen, got {wanted}")
     if wanted not in paths:
         raise UserError(f"models of this type cannot compute --attention {wanted}: give {' or '.join(paths)}, or auto")
+    if wanted == "varlen" and lacking:
+        raise UserError(f"{lacking}: give --attention sdpa, or auto")
     return wanted  # type: ignore[return-value]

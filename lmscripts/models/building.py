@@ -7,6 +7,7 @@ ELECTRA has the discriminator, "", and the generator, "generator".
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from lmscripts.models import attention, decoder, dropout, fitting, pretrained
 from lmscripts.models.attention import AttentionPath
 from lmscripts.models.checks import check_isolation, drops_something
 from lmscripts.models.families import architectures, family, preset_keys
-from lmscripts.models.finding import CHECKSUMS, find_damage
+from lmscripts.models.finding import CHECKSUMS, find_checkpoint, find_damage
 from lmscripts.models.loading import load_model, read_config
 from lmscripts.options.presets import Preset, default_parameter_file, disagreements, load_preset
 
@@ -50,11 +51,14 @@ def build(
     seed: int,
     path: AttentionPath,
     dropouts: Dropouts,
+    origin: Path | None = None,
 ) -> tuple[Models, list[str]]:
     """The models of a preset for an objective, each proved to keep documents apart (`lmscripts.models.checks`).
 
     The layout, of the longest rows, decides positions and special ids; the seed the initial weights, everywhere alike.
-    In a run that is continued models with pretrained weights are only shaped like those of its checkpoint, `like`.
+    In a run that is continued models with pretrained weights are only shaped like those of its checkpoint, `like`. New
+    models have room for a multiple of 64 ids, for which GPUs multiply faster; those of weights from elsewhere as many
+    as the checkpoint or run of their `origin`.
 
     Returns:
         The models by subfolder, and sentences for the user.
@@ -72,7 +76,7 @@ def build(
             names.setdefault(part, str(own) if own.is_dir() else names[""])
             config = read_config(names[part] if like is None else like / part, head)
         else:
-            config = module.config(preset, len(tokenizer), layout, part)
+            config = module.config(preset, _num_ids(tokenizer, like or origin), layout, part)
         without_effect = pretrained.set_dropout(config, hidden_dropout, attention_dropout)
         config._attn_implementation = attention.use_attention(path)
         models[part], said = _load(names[part], head, config, new) if going_on else (_shaped(head, config), [])
@@ -88,16 +92,35 @@ def build(
             whose = f"{frozen:,} parameters of {part or 'the model'} are frozen: embeddings (of new words too) and "
             notices.append(f"{whose}{preset.frozen_layers} layers")
         notices += module.adopt(model, layout, like and like / part)
+        if not names and model.can_generate() and (more := _unknown_ids(model, tokenizer)):
+            model.generation_config.suppress_tokens = more  # type: ignore[union-attr]
         if part in bodies.values():
             check_isolation(module, model, path, layout)
     dropout.install(models.values(), attention_dropout > 0)
     for part in bodies.values() if hidden_dropout or attention_dropout else ():
-        drops, by_rows = drops_something(module, models[part], path)
-        kind = models[part].config.model_type
-        if going_on and hidden_dropout and not drops:
-            notices.append(f"--hidden_dropout {hidden_dropout} has no effect on a {kind}")
-        notices += [] if by_rows else [_BY_TORCH.format(kind)]
+        notices += _said_of_dropout(module, models[part], path, hidden_dropout if going_on else 0.0)
     return models, list(dict.fromkeys(notices))
+
+
+def _said_of_dropout(module: Any, model: PreTrainedModel, path: AttentionPath, hidden: float) -> list[str]:
+    """Sentences where a dropout that was asked of a pretrained model has no effect, or is drawn by torch."""
+    (drops, by_rows), kind = drops_something(module, model, path), model.config.model_type
+    said = [f"--hidden_dropout {hidden} has no effect on a {kind}"] if hidden and not drops else []
+    return said if by_rows else [*said, _BY_TORCH.format(kind)]
+
+
+def _num_ids(tokenizer: Any, origin: Path | None) -> int:
+    """Entries of the tokenizer, filled up to a multiple of 64; or as many as those of its origin have."""
+    if origin is not None and len(tokenizer) % 64:
+        with suppress(UserError):  # of what is no checkpoint, which is said where it is loaded
+            place = origin if (origin / "config.json").is_file() else find_checkpoint(origin)[0]
+            return int(read_config(place).vocab_size)
+    return -(-len(tokenizer) // 64) * 64
+
+
+def _unknown_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids of a model that stand for nothing, which it must not write."""
+    return sorted(set(range(model.config.vocab_size)) - set(tokenizer.get_vocab().values()))
 
 
 def choose_dropouts(preset: Preset, like: Path | None, hidden: float | None, attention: float | None) -> Dropouts:
@@ -140,19 +163,32 @@ def choose_attention(
     precision: str,
     attention_dropout: float,
     like: Path | None = None,
-) -> AttentionPath:
+) -> tuple[AttentionPath, list[str]]:
     """See `lmscripts.models.attention.choose_attention`; a pretrained decoder, or the checkpoint `like`, has any type.
+
+    Returns:
+        How attention is computed, and a sentence where the fastest way cannot be.
 
     Raises:
         UserError: the models do not have the wanted one, or transformers has no causal model of this type.
     """
-    names = pretrained_names(preset)
-    head = architectures(preset.family, objective, pretrained=bool(names))[""]
+    names, module = pretrained_names(preset), family(preset.family)
+    heads = architectures(preset.family, objective, pretrained=bool(names))
+    head = heads[""]
     if head is AutoModelForCausalLM:
         name = names[""] if like is None else str(like)
         head = decoder.causal_class(name, read_config(name, head))
     paths = attention.attention_paths(head)
-    return attention.choose_attention(wanted, device, precision, attention_dropout, paths)
+    lacking = ""
+    if device == "cuda" and precision in attention.HALF and "varlen" in paths:
+        shape = Layout(8, "isolated", begin_id=None, end_id=0, pad_id=0)
+        configs: list[Any] = [module.config(preset, 64, shape, part) for part in ([] if names else heads)]
+        configs += [read_config(like)] if names and like else map(read_config, names.values())
+        texts = [config.get_text_config(decoder=True) for config in configs]
+        sizes = [getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads for text in texts]
+        lacking = attention.kernel_lacks(sizes)
+    path = attention.choose_attention(wanted, device, precision, attention_dropout, paths, lacking)
+    return path, [f"attention {path}: {lacking}"] if lacking and not attention_dropout and wanted == "auto" else []
 
 
 def as_asked(preset: Preset, objective: str, *, sizes: Mapping[str, Any], **given: Any) -> Preset:

@@ -109,7 +109,7 @@ def _problem(family: Any, model: Any, path: AttentionPath, layout: Layout, packi
 def _logits(family: Any, model: Any, path: AttentionPath, ids: Tensor, lengths: list[int]) -> Tensor:
     """(T, ...) logits as an objective computes them, of a row (1, T) of documents of these lengths."""
     segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-    batch = {"input_ids": ids, "segment_ends": segment_ends(segments, 4)}
+    batch = {"input_ids": ids, "segment_ends": segment_ends(segments)}
     batch |= {"segments": segments} if len(lengths) > 1 else {}
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     hidden = family.encode(model, ids, positions, family.attention(model, path, batch, model.dtype))

@@ -126,7 +126,7 @@ def batches(
     arrays["weights"] = real.astype(np.float32)
     several = np.any(laid_out.segments > 0, axis=1)  # what is empty comes last, where nothing sees it
     counted = {"clm": real, "tokens": laid_out.content}
-    made = cut(laid_out, sizes, arrays, counted, several, source.most_segments if with_ends else None)
+    made = cut(laid_out, sizes, arrays, counted, several, source.usual_segments if with_ends else None)
     return [(batch, counts | {"bytes": counts["clm"] * source.bytes_per_target}) for batch, counts in made]
 
 

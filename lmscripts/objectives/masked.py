@@ -145,7 +145,7 @@ def batches(
         arrays |= {"draws": masks.draws, "row_weights": np.ones(len(masks.weights), np.float32)}
         counted["rtd"] = laid_out.segments >= 0
     several = laid_out.segments[:, -1] != 0  # else one segment fills the row
-    return cut(laid_out, sizes, arrays, counted, several, source.most_segments if with_ends else None)
+    return cut(laid_out, sizes, arrays, counted, several, source.usual_segments if with_ends else None)
 
 
 # ---- loss --------------------------------------------------------------------------------------------------------

@@ -122,17 +122,17 @@ def cut(
     arrays: dict[str, NDArray[Any]],
     targets: dict[str, NDArray[Any]],
     several: NDArray[np.bool_],
-    most_segments: int | None,
+    usual: float | None,
 ) -> Made:
     """Laid out rows as batches with their counts, see `lmscripts.data.steps.cut_rows`.
 
     Arrays, by name, are (N, ...) for N rows; in a batch, places of a row are flat ones, and what they have is flat.
-    Targets are (N, ...) what is counted. `most_segments` of a row are given where batches need "segment_ends".
+    Targets are (N, ...) what is counted. `usual` segments of a row are given where batches need "segment_ends".
     """
     in_batch = np.concatenate([np.arange(size) for size in sizes])[:, None] * laid_out.ids.shape[1]
     arrays = arrays | {name: arrays[name] + in_batch for name in _PLACES if name in arrays}
     made, begin = [], 0
-    for batch in cut_rows(laid_out, sizes, arrays, several, most_segments):
+    for batch in cut_rows(laid_out, sizes, arrays, several, usual):
         part = slice(begin, begin + len(batch["input_ids"]))
         begin = part.stop
         batch |= {name: batch[name].reshape(-1) for name in _FLAT if name in batch}

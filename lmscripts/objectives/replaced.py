@@ -110,9 +110,39 @@ def sample(logits: Tensor, draws: Tensor) -> Tensor:
     """(N,) int64 first ids in rows of (N, V) fp32 logits whose cumulative probability exceeds the draw, from [0, 1)."""
     import torch
 
+    if logits.device.type != "cpu":
+        return by_groups(logits.softmax(-1), draws)
     cumulative = logits.softmax(-1).cumsum_(-1)  # in place: with a large vocabulary this is the peak of memory
     wanted = draws[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+
+
+def by_groups(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """As `sample` of (N, V) probabilities, up to rounding, in a way that gives the same bits again on a GPU.
+
+    A cumulative sum over a row does not there, and `--deterministic` would refuse it. So the sums of about V^(1/3)
+    groups of ids are added up, then those within the group where the draw falls, and so once more.
+    """
+    import torch
+
+    (rows, entries), width = probabilities.shape, 2
+    while width**3 < entries:
+        width += 1
+    parts = torch.nn.functional.pad(probabilities, (0, width**3 - entries)).view(rows, width, -1)
+    lower = torch.ones(width, width, device=parts.device).tril()
+    found, left = torch.zeros_like(draws, dtype=torch.int64), draws
+    for level in range(3):
+        sums = parts.sum(-1)
+        cumulative = (sums[:, None] * lower).sum(-1)
+        total = cumulative[:, -1]
+        # Rounding must not lead beyond the group, where nothing may be.
+        left = left * total if level == 0 else torch.minimum(left.clamp(min=0), total * (1 - 2**-22))
+        place = (cumulative <= left[:, None]).sum(-1, keepdim=True).clamp(max=width - 1)
+        found = found * width + place.squeeze(1)
+        left = left - (cumulative - sums).gather(1, place).squeeze(1)
+        if level < 2:
+            parts = parts.gather(1, place[..., None].expand(-1, 1, parts.shape[-1])).view(rows, width, -1)
+    return found.clamp(max=entries - 1)
 
 
 def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:

@@ -73,6 +73,11 @@ def built_like(run_dir: Path, do_continue: bool, branch_from: str | None) -> Pat
     return own[-1] if own else Path(branch_from) if branch_from else None
 
 
+def carried_from(start_from: str | None) -> Path | None:
+    """What a run begins with of another one, as this process can read it; None for nothing."""
+    return handing.checkpoint(Path(start_from)) if start_from else None
+
+
 def is_started_again(run_dir: Path) -> bool:
     """Whether the job of this process began the run in that folder, and an elastic launcher has started it anew."""
     with suppress(OSError):

@@ -40,7 +40,21 @@ SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
 _EARLY_SECONDS = 10.0
 _UNEVEN = 0.15  # of the time, by which waiting has to differ between processes to be worth a word
 _CENTURY = 100 * 365 * 86400
-_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}  # dense bf16, from the makers' data sheets
+# Dense bf16 with sums in float32, from the makers' data sheets, by the exact names that CUDA gives: variants differ.
+_NAMES_BY_TFLOPS = {
+    2250.0: "NVIDIA B200",
+    989.0: "NVIDIA H100 80GB HBM3, NVIDIA H200, NVIDIA GH200 480GB",
+    835.0: "NVIDIA H100 NVL, NVIDIA H200 NVL",
+    756.0: "NVIDIA H100 PCIe",
+    362.0: "NVIDIA L40S",
+    312.0: "NVIDIA A100-SXM4-40GB, NVIDIA A100-SXM4-80GB, NVIDIA A100-PCIE-40GB, NVIDIA A100 80GB PCIe",
+    165.2: "NVIDIA GeForce RTX 4090",
+    149.7: "NVIDIA A40",
+    125.0: "NVIDIA A10",
+    121.0: "NVIDIA L4",
+    71.0: "NVIDIA GeForce RTX 3090",
+}
+PEAKS = {name: tflops * 1e12 for tflops, names in _NAMES_BY_TFLOPS.items() for name in names.split(", ")}
 _LIMITS = """The biases and gaps of the text are those of the model. The held-out text comes from the same corpus: how
 well the model does on other text was not measured."""
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -149,13 +163,14 @@ class Reporter:
 def gpu_statistics(device: torch.device) -> dict[str, float]:
     """Memory that this process held at most since the last call, in GiB, and how busy its GPU is, as a share.
 
-    The second is what NVML says, which needs the package nvidia-ml-py; it is left out without. Empty without a GPU.
+    The second is what NVML says, which needs the package nvidia-ml-py. What cannot be had is left out.
     """
+    found: dict[str, float] = {}
     if device.type != "cuda":
-        return {}
-    found = {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    torch.cuda.reset_peak_memory_stats(device)
-    with suppress(ModuleNotFoundError, RuntimeError):
+        return found
+    with suppress(Exception):  # NVML's errors, as in a container or of a part of a GPU, share no other class
+        found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
         found["gpu_utilization"] = torch.cuda.utilization(device) / 100
     return found
 
@@ -258,8 +273,7 @@ class Meter:
         self._device, self._pace, self._advised = device, Pace(device, model), False
         self._slow = list[int | None]()
         self.waiting = self._pace.waiting
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self._peak = next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS.items() if name in gpu), None)
+        self._gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._reset()
         self._sums.update(sums or {})
         self._counts.update(counts or {})
@@ -334,8 +348,11 @@ class Meter:
         if "tokens" in counts:
             record["tokens_per_second"] = self._tokens / seconds
         record |= gpu_statistics(self._device)
-        if self._peak is not None and self._operations:
-            record["mfu"] = self._operations / seconds / (self._peak * accelerator.num_processes)
+        if self._operations and self._gpu in PEAKS:
+            record["mfu"] = self._operations / seconds / (PEAKS[self._gpu] * accelerator.num_processes)
+        elif self._operations and self._gpu:
+            accelerator.print(f"no utilisation (mfu) in the log: the peak of a {self._gpu} is not known here")
+            self._gpu = ""
         self._reset()
         self._pace.waited = 0.0
         return record

@@ -202,6 +202,7 @@ def open_phases(
     node_batch_sizes: Mapping[int, int] | None,
     weights: Sequence[int] | None,
     aligned: bool = False,
+    same_keys: bool = False,
 ) -> Phases:
     """What each process computes in every phase.
 
@@ -218,6 +219,7 @@ def open_phases(
         node_batch_sizes: rows per node, of which the proportions are taken.
         weights: relative share of each process instead.
         aligned: all processes make the same number of forward passes.
+        same_keys: see `lmscripts.data.steps.Phase`.
 
     Raises:
         UserError: shares or nodes do not match the processes.
@@ -245,6 +247,7 @@ def open_phases(
                 pin_memory=accelerator.device.type == "cuda",
                 whole=phase.store.whole,
                 aligned=aligned,
+                same_keys=same_keys,
             )
         )
     return Phases(made)

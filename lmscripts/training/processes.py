@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -77,6 +79,7 @@ def start_processes(
     timeout_seconds: int = 600,
     trackers: Sequence[str] = (),
     project_dir: str | None = None,
+    exact: bool = False,
 ) -> Accelerator:
     """Connect the processes for what they compute together, once all of them have read what they need.
 
@@ -85,10 +88,12 @@ def start_processes(
         timeout_seconds: how long a collective operation may wait for a silent process.
         trackers: names for `Accelerator(log_with=...)`.
         project_dir: where trackers write.
+        exact: multiply float32 numbers as such, also where a GPU has TF32, which is several times faster.
 
     Raises:
         UserError: the processes cannot reach each other, or fp16 was asked for on CPU.
     """
+    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if (met := joining.world()) is None:
@@ -111,6 +116,8 @@ def start_processes(
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     _check_world(accelerator)
+    if accelerator.device.type == "cuda" and not exact and _is_ampere():
+        torch.set_float32_matmul_precision("high")
     return accelerator
 
 
@@ -144,7 +151,55 @@ def connect(timeout_seconds: int) -> torch.device:
 def _on_cpu() -> bool:
     import torch
 
-    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return not torch.cuda.is_available() or _asks_for_cpu()
+
+
+def _asks_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _is_ampere() -> bool:
+    """Whether the GPU of this process has bf16 and TF32."""
+    import torch
+
+    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return torch.cuda.get_device_capability(number) >= (8, 0)
+
+
+def only_deterministic(wanted: bool) -> None:
+    """Let torch refuse operations that would not give the same bits again; cuBLAS has to be told beforehand."""
+    import torch
+
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
+def choose_compile(asked: bool | None, accelerator: Accelerator, **against: bool) -> tuple[bool, list[str]]:
+    """Whether a model is compiled: as asked, else on a GPU where that works and nothing is against it; and a sentence.
+
+    Args:
+        asked: None decides here; what torch then cannot compile runs as it is.
+        accelerator: the running processes.
+        against: options that do without it, by name, and whether each is given.
+    """
+    import torch
+
+    if asked or (asked is None and accelerator.device.type == "cuda"):
+        torch._dynamo.config.recompile_limit = 64  # a graph for each phase, size of batch, and evaluation
+    if asked is not None or accelerator.device.type != "cuda":
+        return bool(asked), []
+    why_not = [f"--{name}" for name, given in against.items() if given]
+    if torch.cuda.get_device_capability() < (7, 0):
+        why_not.append("a GPU from before Volta")
+    if find_spec("triton") is None:
+        why_not.append("no package triton")
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        why_not.append("no C compiler")
+    if why_not:
+        return False, [f"the model is not compiled: {', '.join(why_not)}; --compile does it all the same"]
+    torch._dynamo.config.suppress_errors = True  # each is told by torch
+    return True, ["the model is compiled, for which first steps take longer; --compile false leaves it as it is"]
 
 
 def keep_memory() -> None:
@@ -163,13 +218,21 @@ def keep_memory() -> None:
 
 def in_words(accelerator: Accelerator) -> str:
     """How many processes there are on what, and in which precision they compute."""
-    text = f"{accelerator.num_processes} on {accelerator.device.type}"
+    import torch
+
+    text, precision = f"{accelerator.num_processes} on {accelerator.device.type}", accelerator.mixed_precision
+    other = None if _asks_for_cpu() else torch.accelerator.current_accelerator(check_available=True)
+    if accelerator.device.type == "cpu" and other is not None and other.type != "cuda":
+        text += f" (this machine's {other.type.upper()} is not used: models are trained on CUDA or on the CPU)"
+    if accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() == "high":
+        precision += "; float32 products in TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it)"
+        precision += "; --precision bf16 takes less time and memory" if accelerator.mixed_precision == "no" else ""
     if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") == "False":
         text += " (no GPU was found, but the Accelerate config does not say use_cpu: true)"
     if is_elastic() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         text += " (no machine can come back unless torchrun has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 set)"
     met = joining.world()
-    return "; ".join([text, f"precision {accelerator.mixed_precision}", *(met.notices if met else [])])
+    return "; ".join([text, f"precision {precision}", *(met.notices if met else [])])
 
 
 def _check_world(accelerator: Accelerator) -> None:
@@ -222,6 +285,8 @@ def choose_precision(
 ) -> str | None:
     """Mixed precision: of --precision or the older --fp16_type, else of the Accelerate config, else of the preset.
 
+    Where none of them asks for any it is bf16, if the GPUs of all processes have it; all of them call this.
+
     Args:
         fp16_type: 0 leaves it to the config; 1, 2 and 3, once levels of Apex, all mean fp16.
         preset_fp16_type: the preset's, likewise.
@@ -250,7 +315,10 @@ def choose_precision(
         return "fp16"
     if configured or fp16_type == 0:
         return configured
-    return "bf16" if preset_bf16 else "fp16" if preset_fp16_type else None
+    if preset_bf16 or preset_fp16_type:
+        return "bf16" if preset_bf16 else "fp16"
+    here, met = not _on_cpu() and _is_ampere(), joining.world()
+    return "bf16" if all(met.exchange("the GPUs", here) if met else [here]) else None
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
