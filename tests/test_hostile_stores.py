@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -317,7 +318,7 @@ def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
     command += ["--parameter_file", tmp_path / "presets.json", "--model_type", "bert-test", "--model_dir", run_dir]
     command += ["--dataset_dir", train.store, "--tracker", "none", "--max_steps", 300, "--save_steps", 25]
     with open(tmp_path / "said.txt", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
+        process = forked.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
         wait_for_step(process, run_dir, 25)
         lose(run_dir, train.store)
         assert process.wait(timeout=PATIENCE) == code
@@ -369,7 +370,7 @@ def test_at_any_moment_the_last_checkpoint_stands_and_the_run_ends_alike(train, 
     for number in range(int(os.environ.get("LMSCRIPTS_KILLS", len(takes)))):
         take, run_dir = takes[number % len(takes)], tmp_path / f"run{number}"
         with open(tmp_path / "said.txt", "w+", encoding="utf-8") as log:
-            process = subprocess.Popen([*map(str, command), str(run_dir)], stdout=log, stderr=subprocess.STDOUT)
+            process = forked.Popen([*map(str, command), str(run_dir)], stdout=log, stderr=subprocess.STDOUT)
             wait_for_step(process, run_dir, 5)
             time.sleep(moment.random())
             take(process, run_dir, train.store)
@@ -482,7 +483,7 @@ def test_code_that_a_model_brings_along_is_not_run_whatever_is_answered(train, t
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}), encoding="utf-8")
     command = [sys.executable, str(ROOT / "scripts" / "evaluate_lm.py"), "--model_dir", str(folder)]
     command += ["--input_file", str(SAMPLE / "english.txt")]
-    done = subprocess.run(command, input="y\n" * 99, capture_output=True, text=True)
+    done = forked.run(command, input="y\n" * 99)
     assert str(folder) in sentence_of(done)
     assert not mark.exists()
 
