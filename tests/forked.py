@@ -1,11 +1,11 @@
 """Whole commands without the seconds of their imports: a process that has these behind it forks for each command.
 
-The fork runs the script as Python would, up to its own exit, and is a child of whoever asked for it; only the first
-seconds are spared. A launcher that was forked has its processes forked as well. Commands whose environment counts while
-torch is imported are started as processes of their own.
+The fork runs the script as Python would, as a child of whoever asked for it: spared are the seconds of its imports, and
+at its end the half of one in which they are taken down. A launcher that was forked has its processes forked as well.
+Commands whose environment counts while torch is imported are started as processes of their own.
 """
 
-import contextlib
+import atexit
 import ctypes
 import gc
 import importlib
@@ -196,10 +196,24 @@ def _run(asked):
         runpy.run_path(words[0], run_name="__main__")
 
 
+def _end(code):
+    """As Python ends, but for its last visit to all that was imported, which copies it: half a second of each fork."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    gc.collect()  # what closes as it goes away
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     _preload()
-    gc.freeze()  # or the exit of every fork would walk, and so copy, all of it
-    with contextlib.suppress(KeyboardInterrupt):
-        connection = socket.socket(fileno=int(sys.argv[1]))
-        asked = _serve(connection)
-    _run(asked)
+    gc.freeze()  # or every collection in a fork would walk, and so copy, all of it
+    asked = _serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        _run(asked)
+    except SystemExit as end:
+        if not isinstance(end.code, (int, type(None))):
+            raise
+        _end((end.code or 0) & 255)
+    _end(0)
