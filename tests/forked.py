@@ -136,7 +136,7 @@ def _serve(connection):
 
 # What every script that computes imports, and launchers; nothing of this project, and nothing that starts a thread.
 _PRELOADED = ("torch._dynamo", "accelerate.commands.launch", "transformers.models.auto.modeling_auto")
-_PRELOADED += ("torch.distributed.launcher.api",)
+_PRELOADED += ("torch.distributed.launcher.api", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "jsonargparse")
 _MODELS = ("bert", "electra", "gpt2", "roberta")
 
 
