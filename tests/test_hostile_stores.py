@@ -316,7 +316,7 @@ def lose_the_run(run_dir, store):
 def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
     run_dir, command = tmp_path / "run", [sys.executable, str(ROOT / "scripts" / "run_pretraining.py")]
     command += ["--parameter_file", tmp_path / "presets.json", "--model_type", "bert-test", "--model_dir", run_dir]
-    command += ["--dataset_dir", train.store, "--tracker", "none", "--max_steps", 300, "--save_steps", 25]
+    command += ["--dataset_dir", train.store, "--tracker", "none", "--max_steps", 120, "--save_steps", 25]
     with open(tmp_path / "said.txt", "w+", encoding="utf-8") as log:
         process = forked.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
         wait_for_step(process, run_dir, 25)
@@ -328,7 +328,7 @@ def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
     assert said.count("log.jsonl or the tracker's file") == 1
     if code == 0:
         assert (run_dir / "final" / "vocab.txt").is_file()
-        assert (run_dir / "checkpoint-300" / "checksums.json").is_file()
+        assert (run_dir / "checkpoint-120" / "checksums.json").is_file()
     else:
         (sentence,) = [line for line in said.splitlines() if line.startswith("error:")]
         assert f"could not save {run_dir}" in sentence
