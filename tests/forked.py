@@ -6,6 +6,7 @@ Commands whose environment counts while torch is imported are started as process
 """
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -143,6 +144,8 @@ _MODELS = ("bert", "electra", "gpt2", "roberta")
 def _preload():
     for name in (*_PRELOADED, *(f"transformers.models.{model}.modeling_{model}" for model in _MODELS)):
         importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # a table that is made when a model is first saved
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("bert")
 
 
 def _rename(words):
