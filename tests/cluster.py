@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-import runs
+import forked
 from conftest import PATIENCE, ROOT
 
 HOSTS = [f"{letter}.example.org" for letter in "abcdefgh"]
@@ -31,11 +31,13 @@ def command(counts, script, *arguments, node_dir=None, options=(), batch_sizes=N
     return [sys.executable, str(ROOT / "scripts" / "launch.py"), *words, str(script), *map(str, arguments)]
 
 
-def launch_nodes(counts, script, *arguments, check=True, cwd=None, env=None, **how):
+def launch_nodes(counts, script, *arguments, check=True, cwd=None, env=None, forks=True, **how):
     """Run a script on nodes to its end; the finished process, in whose output node 0 has no prefix."""
-    line = command(counts, script, *arguments, **how)
-    whole = {**os.environ, **(env or {})}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=whole)
+    line, whole = command(counts, script, *arguments, **how), {**os.environ, **(env or {})}
+    if forks:
+        done = forked.run(line, cwd, whole, PATIENCE)
+    else:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=whole)
     assert not check or done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -43,4 +45,4 @@ def launch_nodes(counts, script, *arguments, check=True, cwd=None, env=None, **h
 def start_nodes(counts, script, *arguments, log, cwd=None, env=None, **how):
     """Start a script on nodes; the process, whose output goes to the open file `log` (`runs.kill_tree` ends it)."""
     line, whole = command(counts, script, *arguments, **how), {**os.environ, **(env or {})}
-    return subprocess.Popen(line, stdout=log, stderr=log, cwd=cwd, env=whole, preexec_fn=runs.heed_signals)
+    return forked.Popen(line, stdout=log, stderr=log, cwd=cwd, env=whole)

@@ -1,7 +1,9 @@
 """Shared fixtures: no network, whole commands, and small artefacts made once per session."""
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,16 +53,21 @@ def run_script(name, *arguments, cwd=None, check=True, timeout=PATIENCE, env=Non
     return done
 
 
-def launch(config, name, *arguments, processes=None, cwd=None, check=True, timeout=PATIENCE, env=None):
-    """Run scripts/NAME through accelerate launch with a file of accelerate_configs/."""
+def launch(config, name, *arguments, processes=None, cwd=None, check=True, timeout=PATIENCE, env=None, forks=True):
+    """Run scripts/NAME through accelerate launch with a file of accelerate_configs/.
+
+    `forks`: the launcher and its processes are forked, as by `run_script`.
+    """
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / config)]
     if processes is not None:
         command += ["--num_processes", str(processes)]
     command += [str(ROOT / "scripts" / name), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
-    )
+    whole = {**os.environ, **(env or {})}
+    if forks:
+        done = forked.run(command, cwd, whole, timeout)
+    else:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=whole)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -130,6 +137,16 @@ TINY_PRESET = {
     "fp16-type": 0,
     "bf16": False,
 }
+
+
+@pytest.fixture
+def machines(tmp_path, store_dir):
+    """Working folders of two machines, each with its own copy of the inputs."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(store_dir, folder / "store")
+        (folder / "preset.json").write_text(json.dumps({"bert-test": TINY_PRESET}), encoding="utf-8")
+    return folders
 
 
 @pytest.fixture(scope="session")

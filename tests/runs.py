@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import psutil
 import torch
 from conftest import PATIENCE, ROOT
@@ -45,12 +46,14 @@ def largest_difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def start(arguments, log, config=None, script=SCRIPT):
-    """Start a run; with a file of accelerate_configs/ through `accelerate launch`."""
+def start(arguments, log, config=None, script=SCRIPT, forks=True):
+    """Start a run, forked or not; with a file of accelerate_configs/ through `accelerate launch`."""
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     launcher = [] if config is None else [*launcher, str(ROOT / "accelerate_configs" / config)]
     command = [sys.executable, *launcher, script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ, preexec_fn=heed_signals)
+    if forks:
+        return forked.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=heed_signals)
 
 
 def heed_signals():

@@ -4,9 +4,9 @@ import itertools
 import json
 import random
 import re
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from conftest import SAMPLE, run_script
@@ -149,7 +149,8 @@ def test_folder_is_what_causal_models_expect(folder):
         "    t.model_input_names, sorted(t('東京')), t('東京\\n')['input_ids'],\n"
         "    t('東京', '大阪')['input_ids'].count(2)]))"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    done = forked.run([sys.executable, "-c", program, str(folder)])
+    assert done.returncode == 0, done.stderr
     ids, tokens, fast, rest, names, keys, encoded, beginnings = json.loads(done.stdout)
     assert ids == [0, 1, 2, 3]
     assert tokens == ["<pad>", "<unk>", "<s>", "</s>"]

@@ -6,12 +6,12 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import PATIENCE, ROOT, run_script
@@ -242,13 +242,13 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
         # The nodes of the example are no machine here; nor has this one GPUs.
         how = ["--dry_run", *(["--node_rank", "1"] if "--cluster" in words else ["--here_gpus", "3"]), "--cpu"]
         line = [sys.executable, *words[place : place + 1], *how, *words[place + 1 : launched], words[launched]]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = forked.run(line, cwd=ROOT, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         place = launched
     (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 1}\nmodel: {train_file: a.txt}\n", encoding="utf-8")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     line = [sys.executable, str(ROOT / words[place]), *words[place + 1 :], "--print_config"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = forked.run(line, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 

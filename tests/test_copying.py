@@ -4,9 +4,9 @@ import ast
 import json
 import os
 import re
-import subprocess
 import sys
 
+import forked
 import pytest
 from conftest import PATIENCE, ROOT
 from runs import log_of
@@ -68,7 +68,7 @@ def run(copy, *arguments):
     """Run a copy where it stands; nothing says where presets are."""
     command = [sys.executable, copy.name, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=copy.parent, capture_output=True, text=True, timeout=PATIENCE, env=env)
+    done = forked.run(command, copy.parent, env, PATIENCE)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -1,13 +1,13 @@
 """Command lines that users of the older system have: they run as they were written, through python or a launcher."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 
+import forked
 import pytest
 from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, free_port
 
@@ -65,14 +65,15 @@ python extract_electra_model.py \
 """
 
 
-def run_as_written(text, folder, launcher=None):
-    """Run a documented line in `folder`; the scripts are those of the project, found by their path."""
+def run_as_written(text, folder, launcher=None, forks=True):
+    """Run a documented line in `folder`, forked or not; the scripts are those of the project, found by their path."""
     words = shlex.split(re.sub(r"(\w+\.py)", lambda found: str(ROOT / "scripts" / found.group(1)), text))
     words = [sys.executable, *words[1:]]
     if launcher is not None:
         words = [*launcher, *words[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, env=environment)
+    if forks:
+        return forked.run(words, cwd=folder, timeout=PATIENCE)
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +111,14 @@ def test_pretraining_and_going_on(folder):
 def test_pretraining_through_accelerate(folder):
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")]
-    done = run_as_written(PRETRAIN.replace("model/bert/", "model/bert_accelerate/"), folder, launcher)
+    done = run_as_written(PRETRAIN.replace("model/bert/", "model/bert_accelerate/"), folder, launcher, forks=False)
     assert done.returncode == 0, done.stderr
     assert "processes    2" in done.stdout
 
 
 @pytest.mark.launch
 def test_pretraining_through_the_older_launcher(folder):
-    done = run_as_written(LAUNCHED.replace("50916", str(free_port())), folder)
+    done = run_as_written(LAUNCHED.replace("50916", str(free_port())), folder, forks=False)
     assert done.returncode == 0, done.stderr
     assert "processes    2" in done.stdout
     assert "--local_rank" in done.stderr + done.stdout
@@ -154,4 +155,5 @@ assert AutoModelForMaskedLM.from_pretrained("generator")(**batch).logits.shape[2
 assert AutoModelForPreTraining.from_pretrained("discriminator")(**batch).logits.shape == batch["input_ids"].shape
 """
     where = folder / "model" / "electra" / "extracted-4"
-    subprocess.run([sys.executable, "-c", program], cwd=where, check=True, timeout=PATIENCE)
+    done = forked.run([sys.executable, "-c", program], cwd=where, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, TINY_PRESET, cpu_seconds_below
@@ -123,7 +124,7 @@ def in_plain_transformers(program, *words):
     blocked = "import sys; sys.modules['lmscripts'] = None\n" + program
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", blocked, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd="/")
+    done = forked.run(command, "/", environment, PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -182,7 +183,7 @@ def test_the_documents_command_line(tmp_path, models, tokenizer_dir):
     source = save(tmp_path / "model" / "electra" / "checkpoint-1000000", models, tokenizer_dir, step=1000000)
     words = shlex.split(DOCUMENT.replace("extract_electra_model.py", str(SCRIPT)))[1:]
     command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = forked.run(command, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "model" / "electra" / "extracted-1000000"
     weights = {"generator": source / "generator" / "model.safetensors", "discriminator": source / "model.safetensors"}

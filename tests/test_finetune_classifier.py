@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -259,7 +260,7 @@ def test_killed_in_the_middle_and_continued_gives_the_same_bits(trained, table, 
     arguments = [table, "--model_name_or_path", bert, *COMMON, "--output_dir", folder, "--save_steps", 2]
     command = [sys.executable, str(ROOT / "scripts" / SCRIPT), *map(str, arguments)]
     with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+        process = forked.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         wait_for_step(process, folder / "topics_training", 4)
         kill_tree(process)
         process.wait()

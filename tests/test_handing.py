@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import worlds
-from conftest import PATIENCE, ROOT, TINY_PRESET, free_port
+from conftest import PATIENCE, ROOT, free_port
 from runs import newest_step
 from safetensors.torch import load_file
 from test_finetune_classifier import COMMON, bert, same_results, table  # noqa: F401
@@ -29,16 +29,6 @@ PRETRAIN = [
 PRETRAIN += ["--logging_steps", "5", "--save_steps", "4", "--max_steps", "40", "--model_dir", "runs/it"]
 NAMES = ("run_pretraining", "train_policy", "finetune_classifier", "evaluate_lm")
 PRETRAINING, POLICY, CLASSIFIER, EVALUATION = (ROOT / "scripts" / f"{name}.py" for name in NAMES)
-
-
-@pytest.fixture
-def machines(tmp_path, store_dir):
-    """Working folders of two machines, each with its own copy of the inputs."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        shutil.copytree(store_dir, folder / "store")
-        (folder / "preset.json").write_text(json.dumps({"bert-test": TINY_PRESET}), encoding="utf-8")
-    return folders
 
 
 def run(counts, folders, script, *arguments, codes=0, **how):

@@ -1,5 +1,6 @@
 """Options, files of options and presets far out of range: one sentence and exit code 2, in little time."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -16,6 +17,7 @@ from lmscripts.options.presets import load_preset
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 
 
+@functools.cache
 def options_of(script):
     """The dataclasses of a script's options."""
     spec = importlib.util.spec_from_file_location(f"options_of_{script[:-3]}", ROOT / "scripts" / script)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -315,9 +316,9 @@ def lose_the_run(run_dir, store):
 def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
     run_dir, command = tmp_path / "run", [sys.executable, str(ROOT / "scripts" / "run_pretraining.py")]
     command += ["--parameter_file", tmp_path / "presets.json", "--model_type", "bert-test", "--model_dir", run_dir]
-    command += ["--dataset_dir", train.store, "--tracker", "none", "--max_steps", 300, "--save_steps", 25]
+    command += ["--dataset_dir", train.store, "--tracker", "none", "--max_steps", 120, "--save_steps", 25]
     with open(tmp_path / "said.txt", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
+        process = forked.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
         wait_for_step(process, run_dir, 25)
         lose(run_dir, train.store)
         assert process.wait(timeout=PATIENCE) == code
@@ -327,7 +328,7 @@ def test_what_is_taken_away_while_it_trains(train, tmp_path, lose, code):
     assert said.count("log.jsonl or the tracker's file") == 1
     if code == 0:
         assert (run_dir / "final" / "vocab.txt").is_file()
-        assert (run_dir / "checkpoint-300" / "checksums.json").is_file()
+        assert (run_dir / "checkpoint-120" / "checksums.json").is_file()
     else:
         (sentence,) = [line for line in said.splitlines() if line.startswith("error:")]
         assert f"could not save {run_dir}" in sentence
@@ -369,7 +370,7 @@ def test_at_any_moment_the_last_checkpoint_stands_and_the_run_ends_alike(train, 
     for number in range(int(os.environ.get("LMSCRIPTS_KILLS", len(takes)))):
         take, run_dir = takes[number % len(takes)], tmp_path / f"run{number}"
         with open(tmp_path / "said.txt", "w+", encoding="utf-8") as log:
-            process = subprocess.Popen([*map(str, command), str(run_dir)], stdout=log, stderr=subprocess.STDOUT)
+            process = forked.Popen([*map(str, command), str(run_dir)], stdout=log, stderr=subprocess.STDOUT)
             wait_for_step(process, run_dir, 5)
             time.sleep(moment.random())
             take(process, run_dir, train.store)
@@ -482,7 +483,7 @@ def test_code_that_a_model_brings_along_is_not_run_whatever_is_answered(train, t
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}), encoding="utf-8")
     command = [sys.executable, str(ROOT / "scripts" / "evaluate_lm.py"), "--model_dir", str(folder)]
     command += ["--input_file", str(SAMPLE / "english.txt")]
-    done = subprocess.run(command, input="y\n" * 99, capture_output=True, text=True)
+    done = forked.run(command, input="y\n" * 99)
     assert str(folder) in sentence_of(done)
     assert not mark.exists()
 

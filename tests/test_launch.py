@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
-import runs
 import yaml
 from cluster import launch_nodes, start_nodes
 from conftest import PATIENCE, ROOT, free_port
@@ -78,14 +78,7 @@ def told(folder):
 
 
 def launch(*words, check=True, env=None, cwd=None):
-    done = subprocess.run(
-        [sys.executable, LAUNCH, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, **(env or {})},
-        cwd=cwd,
-    )
+    done = forked.run([sys.executable, LAUNCH, *map(str, words)], cwd, {**os.environ, **(env or {})}, PATIENCE)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -123,7 +116,7 @@ def test_every_process_has_its_rank_in_one_world(counts, where, tmp_path):
     for rank in range(len(counts)):
         (tmp_path / f"node{rank}").mkdir()
     arguments = ["a", "b c", "--x", "--", "--node_rank", "$HOME", "'"]
-    launch_nodes(counts, where, *arguments, node_dir=tmp_path / "node{}")
+    launch_nodes(counts, where, *arguments, node_dir=tmp_path / "node{}", forks=counts != [2, 1])
     found = told(tmp_path)
     assert len(found) == sum(counts)
     places = [(node, local) for node, count in enumerate(counts) for local in range(count)]
@@ -142,7 +135,7 @@ def test_lines_of_the_older_document_run_as_written(where, tmp_path, gpus):
     port = ["--master_port", free_port()]  # 29500 may be another run's
     gpus(*[(n, f"GPU-{n}", 10, 0) for n in range(3)])
     first = [sys.executable, LAUNCH, *map(str, port), "--other_gpus", "1", str(where), "leanings.csv"]
-    node0 = subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    node0 = forked.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert any("meeting at" in line for line in node0.stdout)  # it has asked for its GPUs
     gpus((0, "GPU-9", 10, 0))
     node1 = launch("--node_rank", 1, "--master_addr", "127.0.0.1", *port, "--other_gpus", 3, where, "leanings.csv")
@@ -182,7 +175,7 @@ def test_nodes_that_were_told_different_things_say_so(nodes_told, sentence, wher
     ]
     common.append(str(free_port()))
     lines = [[*common, *map(str, words), str(where)] for words in nodes_told]
-    started = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in lines]
+    started = [forked.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in lines]
     for process in started:
         assert sentence in process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 2
@@ -250,12 +243,8 @@ def test_when_a_process_dies_all_end_with_its_words_last(what, code, words, wait
 @pytest.mark.launch
 def test_processes_stop_when_their_launcher_is_killed(waiting, tmp_path):
     with open(tmp_path / "log", "wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, LAUNCH, "--cpu", "--here_gpus", "2", str(waiting), "wait"],
-            stdout=file,
-            stderr=file,
-            preexec_fn=runs.heed_signals,
-        )
+        line = [sys.executable, LAUNCH, "--cpu", "--here_gpus", "2", str(waiting), "wait"]
+        process = forked.Popen(line, stdout=file, stderr=file)
     wait_for(process, tmp_path, 2)
     process.kill()
     process.wait()

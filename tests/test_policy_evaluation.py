@@ -4,11 +4,11 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -442,7 +442,7 @@ def test_a_file_is_answered_as_standard_input_is(model_dir, text, tmp_path):
 def test_the_first_line_is_answered_before_the_second_is_sent(model_dir):
     command = [sys.executable, str(ROOT / "scripts" / SCRIPT), "--model", str(model_dir), "--top", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, env=os.environ) as player:
+    with forked.Popen(command, **pipes) as player:
         for number, line in enumerate([*records(2), b"no record"], 1):
             for piece in (line[:20], line[20:] + b"\n"):  # as a network brings it
                 player.stdin.write(piece)

@@ -4,12 +4,11 @@ import csv
 import gzip
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from unittest import mock
 
+import forked
 import pytest
 import torch
 from conftest import PATIENCE, ROOT
@@ -63,7 +62,7 @@ def predict(*arguments, **settings):
 
 def from_standard_input(model_dir, text, *arguments):
     command = [sys.executable, str(ROOT / "scripts" / SCRIPT), "--model_dir", str(model_dir), *map(str, arguments)]
-    return subprocess.run(command, input=text, capture_output=True, check=False, env=os.environ, timeout=PATIENCE)
+    return forked.run(command, input=text, timeout=PATIENCE)
 
 
 def recomputed(model_dir, text):

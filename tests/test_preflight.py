@@ -21,16 +21,6 @@ WORDS = ["--parameter_file", "preset.json", "--model_type", "bert-test", "--data
 WORDS += ["--model_dir", "run", "--stop_at_step", "1", "--timeout", "300"]
 
 
-@pytest.fixture
-def machines(tmp_path, store_dir):
-    """Working folders of two machines, each with its own copy of the inputs."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        shutil.copytree(store_dir, folder / "store")
-        (folder / "preset.json").write_text(json.dumps({"bert-test": TINY_PRESET}), encoding="utf-8")
-    return folders
-
-
 def errors(machines, *words, **how):
     """What all processes of a world say, which has to be the same."""
     codes, texts = worlds.run((1, 1), machines, PRETRAINING, *WORDS, *words, port=free_port(), **how)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import forked
 import psutil
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_signal_saves_and_ends_with_its_own_code(common, workspace, uninterrupte
     run_dir = workspace / f"signal{number}"
     arguments = [*common, *LONG, "--model_dir", run_dir]
     with open(workspace / "signal.txt", "w+", encoding="utf-8") as log:
-        process = start(arguments, log)
+        process = start(arguments, log, forks=number != signal.SIGTERM)
         wait_for_step(process, run_dir, 5)
         process.send_signal(number)
         assert process.wait(timeout=PATIENCE) == 75
@@ -169,9 +170,9 @@ def test_a_run_does_not_outlive_its_launcher(common, workspace, uninterrupted, n
     run_dir = workspace / f"launcher{number}"
     arguments = [*common, *LONG, "--model_dir", run_dir]
     with open(workspace / "launcher.txt", "w+", encoding="utf-8") as log:
-        launcher = start(arguments, log, "cpu.yaml")
+        launcher = start(arguments, log, "cpu.yaml", forks=number != signal.SIGKILL)
         wait_for_step(launcher, run_dir, 5)
-        (child,) = psutil.Process(launcher.pid).children()
+        (child,) = (child for child in psutil.Process(launcher.pid).children() if SCRIPT in child.cmdline()[1:3])
         launcher.send_signal(number)
         launcher.wait(timeout=PATIENCE)
         psutil.wait_procs([child], timeout=PATIENCE)
@@ -292,7 +293,8 @@ assert len(answers) == 5, answers
 assert tokenizer.model_max_length == 64
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, timeout=PATIENCE)
+    done = forked.run([sys.executable, "-c", program], tmp_path, environment, PATIENCE)
+    assert done.returncode == 0, done.stderr
     ids, real, logits = torch.load(tmp_path / "logits.pt", weights_only=True)
 
     # The same through the pieces that training used, from the last checkpoint.

@@ -264,7 +264,7 @@ def test_memory_of_each_process(common, tmp_path, fsdp_file):
         content = yaml.safe_load((ROOT / "accelerate_configs" / config).read_text(encoding="utf-8"))
         environment.write_text(yaml.safe_dump(content | {"num_processes": 4}), encoding="utf-8")
         with open(tmp_path / f"{name}.txt", "w", encoding="utf-8") as log:
-            process = start([*common, *more, tmp_path / name], log, environment)
+            process = start([*common, *more, tmp_path / name], log, environment, forks=False)
             most[name] = peaks(process)
         assert process.wait() == 0, (tmp_path / f"{name}.txt").read_text(encoding="utf-8")
         print(f"{name}: most memory of each process {most[name]} MiB")

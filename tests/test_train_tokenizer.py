@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import PATIENCE, cpu_seconds_below
 
@@ -26,7 +27,7 @@ def run(*words, cwd=None, code=0, **environment):
     """Run the script; returns its output. Anything but the expected exit code, or a traceback, is a failure."""
     command = [sys.executable, str(SCRIPT), *map(str, words)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    result = forked.run(command, cwd, environment, PATIENCE)
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     if code:
