@@ -52,6 +52,7 @@ class PhaseSettings:
         steps: optimizer steps; None for as many as `epochs` passes over the rows take.
         epochs: passes over the rows.
         objective: settings of the objective.
+        ramp: rows of the first steps, see `lmscripts.data.steps.rows_before`.
     """
 
     store: TokenStore
@@ -61,10 +62,19 @@ class PhaseSettings:
     steps: int | None
     epochs: float | None
     objective: Any
+    ramp: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ramp and self.ramp[0] > self.batch_size:
+            raise UserError(f"--batch_ramp begins with {self.ramp[0]} rows, more than --batch_size {self.batch_size}")
 
     def total_rows(self, num_rows: int) -> int:
         """Rows of the phase, where the text has so many."""
-        return self.batch_size * (self.steps or 0) or max(1, round((self.epochs or 0) * num_rows * self.store.whole))
+        from lmscripts.data.steps import rows_before
+
+        if self.steps:
+            return rows_before(self.steps, self.batch_size, self.ramp)
+        return max(1, round((self.epochs or 0) * num_rows * self.store.whole))
 
 
 def open_stores(
@@ -237,6 +247,7 @@ def open_phases(
                 pin_memory=accelerator.device.type == "cuda",
                 whole=phase.store.whole,
                 aligned=aligned,
+                ramp=phase.ramp,
             )
         )
     return Phases(made)
@@ -373,7 +384,8 @@ def _phase_lines(data: Phase) -> list[tuple[str, str]]:
     text += f"{tokens:,.0f} tokens in {num_rows:,.0f} rows of {layout.sequence_length}, "
     text += f"{index.fill():.2%} full, {layout.packing}; "
     text += f"{data.num_eval_rows:,} rows {'of what was read ' if sampled else ''}held out"
-    steps = f"{data.num_steps:,} of {data.batch_size} rows, {epochs:.2f} epochs of "
+    rising = f"{data.ramp[0]} rows, rising to {data.batch_size} at step {data.ramp[1] + 1:,}" if data.ramp else ""
+    steps = f"{data.num_steps:,} of {rising or f'{data.batch_size} rows'}, {epochs:.2f} epochs of "
     steps += f"{num_rows / data.batch_size:,.1f} steps; {positions:,} positions, "
     return [
         ("text", text),
