@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py --text corpus.txt --work_dir work             # what has a result is left out
     python benchmarks/recipes.py --text corpus.txt --work_dir work --show      # tables, and curves.png
+    python benchmarks/recipes.py --text corpus.txt --work_dir gpt2 --causal    # the same for GPT-2
 
 Every run is `scripts/run_pretraining.py` with the options that the table shows, in a process of its own with one
 thread, one at a time; about three minutes each. Whatever a run masks, it is judged on 15 % of the same held-out tokens,
@@ -63,31 +64,41 @@ SECOND: dict[str, dict[str, str]] = {
     "muon-cautious": {"from": "MUON", "muon": "cautious"},
     "muon-normal": {"from": "MUON", "muon": "normal"},
 }
-THIRD: dict[str, dict[str, str]] = {
-    f"{who}-seed-{seed}": {"from": name, "seed": str(seed)}
-    for seed in (43, 44)
-    for who, name in (("best", "BEST"), ("base", "b-adamw-2e-3"))
+GPT2 = {"model_type": "gpt2-tiny"}
+CAUSAL: dict[str, dict[str, str]] = {
+    f"{optimizer}-{rate}": GPT2 | {"optimizer": optimizer, "learning_rate": rate}
+    for optimizer, rates in (("adamw", ("2e-3", "1e-3", "4e-3")), ("muon", ("2e-3", "4e-3", "8e-3")))
+    for rate in rates
 }
 Result = dict[str, Any]
+Groups = tuple[dict[str, dict[str, str]], ...]
 
 
-def all_runs() -> dict[str, dict[str, str]]:
-    """Every run by name, in their order."""
-    return FIRST | SECOND | THIRD
+def groups_of(causal: bool) -> Groups:
+    """The three groups of runs, by name, in their order."""
+    first = CAUSAL if causal else FIRST
+    base = "adamw-2e-3" if causal else "b-adamw-2e-3"
+    third = {
+        f"{who}-seed-{seed}": {"from": name, "seed": str(seed)}
+        for seed in (43, 44)
+        for who, name in (("best", "BEST"), ("base", base))
+    }
+    return first, {name: run for name, run in SECOND.items() if not causal or "mask" not in name}, third
 
 
-def options_of(name: str, results: Mapping[str, Result]) -> dict[str, str]:
+def options_of(name: str, groups: Groups, results: Mapping[str, Result], more: Mapping[str, str]) -> dict[str, str]:
     """The options of a run; those of the run it changes beneath.
 
     Raises:
         KeyError: a run that it depends on has no result.
     """
-    changes = dict(all_runs()[name])
+    first, second, third = groups
+    changes = dict((first | second | third)[name])
     origin = changes.pop("from", None)
     if origin is None:
-        return START | changes
+        return {k: v for k, v in START.items() if "mask" not in k or first is not CAUSAL} | dict(more) | changes
     if origin in ("BEST", "MUON"):
-        before = FIRST if name in SECOND else FIRST | SECOND
+        before = first if name in second else first | second
         names = [each for each in before if origin == "BEST" or results[each]["options"].get("optimizer") == "muon"]
         origin = min(names, key=lambda each: results[each]["curve"][-1]["loss"])
     beneath = dict(results[origin]["options"])
@@ -164,7 +175,7 @@ def words(key: str, value: str) -> list[str]:
 # ---- all runs ----------------------------------------------------------------------------------------------------
 
 
-def prepare(text: Path, work_dir: Path, vocabulary: int) -> None:
+def prepare(text: Path, work_dir: Path, vocabulary: int, causal: bool) -> None:
     """Test documents, 2 % by a hash of their text, a tokenizer and a store of the others; what is there stays."""
     work_dir.mkdir(parents=True, exist_ok=True)
     if not (work_dir / "train.txt").exists():
@@ -178,7 +189,8 @@ def prepare(text: Path, work_dir: Path, vocabulary: int) -> None:
     train_txt, tokenizer = str(work_dir / "train.txt"), str(work_dir / "tokenizer")
     script = [sys.executable, str(SCRIPTS / "train_tokenizer.py"), "--input_file", train_txt, "--model_dir", tokenizer]
     if not Path(tokenizer).exists():
-        subprocess.run([*script, "--vocab_size", str(vocabulary)], check=True)
+        of = ["--objective", "causal"] if causal else []
+        subprocess.run([*script, "--vocab_size", str(vocabulary), *of], check=True)
     if not (work_dir / "store").exists():
         script = [sys.executable, str(SCRIPTS / "prepare_corpus.py"), "--input_file", train_txt]
         script += ["--tokenizer_dir", tokenizer, "--output_dir", str(work_dir / "store")]
@@ -191,15 +203,16 @@ def read_results(work_dir: Path) -> dict[str, Result]:
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
-def todo(work_dir: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def todo(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     """Runs without a result, as far as what they depend on has one."""
-    for name in all_runs():
-        results = read_results(work_dir)
+    groups = groups_of(given.causal)
+    for name in given.runs or [name for group in groups for name in group]:
+        results = read_results(given.work_dir)
         if name not in results:
-            yield name, options_of(name, results)
+            yield name, options_of(name, groups, results, dict(each.split("=", 1) for each in given.set))
 
 
-def show(work_dir: Path, picture: Path) -> None:
+def show(work_dir: Path, picture: Path, groups: Groups) -> None:
     """A table by group, and the curves."""
     import matplotlib
 
@@ -208,13 +221,13 @@ def show(work_dir: Path, picture: Path) -> None:
 
     results = read_results(work_dir)
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True, sharey=True)
-    for group in (FIRST, SECOND, THIRD):
+    for group in groups:
         print("\n| run | tokens | CPU s | held-out loss | accuracy |\n|---|---|---|---|---|")
         for name in sorted((each for each in group if each in results), key=lambda n: results[n]["curve"][-1]["loss"]):
             curve, last = results[name]["curve"], results[name]["curve"][-1]
             figures = f"{last['tokens'] / 1e6:.2f} M | {last['cpu']:.0f} | {last['loss']:.3f} | {last['accuracy']:.1%}"
             print(f"| {name} | {figures} |")
-            if group is not THIRD:
+            if group is not groups[-1]:
                 for panel, key, unit in ((panels[0], "tokens", 1e6), (panels[1], "cpu", 1)):
                     panel.plot([p[key] / unit for p in curve], [p["loss"] for p in curve], label=name, linewidth=1)
     for panel, label in zip(panels, ("million tokens", "CPU seconds of training"), strict=True):
@@ -230,7 +243,7 @@ def show(work_dir: Path, picture: Path) -> None:
 
 def train_all(given: argparse.Namespace) -> None:
     """Train what has no result, a process each."""
-    for name, options in todo(given.work_dir):
+    for name, options in todo(given):
         print(time.strftime("%H:%M:%S"), name, options, flush=True)
         command = [sys.executable, __file__, "--text", str(given.text), "--work_dir", str(given.work_dir)]
         (given.work_dir / "logs").mkdir(exist_ok=True)
@@ -244,17 +257,20 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a sentence a line, blank lines between documents")
     parser.add_argument("--work_dir", type=Path, required=True, help="tokenizer, store, runs, results")
     parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--causal", action="store_true", help="GPT-2 instead of encoders")
+    parser.add_argument("--runs", nargs="+", default=[], help="these alone, such as b-adamw-2e-3")
+    parser.add_argument("--set", nargs="+", default=[], help="options of all runs, such as parameter_file=wide.json")
     parser.add_argument("--show", action="store_true", help="only the tables, and --picture, of what has a result")
     parser.add_argument("--picture", type=Path, default=Path("curves.png"))
     parser.add_argument("--only", help="train this run in this process; its options as JSON in --options")
     parser.add_argument("--options", type=json.loads)
     given = parser.parse_args()
     if given.show:
-        show(given.work_dir, given.picture)
+        show(given.work_dir, given.picture, groups_of(given.causal))
     elif given.only:
         train(given.only, given.options, given.work_dir)
     else:
-        prepare(given.text, given.work_dir, given.vocab_size)
+        prepare(given.text, given.work_dir, given.vocab_size, given.causal)
         train_all(given)
 
 
