@@ -231,25 +231,24 @@ def open_phases(
     nodes, made = nodes_of_processes(accelerator, node_rank), []
     for number, (phase, (rows, held_out)) in enumerate(zip(phases, sources, strict=True)):
         plan = objective.plan(tokenizer, rows.layout, phase.objective)
-        made.append(
-            Phase(
-                rows,
-                held_out,
-                make=partial(objective.batches, plan=plan, with_ends=with_ends),
-                slots=objective.slots(plan, rows.layout),
-                words=objective.words(plan, rows),
-                seed=stream_key(seed, number) if number else seed,  # no phase repeats the order of another
-                batch_size=phase.batch_size,
-                total_rows=phase.total_rows(rows.num_rows),
-                shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
-                micro_batch_size=phase.micro_batch_size,
-                most_eval_rows=most_eval_rows,
-                pin_memory=accelerator.device.type == "cuda",
-                whole=phase.store.whole,
-                aligned=aligned,
-                ramp=phase.ramp,
-            )
+        one = Phase(
+            rows,
+            held_out,
+            make=partial(objective.batches, plan=plan, with_ends=with_ends),
+            slots=objective.slots(plan, rows.layout),
+            words=objective.words(plan, rows),
+            seed=stream_key(seed, number) if number else seed,  # no phase repeats the order of another
+            batch_size=phase.batch_size,
+            total_rows=phase.total_rows(rows.num_rows),
+            shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
+            micro_batch_size=phase.micro_batch_size,
+            most_eval_rows=most_eval_rows,
+            pin_memory=accelerator.device.type == "cuda",
+            whole=phase.store.whole,
+            aligned=aligned,
+            ramp=phase.ramp,
         )
+        made.append(one)
     return Phases(made)
 
 
