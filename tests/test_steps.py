@@ -32,6 +32,7 @@ from lmscripts.errors import UserError
 from lmscripts.objectives.causal import continuations, document_beginnings
 from lmscripts.tokenizer.folder import check_tokenizer
 from lmscripts.training.checkpoint import check_architecture, load_weights
+from lmscripts.training.plan import PhaseSettings
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "character", "sentencepiece_bpe"])
@@ -313,6 +314,21 @@ def test_rows_of_a_step_rise_in_a_straight_line():
     order = Shuffled(20, 6, 60, seed=1, ramp=(1, 4))
     rows = np.concatenate(rows_by_step(order, order.num_steps)).reshape(3, 20)
     assert (np.sort(rows) == np.arange(20)).all()
+
+
+def test_a_phase_has_the_rows_of_its_ramp():
+    asked = {
+        "store": None,
+        "sequence_length": 8,
+        "batch_size": 5,
+        "micro_batch_size": 1,
+        "epochs": None,
+        "objective": 0,
+    }
+    assert PhaseSettings(steps=5, **asked).total_rows(7) == 25
+    assert PhaseSettings(steps=5, ramp=(2, 3), **asked).total_rows(7) == 2 + 3 + 4 + 5 + 5
+    with pytest.raises(UserError, match=r"9 rows.*--batch_size 5"):
+        PhaseSettings(steps=5, ramp=(9, 3), **asked)
 
 
 # ---- epochs ------------------------------------------------------------------------------------------------------
