@@ -128,6 +128,7 @@ def reading(options: argparse.Namespace) -> None:
         return sum(len(plain_batch(lines)[-1]) for lines in blocks(text))
 
     for name, ours in (("text", parsed), ("prepared form", prepared)):
+        ours(0)  # pages of the store and imports
         pairs = compare(ours, plain, options.pairs)
         print(f"\n{name}: {number:,} records, one process, against a plain parser of lines")
         print(pairs.report(number, "records"))
@@ -211,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="records of kanachan-v1")
     parser.add_argument("--store", type=Path, required=True, help="the same, by prepare_annotations.py")
-    parser.add_argument("--records", type=int, default=10_000, help="of the text that are read")
+    parser.add_argument("--records", type=int, default=20_000, help="of the text that are read")
     parser.add_argument("--preset", default="mini", choices=policy.PRESETS)
     parser.add_argument("--rows", type=int, default=64, help="records of a step")
     parser.add_argument("--steps", type=int, default=10, help="of a pair")

@@ -347,7 +347,7 @@ def run(options: Options) -> None:
     name = options.run_name or task.database.path.stem
     files = classifier_run.ResultFiles(output_dir, name, options.spreadsheet_safe)
     accelerator = start(options, task, files)
-    if processes.from_main(accelerator, partial(folder.is_started_again, files.training)):
+    if folder.goes_on_by_itself(accelerator, files.training):
         options = replace(options, do_continue=True)
     if not options.dry_run:
         processes.from_main(accelerator, partial(files.check_free, options.do_continue))
@@ -390,7 +390,8 @@ def start(options: Options, task: Task, files: ResultFiles) -> Accelerator:
     )
     if processes.asked_of_launcher():
         raise UserError("classifiers are trained with whole copies of the model: choose a config without FSDP")
-    processes.check_agreement(fixed_facts(options, task))
+    # The same model may lie in another place on another machine.
+    processes.check_agreement(fixed_facts(options, task) | {"model_name_or_path": task.source.weights()})
     return accelerator
 
 

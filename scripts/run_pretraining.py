@@ -372,7 +372,7 @@ def run(options: Options, further: Further) -> None:
     wanted = {name: getattr(asked.older, name) for name in ("tokenizer_type", "mecab_dic", "word_tokenizer_type")}
     tokenizer, sources = plan.open_sources(asked.phases, asked.objective, options.packing, **wanted)
     accelerator = start(asked)
-    if processes.from_main(accelerator, partial(folder.is_started_again, run_dir)):
+    if folder.goes_on_by_itself(accelerator, run_dir):
         options = replace(options, do_continue=True)
         asked = asked._replace(options=options)
     torch.use_deterministic_algorithms(options.deterministic)

@@ -298,7 +298,7 @@ def run(options: Options) -> None:
     started = processes.from_main(accelerator, partial(name_of_run, prefix))
     options = replace(options, experiment_name=options.experiment_name or started)
     run_dir = prefix / str(options.experiment_name)
-    if processes.from_main(accelerator, partial(folder.is_started_again, run_dir)):
+    if folder.goes_on_by_itself(accelerator, run_dir):
         options = replace(options, resume=True)
     accelerator.project_configuration.logging_dir = str(run_dir)
     network, notices = build_model(options, data, sizes)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -126,6 +127,41 @@ def test_a_machine_leaves_and_comes_back(arguments, alone, tmp_path):
     assert printed.count("going on from") >= 2
     assert "holds a run already" not in printed
     same_as_one_process(run_dir, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_a_run_is_not_begun_anew_where_its_main_machine_has_gone(arguments, tmp_path):
+    """Machines without a disk in common: what the one has that goes, the other can neither continue nor replace."""
+    port, arguments = free_port(), [*arguments[:-1], "--expected_processes", 2, "--model_dir"]
+    words = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=lmscripts"]
+    words += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=5,join_timeout=300"]
+    agents = {}
+    with open(tmp_path / "goes", "w") as goes, open(tmp_path / "stays", "w") as stays:
+        # The main process is on the machine with the lower process number, the store where one comes first.
+        gate = tmp_path / "gate"
+        wait = f"until [ -e {gate} ]; do sleep 0.1; done; exec "
+        line = [sys.executable, "-m", "torch.distributed.run", *words, ROOT / "tests" / "slowed.py"]
+        line = [*line, ROOT / "scripts" / "run_pretraining.py", *arguments]
+        own = {**os.environ, "SLOWED": "0.04", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        try:
+            shell = wait + shlex.join(map(str, [*line, tmp_path / "a" / "run"]))
+            agents["goes"] = subprocess.Popen(["sh", "-c", shell], env=own, stdout=goes, stderr=goes)
+            agents["stays"] = torchrun(words, [*arguments, tmp_path / "b" / "run"], stays, "0.04")
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert agents["stays"].poll() is None
+                time.sleep(0.1)
+            gate.touch()
+            wait_for_step(agents["stays"], tmp_path / "a" / "run", 12)
+            agents["goes"].kill()
+            assert agents["stays"].wait(timeout=PATIENCE) != 0
+        finally:
+            for each in agents.values():
+                if each.poll() is None:
+                    kill_tree(each)
+    printed = (tmp_path / "stays").read_text(encoding="utf-8")
+    assert f"the run was begun in {socket.gethostname()}:{tmp_path / 'a' / 'run'}, of which the main" in printed
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow

@@ -94,14 +94,18 @@ def test_a_classifier_goes_on_and_only_the_main_process_writes_results(bert, tab
     for folder in (a, b, alone):
         folder.mkdir()
         shutil.copy(table, folder / "topics.csv")
-    words = [CLASSIFIER, "topics.csv", "--model_name_or_path", bert, *COMMON, "--save_steps", 4, "--output_dir", "out"]
+        shutil.copytree(bert, folder / "bert")
+    words = [CLASSIFIER, "topics.csv", "--model_name_or_path", "bert", *COMMON]
+    words += ["--save_steps", 4, "--output_dir", "out"]
     run((1,), [alone], *words)
     run((1, 1), [a, b], *words, "--stop_at_step", 8)
     run((2, 1), [a, b], *words, "--do_continue", "--stop_at_step", 10)
-    run((1, 1), [a, b], *words, "--do_continue")
-    same_results(a / "out", alone / "out", 1e-6)
     # The database is made of the table on each machine; all else is the main process'.
-    assert sorted(path.name for path in b.iterdir()) == ["topics.csv", "topics.sqlite"]
+    assert sorted(path.name for path in b.iterdir()) == ["bert", "topics.csv", "topics.sqlite"]
+    shutil.rmtree(b)
+    run((1, 1), [a, b], *words, "--do_continue", "--send_inputs")
+    same_results(a / "out", alone / "out", 1e-6)
+    assert not list(b.iterdir())
 
 
 @pytest.mark.slow

@@ -51,9 +51,10 @@ def make_batch(part: DecisionPart, rows: Ints, schema: Schema, with_value: bool)
             values[at] = numbers[:, which]
             begin, numeric = begin + len(which), numeric + len(which)
         elif field.kind in ("set", "sequence", "candidates"):
-            length, inside = counts[:, column, None], places - begin
+            length = counts[:, column, None]
             if field.kind == "sequence":
-                position_ids += np.where((inside >= 0) & (inside < length), inside + 1, 0)
+                inside = places + 1 - begin
+                position_ids += inside * ((inside > 0) & (inside <= length))
             elif field.kind == "candidates":
                 batch["candidate_mask"] = np.arange(length.max()) < length
                 batch["candidates"] = np.where(batch["candidate_mask"], begin + np.arange(length.max()), 0)

@@ -8,13 +8,14 @@ makes batches of rows; see `step_batches`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, islice, pairwise
 from operator import itemgetter
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -454,18 +455,33 @@ class Prefetcher(Iterator[Item]):
     """Runs an iterator in a thread, a few items ahead; its errors are raised where the items are taken."""
 
     def __init__(self, items: Iterator[Item], depth: int = 3) -> None:
-        self._items, self._thread = items, ThreadPoolExecutor(1)
-        self._ahead = deque(self._thread.submit(next, items) for _ in range(depth))
+        self._made: Queue[Any] = Queue(depth - 1)  # and the one that the thread has in hand
+        self._closed, self._thread = False, Thread(target=self._make, args=(items,), daemon=True)
+        self._thread.start()
+
+    def _make(self, items: Iterator[Item]) -> None:
+        try:
+            for item in items:
+                self._made.put((item, None))
+                if self._closed:
+                    return
+            self._made.put((None, StopIteration()))
+        except BaseException as error:
+            self._made.put((None, error))
 
     def __next__(self) -> Item:
-        item = self._ahead[0].result()  # what ends the iterator stays there, to be raised again
-        self._ahead.popleft()
-        self._ahead.append(self._thread.submit(next, self._items))
-        return item
+        item, error = self._made.get()
+        if error is not None:
+            self._made.put((None, error))  # what ends the iterator stays there, to be raised again
+            raise error
+        return item  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Stop the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        self._closed = True
+        while self._thread.is_alive():
+            with suppress(Empty):  # it may wait for a place
+                self._made.get(timeout=0.01)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmscripts.data.folding import FoldSettings
 from lmscripts.errors import UserError, shortened
+from lmscripts.files import file_sha256
 from lmscripts.models.building import recompute_activations
 from lmscripts.models.checks import check_padding, random_ids
 from lmscripts.models.dropout import install, probe
@@ -51,6 +52,11 @@ class Source:
     encoder: Encoder
     longest: int | None
     notices: list[str]
+
+    def weights(self) -> str:
+        """What tells these weights from others, wherever they lie: a hash; the name of those on the Hub."""
+        files = (file for file in sorted(Path(self.load_from).glob("*")) if file.suffix in (".safetensors", ".bin"))
+        return " ".join(file_sha256(file)[:12] for file in files) or self.load_from
 
 
 @dataclass(frozen=True)

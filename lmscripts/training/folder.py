@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
@@ -38,7 +39,7 @@ from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training import handing
-from lmscripts.training.joining import job
+from lmscripts.training.joining import is_elastic, job
 from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
 from lmscripts.training.peers import progress
@@ -75,6 +76,23 @@ def is_started_again(run_dir: Path) -> bool:
     with suppress(OSError):
         return (run_dir / LOCK).read_text(encoding="utf-8") == job() != ""
     return False
+
+
+def goes_on_by_itself(accelerator: Accelerator, run_dir: Path) -> bool:
+    """Whether an elastic launcher has started anew the job that began the run in that folder; every process calls it.
+
+    Raises:
+        UserError: that job began it on the disk of a machine that is not the main one any more.
+    """
+    again = from_main(accelerator, partial(is_started_again, run_dir))
+    own = f"{socket.gethostname()}:{run_dir.resolve()}"
+    of_main = from_main(accelerator, lambda: own)
+    if is_elastic() and (begun := handing.begun_on(own, of_main)) != of_main and not again:
+        raise UserError(
+            f"the run was begun in {begun}, of which the main process, now {of_main}, sees nothing: start that machine "
+            "again and all others with it, or keep the run on a disk that every machine sees"
+        )
+    return again
 
 
 def write_nothing(folder: Path) -> None:

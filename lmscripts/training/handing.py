@@ -17,6 +17,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lmscripts.errors import UserError, naming
 from lmscripts.files import file_sha256, replaced_folder, user_cache
 from lmscripts.models.finding import CHECKSUMS, STATE, find_damage, find_saved, list_checkpoints, run_of
@@ -120,6 +122,23 @@ def forget_copies() -> None:
     """Remove what was handed over of runs: from now on this run has a checkpoint of its own."""
     while _copies:
         shutil.rmtree(_copies.pop(), ignore_errors=True)
+
+
+def begun_on(own: str, of_main: str) -> str:
+    """Where the main process had the run when the launcher of this process first started it: a machine and a folder.
+
+    Args:
+        own: what this process would have.
+        of_main: what the main process has now.
+    """
+    if (launcher := joining.launcher()) is None:
+        return of_main
+    key = f"{launcher} {psutil.Process(launcher).create_time()} {own}"
+    mark = user_cache() / _RUNS / hashlib.sha256(key.encode()).hexdigest()[:16] / "begun"
+    if not mark.exists():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(of_main, encoding="utf-8")
+    return mark.read_text(encoding="utf-8")
 
 
 def _several_machines() -> bool:
