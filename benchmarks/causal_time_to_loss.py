@@ -5,7 +5,9 @@
 On a machine that others use, put OMP_WAIT_POLICY=passive in front: threads then wait without burning time.
 
 Both train the same GPT-2 (2 layers x 128, 2 heads) from the same weights, with the same byte-level BPE, on the same
-text, 8 rows of 128 tokens a step, AdamW without decay, clipping at 1, dropout 0.1, at constant learning rates:
+text, 8 rows of 128 tokens a step, AdamW without decay, clipping at 1, dropout 0.1, at the same constant learning rates
+(a); with `--best` (b), each as is best for it after the same search over its own options (`STAGES`), which is judged on
+a part of the held-out text that the comparison does not score:
 
     ours         the loop of run_pretraining.py: documents isolated, each begun by <s>, its end predicted
     group_texts  Trainer: lines joined within 1,000 of them and cut into blocks of 128 (run_clm)
@@ -23,7 +25,7 @@ import json
 import math
 import platform
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,6 +35,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
+from search import Curve, Recipe, search
 from time_to_loss import seconds_to, write_documents
 from torch import Tensor, nn
 from transformers import (
@@ -62,6 +65,15 @@ from lmscripts.training.optim import build_optimizer
 LENGTH, ROWS = 128, 8
 WAYS = ("ours", "group_texts")
 MAKE = partial(causal.batches, plan=None)
+RATES = dict.fromkeys(WAYS, (1e-3, 2e-3, 4e-3, 8e-3))
+STAGES: list[tuple[str, dict[str, tuple[object, ...]]]] = [
+    ("dropout", dict.fromkeys(WAYS, (0.0,))),
+    ("learning_rate", RATES),
+    ("optimizer", {"ours": ("muon",), "group_texts": ("adafactor", "adamw_torch")}),
+    ("learning_rate", RATES),
+    ("rows", dict.fromkeys(WAYS, (0.5, 2.0, 4.0))),
+    ("bf16", dict.fromkeys(WAYS, (True,))),
+]
 
 
 @dataclass(frozen=True)
@@ -71,39 +83,42 @@ class Material:
     tokenizer: Any
     rows: dict[str, StreamRows]
     blocks: dict[str, list[list[int]]]
-    held_out_tokens: int
-    held_out_bytes: int
+    tokens: dict[str, int]
+    bytes: dict[str, int]
 
-    def model(self) -> GPT2LMHeadModel:
+    def model(self, recipe: Recipe) -> GPT2LMHeadModel:
         """A fresh model, the same every time."""
         torch.manual_seed(0)
         sizes = {"n_layer": 2, "n_embd": 128, "n_head": 2, "n_positions": LENGTH}
+        drops = {"resid_pdrop": recipe.dropout, "embd_pdrop": recipe.dropout}
         ids = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.tokenizer.eos_token_id}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), attn_pdrop=0.0, **sizes, **ids))
+        return GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), attn_pdrop=0.0, **drops, **sizes, **ids))
 
 
 def prepare(options: argparse.Namespace) -> Material:
     """Token stores for ours, blocks for theirs."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_dir, local_files_only=True)
-    rows, blocks, tokens = {}, {}, {}
-    for name, raw in (("train", options.text), ("held_out", options.held_out)):
+    rows, blocks, tokens, sizes = {}, {}, {}, {}
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    held_out = list(read_documents([Span(str(options.held_out))], TextReport()))
+    ends = np.cumsum([sum(len(line.encode()) + 1 for line in document) for document in held_out])
+    first, last = (int(np.searchsorted(ends, n * options.held_out_kilobytes * 1000)) + 1 for n in (1, 2))
+    if options.best and first == last:
+        raise SystemExit("give more --held_out text, of which one part tunes, or fewer --held_out_kilobytes")
+    parts = {"train": list(read_documents([Span(str(options.text))], TextReport())), "held_out": held_out[:first]}
+    for name, documents in (parts | ({"tuning": held_out[first:last]} if options.best else {})).items():
         text = options.work_dir / f"{name}.txt"
-        options.work_dir.mkdir(parents=True, exist_ok=True)
-        documents = list(read_documents([Span(str(raw))], TextReport()))
-        if name == "held_out":
-            sizes = np.cumsum([sum(len(line.encode()) + 1 for line in document) for document in documents])
-            documents = documents[: int(np.searchsorted(sizes, options.held_out_kilobytes * 1000)) + 1]
         write_documents(text, documents)
         source = Source((str(text),), options.tokenizer_dir, validation_fraction=0.0)
         store = prepare_store(source, options.work_dir / f"store_{name}", num_workers=1)
         rows[name] = causal.rows(store, "train", tokenizer, LENGTH, "isolated", causal.Settings())
         lines = text.read_text(encoding="utf-8").splitlines(keepends=True)  # run_clm keeps line breaks
         ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
-        blocks[name], tokens[name] = [], sum(map(len, ids))
+        blocks[name], tokens[name], sizes[name] = [], sum(map(len, ids)), text.stat().st_size
         for start in range(0, len(ids), 1000):
             joined = list(chain.from_iterable(ids[start : start + 1000]))
             blocks[name] += [joined[at : at + LENGTH] for at in range(0, len(joined) - LENGTH + 1, LENGTH)]
-    return Material(tokenizer, rows, blocks, tokens["held_out"], text.stat().st_size)
+    return Material(tokenizer, rows, blocks, tokens, sizes)
 
 
 def trained(model: GPT2LMHeadModel) -> Objective:
@@ -114,8 +129,8 @@ def trained(model: GPT2LMHeadModel) -> Objective:
 class Score:
     """Bits per byte of the held-out text, as each way lays it out."""
 
-    def __init__(self, way: str, material: Material) -> None:
-        self.way, self.material = way, material
+    def __init__(self, way: str, material: Material, part: str) -> None:
+        self.way, self.material, self.part = way, material, part
 
     @torch.no_grad()
     def __call__(self, model: GPT2LMHeadModel) -> float:
@@ -124,10 +139,10 @@ class Score:
         model.eval()
         nats = self._ours(model) if self.way == "ours" else self._blocks(model)
         model.train(was_training)
-        return nats / math.log(2) / material.held_out_bytes
+        return nats / math.log(2) / material.bytes[self.part]
 
     def _ours(self, model: GPT2LMHeadModel) -> float:
-        rows, objective = self.material.rows["held_out"], trained(model).eval()
+        rows, objective = self.material.rows[self.part], trained(model).eval()
         total = 0.0
         for start in range(0, rows.num_rows, 64):
             batch, _ = fixed_batch(rows, MAKE, np.arange(start, min(start + 64, rows.num_rows)))
@@ -135,16 +150,17 @@ class Score:
         return total
 
     def _blocks(self, model: GPT2LMHeadModel) -> float:
-        blocks = torch.tensor(self.material.blocks["held_out"])
+        blocks = torch.tensor(self.material.blocks[self.part])
         total = 0.0
         for part in blocks.split(64):
             logits: Tensor = model(input_ids=part, use_cache=False).logits[:, :-1]
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
-        return total / (len(blocks) * (LENGTH - 1)) * self.material.held_out_tokens
+        return total / (len(blocks) * (LENGTH - 1)) * self.material.tokens[self.part]
 
 
-def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
+def train_ours(material: Material, recipe: Recipe, watch: Watch) -> None:
     """The loop of run_pretraining.py in one process, at a constant learning rate."""
+    num_rows = round(ROWS * recipe.rows)
     data = Phase(
         train=material.rows["train"],
         held_out=None,
@@ -152,17 +168,17 @@ def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
         slots=LENGTH,
         words="",
         seed=0,
-        batch_size=ROWS,
-        shares=[ROWS],
-        micro_batch_size=ROWS,
-        total_rows=1_000_000 * ROWS,
+        batch_size=num_rows,
+        shares=[num_rows],
+        micro_batch_size=num_rows,
+        total_rows=1_000_000 * num_rows,
         most_eval_rows=0,
     )
-    network = material.model()
+    network = material.model(recipe)
     fuse_activations(network)
     objective = trained(network).train()
-    adam = {"learning_rate": learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
-    optimizer = build_optimizer("adamw", network, **adam)
+    adam = {"learning_rate": recipe.learning_rate, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
+    optimizer = build_optimizer(recipe.optimizer or "adamw", network, **adam)
     watch.start()
     batches = Prefetcher(data.step_batches(0, data.num_steps, 0))
     over = False
@@ -170,7 +186,9 @@ def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
         micro_batches, counts = next(batches)
         torch.manual_seed(stream_key(0, watch.steps, 0) >> 1)
         for batch in micro_batches:
-            (objective(batch)["clm"] / counts["clm"]).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+                loss = objective(batch)["clm"] / counts["clm"]
+            loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -182,27 +200,29 @@ def train_ours(material: Material, learning_rate: float, watch: Watch) -> None:
 class _Watching(TrainerCallback):
     """Scores in the course of `Trainer.train`."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, watch: Watch, num_rows: int) -> None:
+        self.watch, self.num_rows = watch, num_rows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.watch.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: GPT2LMHeadModel, **_: Any) -> None:
-        self.watch.real_tokens += ROWS * LENGTH
+        self.watch.real_tokens += self.num_rows * LENGTH
         control.should_training_stop = self.watch.after_step(model)
 
 
-def train_theirs(material: Material, learning_rate: float, watch: Watch) -> None:
+def train_theirs(material: Material, recipe: Recipe, watch: Watch) -> None:
     """`Trainer.train` as run_clm calls it, at a constant learning rate."""
-    rows = material.blocks["train"]
+    num_rows, rows = round(ROWS * recipe.rows), material.blocks["train"]
     dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * LENGTH] * len(rows), "labels": rows})
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=ROWS,
-            learning_rate=learning_rate,
+            per_device_train_batch_size=num_rows,
+            learning_rate=recipe.learning_rate,
             lr_scheduler_type="constant",
+            bf16=recipe.bf16,
+            **({"optim": recipe.optimizer} if recipe.optimizer else {}),
             max_steps=1_000_000,
             save_strategy="no",
             logging_strategy="no",
@@ -211,8 +231,20 @@ def train_theirs(material: Material, learning_rate: float, watch: Watch) -> None
             use_cpu=True,
             seed=0,
         )
-        model, callbacks = material.model(), [_Watching(watch)]
+        model, callbacks = material.model(recipe), [_Watching(watch, num_rows)]
         Trainer(model, arguments, default_data_collator, dataset, callbacks=callbacks).train()
+
+
+def race(
+    plan: list[Recipe], *, material: Material, part: str, minutes: float, options: argparse.Namespace
+) -> list[Curve]:
+    """Train recipes in turns; the curve of each."""
+    turns = Turns(len(plan), options.turn_seconds)
+    watches = [Watch(Score(r.way, material, part), 60 * minutes, turns, number) for number, r in enumerate(plan)]
+    ways = {"ours": train_ours, "group_texts": train_theirs}
+    jobs = [partial(ways[recipe.way], material, recipe, watch) for recipe, watch in zip(plan, watches, strict=True)]
+    turns.run(jobs, options.threads)
+    return [watch.curve for watch in watches]
 
 
 def main() -> None:
@@ -224,6 +256,8 @@ def main() -> None:
     parser.add_argument("--held_out_kilobytes", type=float, default=150.0, help="of the held-out text to score on")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training per run")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
+    parser.add_argument("--best", action="store_true", help="compare the best of each way after the same search")
+    parser.add_argument("--search_minutes", type=float, default=0.5, help="of training of each that is tried")
     parser.add_argument("--turn_seconds", type=float, default=3.0, help="of a run before the next has its turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "causal_time_to_loss.json")
@@ -231,12 +265,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     material = prepare(options)
-    plan = [(way, rate) for rate in options.rates for way in WAYS]
-    turns = Turns(len(plan), options.turn_seconds)
-    watches = [Watch(Score(way, material), 60 * options.minutes, turns, n) for n, (way, _) in enumerate(plan)]
-    ways = {"ours": train_ours, "group_texts": train_theirs}
-    turns.run([partial(ways[way], material, rate, w) for (way, rate), w in zip(plan, watches)], options.threads)
-    runs = [{"way": way, "learning_rate": rate, "curve": w.curve} for (way, rate), w in zip(plan, watches)]
+    plan, tried = [Recipe(way, rate, "gpt2") for rate in options.rates for way in WAYS], list[dict[str, Any]]()
+    if options.best:
+        tune = partial(race, material=material, part="tuning", minutes=options.search_minutes, options=options)
+        best_of, tried = search({way: Recipe(way, model="gpt2") for way in WAYS}, STAGES, tune)
+        plan = list(best_of.values())
+    curves = race(plan, material=material, part="held_out", minutes=options.minutes, options=options)
+    runs = [asdict(recipe) | {"curve": curve} for recipe, curve in zip(plan, curves, strict=True)]
     print("way           rate     steps  real tokens/s  best bits/byte")
     for run in runs:
         last, low = run["curve"][-1], min(point["loss"] for point in run["curve"])
@@ -255,6 +290,7 @@ def main() -> None:
     result = {
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "tuning": tried,
         "runs": runs,
         "summary": summary,
     }

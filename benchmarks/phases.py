@@ -11,31 +11,26 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from search import Recipe
 from torch import Tensor, nn
 from turns import Watch
-from ways import SETTINGS, Material, make_trainer, our_data
-
-from lmscripts import objectives
-from lmscripts.models.families import bert
-from lmscripts.training.optim import build_optimizer
+from ways import Material, make_trainer, optimizer_of, our_data, trained
 
 
-def phases(way: str, material: Material, dataset: Dataset | None, num_steps: int) -> dict[str, float]:
+def phases(recipe: Recipe, material: Material, dataset: Dataset | None, num_steps: int) -> dict[str, float]:
     """Microseconds per real token of each phase of a step, and what else a real token costs."""
     watch = Watch(lambda model: 0.0, 0.0)
     if dataset is None:
-        data, network = our_data(material, way), material.model()
-        objective = objectives.trained("masked", bert, {"": network}, "sdpa", SETTINGS).train()
-        optimizer: Any = build_optimizer(
-            "adamw", network, learning_rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0
-        )
+        data, network = our_data(material, recipe), material.model(recipe)
+        objective = trained(recipe, network)
+        optimizer: Any = optimizer_of(recipe, network)
         batches: Iterator[Any] = (micro_batches[0] for micro_batches, _ in data.step_batches(0, num_steps + 3, 0))
 
         def loss_of(batch: Any) -> Tensor:
             return objective(batch)["mlm"] / batch["weights"].sum()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(way, dataset, material, 1e-3, watch, folder)
+            trainer = make_trainer(recipe, dataset, material, watch, folder)
         network, optimizer = trainer.model.train(), trainer.create_optimizer()
         batches = iter(trainer.get_train_dataloader())
 

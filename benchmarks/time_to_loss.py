@@ -4,7 +4,9 @@
 
 On a machine that others use, put OMP_WAIT_POLICY=passive in front: threads then wait without burning time.
 
-Four ways train the same BERT (2 layers x 128, 2 heads, ffn 512) from the same weights on the same documents:
+Four ways train the same BERT (2 layers x 128, 2 heads, ffn 512) from the same weights on the same documents, each at
+the same rates (a); with `--best` (b), each as is best for it after the same search over its own options (`STAGES`),
+models of both families and the same size open to all:
 
     ours          the loop of run_pretraining.py: packed rows of 128, logits at masked tokens only
     ours_by_line  the same on a store made with --document_per_line: no sentence sees another, as in line_by_line
@@ -17,7 +19,7 @@ clocks stand still while it is scored and while others run: all runs take turns 
 the machine meets them alike. The score is the masked-token cross-entropy on the same masked sentences of held-out
 documents, one a row. The target is the best loss that the slowest way reaches; how long each way took to get there is
 interpolated between scorings. Tokenising is not part of the training time and is printed apart. `--tuning` scores on
-other held-out sentences: settings are chosen there.
+other held-out sentences: settings are chosen there, by hand or by `--best`.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ import json
 import platform
 import random
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from datasets import Dataset
 from phases import phases
-from transformers import AutoTokenizer, BertConfig
+from search import Curve, Recipe, search
+from transformers import AutoTokenizer
 from turns import Scorer, Turns, Watch
 from ways import LENGTH, OURS, ROWS, WAYS, Lines, Material, run_mlm_dataset, train_ours, train_theirs
 
@@ -46,6 +51,19 @@ from lmscripts.text.report import TextReport
 HELD_OUT = 0.02
 SENTENCES = 1_000
 Run = dict[str, object]
+THEIRS = tuple(way for way in WAYS if way not in OURS)
+RATES = dict.fromkeys(WAYS, (1e-3, 2e-3, 4e-3, 8e-3))
+# What each way tries, in this order. Trainer has no Muon; bfloat16 is open to all.
+STAGES: list[tuple[str, dict[str, tuple[object, ...]]]] = [
+    ("model", dict.fromkeys(WAYS, ("bert", "modernbert"))),
+    ("dropout", dict.fromkeys(WAYS, (0.0,))),
+    ("learning_rate", RATES),
+    ("optimizer", dict.fromkeys(OURS, ("muon",)) | dict.fromkeys(THEIRS, ("adafactor", "adamw_torch"))),
+    ("learning_rate", RATES),
+    ("rows", dict.fromkeys(WAYS, (0.5, 2.0, 4.0))),
+    ("mask", dict.fromkeys(WAYS, (0.3,))),
+    ("bf16", dict.fromkeys(WAYS, (True,))),
+]
 
 
 def prepare(options: argparse.Namespace) -> tuple[Material, Lines, dict[str, float]]:
@@ -80,20 +98,8 @@ def prepare(options: argparse.Namespace) -> tuple[Material, Lines, dict[str, flo
         held_out, times = saved["held_out"], json.loads(str(saved["times"]))
     source = Source((str(train_only),), options.tokenizer_dir, validation_fraction=0.0, document_per_line=True)
     stores["ours_by_line"] = prepare_store(source, options.work_dir / f"lines_{options.megabytes}", num_workers=1)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=512,
-        max_position_embeddings=LENGTH,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-    )
     train = [line for line, out in zip(lines, held_out, strict=True) if line and not out]
-    material = Material(stores, train, tokenizer, config)
+    material = Material(stores, train, tokenizer)
     return material, [line for line, out in zip(lines, held_out, strict=True) if line and out], times
 
 
@@ -158,6 +164,30 @@ def show(result: dict[str, object]) -> None:
         print(f"{way:<13}", "  ".join(f"{name} {value}" for name, value in spent.items()))
 
 
+def race(
+    plan: list[Recipe],
+    *,
+    material: Material,
+    datasets: dict[str, Dataset],
+    score: Scorer,
+    minutes: dict[str, float],
+    options: argparse.Namespace,
+) -> list[Curve]:
+    """Train recipes in turns; the curve of each."""
+    turns = Turns(len(plan), options.turn_seconds)
+    watches = [Watch(score, 60 * minutes[recipe.way], turns, number) for number, recipe in enumerate(plan)]
+
+    def job(recipe: Recipe, watch: Watch) -> None:
+        if recipe.way in OURS:
+            train_ours(recipe, material, watch)
+        else:
+            train_theirs(recipe, datasets[recipe.way], material, watch)
+        print(f"{recipe.words()}: {watch.curve[-1]}", flush=True)
+
+    turns.run([partial(job, *pair) for pair in zip(plan, watches, strict=True)], options.threads)
+    return [watch.curve for watch in watches]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="a sentence a line, blank lines between documents")
@@ -170,6 +200,8 @@ def main() -> None:
         parser.add_argument(f"--{way}_rates", type=float, nargs="*", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--turn_seconds", type=float, default=3.0, help="of a run before the next has its turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--best", action="store_true", help="compare the best of each way after the same search")
+    parser.add_argument("--search_minutes", type=float, default=1.0, help="of training of each that is tried")
     parser.add_argument("--tuning", action="store_true", help="score on the held-out sentences kept for tuning")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "time_to_loss.json")
     options = parser.parse_args()
@@ -189,23 +221,19 @@ def main() -> None:
         "seconds_to_tokenise": {name: round(value, 1) for name, value in times.items()},
     }
     rates = {way: getattr(options, f"{way}_rates") for way in WAYS}
-    plan = [(way, rates[way][n]) for n in range(max(map(len, rates.values()))) for way in WAYS if n < len(rates[way])]
-    turns = Turns(len(plan), options.turn_seconds)
-    watches = [Watch(score, 60 * minutes[way], turns, number) for number, (way, _) in enumerate(plan)]
-
-    def job(way: str, rate: float, watch: Watch) -> None:
-        if way in OURS:
-            train_ours(way, material, rate, watch)
-        else:
-            train_theirs(way, datasets[way], material, rate, watch)
-        print(f"{way} {rate:g}: {watch.curve[-1]}", flush=True)
-
-    turns.run([partial(job, *run, watch) for run, watch in zip(plan, watches)], options.threads)
-    runs: list[Run] = [
-        {"way": way, "learning_rate": rate, "curve": watch.curve} for (way, rate), watch in zip(plan, watches)
-    ]
+    longest = max(map(len, rates.values()))
+    plan = [Recipe(way, rates[way][n]) for n in range(longest) for way in WAYS if n < len(rates[way])]
+    if options.best:
+        chosen = Scorer(held_out[SENTENCES : 2 * SENTENCES], material.tokenizer, LENGTH)
+        limits = dict.fromkeys(WAYS, options.search_minutes)
+        tune = partial(race, material=material, datasets=datasets, score=chosen, minutes=limits, options=options)
+        best, result["tuning"] = search({way: Recipe(way) for way in WAYS if rates[way]}, STAGES, tune)
+        plan = list(best.values())
+    curves = race(plan, material=material, datasets=datasets, score=score, minutes=minutes, options=options)
+    runs: list[Run] = [asdict(recipe) | {"curve": curve} for recipe, curve in zip(plan, curves, strict=True)]
     result["runs"] = runs
-    result["phases"] = {way: phases(way, material, datasets.get(way), num_steps=20) for way in WAYS}
+    of_way = {recipe.way: recipe for recipe in reversed(plan)}
+    result["phases"] = {way: phases(r, material, datasets.get(way), num_steps=20) for way, r in of_way.items()}
     result["summary"] = summarise(runs, tuple(way for way in WAYS if way not in OURS and rates[way]))
     options.result.parent.mkdir(exist_ok=True)
     options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

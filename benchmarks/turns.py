@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertForMaskedLM
+
+from lmscripts.models import families
 
 
 class Turns:
@@ -75,7 +76,7 @@ class Watch:
         real_tokens: text tokens trained on.
     """
 
-    score: Callable[[BertForMaskedLM], float]
+    score: Callable[[Any], float]
     limit: float
     turns: Turns | None = None
     number: int = 0
@@ -91,7 +92,7 @@ class Watch:
         """Let the clocks run."""
         self.began = (time.perf_counter(), time.process_time())
 
-    def after_step(self, model: BertForMaskedLM) -> bool:
+    def after_step(self, model: Any) -> bool:
         """Score when it is time; True when the run is over. Scorings are 2 s apart at first, then an eighth."""
         self.wall += time.perf_counter() - self.began[0]
         self.cpu += time.process_time() - self.began[1]
@@ -136,14 +137,15 @@ class Scorer:
             self.targets += flat.size
 
     @torch.no_grad()
-    def __call__(self, model: BertForMaskedLM) -> float:
+    def __call__(self, model: Any) -> float:
         """The score of a model, which is left in the mode it had."""
         was_training = model.training
         model.eval()
         total = 0.0
         for seen, attention, chosen, labels in self.batches:
-            hidden = model.bert(input_ids=seen, attention_mask=attention).last_hidden_state
-            logits = model.cls(hidden.flatten(0, 1).index_select(0, chosen))
+            hidden = model.base_model(input_ids=seen, attention_mask=attention).last_hidden_state
+            family = families.family(model.config.model_type)
+            logits = family.predict(model, hidden.flatten(0, 1).index_select(0, chosen))
             total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         model.train(was_training)
         return total / self.targets

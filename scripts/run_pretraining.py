@@ -58,8 +58,9 @@ Balance = Literal["even", "auto"]
 CarryOver = Literal["weights", "moments", "everything"]
 Every = int | Literal["epoch"]
 POSITIVE = [
-    "batch_size", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs", "save_steps", "logging_steps",
-    "eval_every", "stop_at_step", "learning_rate", "sequence_length", "decay_steps", "expected_processes", "timeout",
+    "batch_size", "batch_ramp", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs", "save_steps",
+    "logging_steps", "eval_every", "stop_at_step", "learning_rate", "sequence_length", "decay_steps",
+    "expected_processes", "timeout",
     "num_workers", "phase_steps", "n_layer", "n_head", "n_embd"
 ]  # fmt: skip
 NOT_NEGATIVE = [
@@ -82,8 +83,8 @@ OFTEN = ("save_steps", "keep_last", "keep_every", "eval_every", "logging_steps")
 SIZES = {"n_layer": "layers", "n_head": "heads", "n_embd": "hidden_size"}
 # What must stay as it was when a run is continued.
 FIXED = [
-    "model_type", "seed", "sequence_length", "packing", "phase_steps", "batch_size", "optimizer", "weight_decay",
-    "beta1", "beta2", "epsilon", "ema_decay", "frozen_layers"
+    "model_type", "seed", "sequence_length", "packing", "phase_steps", "batch_size", "batch_ramp", "optimizer",
+    "weight_decay", "beta1", "beta2", "epsilon", "ema_decay", "frozen_layers"
 ]  # fmt: skip
 
 
@@ -144,6 +145,9 @@ class Options:
     phase_steps: tuple[int, ...] = option((), help=f"several phases: steps of each; {PER_PHASE}", group="optimizer")
     batch_size: tuple[int, ...] = option(
         (), help="rows per step, all processes; or the preset's", group="optimizer", most=10**9
+    )
+    batch_ramp: tuple[int, ...] = option(
+        (), help="8 500: first 8 rows a step, rising to batch_size in 500 steps", group="optimizer", most=10**9
     )
     micro_batch_size: tuple[int, ...] = option(
         (), help="rows of one forward pass on one process; 32, on a GPU what fits", group="optimizer", most=10**6
@@ -210,6 +214,9 @@ class Options:
             raise UserError(f"--process_shares must be at least 0 and not all 0, got {given}")
         if self.micro_batch_size:
             check_useless(values, "with --micro_batch_size, which says the same in rows", "micro_batch_tokens")
+        if self.batch_ramp and len(self.batch_ramp) != 2:
+            given = " ".join(map(str, self.batch_ramp))
+            raise UserError(f"--batch_ramp takes the rows of the first step and the steps of the rise, got {given}")
         if self.balance == "auto":
             check_useless(values, "with --balance auto, which measures them", "process_shares")
         if self.schedule == "constant":
@@ -317,12 +324,14 @@ def ask_phases(options: Options, settings: Any) -> list[plan.PhaseSettings]:
         validation_fraction=options.validation_fraction or 0.01,
         validation_files=options.validation_file,
     )
-    phases = []
+    phases = list[plan.PhaseSettings]()
     for number, value in zip(steps, values, strict=True):
         own = replace(settings, **{name: (value.pop(name),) for name in of_objective if name in value})
         store, tokens = stores[value.pop("dataset_dir", "")], value.pop("micro_batch_tokens", 0)
         value.setdefault("micro_batch_size", max(1, tokens // value["sequence_length"]) if tokens else None)
-        phases.append(plan.PhaseSettings(store=store, steps=number, epochs=options.epochs, objective=own, **value))
+        ramp = () if phases else options.batch_ramp  # of the first phase alone
+        value |= {"store": store, "steps": number, "epochs": options.epochs, "objective": own, "ramp": ramp}
+        phases.append(plan.PhaseSettings(**value))
     return phases
 
 
@@ -578,7 +587,7 @@ def train(options: Options, run: Run) -> str:
         state.step += 1
         state.real_tokens += targets["tokens"]
         length = phase.layout.sequence_length
-        meter.add_step(targets, phase.positions * objective.flops_per_position(length, phase.slots))
+        meter.add_step(targets, data.positions(state.step - 1) * objective.flops_per_position(length, phase.slots))
         report.advance(state.step)
 
         if state.step % options.logging_steps == 0 or state.step == data.num_steps:

@@ -32,7 +32,7 @@ def renamed(text):
         inside = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
         kept |= {name for name in inside if not re.match(rf"{name}\b", ast.unparse(node.value))}
     assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)} - kept
-    assert {"state", "batches", "targets", "norm", "finite", "meter", "learning_rate"} <= assigned
+    assert {"state", "batches", "targets", "norm", "meter", "learning_rate"} <= assigned
     lines = [line.encode() for line in text.splitlines(keepends=True)]
     hidden = {
         id(each) for node in in_strings for each in ast.walk(node)

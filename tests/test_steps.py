@@ -25,13 +25,14 @@ from transformers import (
 )
 
 from lmscripts.data.packing import Layout
-from lmscripts.data.steps import ByLength, Phase, Phases, Prefetcher, Shuffled, step_batches
+from lmscripts.data.steps import ByLength, Phase, Phases, Prefetcher, Shuffled, rows_before, step_batches
 from lmscripts.data.stream import StreamRows
 from lmscripts.data.token_store import Part
 from lmscripts.errors import UserError
 from lmscripts.objectives.causal import continuations, document_beginnings
 from lmscripts.tokenizer.folder import check_tokenizer
 from lmscripts.training.checkpoint import check_architecture, load_weights
+from lmscripts.training.plan import PhaseSettings
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "character", "sentencepiece_bpe"])
@@ -169,6 +170,7 @@ def test_longer_rows_than_those_of_another_run(tmp_path):
 LENGTHS = np.random.default_rng(0).integers(1, 400, 523)
 ORDERS = {
     "shuffled": (Shuffled(num_rows=7, batch_size=5, total_rows=23, seed=4), 5),  # the last step has three rows
+    "rising": (Shuffled(num_rows=7, batch_size=5, total_rows=17, seed=4, ramp=(2, 3)), 5),  # 2, 3, 4, 5 and 3 rows
     "by length": (ByLength(LENGTHS[:23], batch_size=5, seed=4), 10),  # one step of each of two epochs has three
 }
 
@@ -296,6 +298,39 @@ def test_items_come_ahead_in_their_order_and_an_error_where_it_is_due():
     assert list(Prefetcher(iter("ab"))) == ["a", "b"]
 
 
+def test_rows_of_a_step_rise_in_a_straight_line():
+    for batch_size, first, length in [(16, 4, 300), (512, 1, 7), (8, 8, 5), (1000, 3, 1)]:
+        before = np.array([rows_before(step, batch_size, (first, length)) for step in range(length + 50)])
+        sizes = np.diff(before)
+        straight = first + (batch_size - first) * np.minimum(np.arange(len(sizes)) / length, 1)
+        assert np.abs(sizes - straight).max() < 1
+        assert np.abs(before[1:] - np.cumsum(straight)).max() < 1
+        assert (sizes[length:] == batch_size).all()
+        assert sizes[0] == first
+        for total in (1, first + 1, int(before[length // 2]) + 1, int(before[length]), int(before[-1]) + 1):
+            order = Shuffled(50, batch_size, total, seed=0, ramp=(first, length))
+            assert order.bounds(order.num_steps - 1)[0] < total == order.bounds(order.num_steps - 1)[1]
+    assert rows_before(10**12, 8, (1, 10**9)) == 8 * 10**12 - 7 * 10**9 + 7 * (10**9 - 1) // 2  # no table
+    order = Shuffled(20, 6, 60, seed=1, ramp=(1, 4))
+    rows = np.concatenate(rows_by_step(order, order.num_steps)).reshape(3, 20)
+    assert (np.sort(rows) == np.arange(20)).all()
+
+
+def test_a_phase_has_the_rows_of_its_ramp():
+    asked = {
+        "store": None,
+        "sequence_length": 8,
+        "batch_size": 5,
+        "micro_batch_size": 1,
+        "epochs": None,
+        "objective": 0,
+    }
+    assert PhaseSettings(steps=5, **asked).total_rows(7) == 25
+    assert PhaseSettings(steps=5, ramp=(2, 3), **asked).total_rows(7) == 2 + 3 + 4 + 5 + 5
+    with pytest.raises(UserError, match=r"9 rows.*--batch_size 5"):
+        PhaseSettings(steps=5, ramp=(9, 3), **asked)
+
+
 # ---- epochs ------------------------------------------------------------------------------------------------------
 
 
@@ -303,9 +338,13 @@ def test_the_end_of_every_epoch_in_every_phase():
     """7 rows by 3, 15 rows in all: ends behind 7 and 14 rows; then 4 rows by 5: every step ends an epoch."""
     rest = {"held_out": None, "make": None, "slots": 0, "words": "", "seed": 0, "shares": [1], "micro_batch_size": 1}
     rest["most_eval_rows"] = 0
-    first = Phase(SimpleNamespace(num_rows=7), batch_size=3, total_rows=15, **rest)
-    second = Phase(SimpleNamespace(num_rows=4), batch_size=5, total_rows=10, **rest)
+    rows = [SimpleNamespace(num_rows=n, layout=SimpleNamespace(sequence_length=2 * n)) for n in (7, 4)]
+    first, second = (
+        Phase(rows[0], batch_size=3, total_rows=15, **rest),
+        Phase(rows[1], batch_size=5, total_rows=10, **rest),
+    )
     data = Phases([first, second])
+    assert [data.positions(step) for step in (4, 5, 6)] == [42, 40, 40]
     assert [step for step in range(8) if data.is_due(step, "epoch")] == [0, 3, 5, 6, 7]
     assert [step for step in range(8) if data.is_due(step, 3)] == [0, 3, 6]
 

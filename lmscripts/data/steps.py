@@ -7,6 +7,7 @@ makes batches of rows; see `step_batches`.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,6 +47,19 @@ _DROPOUT = 0xD807  # what the keys of rows are for
 # ---- orders ------------------------------------------------------------------------------------------------------
 
 
+def rows_before(step: int, batch_size: int, ramp: Sequence[int] = ()) -> int:
+    """Rows of the first so many steps.
+
+    A ramp (R, N) lets the rows of a step rise from R in the first to `batch_size` in step N (counted from 0), as nearly
+    in a straight line as whole rows allow; few rows a step do while the gradients of all rows still agree
+    (arXiv:1812.06162, section 2).
+    """
+    rows, length = ramp or (batch_size, 1)
+    risen = min(step, length)
+    within = rows * risen + (batch_size - rows) * risen * (risen - 1) // (2 * length)
+    return within + batch_size * (step - risen)
+
+
 @dataclass(frozen=True)
 class Shuffled:
     """Every epoch a permutation of all rows of its own; only the last step of a run, of `total_rows`, may be short."""
@@ -54,11 +68,21 @@ class Shuffled:
     batch_size: int
     total_rows: int
     seed: int
+    ramp: tuple[int, ...] = ()  # see `rows_before`
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        length = self.ramp[1] if self.ramp else 0
+        left = self.total_rows - rows_before(length, self.batch_size, self.ramp)
+        if left >= 0:
+            return length - -left // self.batch_size
+        return bisect_left(range(length), self.total_rows, key=lambda n: rows_before(n, self.batch_size, self.ramp))
 
     def bounds(self, step: int) -> tuple[int, int]:
         """The positions [first, last) of an optimizer step."""
-        first = min(step * self.batch_size, self.total_rows)
-        return first, min(first + self.batch_size, self.total_rows)
+        first, last = (rows_before(each, self.batch_size, self.ramp) for each in (step, step + 1))
+        return min(first, self.total_rows), min(last, self.total_rows)
 
     def rows(self, positions: Ints) -> tuple[Ints, Ints]:
         """(N,) rows at (N,) positions of a run, and (N,) the epoch of each."""
@@ -244,6 +268,7 @@ class Phase:
         words: what is predicted, for people.
         seed: decides order and masks.
         batch_size: rows of an optimizer step over all processes.
+        ramp: of the first steps, which have fewer, see `rows_before`.
         total_rows: rows of the stretch; its last step may be smaller than the others.
         shares: rows of each process in a full step.
         micro_batch_size: most rows of one forward pass.
@@ -272,6 +297,12 @@ class Phase:
     whole: float = 1.0
     aligned: bool = False
     is_tried: bool = False
+    ramp: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> Shuffled:
+        """Which rows are in which step."""
+        return Shuffled(self.train.num_rows, self.batch_size, self.total_rows, self.seed, self.ramp)
 
     @property
     def layout(self) -> Layout:
@@ -281,12 +312,7 @@ class Phase:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the stretch."""
-        return -(-self.total_rows // self.batch_size)
-
-    @property
-    def positions(self) -> int:
-        """Positions of a full optimizer step over all processes."""
-        return self.batch_size * self.layout.sequence_length
+        return self.order.num_steps
 
     @property
     def num_eval_rows(self) -> int:
@@ -301,7 +327,7 @@ class Phase:
         The rows are divided as the shares say, which need not sum to anything; without, as those of the stretch.
         """
         return step_batches(
-            Shuffled(self.train.num_rows, self.batch_size, self.total_rows, self.seed),
+            self.order,
             lambda rows, epochs, sizes: self._pinned(self.train, rows, epochs, self.seed, sizes),
             shares=shares or self.shares,
             process=process,
@@ -366,15 +392,25 @@ class Phases:
 
     def of_step(self, step: int) -> Phase:
         """The phase of a step; the last one for a step after the end."""
-        return next((p for p, end in zip(self.phases, self.ends, strict=True) if step < end), self.phases[-1])
+        return self._place(step)[0]
+
+    def positions(self, step: int) -> int:
+        """Positions of an optimizer step over all processes."""
+        phase, place = self._place(step)
+        first, last = phase.order.bounds(place)
+        return (last - first) * phase.layout.sequence_length
+
+    def _place(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and which of its steps it is."""
+        number = min(bisect_right(self.ends, step), len(self.phases) - 1)
+        return self.phases[number], step - [0, *self.ends][number]
 
     def is_due(self, step: int, every: int | str) -> bool:
         """Whether what is done every so many steps, or at the end of every "epoch", is done after so many steps."""
         if step == 0 or not isinstance(every, str):
             return step == 0 or step % int(every) == 0
-        phase, begin = self.of_step(step - 1), max((end for end in self.ends[:-1] if end < step), default=0)
-        rows = [min(number * phase.batch_size, phase.total_rows) for number in (step - 1 - begin, step - begin)]
-        before, after = (number // phase.train.num_rows for number in rows)
+        phase, place = self._place(step - 1)
+        before, after = (rows // phase.train.num_rows for rows in phase.order.bounds(place))
         return after > before
 
     def step_batches(

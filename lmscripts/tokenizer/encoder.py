@@ -422,7 +422,7 @@ class _SpacedWay:
             self.cache.clear()
         if new := list(set(words).difference(self.cache)):
             encoded = self.encode(new)
-            marked = replace(encoded, ids=encoded.ids | encoded.word_starts.astype(np.uint32) << 31)
+            marked = replace(encoded, ids=encoded.ids | encoded.word_starts.astype(np.uint32) << np.uint32(31))
             self.cache.update(zip(new, map(np.ndarray.tobytes, marked.rows()), strict=True))
         found = list(map(self.cache.__getitem__, words))
         for word in new:

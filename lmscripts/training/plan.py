@@ -55,6 +55,7 @@ class PhaseSettings:
         steps: optimizer steps; None for as many as `epochs` passes over the rows take.
         epochs: passes over the rows.
         objective: settings of the objective.
+        ramp: rows of the first steps, see `lmscripts.data.steps.rows_before`.
     """
 
     store: TokenStore
@@ -64,15 +65,25 @@ class PhaseSettings:
     steps: int | None
     epochs: float | None
     objective: Any
+    ramp: tuple[int, ...] = ()
 
-    def at_once(self, can_try: bool) -> dict[str, Any]:
-        """Rows of a forward pass, and whether to try how many fit: who tries has to need no other process for it."""
+    def __post_init__(self) -> None:
+        if self.ramp and self.ramp[0] > self.batch_size:
+            raise UserError(f"--batch_ramp begins with {self.ramp[0]} rows, more than --batch_size {self.batch_size}")
+
+    def as_asked(self, can_try: bool) -> dict[str, Any]:
+        """What a phase has as it was asked for; rows of a pass are tried where that needs no other process."""
         given = self.micro_batch_size
-        return {"micro_batch_size": given or _ROWS_AT_ONCE, "is_tried": can_try and given is None}
+        at_once = {"micro_batch_size": given or _ROWS_AT_ONCE, "is_tried": can_try and given is None}
+        return at_once | {"batch_size": self.batch_size, "whole": self.store.whole, "ramp": self.ramp}
 
     def total_rows(self, num_rows: int) -> int:
         """Rows of the phase, where the text has so many."""
-        return self.batch_size * (self.steps or 0) or max(1, round((self.epochs or 0) * num_rows * self.store.whole))
+        from lmscripts.data.steps import rows_before
+
+        if self.steps:
+            return rows_before(self.steps, self.batch_size, self.ramp)
+        return max(1, round((self.epochs or 0) * num_rows * self.store.whole))
 
 
 def open_stores(
@@ -231,25 +242,22 @@ def open_phases(
     nodes, made = nodes_of_processes(accelerator, node_rank), []
     for number, (phase, (rows, held_out)) in enumerate(zip(phases, sources, strict=True)):
         plan = objective.plan(tokenizer, rows.layout, phase.objective)
-        made.append(
-            Phase(
-                rows,
-                held_out,
-                make=partial(objective.batches, plan=plan, with_ends=with_ends),
-                slots=objective.slots(plan, rows.layout),
-                words=objective.words(plan, rows),
-                seed=stream_key(seed, number) if number else seed,  # no phase repeats the order of another
-                batch_size=phase.batch_size,
-                total_rows=phase.total_rows(rows.num_rows),
-                shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
-                **phase.at_once(accelerator.device.type == "cuda" and not aligned),
-                most_eval_rows=most_eval_rows,
-                pin_memory=accelerator.device.type == "cuda",
-                whole=phase.store.whole,
-                aligned=aligned,
-                same_keys=same_keys,
-            )
+        one = Phase(
+            rows,
+            held_out,
+            make=partial(objective.batches, plan=plan, with_ends=with_ends),
+            slots=objective.slots(plan, rows.layout),
+            words=objective.words(plan, rows),
+            seed=stream_key(seed, number) if number else seed,  # no phase repeats the order of another
+            total_rows=phase.total_rows(rows.num_rows),
+            shares=process_shares(phase.batch_size, nodes, node_batch_sizes, weights),
+            **phase.as_asked(can_try=accelerator.device.type == "cuda" and not aligned),
+            most_eval_rows=most_eval_rows,
+            pin_memory=accelerator.device.type == "cuda",
+            aligned=aligned,
+            same_keys=same_keys,
         )
+        made.append(one)
     return Phases(made)
 
 
@@ -397,7 +405,8 @@ def _phase_lines(data: Phase) -> list[tuple[str, str]]:
     text += f"{index.fill():.2%} full, {layout.packing}; "
     text += f"{data.num_eval_rows:,} rows {'of what was read ' if sampled else ''}held out"
     at_once = "as many as fit, which is tried," if data.is_tried else f"at most {data.micro_batch_size}"
-    steps = f"{data.num_steps:,} of {data.batch_size} rows, {epochs:.2f} epochs of "
+    rising = f"{data.ramp[0]} rows, rising to {data.batch_size} at step {data.ramp[1] + 1:,}" if data.ramp else ""
+    steps = f"{data.num_steps:,} of {rising or f'{data.batch_size} rows'}, {epochs:.2f} epochs of "
     steps += f"{num_rows / data.batch_size:,.1f} steps; {positions:,} positions, "
     return [
         ("text", text),
