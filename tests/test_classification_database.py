@@ -704,6 +704,7 @@ def test_of_three_processes_one_builds_and_another_does_when_it_is_killed(tmp_pa
     assert (names, state) == (["t.csv", "t.sqlite"], together[3])
 
 
+@pytest.mark.slow
 def test_a_builder_killed_at_any_moment_leaves_nothing_or_the_whole(tmp_path, tokenizer_dir):
     seen, names = drive(KILLED_BUILDING, tmp_path, tokenizer_dir, 1200)
     assert Counter(seen)["nothing"] >= 6

@@ -252,7 +252,9 @@ def read_twice(monkeypatch, name, operations):
     said, clock = [], [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(log, "gpu_statistics", lambda _: {})
-    monkeypatch.setattr(log, "Pace", lambda *_: SimpleNamespace(waiting=None, settle=lambda: None, is_shared=False))
+    monkeypatch.setattr(
+        log, "Pace", lambda *_: SimpleNamespace(waiting=None, settle=lambda wait: None, is_shared=False)
+    )
     meter, found = log.Meter(torch.device("cuda")), []
     for _ in range(2):
         meter.add_step({}, operations)

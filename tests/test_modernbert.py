@@ -145,6 +145,7 @@ def test_a_run_learns_and_says_the_rate_that_it_trains_at(run_dir):
     assert np.isfinite([record["gradient_norm"] for record in records]).all()
 
 
+@pytest.mark.slow
 def test_killed_and_continued_ends_at_the_same_bits(workspace, run_dir, store_dir, presets):
     killed = workspace / "killed"
     more = arguments(store_dir, presets, killed, "--save_steps", 2, "--do_continue")

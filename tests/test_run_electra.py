@@ -93,6 +93,7 @@ LAUNCHED = ["--max_steps", "60", "--save_steps", "5", "--logging_steps", "10", "
 LAUNCHED += ["--learning_rate", "3e-3", "--do_whole_word_mask"]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.timeout(900)
 def test_two_processes_killed_at_random_moments(common, workspace):
@@ -123,6 +124,7 @@ def two_phases(common, workspace):
     return workspace / "phases"
 
 
+@pytest.mark.slow
 def test_killed_in_either_phase_ends_with_the_same_bits(common, workspace, two_phases):
     run_dir = workspace / "phases_killed"
     arguments = [*common, *PHASES, "--model_dir", run_dir, "--do_continue"]
@@ -132,7 +134,7 @@ def test_killed_in_either_phase_ends_with_the_same_bits(common, workspace, two_p
     assert losses(two_phases) == losses(run_dir)
 
 
-@pytest.mark.parametrize("stops", [[3, 30], [22]], ids=str)
+@pytest.mark.parametrize("stops", [pytest.param([3, 30], marks=pytest.mark.slow), [22]], ids=str)
 def test_stopped_in_each_phase_and_between_them(common, workspace, two_phases, stops):
     run_dir = workspace / f"phases_stopped{stops[0]}"
     for number, stop in enumerate([*stops, 40]):

@@ -146,7 +146,14 @@ def test_damaged_newest_checkpoint_is_passed_over(common, workspace, uninterrupt
     assert same_bits(weights(uninterrupted), weights(run_dir))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_signal_saves_and_ends_with_its_own_code(common, workspace, uninterrupted, number):
     run_dir = workspace / f"signal{number}"
     arguments = [*common, *LONG, "--model_dir", run_dir]
@@ -164,7 +171,7 @@ def test_signal_saves_and_ends_with_its_own_code(common, workspace, uninterrupte
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_run_does_not_outlive_its_launcher(common, workspace, uninterrupted, number):
     """`accelerate launch` with one process dies of a signal without a word to the script."""
     run_dir = workspace / f"launcher{number}"

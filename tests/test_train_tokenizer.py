@@ -257,7 +257,7 @@ def test_interrupted_segmentation_goes_on(tmp_path):
     assert "".join((tmp_path / f"{i}.txt").read_text() for i in range(3)) == (tmp_path / "9.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_and_started_again(tmp_path, number):
     corpus = tmp_path / "corpus.txt"
     corpus.write_bytes(b"\n".join([ARTICLES.read_bytes()] * 45))  # the signal must find it at work
