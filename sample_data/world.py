@@ -100,9 +100,11 @@ class World:
         self._add("mother", {p: (m, {"person": p}) for p, m in mothers.items()}, sorted(people), OTHERWISE)
         grand = {p: (mothers[m], {"person": p}) for p, m in mothers.items() if m in mothers}
         self._add("grandmother", grand, sorted(people), OTHERWISE, WORKED_OUT)
+        towns = language["towns"]
+        self.linked |= {town: [neighbour] for town, neighbour in zip(towns, [*towns[1:], towns[0]])}
         for person in people:
             self.linked[person] = [homes[person], *([mothers[person]] if person in mothers else [])]
-            self.linked.setdefault(homes[person], []).append(person)
+            self.linked[homes[person]].append(person)
 
     def _seasons(self) -> None:
         things, draw, seasons = self.language["season_things"], self._draw, self.language["seasons"]
