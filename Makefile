@@ -60,10 +60,10 @@ demo-policy: $(READY)
 	@$(BIN)/python sample_data/three_positions.py $(DEMO)/result.json $(DEMO)/others.txt $(DEMO)/answers.jsonl kanachan-v1 \
 		"discard the tile that was discarded first in the round"
 
-# Two files at a time; the tests of one file share what they made and stay together. In the order of tests/conftest.py: by the
+# Three files at a time, as many tests wait for processes; the tests of one file share what they made and stay together. In the order of tests/conftest.py: by the
 # number of tests, the few long ones would come last and alone.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes and breaks rarely: dozens of edited files through whole commands, random moments.
 test_slow: $(READY)
