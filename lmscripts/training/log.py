@@ -207,10 +207,7 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
         run_dir: folder of a run, with its log.jsonl.
         switches: steps at which a phase ends and the next begins.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot would take as long to import as all else here
 
     records = read_log(run_dir / "log.jsonl")
     train = [r for r in records if "loss" in r]
@@ -218,7 +215,9 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
     # Where the loss is a weighted sum of several, the terms are drawn.
     losses = [name for name in (train or [{}])[-1] if name.endswith("_loss")] or ["loss"]
     shares = [name for name in (held_out or [{}])[-1] if name.endswith(SHARES)]
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    figure = Figure(figsize=(15, 4.2))
+    panels = figure.subplots(1, 3)
+    figure.subplots_adjust(0.05, 0.125, 0.99, 0.94, wspace=0.2)  # a layout that is found is drawn twice
     for number, name in enumerate(losses):
         label, color = name.removesuffix("loss").replace("_", " "), f"C{number}"
         panels[0].plot(*_curve(train, name), label=f"{label}training", linewidth=1, color=color, alpha=0.7)
@@ -231,6 +230,7 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
     if len(shares) > 1:
         panels[1].legend()
     panels[2].plot(*_curve(train, "learning_rate"))
+    panels[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     labels = ("loss (nats per target)", "held out (%)" if len(shares) > 1 else "held-out accuracy (%)", "learning rate")
     for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel("optimizer step")
@@ -241,7 +241,6 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
     if len(losses) > 1:
         panels[0].set_yscale("log")
     figure.savefig(run_dir / "curves.png", dpi=110)
-    pyplot.close(figure)
 
 
 def _curve(records: list[dict[str, Any]], name: str, factor: float = 1) -> tuple[list[int], list[float]]:
