@@ -5,10 +5,11 @@
     python benchmarks/decisions.py --text made.txt --store made
 
 Text: `parse` against splitting and converting line by line into arrays of the greatest length. Prepared form: batches
-in the order of training, from the memory-mapped store to tensors, against the same parser. Loop: what `train_policy.py`
-does in a step on one process, against a `DataLoader` over records that wait in memory, filled up to 33 + 6 + 113 + 32
-positions, and `torch.nn.TransformerEncoder`: the older trainer's network, the same weights, optimizer and number of
-records, padding masked, no dropout. One batch is given to both first: the losses are equal.
+in the order of training, from the memory-mapped store to tensors, against the same parser; alone, as the parser reads,
+and handed over by the thread that makes them ahead, for which a loop that does nothing else waits. Loop: what
+`train_policy.py` does in a step on one process, against a `DataLoader` over records that wait in memory, filled up to
+33 + 6 + 113 + 32 positions, and `torch.nn.TransformerEncoder`: the older trainer's network, the same weights, optimizer
+and number of records, padding masked, no dropout. One batch is given to both first: the losses are equal.
 """
 
 from __future__ import annotations
@@ -119,6 +120,10 @@ def reading(options: argparse.Namespace) -> None:
         return sum(parse(raw[begin : begin + 1280], SCHEMA)[0].num_records for begin in range(0, number, 1280))
 
     def prepared(pair: int) -> int:
+        batches = steps.step_batches(pair * per_pair, (pair + 1) * per_pair, 0)
+        return sum(len(each["labels"]) for made, _ in batches for each in made)
+
+    def ahead(pair: int) -> int:
         batches = steps.prefetch(pair * per_pair, (pair + 1) * per_pair, 0)
         done = sum(len(each["labels"]) for made, _ in itertools.islice(batches, per_pair) for each in made)
         batches.close()
@@ -127,7 +132,8 @@ def reading(options: argparse.Namespace) -> None:
     def plain(pair: int) -> int:
         return sum(len(plain_batch(lines)[-1]) for lines in blocks(text))
 
-    for name, ours in (("text", parsed), ("prepared form", prepared)):
+    ways = {"text": parsed, "prepared form": prepared, "the same through the thread that makes batches ahead": ahead}
+    for name, ours in ways.items():
         ours(0)  # pages of the store and imports
         pairs = compare(ours, plain, options.pairs)
         print(f"\n{name}: {number:,} records, one process, against a plain parser of lines")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -140,26 +140,30 @@ class Steps:
         epochs, inside = divmod(step, self.per_epoch)
         return f"snapshots/{epochs:0{digits}}" + (f".{self.records(step)}" if inside else "")
 
-    def prefetch(
+    def step_batches(
         self, first: int, stop: int, process: int, shares: Sequence[int] = ()
-    ) -> Prefetcher[tuple[list[Batch], Counts]]:
-        """Micro-batches of one process for the steps [first, stop), with their counts, made in the background.
+    ) -> Iterator[tuple[list[Batch], Counts]]:
+        """Micro-batches of one process for the steps [first, stop), with their counts.
 
         The rows are divided as the shares say, which need not sum to anything; without, as the steps' own.
         """
         longest = self.micro_batch_size * self._schema.max_positions
-        return Prefetcher(
-            step_batches(
-                self._order,
-                self._make,
-                shares=shares or self.shares,
-                process=process,
-                micro_batch_size=self.micro_batch_size,
-                first=first,
-                stop=stop,
-                at_once=max(1, _POSITIONS_AT_ONCE // longest),
-            )
+        return step_batches(
+            self._order,
+            self._make,
+            shares=shares or self.shares,
+            process=process,
+            micro_batch_size=self.micro_batch_size,
+            first=first,
+            stop=stop,
+            at_once=max(1, _POSITIONS_AT_ONCE // longest),
         )
+
+    def prefetch(
+        self, first: int, stop: int, process: int, shares: Sequence[int] = ()
+    ) -> Prefetcher[tuple[list[Batch], Counts]]:
+        """As `step_batches`, made in the background, a few steps ahead."""
+        return Prefetcher(self.step_batches(first, stop, process, shares))
 
     def _make(self, rows: Ints, epochs: Ints, sizes: list[int]) -> Made:
         made = made_batches(self._part, rows, sizes, self._schema, self._with_value)
