@@ -11,13 +11,14 @@ DEMO := demo_output/policy
 .PHONY: setup demo demo-policy test test_slow lint clean
 setup: $(READY)
 
-# torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it.
+# torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it. What is not imported
+# is not compiled, which takes a minute.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $$(grep '^torch==' requirements.txt)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-compile $$(grep '^torch==' requirements.txt)
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
 # The four commands of the README on the sample: tokenizer, token store, pretraining on two processes, a look at it.
