@@ -72,6 +72,15 @@ def launch(config, name, *arguments, processes=None, cwd=None, check=True, timeo
     return done
 
 
+def help_of(script, env=None):
+    """What --help of a script prints, and which of the packages that take seconds to load it loads."""
+    command = [sys.executable, "-X", "importtime", str(script), "--help"]
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in loaded
+    return done.stdout, loaded & {"torch", "numpy", "transformers", "accelerate", "datasets", "tokenizers"}
+
+
 def forget_accelerator():
     """accelerate keeps one state for the whole process: what comes next may want another precision."""
     state = sys.modules.get("accelerate.state")
