@@ -59,8 +59,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def small_run(store_dir, run_dir, *more):
-    given = ["--dataset_dir", store_dir, "--model_type", "bert-tiny", "--model_dir", run_dir, "--max_steps", 4]
+def small_run(store_dir, run_dir, *more, steps=4):
+    given = ["--dataset_dir", store_dir, "--model_type", "bert-tiny", "--model_dir", run_dir, "--max_steps", steps]
     given += ["--n_layer", 1, "--n_embd", 32, "--n_head", 2, "--batch_size", 4, "--sequence_length", 32]
     return [*given, "--eval_rows", 0, "--tracker", "none", *more]
 
@@ -289,9 +289,9 @@ def test_killed_while_checkpoints_are_written_behind_ends_with_the_same_bits(sto
     behind = tmp_path / "behind.py"
     text = "import runpy, sys\nfrom lmscripts.training.folder import RunFolder\nRunFolder.behind = True\n"
     behind.write_text(f"{text}runpy.run_path({SCRIPT!r}, run_name='__main__')\n", encoding="utf-8")
-    more = ["--save_steps", 2, "--max_steps", 60, "--logging_steps", 5, "--warmup_steps", 2]
-    run_script("run_pretraining.py", *small_run(store_dir, tmp_path / "plain", *more))
-    given = [*small_run(store_dir, tmp_path / "run", *more), "--do_continue"]
+    more = ["--save_steps", 2, "--logging_steps", 5, "--warmup_steps", 2]
+    run_script("run_pretraining.py", *small_run(store_dir, tmp_path / "plain", *more, steps=60))
+    given = [*small_run(store_dir, tmp_path / "run", *more, steps=60), "--do_continue"]
     assert kill_at_random_moments(given, tmp_path / "run", tmp_path / "log", script=str(behind)) > 0
     run_script(behind, *given)
     assert same_bits(weights(tmp_path / "run"), weights(tmp_path / "plain"))
