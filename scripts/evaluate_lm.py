@@ -82,10 +82,11 @@ class Options:
     send_inputs: bool = option(
         False, help="hand what only the first machine has of the inputs to the others", group="scores"
     )
+    timeout: int = option(600, help="seconds that a process may keep the others waiting", group="scores")
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
-        names = ("num_workers", "block_size", "stride", "max_documents", "batch_size", "cpu_threads")
+        names = ("num_workers", "block_size", "stride", "max_documents", "batch_size", "cpu_threads", "timeout")
         check_numbers(vars(self), positive=names)
         if not self.pseudo_perplexity:
             check_useless(vars(self), "without --pseudo_perplexity", "max_documents")
@@ -138,12 +139,12 @@ def evaluate(options: Options) -> None:
         raise UserError(
             f"{saved.name} was never trained ({'; '.join(saved.untrained)}), and --require_trained is given"
         )
-
     with evaluation.temporary_store(store_maker(options, saved)) as store:
         tokenizer, rows = store.load_tokenizer(), None
         if kind.SCORES == "masks":
             rows = kind.rows(store, "train", tokenizer, chosen["block_size"], "isolated", kind.Settings())
-        accelerator = distributed.start_processes(mixed_precision=options.precision.replace("fp32", "no"), exact=True)
+        how = {"mixed_precision": options.precision.replace("fp32", "no"), "timeout_seconds": options.timeout}
+        accelerator = distributed.start_processes(**how, exact=True)
         if (device := accelerator.device.type) == "cpu":
             torch.set_num_threads(options.cpu_threads)
             device = f"cpu, {options.cpu_threads} thread{'s' * (options.cpu_threads > 1)} per process"

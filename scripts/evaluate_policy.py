@@ -58,6 +58,7 @@ class Options:
     send_inputs: bool = option(
         False, help="hand what only the first machine has of the inputs to the others", group="scores"
     )
+    timeout: int = option(600, help="seconds that a process may keep the others waiting", group="scores")
     num_workers: int | None = option(None, help="processes that parse it (1)", group="text", most=1024)
     on_bad_row: Literal["fail", "skip"] | None = option(
         None, help="a line that is no record ends it all (fail, the default), or is left out and counted", group="text"
@@ -68,7 +69,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
-        check_numbers(vars(self), positive=("batch_size", "cpu_threads", "num_workers"))
+        check_numbers(vars(self), positive=("batch_size", "cpu_threads", "num_workers", "timeout"))
 
 
 def main() -> None:
@@ -102,7 +103,9 @@ def evaluate(options: Options) -> None:
         )
     read = TextReport()
     with opened_data(options, saved, read) as store:
-        accelerator = processes.start_processes(mixed_precision=options.precision.replace("fp32", "no"), exact=True)
+        accelerator = processes.start_processes(
+            mixed_precision=options.precision.replace("fp32", "no"), timeout_seconds=options.timeout, exact=True
+        )
         stop_asked = processes.StopRequest()
         for sentence in [*saved.notices, *read.sentences()[1:], *store.sentences()]:
             accelerator.print(sentence, flush=True)
