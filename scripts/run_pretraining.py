@@ -636,7 +636,7 @@ def stopped_while_evaluating(
 
 def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
     """Draw the curves, and export the model where the schedule was run to its end."""
-    from lmscripts.training import log
+    from lmscripts.training import folder, log
 
     accelerator, data, state, run_dir = run.accelerator, run.data, run.state, run.folder.path
     if stopped_by:
@@ -649,7 +649,7 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
         raise UserError(f"the last {state.nonfinite_streak} steps had no finite gradient: no model was written")
     elif accelerator.is_main_process:
         title = f"{run_dir.name}: {asked.options.model_type}"
-        describe = partial(log.pretraining_card, title, state.origin, asked.objective, data, run_dir, asked.as_yaml)
+        describe = partial(folder.pretraining_card, title, state.origin, asked.objective, data, run_dir, asked.as_yaml)
         final = run.folder.export(state.step, None, describe, run.average)
         places = f"the curves in {run_dir / 'curves.png'}, the numbers in {run_dir / 'log.jsonl'}"
         accelerator.print(f"the model is in {final}, {places}")

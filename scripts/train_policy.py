@@ -592,7 +592,7 @@ def finish(options: Options, run: Run, stopped_by: str) -> None:
 
 def describe(options: Options, run: Run, model_dir: Path) -> str:
     """The model card."""
-    from lmscripts.training import log
+    from lmscripts.training import folder
 
     data, own = run.data, run.state.own
     rows = {
@@ -601,10 +601,10 @@ def describe(options: Options, run: Run, model_dir: Path) -> str:
         "decisions": f"{data.train.num_records:,} for training, of which {own.records:,} were seen, repeated ones too",
         "epoch": own.best_epoch or options.num_epochs,
     } | {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in own.best.items()}
-    use = f"`scripts/predict_policy.py --model PATH/TO/THIS/FOLDER` answers records.\n\n{log.fenced(USE, 'python')}"
+    use = f"`scripts/predict_policy.py --model PATH/TO/THIS/FOLDER` answers records.\n\n{folder.fenced(USE, 'python')}"
     began = f"Trained {f'further from {run.state.origin}' if run.state.origin else 'from scratch'} on decisions."
     title = f"{run.folder.path.name}: a policy over {data.schema.name}"
-    return log.model_card(title, rows, dump_options(options), began=began, use=use, limits=LIMITS)
+    return folder.model_card(title, rows, dump_options(options), began=began, use=use, limits=LIMITS)
 
 
 if __name__ == "__main__":

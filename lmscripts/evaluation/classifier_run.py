@@ -39,9 +39,9 @@ from lmscripts.evaluation.report import csv_text, visible
 from lmscripts.files import replaced_folder, write_text
 from lmscripts.models.classifier import KEY, ClassifierSettings, label_names, merge_lora
 from lmscripts.objectives.module import Objective
+from lmscripts.training.card import fenced, model_card
 from lmscripts.training.checkpoint import load_weights
 from lmscripts.training.folder import Beside, write_weights
-from lmscripts.training.log import fenced, model_card
 from lmscripts.training.state import of_process
 
 _USE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer

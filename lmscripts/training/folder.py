@@ -41,6 +41,7 @@ from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training import handing
+from lmscripts.training.card import fenced, model_card, pretraining_card
 from lmscripts.training.joining import is_elastic, job
 from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.swa_utils import AveragedModel
 
+__all__ = ["fenced", "model_card", "pretraining_card"]  # beside what is written here
 _FORMAT = 2
 LOCK = ".lock"  # of the run that is going on; in it, which job of an elastic launcher that is
 _ORPHANED = 60  # seconds until a process of this job that lost its launcher has noticed and let go
