@@ -400,9 +400,8 @@ def finish(
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts |= {"best_epoch": progress.best_epoch, "notices": notices}
     said += [f"beware: {notice}" for notice in notices]
-    place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
-    known = {"run": run.run_id, "database": place, **facts}
-    write_text(files.statistics, statistics_text(known, progress.history, tested))
+    known = {"run": run.run_id, "database": os.path.relpath(database.path.resolve(), files.model.parent.resolve())}
+    write_text(files.statistics, statistics_text(known | facts, progress.history, tested))
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
     numbers = plain({} if tested is None else tested.document)
@@ -412,13 +411,12 @@ def finish(
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
-        write_text(
-            aside / "README.md", card_text(files.name, told, options_yaml, about, aside, model, began_with, numbers)
-        )
+        text = card_text(files.name, told, options_yaml, about, aside, model, began_with, numbers)
+        write_text(aside / "README.md", text)
     database.end_run(run, "done", facts)
     where = f"the model is in {files.model}"
     if tested is None:
-        return [*said, "there is no test part: nothing is said of other texts, there is nothing to report", where]
+        return [*said, "there is no test part: nothing is said about other texts, nor is there a report", where]
     said += [where, f"the predictions are in {files.predictions}"]
     said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
     return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
