@@ -31,7 +31,7 @@ class Standin:
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.environment = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
         self.environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "0"}
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def files(self, repo):
         return self.commits[repo][-1][1] if self.commits[repo] else {}
@@ -95,8 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer({"name": "somebody", "type": "user", "orgs": []})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
-        repo, _, what = path.removeprefix("/api/models/").removeprefix("/").partition(".git/")
-        owner, name, *rest = f"{repo}/{what}".split("/")
+        owner, name, *rest = path.removeprefix("/api/models").removeprefix("/").replace(".git/", "/").split("/")
         repo, rest = f"{owner}/{name}", "/".join(rest)
         if repo not in hub.commits:
             return self.answer({"error": "Repository not found"}, 404)

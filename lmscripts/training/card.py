@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LIMITS = """The biases and gaps of the text are those of the model. The held-out text comes from the same corpus: how
 well the model does on other text was not measured."""
+_OF_JOB = ("#", "do_continue:", "resume:", "dry_run:")  # help, and what is another in a run that goes on
 _PLACE = "PATH/TO/THIS/FOLDER"
 _NONE: Mapping[str, float] = MappingProxyType({})
 # A text in quotation marks, or a path without them, as options are written down.
@@ -83,7 +84,7 @@ def model_card(
     install, language = ("", ()) if model_dir is None else _of_words(model_dir)
     needs = f"The tokenizer needs more than transformers: `{install}`.\n\n" if install else ""
     table = "\n".join(f"| {name} | {as_cell(value)} |" for name, value in rows.items())
-    without_help = "\n".join(line for line in options_yaml.splitlines() if line and not line.startswith("#"))
+    without_help = "\n".join(line for line in options_yaml.splitlines() if line and not line.startswith(_OF_JOB))
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     shown = "\n".join(["", "## Examples", "", *(f"- {example}" for example in examples), ""]) if examples else ""
     return f"""{metadata(title, about._replace(language=about.language or language), **facts)}
@@ -189,7 +190,7 @@ def _of_words(model_dir: Path) -> tuple[str, tuple[str, ...]]:
 def _on_hub(name: str) -> str:
     """The Hub's name of a model that was begun with; of a folder or a run what its card says; empty for none."""
     for place in (Path(name), Path(name, "final")):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # of another's card
+        with suppress(Exception):  # of another's card, whatever it holds
             own = str((metadata_load(place / "README.md") or {})["model-index"][0]["name"])
             return own if re.fullmatch(r"[\w.-]+/[\w.-]+", own, re.ASCII) else ""
     return name if not Path(name).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) else ""

@@ -518,20 +518,21 @@ class RunFolder:
         return final
 
     def publish(self, accelerator: Accelerator, folder: Path | None, step: int) -> None:
-        """Wait for what is being uploaded, with the folder of the finished model as the last; every process calls it.
+        """Wait for uploads, that of the finished model as the last if there is one; every process calls it.
 
         Raises:
-            UserError: the model could not be uploaded, on every process; it is kept.
+            UserError: the model could not be uploaded; it is kept.
         """
         if (hub := self.hub) is None:
             return
-        if accelerator.is_main_process and folder is not None:
-            hub.push(folder, f"the model, after step {step}", lambda _: None)  # it is raised below
+        message = f"the model, after step {step}"
         accelerator.print(f"uploading to {hub.repo}", flush=True)
+        if accelerator.is_main_process and folder is not None:
+            hub.push(folder, message, lambda _: None, self.path)  # what goes wrong is raised below
         while not from_main(accelerator, partial(hub.is_done, 5.0)):  # no process is silent for long
             pass
         if folder is not None:
-            from_main(accelerator, partial(hub.check, folder))
+            from_main(accelerator, partial(hub.check, folder, message))
             accelerator.print(f"the model is on the Hub, as {hub.repo}")
 
 
