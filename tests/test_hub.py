@@ -3,21 +3,25 @@
 import contextlib
 import gc
 import json
+import os
 import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_PRESET, forget_accelerator
+from conftest import PATIENCE, ROOT, TINY_PRESET, forget_accelerator, launch, run_script
 from hub_standin import TOKEN, standin
 from huggingface_hub import ModelCard, constants
+from runs import wait_for_step
 from tiny import new_models
 
 from lmscripts.data.packing import Layout
 from lmscripts.errors import UserError
 from lmscripts.models.families import gpt2
+from lmscripts.models.finding import checkpoint_step, list_checkpoints
 from lmscripts.training.card import About, model_card
 from lmscripts.training.checkpoint import check_architecture
 from lmscripts.training.hub import Hub, open_hub
@@ -214,6 +218,62 @@ def check_card(text, folder):
     assert 'pipeline("fill-mask", model="somebody/mine")' in text
     assert str(folder) not in text
     assert "model_dir: run\n" in text
+
+
+@pytest.mark.slow
+def test_a_classifier_and_a_policy_are_uploaded_too(hub, monkeypatch, tmp_path, tokenizer_dir):
+    network = new_models("bert", "masked", Layout(32, "isolated", begin_id=None, end_id=0, pad_id=0), vocabulary=2048)
+    shutil.copytree(tokenizer_dir, tmp_path / "bert")
+    network[""].save_pretrained(tmp_path / "bert")
+    rows = [f"{'昆布水鍋'[n % 4]}と{'星月空'[n % 3]}{n}。,{'ab'[n % 2]}" for n in range(60)]
+    (tmp_path / "topics.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
+    given = [tmp_path / "topics.csv", "--model_name_or_path", tmp_path / "bert", "--epochs", "1", "--max_length", "32"]
+    assert train(monkeypatch, "finetune_classifier.py", *given, "--tracker", "none", "--push_to_hub", "topics") == 0
+    assert hub.messages("somebody/topics")[-1].startswith("the model, after step")
+    data = ModelCard(hub.files("somebody/topics")["README.md"].decode()).data
+    assert {result.dataset_name for result in data.eval_results} == {"test documents of topics"}
+    run_script("make_annotations.py", "--output_file", tmp_path / "made.txt", "--num_records", 100)
+    given = ["--training-data", tmp_path / "made.txt", "--schema", "kanachan-v1", "--training-batch-size", "50"]
+    given += ["--dimension", "16", "--num-heads", "2", "--num-layers", "1", "--output-prefix", tmp_path / "runs"]
+    given += ["--experiment-name", "policy", "--tracker", "none", "--push_to_hub", "policy"]
+    assert train(monkeypatch, "train_policy.py", *given) == 0
+    assert hub.messages("somebody/policy")[-1] == "the model, after step 2"
+    assert set(hub.files("somebody/policy")) == {"README.md", "config.json", "model.safetensors"}
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_of_two_processes_one_uploads_and_both_end_as_it_does(arguments, tmp_path):
+    with standin() as server:
+        launch("cpu_2proc.yaml", "run_pretraining.py", *arguments, env=server.environment)
+        assert server.messages("somebody/mine")[-1] == "the model, after step 4"
+        assert server.asked.count("GET /api/whoami-v2") == 1
+        server.failing.append("/commit/")
+        shutil.rmtree(tmp_path / "run")
+        done = launch("cpu_2proc.yaml", "run_pretraining.py", *arguments, env=server.environment, check=False)
+        assert done.returncode != 0
+        assert f"later: hf upload somebody/mine {tmp_path / 'run' / 'final'}" in done.stderr
+        assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_the_hub(arguments, tmp_path):
+    with standin() as server, open(tmp_path / "said.txt", "w+", encoding="utf-8") as said:
+        server.gate.clear()
+        arguments[arguments.index("--max_steps") + 1] = 4000
+        command = [sys.executable, ROOT / "scripts" / "run_pretraining.py", *arguments]
+        env = {**os.environ, **server.environment}
+        process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said, env=env)
+        wait_for_step(process, tmp_path / "run", 12)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=PATIENCE) == 75
+        assert server.messages("somebody/mine") == []
+        server.gate.set()
+        step = max(checkpoint_step(folder) for folder in list_checkpoints(tmp_path / "run"))
+        more = ["--do_continue", "--stop_at_step", step + 2]
+        run_script("run_pretraining.py", *arguments, *more, env=server.environment)
+        assert server.messages("somebody/mine")[-1] == f"step {step + 2}"
+        assert not [*(tmp_path / "run").glob(".hub-*")]
 
 
 # ---- cards -------------------------------------------------------------------------------------------------------

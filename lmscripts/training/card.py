@@ -269,9 +269,9 @@ def pretraining_card(
     )
 
 
-def _of_run(data: Phases, records: list[dict[str, Any]]) -> tuple[dict[str, object], dict[str, float | None]]:
+def _of_run(data: Phases, records: list[dict[str, Any]]) -> tuple[dict[str, object], dict[str, float]]:
     """Rows on text, steps, speed and the last held-out numbers of a log, and these numbers."""
-    rows, results = dict[str, object](), dict[str, float | None]()
+    rows, results = dict[str, object](), dict[str, float]()
     for number, phase in enumerate(data.phases):
         name = f" of phase {number + 1}" if len(data.phases) > 1 else ""
         rows[f"text{name}"] = f"{phase.train.real_tokens:,} tokens"
@@ -288,9 +288,7 @@ def _of_run(data: Phases, records: list[dict[str, Any]]) -> tuple[dict[str, obje
     return rows, results
 
 
-def _shown(name: str, value: float | None, several: bool) -> str:
-    if value is None:
-        return "no finite number"
+def _shown(name: str, value: float, several: bool) -> str:
     if name.endswith(SHARES):
         return f"{value:.2%}"
     if not name.endswith("loss"):
