@@ -114,7 +114,7 @@ def open_hub(
     """
     if name is None or os.environ.get("RANK", "0") != "0":
         return Hub(name) if name else None, []
-    from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, get_token
+    from huggingface_hub import HfApi, ModelCardData, constants, get_session, get_token
 
     what, later = f"--push_to_hub {name}", f"leave it out, and upload later: hf upload {name} FOLDER"
     if constants.HF_HUB_OFFLINE:
@@ -127,7 +127,12 @@ def open_hub(
             raise UserError(f"{what} needs a token: `hf auth login`, or set HF_TOKEN; or {later}")
         user = api.whoami()["name"]
         hub = Hub(name if "/" in name else f"{user}/{name}", api)
-        ModelCard(f"---\n{card}\n---\n").validate("model")
+        asked = {"repoType": "model", "content": f"---\n{card}\n---\n"}
+        answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked)
+        if answer.status_code == 400:
+            raise UserError(
+                f"{what}: the Hub does not take --license or --language: {shortened(ValueError(answer.text))}"
+            )
         if not is_tried:
             api.create_repo(hub.repo, private=private, exist_ok=True)
             api.auth_check(hub.repo, write=True)
