@@ -203,6 +203,8 @@ def write_half(pair: SavedModel, folder: Path, export: Export, target: Path) -> 
 
 def card(pair: SavedModel, folder: Path, export: Export, sums: dict[str, str]) -> str:
     """Text of the model card of one half."""
+    from lmscripts.training.card import About, metadata
+
     model, source = pair.models[export.subfolder], "/".join(folder.resolve().parts[-2:])
     rows = {"extracted from": f"`{source}`, {steps_done(pair, folder)}", "parameters": f"{model.num_parameters():,}"}
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "embedding_size")
@@ -210,11 +212,7 @@ def card(pair: SavedModel, folder: Path, export: Export, sums: dict[str, str]) -
     rows |= {"longest input": f"{pair.longest} tokens", "tokenizer": pair.encoder.description}
     rows |= {f"sha256 of {Path(name).name}": f"`{sha256}`, here and in the checkpoint" for name, sha256 in sums.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-library_name: transformers
-{f"pipeline_tag: {export.task}" if export.task else "tags: [lmscripts]"}
----
-
+    return f"""{metadata(source, About(), task=export.task, tags=["electra"])}
 # {source}: {export.name}
 
 The {export.name} of an ELECTRA run ([arXiv:2003.10555](https://arxiv.org/abs/2003.10555)), in which a generator fills

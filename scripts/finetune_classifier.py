@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lmscripts.models.classifier import ClassifierSettings, Source
     from lmscripts.objectives.module import Objective
     from lmscripts.training.folder import RunFolder
+    from lmscripts.training.hub import Hub
     from lmscripts.training.log import Meter, Reporter
     from lmscripts.training.processes import StopRequest
     from lmscripts.training.state import TrainingState
@@ -155,9 +156,16 @@ class Options:
         False, help="hand what only the first machine has of the inputs to the others", group="machine"
     )
 
+    push_to_hub: str | None = option(None, help="USER/NAME: upload checkpoints and model there", group="hub")
+    hub_private: bool | None = option(None, help="nobody else sees them; default: the Hub's", group="hub")
+    language: tuple[str, ...] = option((), help="for the card: ja en; default: the tokenizer's", group="hub")
+    license: str | None = option(None, help="for the card: apache-2.0", group="hub")
+
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
         check_numbers(vars(self), positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
+        if self.push_to_hub is None:
+            check_useless(vars(self), "without --push_to_hub", "hub_private")
         check_metric(self, multi_label=bool(self.separator or self.label_columns))
         if self.label_columns and (self.separator or self.labels or self.label != Options.label):
             raise UserError("--label_columns says what the labels are: leave out --label, --labels and --separator")
@@ -316,16 +324,18 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, judge, export."""
-    from lmscripts.training.processes import agree, join
+    from lmscripts.training.processes import agree, join, open_hub
 
     renamed = {"epoch": "epochs", "sequence_length": "max_length"}
     older = {"balance": {"false": "even"}}  # in files, where it was what --balance_folds is now
     with user_errors(only_words=True), join():
         options = parse_options(Options, description=__doc__ or "", renamed=renamed, renamed_values=older)
-        run(replace(options, **agree(vars(options), INPUTS)))
+        options = replace(options, **agree(vars(options), INPUTS))
+        about = (options.push_to_hub, options.hub_private, options.language, options.license)
+        run(options, *open_hub(*about, is_tried=options.dry_run or options.preponly))
 
 
-def run(options: Options) -> None:
+def run(options: Options, hub: Hub | None, of_hub: list[str]) -> None:
     """The whole run; ends the process with its exit code."""
     from transformers import logging
 
@@ -360,11 +370,11 @@ def run(options: Options) -> None:
     beside = folder.tokenizer_beside(tokenizer, {"": network}, autos, tokenizer.model_max_length)
     doubts = classifier_run.check_metric(options.metric, Options.metric, parts["validation"], task.multi_label)
     rates = f"rates: {optim.rates_text(rate, num_steps, [warmup_steps])}"
-    said = [*task.database.sentences(), *task.source.notices, *notices]
+    said = [*of_hub, *task.database.sentences(), *task.source.notices, *notices]
     say(options, *said, *plan_lines(options, accelerator, task, parts, steps, network), rates, *doubts)
     if options.dry_run:
         return
-    run_folder = folder.RunFolder(files.training, fixed_facts(options, task), rate, beside)
+    run_folder = folder.RunFolder(files.training, fixed_facts(options, task), rate, beside, hub=hub)
     run = begin(options, accelerator, task, parts, steps, rate, files, run_folder, settings, network, positive_weights)
     with classifier_run.failing(task.database, run.state.own.entry, accelerator.is_main_process):
         if accelerator.is_main_process:
@@ -372,8 +382,11 @@ def run(options: Options) -> None:
         stop_asked = processes.StopRequest(STARTED + parse_duration(options.max_time))
         stopped = train(options, run, stop_asked)
         stopped = finish(options, run, as_yaml, stop_asked, stopped)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+    if not stopped:
+        is_whole = run.state.step == run.num_steps or run.state.own.is_stale(options.patience)
+        run_folder.publish(accelerator, files.model if is_whole else None, run.state.step)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     leave(processes.stopped_early(stop_asked.reason) if stopped else 0)  # here, where model and processes still stand
 
 
@@ -604,7 +617,7 @@ def answer(options: Options, run: Run, part: Part, stop_asked: StopRequest) -> R
 def finish(options: Options, run: Run, as_yaml: str, stop_asked: StopRequest, stopped: bool) -> bool:
     """Calibrate the best model on the validation part, judge it on the test part, write all down; whether stopped."""
     from lmscripts.evaluation import classifier_run
-    from lmscripts.training import processes
+    from lmscripts.training import folder, processes
 
     accelerator, task, state, own = run.accelerator, run.task, run.state, run.state.own
     complete = not stopped and (state.step == run.num_steps or own.is_stale(options.patience))
@@ -622,6 +635,7 @@ def finish(options: Options, run: Run, as_yaml: str, stop_asked: StopRequest, st
     elif complete:
         about = (run.files, task.database, own, run.settings, run.objective.models[""], run.folder.beside)
         about += (run.facts | {"steps": state.step}, task.source.name, as_yaml, parts)
+        about += (folder.About(run.folder.hub, options.language, options.license),)
         say(options, *processes.from_main(accelerator, partial(classifier_run.finish, *about)))
         if options.torch_save:
             weights = partial(run.files.write_weights, run.objective.models[""])

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lmscripts.objectives.module import Objective
     from lmscripts.options.presets import Preset
     from lmscripts.training.folder import RunFolder
+    from lmscripts.training.hub import Hub
     from lmscripts.training.log import Meter, Reporter
     from lmscripts.training.processes import StopRequest
     from lmscripts.training.state import TrainingState
@@ -186,10 +187,17 @@ class Options:
         False, help="hand what only the first machine has of the inputs to the others", group="machine"
     )
 
+    push_to_hub: str | None = option(None, help="USER/NAME: upload checkpoints and model there", group="hub")
+    hub_private: bool | None = option(None, help="nobody else sees them; default: the Hub's", group="hub")
+    language: tuple[str, ...] = option((), help="for the card: ja en; default: the tokenizer's", group="hub")
+    license: str | None = option(None, help="for the card: apache-2.0", group="hub")
+
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
         values = vars(self)
         check_numbers(values, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
+        if self.push_to_hub is None:
+            check_useless(values, "without --push_to_hub", "hub_private")
         if self.max_steps is not None and self.epochs is not None:
             raise UserError(f"--max_steps {self.max_steps} and --epochs {self.epochs} both say how long: give one")
         if self.phase_steps:
@@ -258,12 +266,11 @@ class Inputs(NamedTuple):
         return values | {"objective": other, "token store": [phase.store.fingerprint for phase in self.phases]}
 
 
-def read_inputs(options: Options, further: Further) -> Inputs:
-    """Preset, objective and text, put together with the options."""
+def read_inputs(options: Options, further: Further, notices: list[str]) -> Inputs:
+    """Preset, objective and text, put together with the options; to the notices others may come."""
     from lmscripts.models import building
     from lmscripts.training import processes
 
-    notices: list[str] = []
     preset, family = building.read_preset(options.parameter_file, options.model_type)
     name = options.objective or family.default_objective
     objective, older, is_branch = objectives.objective(name), further.settings[OlderNames], bool(options.decay_from)
@@ -274,7 +281,7 @@ def read_inputs(options: Options, further: Further) -> Inputs:
     sizes = {field: getattr(options, option) for option, field in SIZES.items() if getattr(options, option)}
     if older.bert_config_file:
         of_file, said = sizes_of_config(older.bert_config_file)
-        sizes, notices = of_file | sizes, [said]
+        sizes, notices = of_file | sizes, [*notices, said]
     frozen = preset.frozen_layers if options.frozen_layers is None else options.frozen_layers
     preset = building.as_asked(preset, name, sizes=sizes, **given, frozen_layers=frozen)
     if options.start_from is not None and (origin := building.origin(preset)):
@@ -356,15 +363,17 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    from lmscripts.training.processes import agree, join
+    from lmscripts.training.processes import agree, join, open_hub
 
     also = {**PRETRAINING, "beneath": plan.branch_options, "more": SETTINGS}
     with user_errors(only_words=True), join():
         options, further = parse_options(Options, description=__doc__ or "", **also)
-        run(replace(options, **agree(vars(options), INPUTS)), further)
+        options = replace(options, **agree(vars(options), INPUTS))
+        about = (options.push_to_hub, options.hub_private, options.language, options.license)
+        run(options, further, *open_hub(*about, is_tried=options.dry_run))
 
 
-def run(options: Options, further: Further) -> None:
+def run(options: Options, further: Further, hub: Hub | None, of_hub: list[str]) -> None:
     """The whole run; ends the process with its exit code."""
     from transformers import logging
 
@@ -372,7 +381,7 @@ def run(options: Options, further: Further) -> None:
     from lmscripts.training import folder, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
-    asked = read_inputs(options, further)
+    asked = read_inputs(options, further, of_hub)
     options, run_dir = asked.options, Path(options.model_dir)
     plan.check_unknown(asked.phases, options.max_unknown_share)
     wanted = {name: getattr(asked.older, name) for name in ("tokenizer_type", "mecab_dic", "word_tokenizer_type")}
@@ -419,7 +428,7 @@ def run(options: Options, further: Further) -> None:
     accelerator.print("\n".join([said, *notices, *of_compiling, *of_models, *remarks(asked, tokenizer)]), flush=True)
     if options.dry_run:
         return
-    run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside)
+    run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside, hub=hub)
     run = begin(asked, accelerator, data, rate, run_folder, objective, tokenizer)
     stopped_by = train(options, run)
     finish(asked, run, stopped_by)
@@ -636,9 +645,9 @@ def stopped_while_evaluating(
 
 def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
     """Draw the curves, and export the model where the schedule was run to its end."""
-    from lmscripts.training import log
+    from lmscripts.training import folder, log
 
-    accelerator, data, state, run_dir = run.accelerator, run.data, run.state, run.folder.path
+    accelerator, data, state, run_dir, options = run.accelerator, run.data, run.state, run.folder.path, asked.options
     if stopped_by:
         accelerator.print(
             f"stopped by {stopped_by} at step {state.step:,}; everything is saved, go on with --do_continue"
@@ -648,13 +657,17 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
     elif state.nonfinite_streak and accelerator.scaler is None:
         raise UserError(f"the last {state.nonfinite_streak} steps had no finite gradient: no model was written")
     elif accelerator.is_main_process:
-        title = f"{run_dir.name}: {asked.options.model_type}"
-        describe = partial(log.pretraining_card, title, state.origin, asked.objective, data, run_dir, asked.as_yaml)
+        title = f"{run_dir.name}: {options.model_type}"
+        about = folder.About(run.folder.hub, options.language, options.license)
+        what = (title, state.origin, asked.objective, data, [phase.store for phase in asked.phases], run_dir)
+        describe = partial(folder.pretraining_card, *what, asked.as_yaml, about)
         final = run.folder.export(state.step, None, describe, run.average)
         places = f"the curves in {run_dir / 'curves.png'}, the numbers in {run_dir / 'log.jsonl'}"
         accelerator.print(f"the model is in {final}, {places}")
     if accelerator.is_main_process:  # last, as nothing depends on it
         log.draw_curves(run_dir, data.ends[:-1])
+    if not stopped_by:
+        run.folder.publish(accelerator, run_dir / "final" if state.step == data.num_steps else None, state.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

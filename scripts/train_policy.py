@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lmscripts.models.policy import PolicyModel
     from lmscripts.objectives.module import Objective
     from lmscripts.training.folder import RunFolder
+    from lmscripts.training.hub import Hub
     from lmscripts.training.log import Meter, Reporter
     from lmscripts.training.processes import StopRequest
     from lmscripts.training.state import TrainingState
@@ -169,10 +170,17 @@ class Options:
         False, help="hand what only the first machine has of the inputs to the others", group="machine"
     )
 
+    push_to_hub: str | None = option(None, help="USER/NAME: upload checkpoints and model there", group="hub")
+    hub_private: bool | None = option(None, help="nobody else sees them; default: the Hub's", group="hub")
+    language: tuple[str, ...] = option((), help="for the card: ja en; default: the tokenizer's", group="hub")
+    license: str | None = option(None, help="for the card: apache-2.0", group="hub")
+
     def __post_init__(self) -> None:
         """Refuse what makes no sense before anything is done."""
         values, name = vars(self), self.experiment_name
         check_numbers(values, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
+        if self.push_to_hub is None:
+            check_useless(values, "without --push_to_hub", "hub_private")
         parse_duration(self.max_time)
         if self.num_epochs < -1:
             raise UserError(f"--num-epochs must be at least 0, or -1 for no end, got {self.num_epochs}")
@@ -267,14 +275,16 @@ class Run:
 
 def main() -> None:
     """Parse, prepare, train, export."""
-    from lmscripts.training.processes import agree, join
+    from lmscripts.training.processes import agree, join, open_hub
 
     with user_errors(only_words=True), join():
         options = settled(*parse_options_with_origin(Options, description=__doc__ or "", **POLICY))
-        run(replace(options, **agree(vars(options), INPUTS)))
+        options = replace(options, **agree(vars(options), INPUTS))
+        about = (options.push_to_hub, options.hub_private, options.language, options.license)
+        run(options, *open_hub(*about, is_tried=options.dry_run))
 
 
-def run(options: Options) -> None:
+def run(options: Options, hub: Hub | None, of_hub: list[str]) -> None:
     """The whole run; ends the process with its exit code."""
     choose_device(options.device)
     import torch
@@ -314,12 +324,12 @@ def run(options: Options) -> None:
     beside = folder.nothing_beside({"": network}, {"": "AutoModel"})
     shown = steps.per_epoch if options.num_epochs == -1 else max(1, num_steps)
     rates = f"rates: {options.schedule}: {optim.rates_text(rate, shown, [options.warmup_steps])}"
-    said = [*data.sentences, *notices, *plan_lines(options, accelerator, data, steps, network), rates]
+    said = [*of_hub, *data.sentences, *notices, *plan_lines(options, accelerator, data, steps, network), rates]
     accelerator.print("\n".join(said), flush=True)
     if options.dry_run:
         return
     names = partial(steps.snapshot, digits=options.num_epoch_digits)
-    run_folder = folder.RunFolder(run_dir, fixed_facts(options, data), rate, beside, names)
+    run_folder = folder.RunFolder(run_dir, fixed_facts(options, data), rate, beside, names, hub)
     run = begin(options, accelerator, data, steps, rate, run_folder, network, num_steps)
     stopped_by = train(options, run)
     finish(options, run, stopped_by)
@@ -586,13 +596,15 @@ def finish(options: Options, run: Run, stopped_by: str) -> None:
         accelerator.print(f"the model {which} is in {final}, the numbers in {run_dir / 'log.jsonl'}")
     if accelerator.is_main_process and options.num_epochs:  # last, as nothing depends on it
         log.draw_curves(run_dir)
+    if not stopped_by and options.num_epochs:
+        run.folder.publish(accelerator, run_dir / "final" if state.step == run.num_steps else None, state.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 def describe(options: Options, run: Run, model_dir: Path) -> str:
     """The model card."""
-    from lmscripts.training import log
+    from lmscripts.training import folder
 
     data, own = run.data, run.state.own
     rows = {
@@ -601,10 +613,14 @@ def describe(options: Options, run: Run, model_dir: Path) -> str:
         "decisions": f"{data.train.num_records:,} for training, of which {own.records:,} were seen, repeated ones too",
         "epoch": own.best_epoch or options.num_epochs,
     } | {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in own.best.items()}
-    use = f"`scripts/predict_policy.py --model PATH/TO/THIS/FOLDER` answers records.\n\n{log.fenced(USE, 'python')}"
-    began = f"Trained {f'further from {run.state.origin}' if run.state.origin else 'from scratch'} on decisions."
+    use = f"`scripts/predict_policy.py --model PATH/TO/THIS/FOLDER` answers records.\n\n{folder.fenced(USE, 'python')}"
+    origin = folder.named(run.state.origin)
+    began = f"Trained {f'further from {origin}' if origin else 'from scratch'} on decisions."
     title = f"{run.folder.path.name}: a policy over {data.schema.name}"
-    return log.model_card(title, rows, dump_options(options), began=began, use=use, limits=LIMITS)
+    about = folder.About(run.folder.hub, options.language, options.license)
+    words = {"began": began, "use": use, "limits": LIMITS, "library": "lmscripts", "tags": ["policy"]}
+    judged = {"results": own.best, "measured_on": "held-out decisions"}
+    return folder.model_card(title, rows, dump_options(options), about=about, **words, **judged)
 
 
 if __name__ == "__main__":

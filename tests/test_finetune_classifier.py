@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import forked
@@ -45,6 +46,7 @@ from lmscripts.models.classifier import (
 from lmscripts.objectives import labels as by_labels
 from lmscripts.objectives.module import Objective
 from lmscripts.text.records import TableOptions
+from lmscripts.training.card import About
 
 SCRIPT = "finetune_classifier.py"
 COMMON = ["--group_column", "article", "--max_length", 32, "--epochs", 3, "--learning_rate", 5e-3, "--tracker", "none"]
@@ -705,7 +707,9 @@ def test_what_a_killed_process_left_beside_the_results_goes_and_nothing_else(tmp
 
 def test_a_card_shows_names_as_they_are(tmp_path):
     hostile = "<script>alert(1)</script> a|b *c* [d](e) `f` \\"
-    card = card_text("x <b>", {"labels": hostile}, "# ---- data ----\n\n# what it is\nlabel: |\n  ```\n  <img>\n")
+    options = "# ---- data ----\n\n# what it is\nlabel: |\n  ```\n  <img>\n"
+    model = types.SimpleNamespace(config=types.SimpleNamespace(model_type="bert"))
+    card = card_text("x <b>", {"labels": hostile}, options, About(), tmp_path, model, "base", {"mcc": 0.5})
     (row,) = (line for line in card.splitlines() if line.startswith("| labels"))
     assert not set("<>*`[]\\") & set(row)
     assert html.unescape(row) == f"| labels | {hostile} |"

@@ -89,6 +89,10 @@ class Source:
         return options | {"line_ends": "keep", "spaces": "keep"}
 
 
+def _name(path: Path) -> str:
+    return str(path) if str(path).startswith(HUB) else path.name
+
+
 def describe_source(source: Source, *, sample: bool = False) -> dict[str, Any]:
     """What the manifest of the store that a source would give says of it; for a `sample`, the text is not hashed.
 
@@ -108,8 +112,8 @@ def describe_source(source: Source, *, sample: bool = False) -> dict[str, Any]:
     texts = ["sample" if sample else source_fingerprint(files) for files in (train, held_out) if files]
     text: dict[str, Any] = {
         "fingerprint": texts[0] if len(texts) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest(),
-        "files": [path.name for path in train],
-        "validation_files": [path.name for path in held_out],
+        "files": [_name(path) for path in train],
+        "validation_files": [_name(path) for path in held_out],
     }
     tokenizer = {
         "fingerprint": encoder.fingerprint,

@@ -39,9 +39,9 @@ from lmscripts.evaluation.report import csv_text, visible
 from lmscripts.files import replaced_folder, write_text
 from lmscripts.models.classifier import KEY, ClassifierSettings, label_names, merge_lora
 from lmscripts.objectives.module import Objective
+from lmscripts.training.card import About, fenced, model_card, named
 from lmscripts.training.checkpoint import load_weights
 from lmscripts.training.folder import Beside, write_weights
-from lmscripts.training.log import fenced, model_card
 from lmscripts.training.state import of_process
 
 _USE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -329,7 +329,16 @@ def statistics_text(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any
     return json.dumps(values, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def card_text(title: str, rows: Mapping[str, Any], options_yaml: str) -> str:
+def card_text(
+    title: str,
+    rows: Mapping[str, Any],
+    options_yaml: str,
+    about: About,
+    model_dir: Path,
+    model: PreTrainedModel,
+    began_with: str,
+    results: Mapping[str, Any],
+) -> str:
     """Model card: what it was made from and how right it is, in the words of this run."""
     return model_card(
         visible(title),
@@ -338,7 +347,13 @@ def card_text(title: str, rows: Mapping[str, Any], options_yaml: str) -> str:
         began="Trained to give texts the labels below.",
         use=_USED,
         limits=_LIMITS,
+        about=about,
+        model_dir=model_dir,
         task="text-classification",
+        tags=[model.config.model_type],
+        began_with=[began_with],
+        results=results,
+        measured_on=f"test documents of {title}",
     )
 
 
@@ -356,6 +371,7 @@ def finish(
     began_with: str,
     options_yaml: str,
     parts: Mapping[str, tuple[Part, RowAnswers | None]],
+    about: About,
 ) -> list[str]:
     """Calibrate, judge, write everything; called by the main process.
 
@@ -384,24 +400,23 @@ def finish(
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts |= {"best_epoch": progress.best_epoch, "notices": notices}
     said += [f"beware: {notice}" for notice in notices]
-    place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
-    about = {"run": run.run_id, "database": place, **facts}
-    write_text(files.statistics, statistics_text(about, progress.history, tested))
+    known = {"run": run.run_id, "database": os.path.relpath(database.path.resolve(), files.model.parent.resolve())}
+    write_text(files.statistics, statistics_text(known | facts, progress.history, tested))
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
     numbers = plain({} if tested is None else tested.document)
     shown = {name.replace("_", " "): "undefined" if v is None else f"{v:.4f}" for name, v in numbers.items()}
-    told = {"labels": ", ".join(labels), "began with": began_with, "architecture": model.config.model_type}
+    told = {"labels": ", ".join(labels), "began with": named(began_with), "architecture": model.config.model_type}
     told |= _learnt(settings, progress, notices) | {f"test documents: {name}": value for name, value in shown.items()}
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
-        (aside / "README.md").write_text(card_text(files.name, told, options_yaml), encoding="utf-8")
+        text = card_text(files.name, told, options_yaml, about, aside, model, began_with, numbers)
+        write_text(aside / "README.md", text)
     database.end_run(run, "done", facts)
     where = f"the model is in {files.model}"
     if tested is None:
-        silent = "there is no test part: nothing is said about other texts, and there is nothing to report"
-        return [*said, silent, where]
+        return [*said, "there is no test part: nothing is said about other texts, nor is there a report", where]
     said += [where, f"the predictions are in {files.predictions}"]
     said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
     return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]

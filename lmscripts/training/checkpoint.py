@@ -34,6 +34,7 @@ _MAY_DIFFER = {
     "dtype": "is that of the file; weights are loaded into float32",
     "torch_dtype": "is the older name of dtype",
     "use_cache": "is about writing text; training never keeps a cache",
+    "n_ctx": "repeats n_positions, which older versions did not",
     "initializer_range": "is about weights that were never trained",
 }
 _MAY_DIFFER_FROM_ANOTHER = {

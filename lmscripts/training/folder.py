@@ -41,6 +41,8 @@ from lmscripts.tokenizer.encoder import Encoder
 from lmscripts.tokenizer.folder import copy_tokenizer
 from lmscripts.training import checkpoint as checkpoints
 from lmscripts.training import handing
+from lmscripts.training.card import About, fenced, model_card, named, pretraining_card
+from lmscripts.training.hub import Hub
 from lmscripts.training.joining import is_elastic, job
 from lmscripts.training.log import versions
 from lmscripts.training.optim import average_state, load_average
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.swa_utils import AveragedModel
 
+__all__ = ["About", "fenced", "model_card", "named", "pretraining_card"]  # beside what is written here
 _FORMAT = 2
 LOCK = ".lock"  # of the run that is going on; in it, which job of an elastic launcher that is
 _ORPHANED = 60  # seconds until a process of this job that lost its launcher has noticed and let go
@@ -152,6 +155,7 @@ class RunFolder:
             do so where they are computed on another device. Not with sharded weights, which are gathered one by one.
         continued: it is the run's own.
         beside: writes what stands beside each model, such as its tokenizer.
+        hub: where checkpoints and the model are uploaded; None for nowhere.
     """
 
     behind: bool | None = None
@@ -163,6 +167,7 @@ class RunFolder:
         rate: Callable[[int], float],
         beside: Beside = write_nothing,
         name: Callable[[int], str] = "checkpoint-{}".format,
+        hub: Hub | None = None,
     ) -> None:
         """Nothing is touched yet.
 
@@ -173,8 +178,9 @@ class RunFolder:
                 `lmscripts.training.optim` with its numbers, another function by its name.
             beside: writes what stands beside each model, such as its tokenizer.
             name: of the checkpoint after so many steps, as `lmscripts.models.finding.checkpoint_place` knows it.
+            hub: where checkpoints and the model are uploaded; None for nowhere.
         """
-        self.path = path
+        self.path, self.hub = path, hub
         # As it will be read back. The format grows when the same numbers would give other rows or another state.
         self._fixed: dict[str, Any] = json.loads(json.dumps({**fixed, "format": _FORMAT}))
         self._rate, self.beside, self._name = rate, beside, name
@@ -312,7 +318,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(job())
         self._lock.flush()
-        for pattern in (".checkpoint-*", f"{SNAPSHOTS}/.*", ".final.new*", "..final*"):
+        for pattern in (".checkpoint-*", f"{SNAPSHOTS}/.*", ".final.new*", "..final*", ".hub-*"):
             for leftover in self.path.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)  # of a killed process; the lock is ours
         checkpoint, damaged = checkpoints.newest_whole_checkpoint(self.path)
@@ -390,18 +396,23 @@ class RunFolder:
             def write(aside: Path) -> None:
                 for part, model in models.items():
                     self.beside(aside / part)
-                    write_weights(
-                        aside / part, model, dict(zip(states[part], whole, strict=False)) if weights else None
-                    )
+                    own = dict(zip(states[part], whole, strict=False)) if weights else None
+                    write_weights(aside / part, model, own)
                 if averages:
                     checkpoints.save_each(aside / AVERAGE, averages, whole)
 
-            self._do(partial(checkpoints.save_checkpoint, place, write, tensors, facts, whole), behind)
+            task = partial(checkpoints.save_checkpoint, place, write, tensors, facts, whole)
+            self._do(partial(self._keep, task, f"step {state.step}", accelerator.print), behind)
         if sharded:
             deque(whole, maxlen=0)  # what was not written: of other processes, or after an error
         self._place = place
         if not behind:
             self.wait(accelerator)
+
+    def _keep(self, save: Callable[[], Path], message: str, say: Callable[[str], Any]) -> None:
+        place = save()
+        if self.hub is not None:
+            self.hub.push(place, message, say, self.path)
 
     def _copied(self, tensors: list[Tensor]) -> Iterator[Tensor]:
         """Tensors as they are now, in memory on the CPU that is kept for the next time, one after another."""
@@ -505,6 +516,24 @@ class RunFolder:
                     write_weights(aside / part, model, {n: own.get(id(t), t) for n, t in _untied(model).items()})
             (aside / "README.md").write_text(describe(aside), encoding="utf-8")
         return final
+
+    def publish(self, accelerator: Accelerator, folder: Path | None, step: int) -> None:
+        """Wait for uploads, that of the finished model as the last if there is one; every process calls it.
+
+        Raises:
+            UserError: the model could not be uploaded; it is kept.
+        """
+        if (hub := self.hub) is None:
+            return
+        message = f"the model, after step {step}"
+        accelerator.print(f"uploading to {hub.repo}", flush=True)
+        if accelerator.is_main_process and folder is not None:
+            hub.push(folder, message, lambda _: None, self.path)  # what goes wrong is raised below
+        while not from_main(accelerator, partial(hub.is_done, 5.0)):  # no process is silent for long
+            pass
+        if folder is not None:
+            from_main(accelerator, partial(hub.check, folder, message))
+            accelerator.print(f"the model is on the Hub, as {hub.repo}")
 
 
 def _locks(file: TextIO) -> bool:

@@ -24,6 +24,7 @@ from lmscripts.options.checks import duration_text
 from lmscripts.training import joining
 from lmscripts.training.handing import inputs as inputs_here
 from lmscripts.training.handing import run_folder
+from lmscripts.training.hub import open_hub
 from lmscripts.training.joining import is_elastic, join, launcher, who
 from lmscripts.training.sharding import asked_of_launcher, shard, whole_copies
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from lmscripts.objectives.module import Objective
 
-__all__ = ["asked_of_launcher", "join", "run_folder", "who"]  # beside what is written here
+__all__ = ["asked_of_launcher", "join", "open_hub", "run_folder", "who"]  # beside what is written here
 Result = TypeVar("Result")
 # Options that may differ between machines.
 _OF_MACHINE = {

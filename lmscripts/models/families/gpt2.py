@@ -5,13 +5,17 @@ New models are GPT-2; a model to go on from may be any causal model of transform
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from transformers import GPT2Config
 
 from lmscripts.data.packing import Layout
-from lmscripts.models.decoder import adopt, attention, encode, fit, flops, join, narrow, predict
+from lmscripts.models import decoder
+from lmscripts.models.decoder import attention, encode, fit, flops, join, narrow, predict
 from lmscripts.options.presets import FamilyKeys, Preset
 
-__all__ = ["adopt", "attention", "encode", "fit", "flops", "join", "narrow", "predict"]
+__all__ = ["attention", "encode", "fit", "flops", "join", "narrow", "predict"]
 
 heads = {"causal": {"": "GPT2LMHeadModel"}}
 preset_keys = FamilyKeys()
@@ -35,3 +39,10 @@ def config(preset: Preset, vocab_size: int, layout: Layout, part: str = "") -> G
         eos_token_id=layout.end_id,
         pad_token_id=layout.pad_id,
     )
+
+
+def adopt(model: Any, layout: Layout, like: Path | None = None) -> list[str]:
+    """As `lmscripts.models.decoder.adopt`; the positions also by their older name, which converters to GGUF read."""
+    if isinstance(model.config, GPT2Config):
+        model.config.n_ctx = model.config.n_positions
+    return decoder.adopt(model, layout, like)
