@@ -109,7 +109,10 @@ class Options:
     eval_every: Every | None = option(None, help="steps between evaluations; default: save_steps", group="run")
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
     logging_steps: int | None = option(None, help="steps between log lines; default: the preset's", group="run")
-    tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
+    tracker: tuple[str, ...] = option(
+        ("tensorboard",), help="one or several of wandb, trackio, mlflow, ... as accelerate names them; none", group="run"
+    )
+    tracker_project: str | None = option(None, help="of other trackers than tensorboard (lmscripts)", group="run")
     seed: int = option(
         42, help="decides the initial weights, the order, the masks and the dropout", group="run", most=2**63 - 1
     )
@@ -372,6 +375,7 @@ def run(options: Options, further: Further) -> None:
     from lmscripts.training import folder, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
+    processes.check_trackers(options.tracker)
     asked = read_inputs(options, further)
     options, run_dir = asked.options, Path(options.model_dir)
     plan.check_unknown(asked.phases, options.max_unknown_share)
@@ -434,7 +438,7 @@ def start(asked: Inputs) -> Accelerator:
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(fp16_type, preset.fp16_type, preset.bf16, options.precision),
         timeout_seconds=options.timeout,
-        trackers=() if options.tracker == "none" else (options.tracker,),
+        trackers=options.tracker,
         project_dir=options.model_dir,
     )
     processes.check_agreement(asked.fixed | {"--shard": options.shard})
