@@ -145,9 +145,9 @@ class Options:
     stop_at_step: int | None = option(None, help="end this job after so many steps, checkpoint saved", group="run")
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
     tracker: tuple[str, ...] = option(
-        ("tensorboard",), help="one or several of wandb, trackio, mlflow, ... as accelerate names them; none", group="run"
+        ("tensorboard",), help="none, or any that accelerate knows: wandb trackio mlflow ...", group="run"
     )
-    tracker_project: str | None = option(None, help="of other trackers than tensorboard (lmscripts)", group="run")
+    tracker_project: str | None = option(None, help="where it is not tensorboard (lmscripts)", group="run")
 
     precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")

@@ -110,9 +110,9 @@ class Options:
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
     logging_steps: int | None = option(None, help="steps between log lines; default: the preset's", group="run")
     tracker: tuple[str, ...] = option(
-        ("tensorboard",), help="one or several of wandb, trackio, mlflow, ... as accelerate names them; none", group="run"
+        ("tensorboard",), help="none, or any that accelerate knows: wandb trackio mlflow ...", group="run"
     )
-    tracker_project: str | None = option(None, help="of other trackers than tensorboard (lmscripts)", group="run")
+    tracker_project: str | None = option(None, help="where it is not tensorboard (lmscripts)", group="run")
     seed: int = option(
         42, help="decides the initial weights, the order, the masks and the dropout", group="run", most=2**63 - 1
     )

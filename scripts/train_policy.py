@@ -158,9 +158,9 @@ class Options:
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
     logging_steps: int = option(10, help="steps between log lines", group="run")
     tracker: tuple[str, ...] = option(
-        ("tensorboard",), help="one or several of wandb, trackio, mlflow, ... as accelerate names them; none", group="run"
+        ("tensorboard",), help="none, or any that accelerate knows: wandb trackio mlflow ...", group="run"
     )
-    tracker_project: str | None = option(None, help="of other trackers than tensorboard (lmscripts)", group="run")
+    tracker_project: str | None = option(None, help="where it is not tensorboard (lmscripts)", group="run")
 
     device: str | None = option(None, help="cpu, cuda or cudaN; default: what there is", group="machine")
     precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")

@@ -99,7 +99,7 @@ class Reporter:
         main, self._file = accelerator.is_main_process, run_dir / "log.jsonl"
         self._accelerator, self._stop_step, self._lost = accelerator, stop_step, False
         self._of = "" if stop_step == ENDLESS else f"/{stop_step:,}"
-        self._told_before = set[tuple[Any, ...]]()  # what trackers were told behind the checkpoint, before the stop
+        self._told_before = set[tuple[Any, ...]]()  # step and names that trackers were told behind the checkpoint
         if main:
             kept = read_log(self._file) if continued and self._file.exists() else []
             lines = (json.dumps(record) + "\n" for record in kept if record.get("step", 0) <= step)
@@ -142,11 +142,11 @@ class Reporter:
             with self._unharmed(), open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **known}, ensure_ascii=False) + "\n")
         again = (step, "step", *record) in self._told_before
+        is_last = again and step == max(self._told_before)[0]
         for tracker in self._accelerator.trackers:
-            of_files = tracker.name == "tensorboard"  # which may have lost what it was told last
-            if of_files or not again:
+            if not (again and trackers.has_kept(tracker.name, is_last)):
                 tracker.log(dict(record), step=step)
-            if of_files and tags:
+            if tags and tracker.name == "tensorboard":  # others take steps in their order only
                 tracker.log(dict(tags), step=tag_step)
         self.bar.set_postfix_str(words)
         if self.bar.disable:

@@ -101,6 +101,19 @@ def begin(accelerator: Accelerator, run_dir: Path, continued: bool) -> None:
         write_text(note, json.dumps(ids) + "\n")
 
 
+def has_kept(name: str, is_last: bool) -> bool:
+    """Whether a tracker has what it was told of a step before a kill, so that it is not told again.
+
+    What was told last may not have left the process. TensorBoard may have lost two minutes; wandb and swanlab lose what
+    they hold back, but take each step once, whatever they are told.
+
+    Args:
+        name: of the tracker.
+        is_last: it was the last step of which it was told.
+    """
+    return not (is_last or name in ("tensorboard", "wandb", "swanlab"))
+
+
 def _of_run(name: str, run_dir: Path, project: str, run_id: str, known: bool) -> dict[str, Any]:
     """What a tracker is told of the run besides its project."""
     run = run_dir.name
@@ -118,9 +131,7 @@ def _of_run(name: str, run_dir: Path, project: str, run_id: str, known: bool) ->
     return given.get(name, {})
 
 
-def _harmless(
-    name: str, call: Callable[..., None], say: Callable[..., None], told: set[str]
-) -> Callable[..., None]:
+def _harmless(name: str, call: Callable[..., None], say: Callable[..., None], told: set[str]) -> Callable[..., None]:
     """A method of a tracker that raises nothing: what went wrong is said once, and it is left alone for a while.
 
     Args:
