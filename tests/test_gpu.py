@@ -307,9 +307,7 @@ def test_a_tpu_is_told_and_any_other_device_refused(monkeypatch):
     assert "not used" not in processes.in_words(accelerator_on("cpu", "no"))
     monkeypatch.setattr(processes, "find_spec", {"torch_xla": True}.get)
     assert "this machine's TPU is not used" in processes.in_words(accelerator_on("cpu", "no"))
-    with pytest.raises(
-        UserError, match="Accelerate gives the device xpu, and models are trained on CUDA or on the CPU"
-    ):
+    with pytest.raises(UserError, match="gives the device xpu, and models are trained on CUDA or on the CPU"):
         processes._check_world(SimpleNamespace(num_processes=1, device=torch.device("xpu")))
 
 

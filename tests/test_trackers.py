@@ -180,6 +180,8 @@ def test_a_tracker_that_does_not_start_is_refused_or_done_without(tmp_path, fake
     monkeypatch.setattr(sys.modules["wandb"], "init", fails)
     with pytest.raises(UserError, match=r"wandb does not start \(RuntimeError: no key anywhere\): set it up"):
         begin(tmp_path, "wandb", "mlflow")
+    assert not [*tmp_path.iterdir()]  # what was tried is tried again with the same line
+    (tmp_path / "config.yaml").write_text(OPTIONS, encoding="utf-8")
     accelerator = begin(tmp_path, "wandb", "mlflow", continued=True)
     assert [tracker.name for tracker in accelerator.trackers] == ["mlflow"]
     assert "the run goes on without it" in accelerator.said[0]

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -21,34 +22,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _NOTE = "trackers.json"  # in the run's folder: by which id each tracker knows the run
-# Those that give a run its id themselves, and where they have it.
-_IDS: dict[str, Callable[[Any], str]] = {
-    "mlflow": lambda run: run.info.run_id,
-    "aim": lambda run: run.hash,
-    "clearml": lambda run: run.id,
-}
+_IDS = {"mlflow": "info.run_id", "aim": "hash", "clearml": "id"}  # where those have it that make it themselves
 _PAUSE = 50  # times as long as it took to fail, a tracker is left alone: one that waits for a dead server costs 2 %
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that there are not, before anything is done; packages are looked for where the run is shown.
-
-    Raises:
-        UserError: accelerate knows no tracker of this name, its package is not there, or "none" is one of several.
-    """
+    """Refuse, with a UserError, trackers that accelerate does not know or whose package is not there."""
     if "none" in names and len(names) > 1:
         raise UserError(f"--tracker {' '.join(names)}: none is for no tracker at all, leave it out")
     if not set(names) - {"tensorboard", "none"}:
         return  # the usual case, without the import
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
 
-    known, there = [*LOGGER_TYPE_TO_CLASS, "none"], [str(name) for name in get_available_trackers()]
+    known, there = [*LOGGER_TYPE_TO_CLASS, "none"], ["tensorboard", *map(str, get_available_trackers())]
     for name in names:
         if name not in known:
             near = nearest(name, known)
             raise UserError(f"--tracker must be some of {listed(known, 'or')}, not {name}{near and f'; {near}'}")
-        built_in = LOGGER_TYPE_TO_CLASS.get(name, int).__module__ == "accelerate.tracking"
-        if built_in and name not in [*there, "tensorboard"] and os.environ.get("RANK", "0") == "0":
+        # Those that a script registers are of no package; only process 0 shows anything.
+        if name in LoggerType.list() and name not in there and os.environ.get("RANK", "0") == "0":
             raise UserError(f"--tracker {name} needs the package {name}: pip install {name}, or choose another")
 
 
@@ -87,10 +80,12 @@ def begin(accelerator: Accelerator, run_dir: Path, continued: bool) -> None:
                 tracker.tracker.set_name(run_dir.name)
             if name != "tensorboard" and not (known and name == "mlflow"):  # mlflow takes a value once
                 tracker.store_init_configuration(config)
-            ids[name] = _IDS.get(name, lambda _, own=run_id: own)(tracker.tracker)
+            ids[name] = attrgetter(_IDS[name])(tracker.tracker) if name in _IDS else run_id
         except Exception as error:
             problem = f"the tracker {name} does not start ({type(error).__name__}: {shortened(error)})"
             if not continued:
+                for written in ("config.yaml", "log.jsonl"):  # so that the same line begins again
+                    (run_dir / written).unlink(missing_ok=True)
                 raise UserError(f"{problem}: set it up, choose another, or --tracker none") from None
             accelerator.print(f"warning: {problem}; the run goes on without it", flush=True)
             continue
@@ -102,14 +97,10 @@ def begin(accelerator: Accelerator, run_dir: Path, continued: bool) -> None:
 
 
 def has_kept(name: str, is_last: bool) -> bool:
-    """Whether a tracker has what it was told of a step before a kill, so that it is not told again.
+    """Whether a tracker has kept what it was told of a step (the last one or not) before a kill, and is not told again.
 
     What was told last may not have left the process. TensorBoard may have lost two minutes; wandb and swanlab lose what
     they hold back, but take each step once, whatever they are told.
-
-    Args:
-        name: of the tracker.
-        is_last: it was the last step of which it was told.
     """
     return not (is_last or name in ("tensorboard", "wandb", "swanlab"))
 
@@ -124,22 +115,15 @@ def _of_run(name: str, run_dir: Path, project: str, run_id: str, known: bool) ->
         "comet_ml": {"experiment_key": run_id},
         "swanlab": {"id": run_id, "name": run, "resume": "allow", "log_dir": str(run_dir / "swanlog")},
         "aim": {"experiment": project, "run_hash": run_id if known else None},
-        "clearml": {"task_name": run, "reuse_last_task_id": run_id if known else False}
-        | ({"continue_last_task": 0} if known else {}),
+        "clearml": {"task_name": run, "reuse_last_task_id": known and run_id}
+        | ({"continue_last_task": 0} if known else {}),  # without adding to the steps
         "dvclive": {"dir": str(run_dir / "dvclive"), "resume": known},
     }
     return given.get(name, {})
 
 
 def _harmless(name: str, call: Callable[..., None], say: Callable[..., None], told: set[str]) -> Callable[..., None]:
-    """A method of a tracker that raises nothing: what went wrong is said once, and it is left alone for a while.
-
-    Args:
-        name: of the tracker.
-        call: the method.
-        say: prints a sentence.
-        told: names of the trackers of which it was said.
-    """
+    """A method of a tracker that raises nothing: what went wrong is said once, and it is left alone for a while."""
     until = 0.0
 
     def called(*values: Any, **rest: Any) -> None:
