@@ -267,6 +267,7 @@ def read_inputs(options: Options, further: Further) -> Inputs:
     from lmscripts.training import processes
 
     notices: list[str] = []
+    processes.check_trackers(options.tracker)
     preset, family = building.read_preset(options.parameter_file, options.model_type)
     name = options.objective or family.default_objective
     objective, older, is_branch = objectives.objective(name), further.settings[OlderNames], bool(options.decay_from)
@@ -375,7 +376,6 @@ def run(options: Options, further: Further) -> None:
     from lmscripts.training import folder, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
-    processes.check_trackers(options.tracker)
     asked = read_inputs(options, further)
     options, run_dir = asked.options, Path(options.model_dir)
     plan.check_unknown(asked.phases, options.max_unknown_share)
