@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sqlite3
 import sys
 from contextlib import closing
@@ -121,6 +122,16 @@ def test_a_run_that_goes_on_is_the_same_run(tmp_path, fakes):
         "wandb": anew["id"],
         "mlflow": "made there",
     }
+
+
+def test_signals_still_stop_the_run_after_a_step(tmp_path, fakes, monkeypatch):
+    (tmp_path / "config.yaml").write_text(OPTIONS, encoding="utf-8")
+    before = signal.getsignal(signal.SIGTERM)
+    start = sys.modules["wandb"].init
+    takes = lambda **given: (signal.signal(signal.SIGTERM, signal.SIG_IGN), start(**given))[1]  # noqa: E731
+    monkeypatch.setattr(sys.modules["wandb"], "init", takes)
+    begin(tmp_path, "wandb")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_project_is_what_the_options_or_the_tracker_say(tmp_path, fakes, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -67,6 +68,7 @@ def begin(accelerator: Accelerator, run_dir: Path, continued: bool) -> None:
         ids = json.loads(note.read_text(encoding="utf-8")) if continued else {}
     values = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     config = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for name in map(str, accelerator.log_with):
         kind, known = LOGGER_TYPE_TO_CLASS[name], ids.get(name)
         project = values.get("tracker_project") or os.environ.get(f"{name.upper()}_PROJECT") or "lmscripts"
@@ -78,9 +80,10 @@ def begin(accelerator: Accelerator, run_dir: Path, continued: bool) -> None:
             tracker.start()
             if name == "comet_ml":
                 tracker.tracker.set_name(run_dir.name)
-            if name != "tensorboard" and not (known and name == "mlflow"):  # mlflow takes a value once
-                tracker.store_init_configuration(config)
-            ids[name] = attrgetter(_IDS[name])(tracker.tracker) if name in _IDS else run_id
+            if name != "tensorboard":
+                if not (known and name == "mlflow"):  # which takes a value once
+                    tracker.store_init_configuration(config)
+                ids[name] = attrgetter(_IDS[name])(tracker.tracker) if name in _IDS else run_id
         except Exception as error:
             problem = f"the tracker {name} does not start ({type(error).__name__}: {shortened(error)})"
             if not continued:
@@ -92,12 +95,14 @@ def begin(accelerator: Accelerator, run_dir: Path, continued: bool) -> None:
         for method in ("log", "finish"):
             setattr(tracker, method, _harmless(name, getattr(tracker, method), accelerator.print, told))
         accelerator.trackers.append(tracker)
-    if set(ids) - {"tensorboard"}:
+    for number, handler in handlers.items():  # of the run, which stops after a step, and not as a tracker would
+        signal.signal(number, handler)
+    if ids:
         write_text(note, json.dumps(ids) + "\n")
 
 
 def has_kept(name: str, is_last: bool) -> bool:
-    """Whether a tracker has kept what it was told of a step (the last one or not) before a kill, and is not told again.
+    """Whether a tracker has what it was told of a step before a kill, the last of all or not, and is not told again.
 
     What was told last may not have left the process. TensorBoard may have lost two minutes; wandb and swanlab lose what
     they hold back, but take each step once, whatever they are told.
