@@ -76,6 +76,8 @@ def user_errors(only_words: bool = False) -> Iterator[None]:
         SystemExit: with code 2, or 128 and the signal's number, after the sentence was written.
     """
     code, handlers, of_another = 2, {}, False
+    if sys.platform == "win32":
+        end_with("lmscripts needs Linux or macOS: on Windows run it in WSL", code)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:  # under nohup SIGHUP stays ignored

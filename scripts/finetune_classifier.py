@@ -145,7 +145,10 @@ class Options:
     logging_steps: int = option(10, help="steps between log lines", group="run")
     stop_at_step: int | None = option(None, help="end this job after so many steps, checkpoint saved", group="run")
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
-    tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
+    tracker: tuple[str, ...] = option(
+        ("tensorboard",), help="none, or any that accelerate knows: wandb trackio mlflow ...", group="run"
+    )
+    tracker_project: str | None = option(None, help="where it is not tensorboard (lmscripts)", group="run")
 
     precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")
     deterministic: bool = option(False, help="only operations that give the same bits again", group="machine")
@@ -343,6 +346,7 @@ def run(options: Options, hub: Hub | None, of_hub: list[str]) -> None:
     from lmscripts.training import folder, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
+    processes.check_trackers(options.tracker)
     if options.logfile in SCREEN:
         options = replace(options, logfile=None)
         say(options, "what is shown is on the screen: --logfile is for a file beside it")
@@ -397,7 +401,7 @@ def start(options: Options, task: Task, files: ResultFiles) -> Accelerator:
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(None, 0, False, options.precision),
         timeout_seconds=options.timeout,
-        trackers=() if options.tracker == "none" else (options.tracker,),
+        trackers=options.tracker,
         project_dir=str(files.training),
     )
     if processes.asked_of_launcher():

@@ -110,7 +110,10 @@ class Options:
     eval_every: Every | None = option(None, help="steps between evaluations; default: save_steps", group="run")
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
     logging_steps: int | None = option(None, help="steps between log lines; default: the preset's", group="run")
-    tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
+    tracker: tuple[str, ...] = option(
+        ("tensorboard",), help="none, or any that accelerate knows: wandb trackio mlflow ...", group="run"
+    )
+    tracker_project: str | None = option(None, help="where it is not tensorboard (lmscripts)", group="run")
     seed: int = option(
         42, help="decides the initial weights, the order, the masks and the dropout", group="run", most=2**63 - 1
     )
@@ -271,6 +274,7 @@ def read_inputs(options: Options, further: Further, notices: list[str]) -> Input
     from lmscripts.models import building
     from lmscripts.training import processes
 
+    processes.check_trackers(options.tracker)
     preset, family = building.read_preset(options.parameter_file, options.model_type)
     name = options.objective or family.default_objective
     objective, older, is_branch = objectives.objective(name), further.settings[OlderNames], bool(options.decay_from)
@@ -443,7 +447,7 @@ def start(asked: Inputs) -> Accelerator:
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(fp16_type, preset.fp16_type, preset.bf16, options.precision),
         timeout_seconds=options.timeout,
-        trackers=() if options.tracker == "none" else (options.tracker,),
+        trackers=options.tracker,
         project_dir=options.model_dir,
     )
     processes.check_agreement(asked.fixed | {"--shard": options.shard})

@@ -158,7 +158,10 @@ class Options:
     stop_at_step: int | None = option(None, help="end this job after so many steps, snapshot taken", group="run")
     max_time: str | None = option(None, help="end this job after this time, such as 90m or 11h30m", group="run")
     logging_steps: int = option(10, help="steps between log lines", group="run")
-    tracker: Literal["tensorboard", "none"] = option("tensorboard", help="experiment tracker", group="run")
+    tracker: tuple[str, ...] = option(
+        ("tensorboard",), help="none, or any that accelerate knows: wandb trackio mlflow ...", group="run"
+    )
+    tracker_project: str | None = option(None, help="where it is not tensorboard (lmscripts)", group="run")
 
     device: str | None = option(None, help="cpu, cuda or cudaN; default: what there is", group="machine")
     precision: Precision | None = option(None, help="default: the Accelerate config's, or the GPU's", group="machine")
@@ -295,6 +298,7 @@ def run(options: Options, hub: Hub | None, of_hub: list[str]) -> None:
     from lmscripts.training import folder, log, optim, processes
 
     logging.disable_progress_bar()  # of transformers, at every save
+    processes.check_trackers(options.tracker)
     if options.device and options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device} was asked for, and this machine shows no such GPU")
     sizes = policy.sizes(options.model_preset, **{name: getattr(options, name) for name in SIZES})
@@ -351,7 +355,7 @@ def start(options: Options, data: Decisions) -> Accelerator:
     accelerator = processes.start_processes(
         mixed_precision=processes.choose_precision(None, 0, False, options.precision),
         timeout_seconds=options.timeout,
-        trackers=() if options.tracker == "none" else (options.tracker,),
+        trackers=options.tracker,
         project_dir=options.output_prefix,
     )
     if processes.asked_of_launcher():

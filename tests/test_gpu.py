@@ -301,6 +301,23 @@ def test_nobody_trains_silently_beside_an_unused_device(monkeypatch):
     assert "not used" not in processes.in_words(accelerator_on("cpu", "no"))
 
 
+def test_a_tpu_is_told_and_any_other_device_refused(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    assert "not used" not in processes.in_words(accelerator_on("cpu", "no"))
+    monkeypatch.setattr(processes, "find_spec", {"torch_xla": True}.get)
+    assert "this machine's TPU is not used" in processes.in_words(accelerator_on("cpu", "no"))
+    with pytest.raises(UserError, match="gives the device xpu, and models are trained on CUDA or on the CPU"):
+        processes._check_world(SimpleNamespace(num_processes=1, device=torch.device("xpu")))
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+def test_evaluations_refuse_them_too_before_they_read(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"distributed_type {name} is not supported"), processes.join():
+        pytest.fail("went on")
+
+
 @pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
 def test_other_ways_to_divide_a_model_are_refused_by_name(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")

@@ -29,7 +29,7 @@ class Options:
     logging_steps: int | None = option(None, help="Steps.")
     save_steps: int | Literal["epoch"] | None = option(None, help="Steps.")
     eval_every: int | Literal["epoch"] | None = option(None, help="Steps.")
-    tracker: Literal["tensorboard", "none"] = option("tensorboard", help="Tracker.")
+    tracker: tuple[str, ...] = option(("tensorboard",), help="Trackers.")
     seed: int = option(42, help="Seed.")
     input_file: tuple[str, ...] = option((), help="Text.")
     validation_file: tuple[str, ...] = option((), help="Text.")
@@ -329,7 +329,7 @@ def test_print_edit_config(capsys: pytest.CaptureFixture[str]) -> None:
         (["--trainer.gradient_clip_val", "0"], {"max_grad_norm": 0.0}),
         (["--trainer.log_every_n_steps", "10"], {"logging_steps": 10}),
         (["--trainer.default_root_dir", "out"], {"model_dir": "out"}),
-        (["--trainer.logger", "false"], {"tracker": "none"}),
+        (["--trainer.logger", "false"], {"tracker": ("none",)}),
         (["--trainer.precision", "16"], {"precision": "fp16_on_gpu"}),
         (["--trainer.precision", "16-mixed"], {"precision": "fp16_on_gpu"}),
         (["--trainer.precision", "bf16"], {"precision": "bf16"}),

@@ -21,7 +21,7 @@ from lmscripts.errors import shortened
 
 SUPERVISED = "LMS_SUPERVISED"  # set where another launcher reads the end as a line of JSON after VERDICT
 VERDICT = "\x1elms-end "
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import socket
@@ -537,6 +536,8 @@ class RunFolder:
 
 
 def _locks(file: TextIO) -> bool:
+    import fcntl  # not on Windows, where scripts say so themselves
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -33,6 +33,7 @@ from lmscripts.files import file_sha256
 from lmscripts.options.checks import duration_text
 from lmscripts.options.yaml_text import shown
 from lmscripts.training import peers
+from lmscripts.training.sharding import refuse_others
 
 _TICK = 0.5  # seconds between two looks of the watching thread
 _GRACE = 8  # seconds that others get to hear of a problem, and then to end by themselves
@@ -205,12 +206,14 @@ def join(expected_processes: int | None = None, timeout_seconds: int | None = No
     global _world
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1 or _world is not None:
+        refuse_others()
         check_number(expected_processes or _said("expected_processes"))
         yield
         return
     expected_processes = expected_processes or _said("expected_processes")
     _world = met = _meet(timeout_seconds or _said("timeout") or 600)
     try:
+        refuse_others()
         _check(met, _of_number(launched, expected_processes))
         yield
     except _Ended:

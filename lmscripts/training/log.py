@@ -19,6 +19,7 @@ import torch
 
 from lmscripts.files import write_text
 from lmscripts.options.checks import duration_text
+from lmscripts.training import trackers
 from lmscripts.training.pace import Balance, Batches, Pace, Steps
 from lmscripts.training.peers import progress
 from lmscripts.training.processes import slots, sum_over_processes
@@ -91,15 +92,17 @@ class Reporter:
         main, self._file = accelerator.is_main_process, run_dir / "log.jsonl"
         self._accelerator, self._stop_step, self._lost = accelerator, stop_step, False
         self._of = "" if stop_step == ENDLESS else f"/{stop_step:,}"
+        self._told_before = set[tuple[Any, ...]]()  # step and names that trackers were told behind the checkpoint
         if main:
             kept = read_log(self._file) if continued and self._file.exists() else []
             lines = (json.dumps(record) + "\n" for record in kept if record.get("step", 0) <= step)
             write_text(self._file, "".join(lines))
+            self._told_before = {(record["step"], *record) for record in kept if record.get("step", 0) > step}
         self._first: tuple[int, float] | None = None  # a step whose end is known: the very first may compile
         self._told = False
         total = stop_step if self._of else None
         self.bar = tqdm(total=total, initial=step, disable=not (main and sys.stderr.isatty()), unit="step")
-        accelerator.init_trackers("tensorboard")
+        trackers.begin(accelerator, run_dir, continued)
 
     def advance(self, step: int) -> None:
         """Count a step; early, and whatever the time between log lines, say once how long all of them will take."""
@@ -126,15 +129,18 @@ class Reporter:
     def __call__(
         self, step: int, record: Mapping[str, float], words: str, tags: Mapping[str, float] = _NONE, tag_step: int = 0
     ) -> None:
-        """Write a record of a step and show it in words; `tags` go to the tracker alone, at a step of their own."""
+        """Write a record of a step and show it in words; `tags` go to TensorBoard alone, at a step of their own."""
         if self._accelerator.is_main_process:
             known = {name: value if isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
             with self._unharmed(), open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **known}, ensure_ascii=False) + "\n")
-        with self._unharmed():
-            self._accelerator.log(dict(record), step=step)
-            if tags:
-                self._accelerator.log(dict(tags), step=tag_step)
+        again = (step, "step", *record) in self._told_before
+        is_last = again and step == max(self._told_before)[0]
+        for tracker in self._accelerator.trackers:
+            if not (again and trackers.has_kept(tracker.name, is_last)):
+                tracker.log(dict(record), step=step)
+            if tags and tracker.name == "tensorboard":  # others take steps in their order only
+                tracker.log(dict(tags), step=tag_step)
         self.bar.set_postfix_str(words)
         if self.bar.disable:
             self._told, line = True, ", ".join(filter(None, (words, self._left(step))))
@@ -147,9 +153,7 @@ class Reporter:
             yield
         except OSError as error:
             if not self._lost:
-                self._accelerator.print(
-                    f"warning: {self._file} or the tracker's file: {error.strerror}; training goes on"
-                )
+                self._accelerator.print(f"warning: {self._file}: {error.strerror}; training goes on")
             self._lost = True
 
 

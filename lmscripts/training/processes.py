@@ -27,6 +27,7 @@ from lmscripts.training.handing import run_folder
 from lmscripts.training.hub import open_hub
 from lmscripts.training.joining import is_elastic, join, launcher, who
 from lmscripts.training.sharding import asked_of_launcher, shard, whole_copies
+from lmscripts.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +36,15 @@ if TYPE_CHECKING:
 
     from lmscripts.objectives.module import Objective
 
-__all__ = ["asked_of_launcher", "join", "open_hub", "run_folder", "who"]  # beside what is written here
+# beside what is written here
+__all__ = ["asked_of_launcher", "check_trackers", "join", "open_hub", "run_folder", "who"]
 Result = TypeVar("Result")
 # Options that may differ between machines.
 _OF_MACHINE = {
     *("model_dir", "output_dir", "output_prefix", "output_file", "database", "logfile", "start_from", "decay_from"),
     *("node_rank", "num_workers", "cpu_threads", "device", "config"),
 }
+_DEVICES = ("cuda", "cpu")  # on others nothing was tried: MPS, for one, has no float64
 _SHARE_OF_PEAK = 0.4  # of a matrix product's speed, what a training step reaches
 _LONG = 2 * 86400  # seconds
 _OWN_SIGNAL = 5  # seconds until an elastic launcher has told all its processes to stop
@@ -87,7 +90,7 @@ def start_processes(
     Args:
         mixed_precision: "no", "fp16" or "bf16"; None takes what the Accelerate config says.
         timeout_seconds: how long a collective operation may wait for a silent process.
-        trackers: names for `Accelerator(log_with=...)`.
+        trackers: names for `Accelerator(log_with=...)`, and "none".
         project_dir: where trackers write.
         exact: multiply float32 numbers as such, also where a GPU has TF32, which is several times faster.
 
@@ -112,7 +115,7 @@ def start_processes(
         accelerator = Accelerator(
             cpu=_on_cpu(),
             mixed_precision=mixed_precision,
-            log_with=list(trackers) or None,
+            log_with=[name for name in trackers if name != "none"] or None,
             project_dir=project_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
@@ -223,8 +226,9 @@ def in_words(accelerator: Accelerator) -> str:
 
     text, precision = f"{accelerator.num_processes} on {accelerator.device.type}", accelerator.mixed_precision
     other = None if _asks_for_cpu() else torch.accelerator.current_accelerator(check_available=True)
-    if accelerator.device.type == "cpu" and other is not None and other.type != "cuda":
-        text += f" (this machine's {other.type.upper()} is not used: models are trained on CUDA or on the CPU)"
+    name = other.type.upper() if other else "TPU" if find_spec("torch_xla") and not _asks_for_cpu() else "CUDA"
+    if accelerator.device.type == "cpu" and name != "CUDA":
+        text += f" (this machine's {name} is not used: models are trained on CUDA or on the CPU)"
     if accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() == "high":
         precision += "; float32 products in TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it)"
         precision += "; --precision bf16 takes less time and memory" if accelerator.mixed_precision == "no" else ""
@@ -241,6 +245,11 @@ def _check_world(accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}")
+    if accelerator.device.type not in _DEVICES:
+        raise UserError(
+            f"Accelerate gives the device {accelerator.device.type}, and models are trained on CUDA or on the CPU: set "
+            "ACCELERATE_USE_CPU=true, and no ACCELERATE_TORCH_DEVICE"
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps} in the Accelerate config: leave "

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from lmscripts.errors import UserError
+from lmscripts.errors import AllAgree, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -33,18 +33,23 @@ _ONLY = {
 _OTHERS = {"DEEPSPEED": "DEEPSPEED", "MEGATRON_LM": "MEGATRON_LM", "PARALLELISM_CONFIG": "with a parallelism_config"}
 
 
+def refuse_others() -> None:
+    """Refuse, with a UserError that names it, a way to divide a model that the Accelerate config asks for."""
+    for name, said in _OTHERS.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise AllAgree(
+                f"distributed_type {said} is not supported: models that do not fit are divided by --shard of "
+                "run_pretraining.py, or by an Accelerate config such as accelerate_configs/fsdp2_bf16.yaml"
+            )
+
+
 def asked_of_launcher() -> bool:
     """Whether the Accelerate config asks for a sharded model.
 
     Raises:
         UserError: it asks for another way to divide a model, or for what is not done here.
     """
-    for name, said in _OTHERS.items():
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UserError(
-                f"distributed_type {said} is not supported: models that do not fit are divided by --shard, or by an "
-                "Accelerate config such as accelerate_configs/fsdp2_bf16.yaml"
-            )
+    refuse_others()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     odd = [
