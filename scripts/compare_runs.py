@@ -264,7 +264,7 @@ def drawn(runs: list[Run], equal: float) -> bytes:
         for place, run in enumerate(runs):
             points = run.steps if what == "steps" else run.amounts.get(what)
             if points:
-                style = ("o-", "s--", "^-.", "D:")[place // 10 % 4]  # colours come again after ten
+                style = ("o-", "s--", "^-.", "D:")[place % 4]  # so that one behind another is seen
                 panel.plot(*zip(*points), style, label=run.name, color=f"C{place % 10}", markersize=4, linewidth=1.5)
         panel.axhline(equal, color="gray", linestyle=":", linewidth=1)
         panel.set_xlabel("seconds of training" if what == "seconds" else what)

@@ -154,7 +154,7 @@ class Reporter:
             named = {name: list(lines) for name, lines in answer().items()}
             with open(self._file, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps({"step": step, "samples": named}, ensure_ascii=False) + "\n")
-            said = [f"step {step:,}: {name} → {' | '.join(lines)}" for name, lines in named.items()]
+            said = [f"step {step:,}: {k} → {' | '.join(' '.join(one.split()) for one in v)}" for k, v in named.items()]
             (self._accelerator.print if self.bar.disable else self.bar.write)("\n".join(said))
             for tracker in self._accelerator.trackers:
                 if hasattr(tracker, "log_table"):
