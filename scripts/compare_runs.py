@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 from lmscripts.errors import UserError, user_errors
 from lmscripts.files import write_bytes, write_text
@@ -101,6 +101,8 @@ def compare(options: Options) -> None:
 
 def read_run(name: str, folder: Path, metric: str | None) -> Run:
     """The log, the options and the facts of a run; a UserError where it has no log or never judged held-out text."""
+    import numpy as np
+
     from lmscripts.options.yaml_text import read_yaml
     from lmscripts.training.log import read_log
 
@@ -111,12 +113,15 @@ def read_run(name: str, folder: Path, metric: str | None) -> Run:
     records = read_log(folder / "log.jsonl")
     measures = {name for record in records for name in record if name.startswith(("eval_", "validation_"))}
     metric = metric or next((each for each in ("eval_loss", "validation_loss") if each in measures), None)
-    if metric is None or metric not in measures:
+    steps = [(float(r["step"]), r[metric]) for r in records if isinstance(r.get(metric), float | int)] if metric else []
+    if not steps:
         known = ", ".join(sorted(each for each in measures if each.endswith(LOWER))) or "nothing that falls"
         raise UserError(f"the log of {folder} has no held-out {metric or 'loss'}; it has {known}")
-    steps = [(float(r["step"]), r[metric]) for r in records if isinstance(r.get(metric), float | int)]
-    counted = amounts(records)
-    found = {what: [(at(line, step), value) for step, value in steps] for what, line in counted.items()}
+    at, values = zip(*steps)
+    found = {  # at steps between log lines as on a straight line
+        what: list(zip(np.interp(at, *zip(*line)).tolist(), values, strict=True))
+        for what, line in amounts(records).items()
+    }
     file = folder / "config.yaml"
     said = {entry.key: entry.shown for entry in read_yaml(str(file))} if file.is_file() else None
     return Run(name, str(folder), metric, steps, found, said, facts_of(folder))
@@ -138,14 +143,6 @@ def amounts(records: list[dict[str, Any]]) -> dict[str, list[Point]]:
             line.append((float(record["step"]), seconds))
         found["seconds"] = line
     return found
-
-
-def at(line: list[Point], x: float) -> float:
-    """The height of a line, straight between its points, at x; beyond its last point as high as there."""
-    for (x0, y0), (x1, y1) in pairwise(line):
-        if x0 <= x <= x1 and x1 > x0:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return line[-1][1]
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -243,11 +240,15 @@ def number(value: float | None) -> str:
 def grid(lines: list[list[str]]) -> str:
     """Cells in columns; those after the first stand at the right."""
     shown = [[cell if len(cell) <= 40 else f"{cell[:37]}..." for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip()
-        for line in shown
-    )
+    wide = [[len(cell) + sum(east_asian_width(sign) in "WF" for sign in cell) for cell in line] for line in shown]
+    widths = [max(column) for column in zip(*wide, strict=True)]
+    found = []
+    for line, sizes in zip(shown, wide, strict=True):
+        blanks = [" " * (width - size) for width, size in zip(widths, sizes, strict=True)]
+        found.append(
+            "  ".join([line[0] + blanks[0], *(b + c for b, c in zip(blanks[1:], line[1:], strict=True))]).rstrip()
+        )
+    return "\n".join(found)
 
 
 def drawn(runs: list[Run], equal: float) -> bytes:

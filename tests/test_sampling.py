@@ -34,7 +34,7 @@ def trained(family, objective, tokenizer_dir, path="sdpa", dropout=0.0):
     models = new_models(family, objective, layout, path, dropout=dropout, vocabulary=vocabulary)
     with torch.no_grad():
         for model in models.values():
-            model.get_input_embeddings().weight.mul_(8)
+            model.get_input_embeddings().weight.mul_(2)
     settings = objectives.objective(objective).Settings()
     return objectives.trained(objective, families.family(family), models, path, settings), encoder
 

@@ -97,7 +97,7 @@ def read_prompts(given: Sequence[str], module: Any, tokenizer: Any, longest: int
     texts = list[str]()
     for text in given:
         file = Path(text)
-        if file.suffix == ".txt" or (len(text) < 256 and file.is_file()):
+        if file.suffix == ".txt" or (len(text.encode("utf-8", "replace")) < 256 and file.is_file()):
             check_file(file, "file of prompts")
             texts += filter(str.strip, file.read_text(encoding="utf-8-sig", errors="replace").splitlines())
         else:
