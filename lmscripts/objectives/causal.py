@@ -234,7 +234,8 @@ def continuations(model: Any, tokenizer: Any, prompts: list[NDArray[np.int64]]) 
     for number, ids in enumerate(prompts):
         prompt = ids[: longest // 2].tolist()
         (written,) = go_on(model, prompt, [number], Sampling(), end, longest)
-        begun, added = (" ".join(text_after(tokenizer, *part).split()) for part in (([], prompt), (prompt, written)))
+        parts: list[tuple[list[int], list[int]]] = [([], prompt), (prompt, written)]
+        begun, added = (" ".join(text_after(tokenizer, *part).split()) for part in parts)
         found.append(f"{begun} **{added}**")
     return found
 

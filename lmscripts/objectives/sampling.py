@@ -47,7 +47,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def chooser(self, prompt: Sequence[int], samples: Sequence[int]) -> LogitsProcessorList:
+    def chooser(self, prompt: Sequence[int], samples: Sequence[int]) -> Any:
         """Makes of (N, T) ids and (N, V) scores those with one token left for each numbered sample: its choice."""
         if not self.temperature:
             return LogitsProcessorList()
@@ -108,9 +108,10 @@ def go_on(
         hear: is called with each token of a single sample as soon as it is there.
     """
     length = min(len(prompt) + how.max_new_tokens, longest or 10**9)
-    settings = GenerationConfig(max_length=length, do_sample=False, eos_token_id=end_id, pad_token_id=end_id)
+    bare: Any = GenerationConfig
+    settings = bare(max_length=length, do_sample=False, eos_token_id=end_id, pad_token_id=end_id)
     inputs = torch.tensor([list(prompt)] * len(samples), device=model.device)
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    own, model.generation_config = model.generation_config, bare()
     try:
         rows = model.generate(
             inputs,
