@@ -415,12 +415,8 @@ def run(options: Options, further: Further) -> None:
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
-    words["sharded"] = options.shard
-    words |= {
-        "schedule": options.schedule,
-        "corners": [options.warmup_steps],
-        "often": {name: value for name, value in vars(options).items() if name in OFTEN},
-    }
+    words |= {"sharded": options.shard, "schedule": options.schedule, "corners": [options.warmup_steps]}
+    words["often"] = {name: value for name, value in vars(options).items() if name in OFTEN}
     words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
     accelerator.print("\n".join([said, *notices, *of_compiling, *of_models, *remarks(asked, tokenizer)]), flush=True)
