@@ -109,6 +109,9 @@ class Options:
     keep_every: int = option(0, help="also keep checkpoints at multiples of so many steps; 0 = none", group="run")
     eval_every: Every | None = option(None, help="steps between evaluations; default: save_steps", group="run")
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
+    sample_prompts: tuple[str, ...] = option(
+        (), help="texts, or a .txt of them, to go on from (or with masks to fill) at every evaluation", group="run"
+    )
     logging_steps: int | None = option(None, help="steps between log lines; default: the preset's", group="run")
     tracker: tuple[str, ...] = option(
         ("tensorboard",), help="none, or any that accelerate knows: wandb trackio mlflow ...", group="run"
@@ -300,6 +303,8 @@ def read_inputs(options: Options, further: Further, notices: list[str]) -> Input
     elif not options.phase_steps:
         values["max_steps"] = None if options.epochs else preset.train_steps
     options = replace(options, **{name: v for name, v in values.items() if getattr(options, name) in (None, ())})
+    if options.shard:
+        check_useless(vars(options), "with --shard, where no process has a whole model to answer", "sample_prompts")
     settings = objective.resolved(settings, preset)
     phases = ask_phases(options, settings)
     return Inputs(options, older, is_branch, preset, family, name, objective, settings, phases, as_yaml, notices)
@@ -363,6 +368,7 @@ class Run:
     average: AveragedModel | None  # of the weights
     state: TrainingState
     stop_step: int  # where this job ends
+    answer: Callable[[Objective], dict[str, list[str]]] | None = None  # what the models make of prompts
 
 
 def main() -> None:
@@ -408,6 +414,7 @@ def run(options: Options, further: Further, hub: Hub | None, of_hub: list[str]) 
     )
     asked, of_compiling = decide_on_compiling(asked, accelerator)
     data = lay_out(asked, tokenizer, sources, accelerator, with_ends=attention == "varlen")
+    prompts = read_prompts(asked, tokenizer, data, accelerator)
     rate = optim.Schedule(
         options.schedule,
         peak=options.learning_rate,
@@ -421,12 +428,8 @@ def run(options: Options, further: Further, hub: Hub | None, of_hub: list[str]) 
     beside = folder.tokenizer_beside(tokenizer, models, autos, data.longest.layout.sequence_length)
     objective = objectives.trained(asked.name, asked.family, models, attention, asked.settings)
     words = {"attention": attention, "dropout": dropouts.words, "average": bool(options.ema_decay)}
-    words["sharded"] = options.shard
-    words |= {
-        "schedule": options.schedule,
-        "corners": [options.warmup_steps],
-        "often": {name: value for name, value in vars(options).items() if name in OFTEN},
-    }
+    words |= {"sharded": options.shard, "schedule": options.schedule, "corners": [options.warmup_steps]}
+    words["often"] = {name: value for name, value in vars(options).items() if name in OFTEN}
     words["unknown"] = [phase.store.unknown_share() for phase in asked.phases]
     said = plan.plan_text(data, rate, accelerator, objective=objective, **words)
     accelerator.print("\n".join([said, *notices, *of_compiling, *of_models, *remarks(asked, tokenizer)]), flush=True)
@@ -434,6 +437,7 @@ def run(options: Options, further: Further, hub: Hub | None, of_hub: list[str]) 
         return
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside, hub=hub)
     run = begin(asked, accelerator, data, rate, run_folder, objective, tokenizer)
+    run.answer = (lambda trained: trained.answers(prompts, tokenizer, options.seed)) if prompts else None
     stopped_by = train(options, run)
     finish(asked, run, stopped_by)
     leave(processes.stopped_early(stopped_by) if stopped_by else 0)  # here, where model and processes still stand
@@ -484,6 +488,20 @@ def lay_out(asked: Inputs, tokenizer: Any, sources: Any, accelerator: Accelerato
         aligned=options.shard,
         same_keys=bool(options.compile),
     )
+
+
+def read_prompts(asked: Inputs, tokenizer: Any, data: Phases, accelerator: Accelerator) -> dict[str, list[int]]:
+    """Ids of --sample_prompts by their text."""
+    from lmscripts.training import processes
+
+    if not (given := asked.options.sample_prompts):
+        return {}
+    if not any(phase.num_eval_rows for phase in data.phases):
+        check_useless(
+            {"sample_prompts": given}, "without held-out rows, whose evaluation it goes with", "sample_prompts"
+        )
+    length = data.longest.layout.sequence_length
+    return processes.from_main(accelerator, partial(objectives.read_prompts, given, asked.objective, tokenizer, length))
 
 
 def build_models(
@@ -644,6 +662,11 @@ def stopped_while_evaluating(
                 f"the held-out loss after step {state.step:,} is no finite number: lower the learning rate; the last "
                 "checkpoint is from before"
             )
+        if run.answer:
+            with meter.paused():
+                if run.accelerator.is_main_process:
+                    report.texts(state.step, partial(run.answer, judged))
+                run.accelerator.wait_for_everyone()
     return result is None
 
 

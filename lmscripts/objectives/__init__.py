@@ -27,15 +27,18 @@ them they can be trained on; begin with a copy of `causal.py`. In each file the 
                 by its targets over all processes and micro-batches of the step
     metrics     (trained, sums, counts) -> named numbers
     examples    (models, tokenizer, phase) -> lines for the model card
+    read        (text, encoder, longest) -> ids of a prompt of at most so many tokens; a UserError where it is none
+    answers     (trained, ids, tokenizer, seed) -> lines: what the models in training make of a prompt
 
 Nothing heavy is imported before a function is called: `--help` reads the Settings of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +47,7 @@ from lmscripts.errors import UserError
 if TYPE_CHECKING:
     from lmscripts.objectives.module import Objective
 
-_NO_OBJECTIVES = ("choice", "labels", "module")  # what stands beside them
+_NO_OBJECTIVES = ("choice", "labels", "module", "sampling")  # what stands beside them
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,27 @@ def objective(name: str) -> Any:
     if name not in names():
         raise UserError(f"there is no --objective {name}: choose among {', '.join(names())}")
     return import_module(f"{__name__}.{name}")
+
+
+def read_prompts(given: Sequence[str], module: Any, tokenizer: Any, longest: int) -> dict[str, list[int]]:
+    """Ids of prompts of at most so many tokens, by their text; what is the name of a file stands for its lines.
+
+    Raises:
+        UserError: one of them is no prompt for this objective, or there is no such file.
+    """
+    from lmscripts.text.reading import check_file
+    from lmscripts.tokenizer.encoder import Encoder
+
+    texts = list[str]()
+    for text in given:
+        file = Path(text)
+        if file.suffix == ".txt" or (len(text.encode("utf-8", "replace")) < 256 and file.is_file()):
+            check_file(file, "file of prompts")
+            texts += filter(str.strip, file.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+        else:
+            texts.append(text)
+    encoder = Encoder(Path(tokenizer.name_or_path), tokenizer) if texts else None
+    return {text: module.read(text, encoder, longest) for text in texts}
 
 
 def trained(name: str, family: Any, models: Mapping[str, Any], attention: str, settings: Any) -> Objective:

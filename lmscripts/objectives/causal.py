@@ -7,6 +7,7 @@ there at once.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -224,23 +225,48 @@ def document_beginnings(phase: Phase, number: int = 3, most_tokens: int = 12) ->
 def continuations(model: Any, tokenizer: Any, prompts: list[NDArray[np.int64]]) -> list[str]:
     """How the model goes on from prompts of (n,) ids: sampled from its 50 likeliest tokens, always the same.
 
-    A prompt that comes again is gone on from in another way. The random numbers outside are left alone.
+    A prompt that comes again is gone on from in another way.
     """
-    import torch
+    from lmscripts.objectives.sampling import Sampling, go_on, text_after
 
-    found = []
+    found, end = [], boundary_ids(tokenizer)[1]
     longest = getattr(model.config, "max_position_embeddings", max(map(len, prompts), default=0) + 40)
     for number, ids in enumerate(prompts):
-        prompt = torch.from_numpy(ids[: longest // 2])
-        inputs = prompt[None].to(next(model.parameters()).device)
-        settings = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.pad_token_id}
-        settings["max_length"] = min(prompt.numel() + 40, longest)
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(number)
-            written = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)[0].cpu()
-        begun, added = (
-            " ".join(str(tokenizer.decode(part, skip_special_tokens=True)).split())
-            for part in (prompt, written[prompt.numel() :])
-        )
+        prompt = ids[: longest // 2].tolist()
+        (written,) = go_on(model, prompt, [number], Sampling(), end, longest)
+        parts: list[tuple[list[int], list[int]]] = [([], prompt), (prompt, written)]
+        begun, added = (" ".join(text_after(tokenizer, *part).split()) for part in parts)
         found.append(f"{begun} **{added}**")
     return found
+
+
+def read(text: str, encoder: Any, longest: int | None) -> list[int]:
+    """Ids of a text with what stands before the first token of a document, and room for a token behind it."""
+    ids = [boundary_ids(encoder.tokenizer)[0], *map(int, encoder.encode([text]).ids)]
+    if len(ids) == 1:
+        raise UserError(f"the prompt {text!r} is empty: give at least a word to go on from")
+    if longest is not None and len(ids) >= longest:
+        raise UserError(
+            f"the prompt {text[:40]!r} has {len(ids)} tokens with the one that begins a text, and the model reads "
+            f"{longest}: there is no room to go on; give a shorter one"
+        )
+    return ids
+
+
+def answers(trained: Objective, ids: list[int], tokenizer: Any, seed: int) -> list[str]:
+    """How a model in training goes on, in the way in which it is trained: without anything kept from token to token."""
+    import torch
+
+    from lmscripts.models.fitting import longest_input
+    from lmscripts.objectives.sampling import Sampling, text_after
+
+    how, end, model = Sampling(seed=seed), boundary_ids(tokenizer)[1], trained.models[""]
+    choose, longest = how.chooser(ids, [0]), longest_input(model.config)
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    for _ in range(min(how.max_new_tokens, (longest or sys.maxsize) - len(ids))):
+        scores = choose(row, trained.logits_of(model, row, [row.shape[1] - 1]))
+        row = torch.cat([row, scores.argmax(-1, keepdim=True)], 1)
+        if row[0, -1] == end:
+            row = row[:, :-1]
+            break
+    return [text_after(tokenizer, ids, row[0, len(ids) :].tolist())]

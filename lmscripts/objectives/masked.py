@@ -208,3 +208,32 @@ def examples(models: Mapping[str, Any], tokenizer: Any, phase: Phase, part: str 
         right = tokenizer.convert_ids_to_tokens(answer)
         found.append(f"{tokenizer.decode(text)} → {', '.join(best)} (the text has {right})")
     return found
+
+
+def read(text: str, encoder: Any, longest: int | None) -> list[int]:
+    """Ids of a text between the special tokens of a row; the mask token stands where a token is asked for."""
+    tokenizer, ids = encoder.tokenizer, special_ids(encoder.tokenizer)
+    row = [ids["cls"], *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], ids["sep"]]
+    if ids["mask"] not in row:
+        wanted = f"write {tokenizer.mask_token} where a token is asked for"
+        raise UserError(f"{'the prompt is empty' if not text.strip() else f'no mask in {text[:40]!r}'}: {wanted}")
+    if longest is not None and len(row) > longest:
+        raise UserError(f"{text[:40]!r} has {len(row)} tokens with its special ones, and the model reads {longest}")
+    return row
+
+
+def fill(trained: Objective, ids: list[int], mask_id: int, most: int, part: str = "") -> list[list[tuple[int, float]]]:
+    """For each mask of a row the ids with the highest probabilities, alone, the others being masked."""
+    import torch
+
+    model: Any = trained.models[part]
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    logits = trained.logits_of(model, row, [place for place, number in enumerate(ids) if number == mask_id])
+    best = logits.softmax(-1).topk(min(most, logits.shape[-1]))
+    return [list(zip(*both, strict=True)) for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def answers(trained: Objective, ids: list[int], tokenizer: Any, seed: int, part: str = "") -> list[str]:
+    """For each mask of a row the five best tokens with their probabilities."""
+    filled = fill(trained, ids, tokenizer.mask_token_id, 5, part)
+    return [", ".join(f"{tokenizer.convert_ids_to_tokens(i)} {p:.1%}" for i, p in best) for best in filled]

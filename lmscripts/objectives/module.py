@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,23 @@ class Objective(nn.Module):
         """(B * K, V) fp32 logits at the prediction slots."""
         hidden = self.family.encode(model, batch["input_ids"], batch["position_ids"], attention, batch["slots"])
         return self.family.predict(model, hidden).float()  # type: ignore[no-any-return]
+
+    def logits_of(self, model: PreTrainedModel, ids: Tensor, places: Sequence[int]) -> Tensor:
+        """(K, V) fp32 logits of a model at places of a row (1, T) of ids that is one document."""
+        at, positions = torch.tensor(places, device=ids.device), torch.arange(ids.shape[1], device=ids.device)[None]
+        batch = {"input_ids": ids, "position_ids": positions, "slots": at}
+        batch["segment_ends"] = torch.tensor([0, ids.shape[1]], dtype=torch.int32, device=ids.device)
+        return self.logits_at_slots(model, batch, self.attention_inputs(model, batch))
+
+    def answers(self, prompts: Mapping[str, list[int]], tokenizer: Any, seed: int) -> dict[str, list[str]]:
+        """What the models, in any mode, make of prompts: lines for each; torch's random numbers are left alone."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return {text: self.kind.answers(self, ids, tokenizer, seed) for text, ids in prompts.items()}
+        finally:
+            self.train(was_training)
 
 
 def cut(

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lmscripts.objectives import Export, masked, ratio
-from lmscripts.objectives.masked import batches, resolved, rows, slots, words
+from lmscripts.objectives.masked import batches, read, resolved, rows, slots, words
 from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lmscripts.objectives.module import Batch, Objective, Sums
 
-__all__ = ["batches", "resolved", "rows", "slots", "words"]
+__all__ = ["batches", "read", "resolved", "rows", "slots", "words"]
 
 TITLE = "ELECTRA's pair"
 KIND = "electra"  # as results were written before objectives had names
@@ -159,4 +159,7 @@ def metrics(trained: Objective, sums: Sums, counts: Sums) -> dict[str, float]:
     }
 
 
-examples = partial(masked.examples, part="generator")  # what it puts into masked places
+# What it puts into masked places.
+examples = partial(masked.examples, part="generator")
+fill = partial(masked.fill, part="generator")
+answers = partial(masked.answers, part="generator")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmscripts.errors import UserError
 from lmscripts.objectives import Export, masked, ratio
-from lmscripts.objectives.masked import examples, plan, prepare, resolved, slots
+from lmscripts.objectives.masked import answers, examples, plan, prepare, read, resolved, slots
 from lmscripts.options.checks import check_numbers
 from lmscripts.options.parsing import option
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lmscripts.data.token_store import TokenStore
     from lmscripts.objectives.module import Batch, Objective, Sums
 
-__all__ = ["examples", "plan", "prepare", "resolved", "slots"]
+__all__ = ["answers", "examples", "plan", "prepare", "read", "resolved", "slots"]
 
 TITLE = "a masked language model that judges pairs"
 PARTS = {"": "model", "pairs": "pair_model"}

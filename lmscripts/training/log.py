@@ -33,6 +33,7 @@ ENDLESS = sys.maxsize  # step at which nothing ends
 _NONE: Mapping[str, float] = MappingProxyType({})
 _SPOKEN = ("loss", "perplexity", "_byte")
 SHARES = ("accuracy", "precision", "recall")  # how metrics end that are shares
+_TEXT_TRACKERS = ("tensorboard", "trackio")  # whose `log` takes text beside numbers
 _EARLY_SECONDS = 10.0
 _UNEVEN = 0.15  # of the time, by which waiting has to differ between processes to be worth a word
 _CENTURY = 100 * 365 * 86400
@@ -99,7 +100,7 @@ class Reporter:
             write_text(self._file, "".join(lines))
             self._told_before = {(record["step"], *record) for record in kept if record.get("step", 0) > step}
         self._first: tuple[int, float] | None = None  # a step whose end is known: the very first may compile
-        self._told = False
+        self._told = self._unsaid = False
         total = stop_step if self._of else None
         self.bar = tqdm(total=total, initial=step, disable=not (main and sys.stderr.isatty()), unit="step")
         trackers.begin(accelerator, run_dir, continued)
@@ -145,6 +146,25 @@ class Reporter:
         if self.bar.disable:
             self._told, line = True, ", ".join(filter(None, (words, self._left(step))))
             self._accelerator.print(f"step {step:,}{self._of}  {line}", flush=True)
+
+    def texts(self, step: int, answer: Callable[[], Mapping[str, Sequence[str]]]) -> None:
+        """Write down and show lines of text by name, on the main process; what goes wrong is said once, and no more."""
+        try:
+            named = {name: list(lines) for name, lines in answer().items()}
+            with open(self._file, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(json.dumps({"step": step, "samples": named}, ensure_ascii=False) + "\n")
+            said = [f"step {step:,}: {k} → {' | '.join(' '.join(one.split()) for one in v)}" for k, v in named.items()]
+            (self._accelerator.print if self.bar.disable else self.bar.write)("\n".join(said))
+            for tracker in self._accelerator.trackers:
+                if hasattr(tracker, "log_table"):
+                    rows = [[name, "\n".join(lines)] for name, lines in named.items()]
+                    tracker.log_table("samples", columns=["prompt", "text"], data=rows, step=step)
+                elif tracker.name in _TEXT_TRACKERS:
+                    tracker.log({f"samples/{name}": "\n\n".join(lines) for name, lines in named.items()}, step=step)
+        except Exception as error:  # of a model or a tracker of any kind
+            if not self._unsaid:
+                self._accelerator.print(f"warning: no samples ({type(error).__name__}: {error}); training goes on")
+            self._unsaid = True
 
     @contextmanager
     def _unharmed(self) -> Iterator[None]:
