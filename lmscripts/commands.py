@@ -18,8 +18,8 @@ from lmscripts.errors import UserError, user_errors
 from lmscripts.files import project_folder, write_bytes
 
 _OWN = {
-    "path": "[NAME ...]: print where a script, recipe, Accelerate config, preset file, sample or page lies; or list them.",
-    "copy": "NAME [TO] [--force]: copy one of these to where you can change it; over another file only with --force.",
+    "path": "[NAME ...]: print where a script, recipe, Accelerate config, preset file, sample or page is; or all names",
+    "copy": "NAME [TO] [--force]: copy one of these to where you can change it; over a file only with --force",
 }
 _FOLDERS = ("scripts", "recipes", "accelerate_configs", "sample_data", "docs")
 # What to do with a copy of this file, or of one in this folder.
@@ -49,7 +49,8 @@ def main() -> None:
         elif file := scripts().get(_plain(name)):
             os.execv(sys.executable, [sys.executable, str(file), *words])
         else:
-            raise UserError(f"there is no command {name}: {_near(name, [*scripts(), *_OWN]) or '`lmscripts` lists all'}")
+            near = _near(name, [*scripts(), *_OWN])
+            raise UserError(f"there is no command {name}: {near or '`lmscripts` lists what there is'}")
         sys.stdout.write(answer)
 
 

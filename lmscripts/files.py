@@ -124,6 +124,11 @@ def project_folder() -> Path:
     return shipped if shipped.is_dir() else package.parent
 
 
+def command(script: str) -> str:
+    """How a script is called here, for what one says about the next step."""
+    return f"lmscripts {script}" if project_folder().name == "shipped" else f"python scripts/{script}.py"
+
+
 # ---- what is written ---------------------------------------------------------------------------------------------
 
 

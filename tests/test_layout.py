@@ -13,7 +13,10 @@ from lmscripts.models import families
 LIBRARY = sorted((ROOT / "lmscripts").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 # Each imports from those after it only, and from the files that stand beside the rooms.
-ROOMS = ("commands", "evaluation", "training", "objectives", "models", "data", "tokenizer", "text", "cluster", "options", "beside")
+ROOMS = (
+    "commands", "evaluation", "training", "objectives", "models", "data", "tokenizer", "text", "cluster", "options",
+    "beside"
+)  # fmt: skip
 
 
 def imports(file):
