@@ -131,18 +131,32 @@ def test_a_recipe_of_the_package_is_taken_where_the_folder_has_none(lmscripts, h
     assert lmscripts("run_pretraining", "--config", "recipes/none.yaml").returncode == 2
 
 
+SMALL = {
+    "train_tokenizer": "train_tokenizer --vocab_size 2048 --num_workers 1",
+    "--model_dir runs/encoder": "--model_dir runs/encoder --max_steps 2 --warmup_steps 1 --batch_size 4 --tracker none",
+    "lmscripts launch": "lmscripts launch --cpu --here_gpus 1",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.launch
-def test_from_text_to_a_model_in_an_empty_folder(lmscripts, home, tmp_path):
-    text = home / "lmscripts" / "shipped" / "sample_data" / "english.txt"
-    made = ["--input_file", text, "--model_dir", "tokenizer", "--vocab_size", 512, "--word_tokenizer", "whitespace"]
-    done = lmscripts("train_tokenizer", *made, "--num_workers", 1)
-    assert "  lmscripts prepare_corpus " in done.stdout, done.stderr
-    sizes = ["--model_type", "bert-tiny", "--max_steps", 2, "--batch_size", 4, "--sequence_length", 64]
-    given = ["--input_file", text, "--tokenizer_dir", "tokenizer", "--tracker", "none", *sizes]
-    done = lmscripts("launch", "--cpu", "--here_gpus", 1, "run-pretraining", *given, "--model_dir", "run")
+def test_the_lines_of_the_readme_from_text_to_a_model(lmscripts, home, tmp_path):
+    block = re.search(r"^```\n(lmscripts .*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    for there, here in SMALL.items():
+        assert there in block
+        block = block.replace(there, here)
+    folder, bins = tmp_path / "empty", tmp_path / "bin"
+    shutil.copy(ROOT / "sample_data" / "articles.txt", folder / "corpus.txt")
+    bins.mkdir()
+    program = f"#!{sys.executable}\nfrom lmscripts.commands import main\nmain()\n"
+    (bins / "lmscripts").write_text(program, encoding="utf-8")
+    (bins / "lmscripts").chmod(0o755)
+    path = os.pathsep.join([str(bins), os.path.dirname(sys.executable), os.environ["PATH"]])
+    done = called(["env", f"PATH={path}", "bash", "-euxc", block], folder, home)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "empty" / "run" / "final" / "model.safetensors").exists()
+    assert "\n  lmscripts prepare_corpus " in done.stdout
+    assert (folder / "runs" / "encoder" / "final" / "model.safetensors").exists()
+    assert "next: python my_pretraining.py --help" in done.stdout
 
 
 def test_in_a_clone_the_files_are_those_of_the_clone():
