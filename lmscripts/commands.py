@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -34,14 +33,14 @@ _NEXT = {
 
 def main() -> None:
     """Do what the line asks for; a mistake ends as one sentence and exit code 2."""
-    name, words = (sys.argv[1], sys.argv[2:]) if sys.argv[1:] else ("--help", [])
+    name, *words = sys.argv[1:] or ["--help"]
     with user_errors():
         if name in ("-h", "--help") or (name in _OWN and {"-h", "--help"} & {*words}):
             lines = {script: file.open(encoding="utf-8").readline()[3:] for script, file in scripts().items()} | _OWN
             table = "".join(f"  {each:<22} {line.strip()}\n" for each, line in lines.items())
-            answer = f"usage: lmscripts COMMAND [--help | its options]    (version {_version()})\n\n{table}"
+            answer = f"usage: lmscripts COMMAND [--help | its options]\n\n{table}\nlmscripts {metadata.version('lmscripts')}\n"
         elif name == "--version":
-            answer = f"lmscripts {_version()}\n"
+            answer = f"lmscripts {metadata.version('lmscripts')}\n"
         elif name == "path":
             answer = "".join(f"{each}\n" for each in (map(find, words) if words else _names()))
         elif name == "copy":
@@ -49,8 +48,7 @@ def main() -> None:
         elif file := scripts().get(_plain(name)):
             os.execv(sys.executable, [sys.executable, str(file), *words])
         else:
-            near = _near(name, [*scripts(), *_OWN])
-            raise UserError(f"there is no command {name}: {near or '`lmscripts` lists what there is'}")
+            raise _unknown(f"command {name}", name, [*scripts(), *_OWN], "lmscripts")
         sys.stdout.write(answer)
 
 
@@ -60,20 +58,20 @@ def scripts() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    """The file or folder that a name means: its path in the project or its own name, with the suffix or without.
+    """The file that a name means: its path in the project or its own name, with the suffix or without.
 
     Raises:
         UserError: nothing is called that, or several files are.
     """
     found: dict[str, set[Path]] = {}
-    for inside in [*map(Path, _FOLDERS), *_names()]:
+    for inside in _names():
         for spelled in (inside, inside.with_suffix(""), inside.name, inside.stem):
             found.setdefault(_plain(str(spelled)), set()).add(inside)
-    fitting = sorted(found.get(_plain(name.rstrip("/")), ()))
+    fitting = sorted(found.get(_plain(name), ()))
     if len(fitting) > 1:
         raise UserError(f"{name} may be {' or '.join(map(str, fitting))}: say which")
     if not fitting:
-        raise UserError(f"there is no {name}: {_near(name, found) or '`lmscripts path` lists what there is'}")
+        raise _unknown(name, name, found, "lmscripts path")
     return project_folder() / fitting[0]
 
 
@@ -89,30 +87,21 @@ def _copy(words: Sequence[str], force: bool) -> str:
     if not 1 <= len(words) <= 2:
         raise UserError("copy takes what to copy and where to: lmscripts copy run_pretraining my_pretraining.py")
     file, target = find(words[0]), Path(*words[1:])
-    if file.is_dir():
-        raise UserError(f'{words[0]} is a folder: cp -r "$(lmscripts path {words[0]})" {target} copies all of it')
     target = target / file.name if target.is_dir() else target
     if os.path.lexists(target) and not force:
         raise UserError(f"{target} exists: give another name, or --force to write over it")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(target, file.read_bytes())
-    on_path = shutil.which("python")
-    is_own = on_path is not None and Path(on_path).parent == Path(sys.executable).parent
-    python = "python" if is_own else shlex.quote(sys.executable)
     line = _NEXT.get(file.name) or _NEXT.get(file.relative_to(project_folder()).parts[0], "")
-    return f"{target}\n" + (f"next: {line.format(copy=shlex.quote(str(target)), python=python)}\n" if line else "")
+    line = line.format(copy=shlex.quote(str(target)), python=shlex.quote(sys.executable))
+    return f"{target}\n" + (f"next: {line}\n" if line else "")
 
 
 def _plain(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    """Which of the known names was meant, as a question."""
+def _unknown(what: str, name: str, known: Iterable[str], lists: str) -> UserError:
     from lmscripts.options.yaml_text import nearest  # only here, as it loads the parser of options
 
-    return nearest(name, known)
-
-
-def _version() -> str:
-    return metadata.version("lmscripts")
+    return UserError(f"there is no {what}: {nearest(name, known) or f'`{lists}` lists what there is'}")

@@ -116,7 +116,7 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 def run(options: Options, program: list[str]) -> int:
     """Start what is asked for; the exit code."""
     elsewhere = options.module or options.no_python or options.over_ssh
-    if program and not (elsewhere or Path(program[0]).exists()):
+    if program and not (elsewhere or Path(program[0]).is_file()):
         program = [str(commands.scripts().get(program[0].replace("-", "_"), program[0])), *program[1:]]
     check(options, program)
     on_cpu = options.cpu or options.local_cpu
