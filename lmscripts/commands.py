@@ -35,13 +35,12 @@ def main() -> None:
     """Do what the line asks for; a mistake ends as one sentence and exit code 2."""
     name, *words = sys.argv[1:] or ["--help"]
     with user_errors():
-        version = metadata.version("lmscripts")
-        if name in ("-h", "--help") or (name in _OWN and {"-h", "--help"} & {*words}):
+        if name == "--version":
+            answer = f"lmscripts {metadata.version('lmscripts')}\n"
+        elif name in ("-h", "--help") or (name in _OWN and {"-h", "--help"} & {*words}):
             lines = {script: file.open(encoding="utf-8").readline()[3:] for script, file in scripts().items()} | _OWN
             table = "".join(f"  {each:<22} {line.strip()}\n" for each, line in lines.items())
-            answer = f"usage: lmscripts COMMAND [--help | its options], version {version}\n\n{table}"
-        elif name == "--version":
-            answer = f"lmscripts {version}\n"
+            answer = f"usage: lmscripts COMMAND [--help | its options] | --version\n\n{table}"
         elif name == "path":
             answer = "".join(f"{each}\n" for each in (map(find, words) if words else _names()))
         elif name == "copy":
