@@ -40,7 +40,8 @@ def main() -> None:
         elif name in ("-h", "--help") or (name in _OWN and {"-h", "--help"} & {*words}):
             lines = {script: file.open(encoding="utf-8").readline()[3:] for script, file in scripts().items()} | _OWN
             table = "".join(f"  {each:<22} {line.strip()}\n" for each, line in lines.items())
-            answer = f"usage: lmscripts COMMAND [--help | its options] | --version\n\n{table}"
+            answer = "usage: lmscripts COMMAND [--help | its options]\n"
+            answer += f"version: {metadata.version('lmscripts')}\n\n{table}"
         elif name == "path":
             answer = "".join(f"{each}\n" for each in (map(find, words) if words else _names()))
         elif name == "copy":
