@@ -117,6 +117,18 @@ def user_cache() -> Path:
     raise UserError(f"neither {folders[0]} nor {folders[1]} is a folder of yours: set XDG_CACHE_HOME to one")
 
 
+def project_folder() -> Path:
+    """Where scripts, presets and recipes lie: beside the package in a clone, inside it where it was installed."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "shipped"
+    return shipped if shipped.is_dir() else package.parent
+
+
+def command(script: str) -> str:
+    """How a script is called here, for what one says about the next step."""
+    return f"lmscripts {script}" if project_folder().name == "shipped" else f"python scripts/{script}.py"
+
+
 # ---- what is written ---------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,9 @@
 
 python scripts/launch.py [options of this script] scripts/run_pretraining.py [options of that script]
 
-What stands after the script's name is handed on as it is. The machines are those of --cluster, or --other_gpus says
-how many GPUs the others have: as a number, or as a JSON file {"host": GPUs, ...} in the order of the ranks.
+A script of the project may be given by its name alone: run_pretraining. What stands after the script is handed on as
+it is. The machines are those of --cluster, or --other_gpus says how many GPUs the others have: as a number, or as a
+JSON file {"host": GPUs, ...} in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Literal
 
 import yaml
 
+from lmscripts import commands
 from lmscripts.cluster import gpus, meeting, nodes, starting, supervision
 from lmscripts.errors import UserError, user_errors
 from lmscripts.options import check_numbers, check_useless, option, parse_options
@@ -113,6 +115,9 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def run(options: Options, program: list[str]) -> int:
     """Start what is asked for; the exit code."""
+    elsewhere = options.module or options.no_python or options.over_ssh
+    if program and not (elsewhere or Path(program[0]).is_file()):
+        program = [str(commands.scripts().get(program[0].replace("-", "_"), program[0])), *program[1:]]
     check(options, program)
     on_cpu = options.cpu or options.local_cpu
     there = [] if on_cpu or options.over_ssh else gpus.gpus_here()

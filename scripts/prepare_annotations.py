@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.files import command
 from lmscripts.options import check_numbers, check_useless, option, parse_options_with_origin
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def build(options: Options) -> None:
             f"no game fell into the validation part at --validation_share {source.validation_share}: training on this "
             "store will have no held-out figures"
         )
-    print(f"next: python scripts/train_policy.py --training-data {output} --output-prefix runs")
+    print(f"next: {command('train_policy')} --training-data {output} --output-prefix runs")
 
 
 @contextmanager

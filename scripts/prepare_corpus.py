@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.files import command
 from lmscripts.options import PREPARATION, check_numbers, option, parse_options_with_origin
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def build(options: Options) -> None:
         family = "gpt2"
         print("lines are in the store as they stand, with their white space and line feeds")
     print(
-        f"next: python scripts/run_pretraining.py --dataset_dir {output} --model_type {family}-tiny "
+        f"next: {command('run_pretraining')} --dataset_dir {output} --model_type {family}-tiny "
         f"--model_dir runs/{family}"
     )
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmscripts.errors import UserError, user_errors
+from lmscripts.files import command
 from lmscripts.options import TOKENIZER, check_numbers, num_cpus, option, parse_options_with_origin
 
 if TYPE_CHECKING:
@@ -433,7 +434,7 @@ def run(options: Options, origins: dict[str, str]) -> None:
         write_tokenizer(aside, trained, options.tokenizer_type, words, **made)
         check_and_measure(aside, lines, words, trained, causal)
     inputs = shlex.join(["--input_file", *options.input_file, "--tokenizer_dir", str(target)])
-    print(f"the tokenizer is in {target}; next:\n  python scripts/prepare_corpus.py {inputs} --output_dir store")
+    print(f"the tokenizer is in {target}; next:\n  {command('prepare_corpus')} {inputs} --output_dir store")
 
 
 if __name__ == "__main__":

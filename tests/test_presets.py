@@ -298,7 +298,7 @@ def test_the_presets_are_found_beside_the_package(tmp_path: Path, monkeypatch: p
     """Wherever a script stands and is started."""
     monkeypatch.chdir(tmp_path)
     assert default_parameter_file() == PARAMETER_FILE
-    monkeypatch.setattr(presets, "__file__", str(tmp_path / "lmscripts" / "options" / "presets.py"))
+    monkeypatch.setattr(presets, "project_folder", lambda: tmp_path)
     with pytest.raises(UserError, match="say with --parameter_file where"):
         default_parameter_file()
 

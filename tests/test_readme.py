@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "make demo": "installs an environment from the network",
     "scripts/\n": "a list of files",
+    "lmscripts train_tokenizer": "of an installed package: tests/test_installed.py runs it",
 }
 # Lines that are not run, and why.
 NOT_RUN_LINES = {"source .venv/bin/activate": "the environment is that of the tests"}

@@ -36,7 +36,7 @@ from lmscripts.evaluation.judging import (
 )
 from lmscripts.evaluation.metrics import plain
 from lmscripts.evaluation.report import csv_text, visible
-from lmscripts.files import replaced_folder, write_text
+from lmscripts.files import command, replaced_folder, write_text
 from lmscripts.models.classifier import KEY, ClassifierSettings, label_names, merge_lora
 from lmscripts.objectives.module import Objective
 from lmscripts.training.card import About, fenced, model_card, named
@@ -419,7 +419,7 @@ def finish(
         return [*said, "there is no test part: nothing is said about other texts, nor is there a report", where]
     said += [where, f"the predictions are in {files.predictions}"]
     said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
-    return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
+    return [*said, f"for a report: {command('analyze_results')} {database.path} --run {run.run_id}"]
 
 
 def _learnt(settings: ClassifierSettings, progress: ClassifierProgress, notices: list[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 import jsonargparse
 
 from lmscripts.errors import UserError
+from lmscripts.files import project_folder
 from lmscripts.options.checks import check_value, num_cpus
 from lmscripts.options.yaml_text import LINE, Entry, Flag, by_group, listed, nearest, normal, read_yaml, shown, to_yaml
 
@@ -277,7 +278,9 @@ class _Reader:
         every = self.collect(entry for entry in entries if self.flags.get(entry.key) in _EVERY_SCRIPT)
         entries = [entry for entry in entries if entry.key not in every]
         file, prints = (every[name][0] if name in every else None for name in ("config", "print_config"))
-        entries += [] if file is None else self._file(file)
+        if file is not None:
+            file = self._shipped(file)
+            entries += self._file(file)
         if self.foreign:
             entries, notices = self.foreign.translate(entries)
             self.notices += notices
@@ -288,6 +291,14 @@ class _Reader:
         replaced = {name for group in one_of if decided & {*group} for name in group}
         kept = {name: item for name, item in in_file.items() if name not in replaced}
         return {**defaults, **kept, **on_line}, bool(prints)
+
+    def _shipped(self, file_name: str) -> str:
+        """The project's own recipe where `recipes/NAME` is not in the current folder; it is said."""
+        own = project_folder() / file_name
+        if Path(file_name).parts[:1] != ("recipes",) or os.path.lexists(file_name) or not own.is_file():
+            return file_name
+        self.notices.append(f"--config {file_name} is not in this folder: {own} is taken")
+        return str(own)
 
     def own_values(self, file_name: str) -> dict[str, Any]:
         """The script's own options in a file."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmscripts.errors import UserError
+from lmscripts.files import project_folder
 from lmscripts.options.yaml_text import listed, nearest, normal
 
 Reader = Callable[[Any], Any]
@@ -192,12 +193,12 @@ class FamilyKeys(NamedTuple):
 
 
 def default_parameter_file() -> Path:
-    """The project's parameter.json, beside the package, wherever the script stands.
+    """The project's parameter.json, wherever the script stands.
 
     Raises:
-        UserError: it is not there, as where the package was installed without the project's folder.
+        UserError: it is not there, as where only the folder of the package was copied.
     """
-    file = Path(__file__).resolve().parents[2] / "parameter.json"
+    file = project_folder() / "parameter.json"
     if not file.is_file():
         raise UserError(f"there are no presets in {file.parent}: say with --parameter_file where parameter.json is")
     return file

@@ -432,7 +432,8 @@ def _check_nodes(nodes: Sequence[str], announced: Sequence[int]) -> None:
 
 def _of_program() -> dict[str, str]:
     """Hashes of this project's code and of the script, which decide results as versions do."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    package = Path(__file__).parents[1]
+    files = [file for file in sorted(package.rglob("*.py")) if package / "shipped" not in file.parents]
     hashes = "".join(file_sha256(file) for file in files)
     found = {"lmscripts": f"{metadata.version('lmscripts')} ({hashlib.sha256(hashes.encode()).hexdigest()[:12]})"}
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
