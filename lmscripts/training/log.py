@@ -442,7 +442,14 @@ def fenced(text: str, language: str) -> str:
 
 
 def pretraining_card(
-    title: str, origin: str, objective: Any, data: Phases, run_dir: Path, options_yaml: str, model_dir: Path
+    title: str,
+    origin: str,
+    objective: Any,
+    data: Phases,
+    run_dir: Path,
+    options_yaml: str,
+    model_dir: Path,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Model card of a pretrained model from its folder and the log of its run.
 
@@ -454,6 +461,7 @@ def pretraining_card(
         run_dir: folder of the run, with its log.jsonl.
         options_yaml: the options that repeat it.
         model_dir: folder with model and tokenizer.
+        more: rows of what else was measured.
     """
     exports = [each for each in objective.EXPORTS if (model_dir / each.subfolder / "config.json").is_file()]
     models, rows, use = {}, {}, []
@@ -482,7 +490,7 @@ def pretraining_card(
     examples = objective.examples(models, tokenizer, data.phases[-1])
     return model_card(
         title,
-        rows,
+        {**rows, **more},
         options_yaml,
         began=f"Trained {f'further from {origin}' if origin else 'from scratch'} on raw text.",
         use=fenced("\n\n".join(use), "python"),
