@@ -657,7 +657,6 @@ def stopped_while_evaluating(
 def finish(asked: Inputs, run: Run, stopped_by: str) -> str:
     """Draw the curves, and export the model where the schedule was run to its end; what stopped that, if anything."""
     from lmscripts.evaluation import downstream
-    from lmscripts.files import write_text
     from lmscripts.training import log, processes
 
     accelerator, data, state, run_dir = run.accelerator, run.data, run.state, run.folder.path
@@ -685,7 +684,8 @@ def finish(asked: Inputs, run: Run, stopped_by: str) -> str:
             stopped_by = stop_asked.words()
             accelerator.print(f"fine-tuning was stopped by {stopped_by}; the model is whole, go on with --do_continue")
         if accelerator.is_main_process:
-            write_text(final / "README.md", describe(final, downstream.card_rows(run_dir)))
+            card = describe(final, downstream.card_rows(run_dir))
+            (final / "README.md").write_text(card, encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return stopped_by

@@ -78,6 +78,19 @@ def test_a_sample_is_drawn_and_no_group_nor_text_stands_on_two_sides(tmp_path):
         assert {len(found) for found in sides.values()} == {1}, key
 
 
+def test_tables_of_the_form_that_glue_and_jglue_have_are_read_as_the_page_says(tmp_path):
+    lines = [f"it 's \"a charming film {n}\t{n % 2}\n" for n in range(60)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(lines), encoding="utf-8")
+    records = ({"sentence": f"文「{n}」", "label": ["positive", "negative"][n % 2]} for n in range(60))
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "train-v1.0.json").write_text(text, encoding="utf-8")
+    given = [f"SST-2={tmp_path / 'train.tsv'}:sentence:label", f"MARC-ja={tmp_path / 'train-v1.0.json'}:sentence:label"]
+    first, second = downstream.read_tasks(given, SCRIPT)
+    assert (first.name, second.name) == ("SST-2", "MARC-ja")
+    assert (first.labels, second.labels) == (["0", "1"], ["negative", "positive"])
+    assert first.documents[1].text == "it 's \"a charming film 1"
+
+
 # ---- the probe -----------------------------------------------------------------------------------------------------
 
 
