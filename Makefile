@@ -1,4 +1,4 @@
-# make setup | demo | demo-policy | test | test_slow | lint. Each command does all its own set-up.
+# make setup | demo | demo-policy | test | test_slow | test-related | lint. Each command does all its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 
 DEMO := demo_output/policy
 
-.PHONY: setup demo demo-policy test test_slow lint clean
+.PHONY: setup demo demo-policy test test_slow test-related lint clean
 setup: $(READY)
 
 # torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it. What is not imported
@@ -69,6 +69,13 @@ test: $(READY)
 # What takes minutes and breaks rarely: dozens of edited files through whole commands, random moments.
 test_slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# The lines of docs/using_the_models.md, in an environment of their own: the packages bring others along.
+test-related: $(READY)
+	test -x .venv-related/bin/python || $(PYTHON) -m venv .venv-related
+	.venv-related/bin/python -m pip install --quiet --no-compile $$(grep '^torch==' requirements.txt)
+	.venv-related/bin/python -m pip install --quiet --no-compile -r requirements.txt --editable '.[related]'
+	.venv-related/bin/python -m pytest tests/test_related_tools.py -s
 
 lint: $(READY)
 	$(BIN)/ruff check .

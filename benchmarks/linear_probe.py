@@ -23,7 +23,6 @@ import argparse
 import csv
 import json
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,17 +34,17 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
 
+from lmscripts.evaluation.baselines import regress
+from lmscripts.evaluation.downstream import mean_states
+
 FOLDS, INNER_FOLDS = 5, 4
 BOOTSTRAP_SAMPLES = 10_000
-TOKENS_AT_ONCE = 8_192
 # Inverse strength of the regularisation.
 STRENGTHS = {"model": (1e-4, 1e-3, 1e-2, 1e-1, 1.0), "tf-idf": (1.0, 10.0, 100.0, 1000.0)}
 Labels = NDArray[np.str_]
@@ -191,23 +190,12 @@ def windows_of(folder: Path, texts: Sequence[str]) -> Windows:
     return Windows(windows, owners, len(before), len(behind))
 
 
-def mean_states(model: torch.nn.Module, windows: Windows, device: str) -> NDArray[np.float32]:
-    """(N, H) last hidden states averaged over the tokens of each text.
-
-    Windows of one length are computed together, so that nothing is padded and no mask is needed.
-    """
-    lengths, owners = np.array([len(ids) for ids in windows.ids]), np.array(windows.owners)
+def states_of(model: torch.nn.Module, windows: Windows, device: str) -> NDArray[np.float32]:
+    """(N, H) last hidden states averaged over the tokens of each text."""
     model.to(device)
-    sums, counts = np.zeros((owners.max() + 1, model.config.hidden_size)), np.zeros((owners.max() + 1, 1))
-    with torch.no_grad():
-        for length in np.unique(lengths)[::-1]:
-            same = np.flatnonzero(lengths == length)
-            for taken in np.array_split(same, -(-same.size * length // TOKENS_AT_ONCE)):
-                ids = torch.tensor([windows.ids[number] for number in taken], device=device)
-                hidden = model(input_ids=ids).last_hidden_state[:, windows.before : length - windows.behind]
-                np.add.at(sums, owners[taken], hidden.sum(1).double().cpu().numpy())
-                np.add.at(counts, owners[taken], float(hidden.shape[1]))
-    return (sums / counts).astype(np.float32)
+    around = windows.before, windows.behind
+    texts = (windows.ids, windows.owners, around, max(windows.owners) + 1)
+    return mean_states(lambda ids: model(input_ids=ids).last_hidden_state, *texts, device=device)
 
 
 def features_of_model(states: NDArray[np.float32]) -> Features:
@@ -243,13 +231,7 @@ def features_of_characters(texts: Sequence[str]) -> Features:
 
 def predict(train: Any, labels: Labels, test: Any, strengths: Sequence[float]) -> dict[float, Labels]:
     """Predictions for the test part by classifiers of each strength."""
-    found = {}
-    for strength in strengths:
-        with warnings.catch_warnings():
-            # Weak regularisation of separable classes has no finite optimum; stopped early it predicts as well.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found[strength] = LogisticRegression(C=strength, max_iter=500).fit(train, labels).predict(test)
-    return found
+    return {strength: regress(train, labels, test, strength, scaled=False) for strength in strengths}
 
 
 def cross_validated(table: Table, features: Features, strengths: Sequence[float], seed: int) -> dict[str, Any]:
@@ -344,7 +326,7 @@ def main() -> None:
             return cross_validated(table, features, STRENGTHS[kind], options.seed)
 
     def probe(model: torch.nn.Module, windows: Windows) -> dict[str, Any]:
-        return classify(features_of_model(mean_states(model, windows, options.device)), "model")
+        return classify(features_of_model(states_of(model, windows, options.device)), "model")
 
     labels, groups = len(set(table.labels)), len(set(table.groups))
     print(f"{len(table.texts):,} texts, {labels} labels, {groups} groups, {FOLDS} folds; seed {options.seed}\n")

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lmscripts.data.steps import Phases
+    from lmscripts.evaluation.downstream import EvalTask
     from lmscripts.models.building import Dropouts
     from lmscripts.objectives.module import Objective
     from lmscripts.options.presets import Preset
@@ -109,6 +110,9 @@ class Options:
     keep_every: int = option(0, help="also keep checkpoints at multiples of so many steps; 0 = none", group="run")
     eval_every: Every | None = option(None, help="steps between evaluations; default: save_steps", group="run")
     eval_rows: int = option(2048, help="held-out rows to evaluate on, at most", group="run")
+    eval_task: tuple[str, ...] = option(
+        (), help="[NAME=]FILE:TEXT:LABEL, columns of a table: probed at evaluations, fine-tuned at the end", group="run"
+    )
     sample_prompts: tuple[str, ...] = option(
         (), help="texts, or a .txt of them, to go on from (or with masks to fill) at every evaluation", group="run"
     )
@@ -261,6 +265,7 @@ class Inputs(NamedTuple):
     objective: Any  # its module
     settings: Any  # of the objective
     phases: list[plan.PhaseSettings]
+    tasks: list[EvalTask]  # of the main process
     as_yaml: str  # the options that repeat the run, as they were given
     notices: list[str]
 
@@ -274,6 +279,7 @@ class Inputs(NamedTuple):
 
 def read_inputs(options: Options, further: Further, notices: list[str]) -> Inputs:
     """Preset, objective and text, put together with the options; to the notices others may come."""
+    from lmscripts.evaluation import downstream
     from lmscripts.models import building
     from lmscripts.training import processes
 
@@ -304,10 +310,12 @@ def read_inputs(options: Options, further: Further, notices: list[str]) -> Input
         values["max_steps"] = None if options.epochs else preset.train_steps
     options = replace(options, **{name: v for name, v in values.items() if getattr(options, name) in (None, ())})
     if options.shard:
-        check_useless(vars(options), "with --shard, where no process has a whole model to answer", "sample_prompts")
+        why = "with --shard, where no process has a whole model to ask"
+        check_useless(vars(options), why, "sample_prompts", "eval_task")
     settings = objective.resolved(settings, preset)
-    phases = ask_phases(options, settings)
-    return Inputs(options, older, is_branch, preset, family, name, objective, settings, phases, as_yaml, notices)
+    tasks = downstream.read_tasks(options.eval_task, Path(__file__))  # before text is tokenised, which may take long
+    known = (options, older, is_branch, preset, family, name, objective, settings)
+    return Inputs(*known, ask_phases(options, settings), tasks, as_yaml, notices)
 
 
 def row_lengths(options: Options, preset: Preset, is_given: bool) -> tuple[int, ...]:
@@ -368,6 +376,7 @@ class Run:
     average: AveragedModel | None  # of the weights
     state: TrainingState
     stop_step: int  # where this job ends
+    tasks: list[EvalTask]  # of the main process
     answer: Callable[[Objective], dict[str, list[str]]] | None = None  # what the models make of prompts
 
 
@@ -438,8 +447,7 @@ def run(options: Options, further: Further, hub: Hub | None, of_hub: list[str]) 
     run_folder = folder.RunFolder(run_dir, asked.fixed, rate, beside, hub=hub)
     run = begin(asked, accelerator, data, rate, run_folder, objective, tokenizer)
     run.answer = (lambda trained: trained.answers(prompts, tokenizer, options.seed)) if prompts else None
-    stopped_by = train(options, run)
-    finish(asked, run, stopped_by)
+    stopped_by = finish(asked, run, train(options, run))
     leave(processes.stopped_early(stopped_by) if stopped_by else 0)  # here, where model and processes still stand
 
 
@@ -531,7 +539,7 @@ def remarks(asked: Inputs, tokenizer: Any) -> list[str]:
     """What a user should know of options, tokenizer and text."""
     of_objective = asked.objective.remarks(tokenizer) if hasattr(asked.objective, "remarks") else []
     of_stores = [sentence for phase in asked.phases for sentence in phase.store.sentences()]
-    return list(dict.fromkeys([*asked.notices, *of_objective, *of_stores]))
+    return list(dict.fromkeys([*asked.notices, *of_objective, *of_stores, *map(str, asked.tasks)]))
 
 
 def begin(
@@ -544,6 +552,7 @@ def begin(
     tokenizer: Any,
 ) -> Run:
     """Take the run's folder; models, optimizer and state as the newest checkpoint has them, or as at a beginning."""
+    from lmscripts.evaluation import downstream
     from lmscripts.models import building
     from lmscripts.training import optim, processes
 
@@ -578,7 +587,8 @@ def begin(
         run_folder.write_options(asked.as_yaml)
     data, said = plan.fit_rows(accelerator, data, objective, state)
     accelerator.print("".join(f"{sentence}\n" for sentence in said), end="", flush=True)
-    return Run(accelerator, data, rate, run_folder, objective, model, optimizer, average, state, stop_step)
+    tasks = downstream.with_rows(asked.tasks, tokenizer, data.longest.layout.sequence_length)
+    return Run(accelerator, data, rate, run_folder, objective, model, optimizer, average, state, stop_step, tasks)
 
 
 def train(options: Options, run: Run) -> str:
@@ -641,20 +651,26 @@ def train(options: Options, run: Run) -> str:
 def stopped_while_evaluating(
     options: Options, run: Run, meter: Meter, report: Reporter, stop_asked: StopRequest
 ) -> bool:
-    """Evaluate on held-out rows where that is due; whether a process was asked to stop meanwhile."""
-    from lmscripts.evaluation.sums import evaluate
+    """Evaluate on held-out rows and tasks where that is due; whether a process was asked to stop meanwhile."""
+    from lmscripts.evaluation import downstream
     from lmscripts.training import log
 
     state, phase = run.state, run.data.of_step(run.state.step - 1)
-    if phase.num_eval_rows == 0 or state.evaluated_step == state.step:
+    asked_for = phase.num_eval_rows or options.eval_task or run.answer
+    if not asked_for or state.evaluated_step == state.step:
         return False
     if not run.data.is_due(state.step, options.eval_every) and state.step != run.data.num_steps:
         return False
     judged = run.average.module if run.average else run.objective
     held_out = (phase.eval_batch, phase.num_eval_rows, phase.micro_batch_size)
     with meter.paused():
-        result, _ = evaluate(run.accelerator, judged, *held_out, stop_asked)
-    state.evaluated_step = state.evaluated_step if result is None else state.step
+        result, _ = downstream.evaluate(run.accelerator, judged, *held_out, stop_asked)
+        probed: downstream.Scored | None = []
+        if options.eval_task and result is not None:
+            probed = downstream.probe(run.accelerator, judged, run.tasks, stop_asked)
+    if result is None or probed is None:
+        return True
+    state.evaluated_step = state.step
     if result:
         report(state.step, {f"eval_{name}": v for name, v in result.items()}, f"held-out {log.in_words(result)}")
         if not isfinite(result["loss"]):
@@ -662,41 +678,73 @@ def stopped_while_evaluating(
                 f"the held-out loss after step {state.step:,} is no finite number: lower the learning rate; the last "
                 "checkpoint is from before"
             )
-        if run.answer:
-            with meter.paused():
-                if run.accelerator.is_main_process:
-                    report.texts(state.step, partial(run.answer, judged))
-                run.accelerator.wait_for_everyone()
-    return result is None
+    for record, words in probed:
+        report(state.step, record, words)
+    if run.answer:
+        with meter.paused():
+            if run.accelerator.is_main_process:
+                report.texts(state.step, partial(run.answer, judged))
+            run.accelerator.wait_for_everyone()
+    return False
 
 
-def finish(asked: Inputs, run: Run, stopped_by: str) -> None:
-    """Draw the curves, and export the model where the schedule was run to its end."""
-    from lmscripts.training import folder, log
+def finish(asked: Inputs, run: Run, stopped_by: str) -> str:
+    """Draw the curves, and export the model where the schedule was run to its end; what stopped that, if anything."""
+    from lmscripts.training import log
 
-    accelerator, data, state, run_dir, options = run.accelerator, run.data, run.state, run.folder.path, asked.options
+    accelerator, data, state, run_dir = run.accelerator, run.data, run.state, run.folder.path
+    complete = not stopped_by and state.step == data.num_steps
     if stopped_by:
         accelerator.print(
             f"stopped by {stopped_by} at step {state.step:,}; everything is saved, go on with --do_continue"
         )
-    elif state.step < data.num_steps:
+    elif not complete:
         accelerator.print(f"--stop_at_step {run.stop_step} is reached; go on with --do_continue")
     elif state.nonfinite_streak and accelerator.scaler is None:
         raise UserError(f"the last {state.nonfinite_streak} steps had no finite gradient: no model was written")
     elif accelerator.is_main_process:
-        title = f"{run_dir.name}: {options.model_type}"
-        about = folder.About(run.folder.hub, options.language, options.license)
-        what = (title, state.origin, asked.objective, data, [phase.store for phase in asked.phases], run_dir)
-        describe = partial(folder.pretraining_card, *what, asked.as_yaml, about)
-        final = run.folder.export(state.step, None, describe, run.average)
+        final = run.folder.export(state.step, None, partial(describe, asked, run), run.average)
         places = f"the curves in {run_dir / 'curves.png'}, the numbers in {run_dir / 'log.jsonl'}"
         accelerator.print(f"the model is in {final}, {places}")
     if accelerator.is_main_process:  # last, as nothing depends on it
         log.draw_curves(run_dir, data.ends[:-1])
+    if complete and asked.options.eval_task:
+        stopped_by = fine_tune(asked, run)
     if not stopped_by:
-        run.folder.publish(accelerator, run_dir / "final" if state.step == data.num_steps else None, state.step)
+        run.folder.publish(accelerator, run_dir / "final" if complete else None, state.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    return stopped_by
+
+
+def describe(asked: Inputs, run: Run, model_dir: Path) -> str:
+    """The text of the model card."""
+    from lmscripts.evaluation import downstream
+    from lmscripts.training import folder
+
+    run_dir, options = run.folder.path, asked.options
+    about = folder.About(run.folder.hub, options.language, options.license)
+    what = (run.state.origin, asked.objective, run.data, [phase.store for phase in asked.phases], run_dir)
+    title = f"{run_dir.name}: {options.model_type}"
+    more = downstream.card_rows(run_dir) if options.eval_task else {}
+    return folder.pretraining_card(title, *what, asked.as_yaml, about, model_dir, more)
+
+
+def fine_tune(asked: Inputs, run: Run) -> str:
+    """A classifier of each task from the exported model; what stopped it, if anything."""
+    from lmscripts.evaluation import downstream
+    from lmscripts.training import processes
+
+    accelerator, run_dir, final = run.accelerator, run.folder.path, run.folder.path / "final"
+    stop_asked = processes.StopRequest(STARTED + parse_duration(asked.options.max_time))
+    width = run.objective.models[""].config.hidden_size
+    stopped_by = ""
+    if downstream.finetune(accelerator, run.tasks, run_dir, Path(__file__), run.state.step, width, stop_asked):
+        stopped_by = stop_asked.words()
+        accelerator.print(f"fine-tuning was stopped by {stopped_by}; the model is whole, go on with --do_continue")
+    if accelerator.is_main_process:
+        (final / "README.md").write_text(describe(asked, run, final), encoding="utf-8")
+    return stopped_by
 
 
 if __name__ == "__main__":

@@ -21,6 +21,26 @@ def majority_decisions(train: Flags, rows: int) -> Flags:
     return np.repeat(sets[counts.argmax()][None], rows, axis=0)
 
 
+def regress(
+    seen: Any, labels: NDArray[Any], unseen: Any, strength: float, *, scaled: bool = True, most_steps: int = 500
+) -> NDArray[Any]:
+    """Labels of unseen features by multinomial logistic regression on seen ones, whose scale may be taken out.
+
+    The strength is the inverse one of the regularisation.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = "passthrough" if not scaled else StandardScaler()
+    with warnings.catch_warnings():
+        # Weak regularisation of separable classes has no finite optimum; stopped early it predicts as well.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = make_pipeline(scaler, LogisticRegression(C=strength, max_iter=most_steps)).fit(seen, labels)
+    return np.asarray(model.predict(unseen))
+
+
 def has_spaces(texts: Sequence[str]) -> bool:
     """Whether words are set apart by white space: at most 12 characters a word in half of the texts."""
     lengths = [len(text) / max(1, len(text.split())) for text in texts[:1000] if text.strip()]
@@ -36,9 +56,7 @@ def tfidf_decisions(
     the vocabulary; those that occur in one training document are left out. Nothing is fitted on other documents than
     the training texts, whose labels are (D, K). With several labels a row, every label is decided by itself.
     """
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-    from sklearn.linear_model import LogisticRegression
 
     grams = {"analyzer": "word", "ngram_range": (1, 2)} if words else {"analyzer": "char", "ngram_range": (2, 4)}
     counter = HashingVectorizer(n_features=_BUCKETS, alternate_sign=False, norm=None, **grams)
@@ -52,10 +70,7 @@ def tfidf_decisions(
     def decide(labels: NDArray[Any]) -> NDArray[Any]:
         if len(np.unique(labels)) == 1:
             return np.repeat(labels[:1], len(texts))
-        with warnings.catch_warnings():
-            # Weak regularisation of separable classes has no finite optimum; stopped early it predicts as well.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return np.asarray(LogisticRegression(C=10.0, max_iter=200).fit(seen, labels).predict(unseen))
+        return regress(seen, labels, unseen, 10.0, scaled=False, most_steps=200)
 
     if multi_label:
         return np.stack([decide(train[:, label]) for label in range(train.shape[1])], axis=1)

@@ -218,6 +218,7 @@ def pretraining_card(
     options_yaml: str,
     about: About,
     model_dir: Path,
+    more: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
     """Model card of a pretrained model from its folder and the log of its run.
 
@@ -231,6 +232,7 @@ def pretraining_card(
         options_yaml: the options that repeat it.
         about: what the user says.
         model_dir: folder with model and tokenizer.
+        more: rows of what else was measured.
     """
     exports = [each for each in objective.EXPORTS if (model_dir / each.subfolder / "config.json").is_file()]
     models, rows, use = {}, dict[str, object](), list[str]()
@@ -252,7 +254,7 @@ def pretraining_card(
     said = " and ".join(map(named, origins))
     return model_card(
         title,
-        rows | measured,
+        {**rows, **measured, **more},
         options_yaml,
         began=f"Trained {f'further from {said}' if origin else 'from scratch'} on raw text.",
         use=fenced("\n\n".join(use), "python"),
