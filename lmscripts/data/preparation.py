@@ -108,8 +108,8 @@ def describe_source(source: Source, *, sample: bool = False) -> dict[str, Any]:
     texts = ["sample" if sample else source_fingerprint(files) for files in (train, held_out) if files]
     text: dict[str, Any] = {
         "fingerprint": texts[0] if len(texts) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest(),
-        "files": [path.name for path in train],
-        "validation_files": [path.name for path in held_out],
+        "files": [_name(path) for path in train],
+        "validation_files": [_name(path) for path in held_out],
     }
     tokenizer = {
         "fingerprint": encoder.fingerprint,
@@ -121,6 +121,10 @@ def describe_source(source: Source, *, sample: bool = False) -> dict[str, Any]:
         options["json_lines"] = records  # an earlier store would have their braces as text
     found = store_fingerprint(text["fingerprint"], encoder.fingerprint, options)
     return {"fingerprint": found, "source": text, "tokenizer": tokenizer, "options": options}
+
+
+def _name(path: Path) -> str:
+    return str(path) if str(path).startswith(HUB) else path.name
 
 
 def _is_seen_as_records(path: Path, source: Source) -> bool:
