@@ -1,4 +1,4 @@
-# make setup | demo | demo-policy | test | test_slow | test-related | lint. Each command does all its own set-up.
+# make setup | demo | demo-policy | test | test-lowest | test_slow | test-related | lint. Each does all its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 
 DEMO := demo_output/policy
 
-.PHONY: setup demo demo-policy test test_slow test-related lint clean
+.PHONY: setup demo demo-policy test test-lowest test_slow test-related lint clean
 setup: $(READY)
 
 # torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it. What is not imported
@@ -65,6 +65,25 @@ demo-policy: $(READY)
 # number of tests, the few long ones would come last and alone.
 test: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# All tests with the lowest versions that pyproject.toml allows, in an environment of its own. torch is the exception: a
+# CPU build of its lowest version is not on PyPI, so it is that of requirements.txt, unless LOWEST_TORCH says another.
+LOWEST := .venv-lowest
+LOWEST_TORCH ?= $(shell sed -n 's/^torch==//p' requirements.txt)
+TESTS ?= -n 3 --dist loadfile --no-loadscope-reorder
+$(LOWEST)/.ready: requirements.txt pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile uv torch==$(LOWEST_TORCH)
+	echo "torch==$(LOWEST_TORCH)" > $(LOWEST)/torch.txt
+	$(LOWEST)/bin/uv pip compile --quiet --all-extras --no-deps --no-header --no-annotate --resolution lowest \
+		--override $(LOWEST)/torch.txt --python $(LOWEST)/bin/python --output-file $(LOWEST)/lowest.txt pyproject.toml
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile -r $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
+	touch $@
+
+test-lowest: $(LOWEST)/.ready
+	@echo "lowest versions of pyproject.toml ($(LOWEST)/lowest.txt), but torch $(LOWEST_TORCH)"
+	$(LOWEST)/bin/python -m pytest $(TESTS)
 
 # What takes minutes and breaks rarely: dozens of edited files through whole commands, random moments.
 test_slow: $(READY)

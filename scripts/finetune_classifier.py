@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lmscripts.data.labelled_rows import Part, Steps
     from lmscripts.data.labelled_store import Database
     from lmscripts.evaluation.classifier_run import ResultFiles, RowAnswers
+    from lmscripts.evaluation.further import FurtherMetrics
     from lmscripts.models.classifier import ClassifierSettings, Source
     from lmscripts.objectives.module import Objective
     from lmscripts.training.folder import RunFolder
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 STARTED = monotonic()  # the time of a job counts from here, not from when the imports are done
 Aggregate = Literal["mean_probabilities", "mean_logits", "max", "token_weighted"]
-Metric = Literal["macro_f1", "accuracy", "balanced_accuracy", "loss", "mcc"]
+CHOOSING = ("macro_f1", "accuracy", "balanced_accuracy", "loss", "mcc")  # metrics by which the best epoch can be found
 Precision = Literal["no", "fp16", "bf16", "fp16_on_gpu"]
 Balance = Literal["even", "auto"]
 DEFAULT_MODEL = "bert-base-uncased"  # English; of the script whose command lines are taken here
@@ -114,7 +115,12 @@ class Options:
 
     epochs: int = option(3, help="passes over the training part", short="e", group="training")
     patience: int | None = option(None, help="stop after so many epochs without a better one", group="training")
-    metric: Metric = option("macro_f1", help="of validation documents: which epoch is the best", group="training")
+    metric: tuple[str, ...] = option(
+        ("macro_f1",),
+        help=f"of documents; the first of {', '.join(CHOOSING)} (else macro_f1) says which epoch is the best; more are "
+        "scorers of scikit-learn, scripts of evaluate's metrics, or their names on the Hub",
+        group="training",
+    )
     class_weights: Literal["none", "balanced"] = option("none", help="weigh rare labels up", group="training")
     label_smoothing: float = option(0.0, help="share spread over all labels", group="training")
     batch_size: int = option(32, help="rows per step, all processes", group="training", most=10**9)
@@ -185,11 +191,16 @@ class Options:
         if name is not None and (not name or Path(name).name != name or "\0" in name):
             raise UserError(f"--run_name {name!r} cannot begin the name of a file: put folders into --output_dir")
 
+    @property
+    def choosing(self) -> str:
+        """The metric of validation documents that says which epoch is the best."""
+        return next((name for name in self.metric if name in CHOOSING), CHOOSING[0])
+
 
 def check_metric(options: Options, multi_label: bool) -> None:
     """Refuse a metric that is not defined for several labels a row; an SQLite file says itself whether it has them."""
-    if multi_label and options.metric in ("balanced_accuracy", "mcc"):
-        raise UserError(f"--metric {options.metric} is for one label a row: take macro_f1, accuracy or loss")
+    if multi_label and options.choosing in ("balanced_accuracy", "mcc"):
+        raise UserError(f"--metric {options.choosing} is for one label a row: take macro_f1, accuracy or loss")
 
 
 def check_shares(options: Options) -> None:
@@ -234,6 +245,7 @@ class Task(NamedTuple):
     meta: dict[str, Any]  # what it was made from
     origin: str  # the same with folding and split, to be compared
     multi_label: bool
+    further: FurtherMetrics | None  # beside those that are always there; on the main process, which judges
 
 
 def say(options: Options, *lines: str, on_screen: bool = True) -> None:
@@ -253,11 +265,13 @@ def open_task(options: Options) -> Task:
     from tqdm import tqdm
 
     from lmscripts.data.labelled_build import SplitSettings, TableOptions, open_or_build
+    from lmscripts.evaluation import classifier_run
     from lmscripts.models.classifier import find_source, fold_settings
 
     if not Path(options.input_file).exists():  # said before the Hub is asked for a model
         raise UserError(f"the table {options.input_file} does not exist (seen from {Path.cwd()})")
     check_logfile(options)
+    further = classifier_run.further_metrics([name for name in options.metric if name not in CHOOSING])
     if options.model_name_or_path == DEFAULT_MODEL:
         say(options, f"beginning with {DEFAULT_MODEL}, which is for English; another: --model_name_or_path")
     source = find_source(options.model_name_or_path, options.tokenizer_dir)
@@ -287,7 +301,9 @@ def open_task(options: Options) -> Task:
             progress=bar.update,
         )
     origin, meta = database.origin(), database.meta()  # what is read later is compared with the first
-    task = Task(source, folds, database, meta, origin, bool(meta["multi_label"]))
+    task = Task(source, folds, database, meta, origin, bool(meta["multi_label"]), further)
+    if further:
+        further.suit(database.labels(), task.multi_label)
     check_metric(options, task.multi_label)  # once more, as now an SQLite file has said what it holds
     if database.split.method == "given":
         check_shares(options)
@@ -296,7 +312,8 @@ def open_task(options: Options) -> Task:
 
 def fixed_facts(options: Options, task: Task) -> dict[str, Any]:
     """What must be the same on all processes, and stay as it was when the run is continued."""
-    fixed = {name: value for name, value in vars(options).items() if name in FIXED} | {"tables": task.meta["sha256"]}
+    fixed = {name: value for name, value in vars(options).items() if name in FIXED}
+    fixed |= {"metric": options.choosing, "tables": task.meta["sha256"]}
     fixed |= {"labels": task.database.labels(), "folds": asdict(task.folds), "split": asdict(task.database.split)}
     return fixed | {"tokenizer": task.source.encoder.fingerprint}
 
@@ -372,7 +389,7 @@ def run(options: Options, hub: Hub | None, of_hub: list[str]) -> None:
     network, settings, notices = build_model(options, task)
     tokenizer, autos = task.source.encoder.tokenizer, {"": "AutoModelForSequenceClassification"}
     beside = folder.tokenizer_beside(tokenizer, {"": network}, autos, tokenizer.model_max_length)
-    doubts = classifier_run.check_metric(options.metric, Options.metric, parts["validation"], task.multi_label)
+    doubts = classifier_run.check_metric(options.choosing, CHOOSING[0], parts["validation"], task.multi_label)
     rates = f"rates: {optim.rates_text(rate, num_steps, [warmup_steps])}"
     said = [*of_hub, *task.database.sentences(), *task.source.notices, *notices]
     say(options, *said, *plan_lines(options, accelerator, task, parts, steps, network), rates, *doubts)
@@ -508,7 +525,7 @@ def begin(
     model, optimizer = accelerator.prepare(objective), optim.with_scaler(accelerator, optimizer)
     own = classifier_run.ClassifierProgress()
     state = run_folder.restore(accelerator, objective, optimizer, own=own)
-    facts = {"metric": options.metric, "processes": accelerator.num_processes, "parameters": network.num_parameters()}
+    facts = {"metric": options.choosing, "processes": accelerator.num_processes, "parameters": network.num_parameters()}
     facts |= {"versions": log.versions(), "continued_from": state.step}
     entry = (task.database, state.own, files.name, files.model, vars(options), facts, task.origin)
     state.own.run_id, state.own.key = processes.from_main(accelerator, partial(classifier_run.open_run, *entry))
@@ -594,17 +611,27 @@ def stopped_while_judging(
             answers = answer(options, run, validation, stop_asked)
         if answers is None:
             return True
-    about = (run.task.database, own.entry, epoch, state.step, trained, validation, answers, run.settings)
+    about = (
+        run.task.database,
+        own.entry,
+        epoch,
+        state.step,
+        trained,
+        validation,
+        answers,
+        run.settings,
+        run.task.further,
+    )
     # What is the best is decided by the main process for all.
     record = processes.from_main(accelerator, partial(classifier_run.close_epoch, *about))
     epoch_meter.read(accelerator, run.objective.metrics)  # begins anew
     state.evaluated_step, own.history = state.step, [*own.history, record]
-    value = classifier_run.value_of(record["validation"], options.metric)
-    if own.is_better(options.metric, value):
+    value = classifier_run.value_of(record["validation"], options.choosing)
+    if own.is_better(options.choosing, value):
         own.best_epoch, own.best_value = epoch, value
         best = partial(folder.keep_best, run.folder.path, str(epoch), run.objective.models[""])
         processes.from_main(accelerator, best)
-    words = classifier_run.epoch_in_words(record, options.metric, log.in_words)
+    words = classifier_run.epoch_in_words(record, options.choosing, log.in_words, run.task.further)
     report(state.step, {f"validation_{name}": value for name, value in record["validation"].items()}, words)
     say(options, words, on_screen=False)
     return False
@@ -639,7 +666,7 @@ def finish(options: Options, run: Run, as_yaml: str, stop_asked: StopRequest, st
     elif complete:
         about = (run.files, task.database, own, run.settings, run.objective.models[""], run.folder.beside)
         about += (run.facts | {"steps": state.step}, task.source.name, as_yaml, parts)
-        about += (folder.About(run.folder.hub, options.language, options.license),)
+        about += (folder.About(run.folder.hub, options.language, options.license), task.further)
         say(options, *processes.from_main(accelerator, partial(classifier_run.finish, *about)))
         if options.torch_save:
             weights = partial(run.files.write_weights, run.objective.models[""])

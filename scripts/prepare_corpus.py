@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Options:
     """Every option of this script; one field is one flag and one YAML key."""
 
-    input_file: tuple[str, ...] = option((), help="text files, globs or folders")
+    input_file: tuple[str, ...] = option((), help="text files, globs, folders, or hub:NAME[@REVISION]")
     tokenizer_dir: str | None = option(None, help="tokenizer folder, from train_tokenizer.py, or a Hub name")
     output_dir: str | None = option(None, help="where the store will be", writes="folder")
     num_workers: int = option(2, help="processes that tokenise; the store does not depend on it", most=1024)

@@ -126,7 +126,7 @@ class Options:
     )
 
     dataset_dir: tuple[str, ...] = option((), help="token store made by prepare_corpus.py", group="data")
-    input_file: tuple[str, ...] = option((), help="text files instead of a store", group="data")
+    input_file: tuple[str, ...] = option((), help="text files (or folders, hub:NAME) instead of a store", group="data")
     tokenizer_dir: str | None = option(None, help="tokenizer folder or Hub name; must be the store's", group="data")
     validation_fraction: float | None = option(None, help="share of documents held out (0.01)", group="data")
     validation_file: tuple[str, ...] = option((), help="with --input_file: text held out instead", group="data")

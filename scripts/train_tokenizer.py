@@ -53,7 +53,7 @@ class Options:
 
     input_file: tuple[str, ...] = option(
         (),
-        help="text to train on: files, patterns, folders, or hub:NAME[:CONFIG][:SPLIT][:COLUMN]; "
+        help="text to train on: files, patterns, folders, or hub:NAME[@REVISION][:CONFIG][:SPLIT][:COLUMN]; "
         "txt, jsonl, csv, tsv, parquet, each also .gz .xz .bz2 .zst",
         group="text",
     )

@@ -216,10 +216,10 @@ def test_hub_name(monkeypatch):
         return [{"body": "一。\n二。"}, {"body": None}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    paths = find_files(["hub:someone/texts:ja:test:body"])
+    paths = find_files([f"hub:someone/texts@{'a' * 40}:ja:test:body"])
     plan = plan_spans(paths, 3)
     assert [d for spans in plan for d in read_documents(spans, TextReport())] == [["一。", "二。"]]
-    assert asked == [(("someone/texts", "ja"), {"split": "test", "streaming": True})]
+    assert asked == [(("someone/texts", "ja"), {"split": "test", "revision": "a" * 40, "streaming": True})]
 
 
 # ---- hostile text ----

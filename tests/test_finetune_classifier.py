@@ -22,6 +22,7 @@ import torch
 from conftest import ROOT, forget_accelerator, launch, run_script
 from runs import kill_tree, same_bits, wait_for_step
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import average_precision_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lmscripts.data import labelled_rows
@@ -280,6 +281,31 @@ def test_killed_in_the_middle_and_continued_gives_the_same_bits(trained, table, 
         assert connection.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone() == ("done",)
 
 
+def fragile_metric(folder):
+    """A metric's script that works when it is tried, and never again."""
+    path = folder / "fragile.py"
+    path.write_text(
+        """
+import datasets
+import evaluate
+
+class Fragile(evaluate.Metric):
+    def _info(self):
+        flags = datasets.List(datasets.Value("int32"))
+        features = datasets.Features({"predictions": flags, "references": flags})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        if hasattr(self, "was_tried"):
+            raise ValueError("it is broken")
+        self.was_tried = True
+        return {"share": 1.0}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
 def test_several_labels_a_document(bert, here, tmp_path):
     table = tmp_path / "many.csv"
     lines = ["text,label"]
@@ -287,8 +313,18 @@ def test_several_labels_a_document(bert, here, tmp_path):
         names = [name for bit, name in enumerate(("酒", "米", "海")) if (number % 7 + 1) >> bit & 1]
         lines.append(f"{number}番の話は{'と'.join(names)}についての短い文である。,{'|'.join(names)}")
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    options = ["--separator", "|", "--class_weights", "balanced", "--label_smoothing", 0.1, "--metric", "accuracy"]
-    here(table, "--model_name_or_path", bert, *COMMON[2:], *options, "--validation_share", 0.1)
+    options = ["--separator", "|", "--class_weights", "balanced", "--label_smoothing", 0.1]
+    options += ["--metric", "average_precision", "accuracy", fragile_metric(tmp_path)]
+    said = here(table, "--model_name_or_path", bert, *COMMON[2:], *options, "--validation_share", 0.1)
+    log = (tmp_path / "many_training" / "log.jsonl").read_text(encoding="utf-8")
+    assert json.loads(log.splitlines()[-1])["validation_average_precision"] > 0
+    for told in (
+        "average_precision 0.",
+        "fragile undefined",
+        "beware: ",
+        "fragile.py could not be computed: it is broken",
+    ):
+        assert told in said
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "many_trained_model").config
     assert config.problem_type == "multi_label_classification"
     stats = json.loads((tmp_path / "many_train_test_stats.json").read_text(encoding="utf-8"))
@@ -296,11 +332,19 @@ def test_several_labels_a_document(bert, here, tmp_path):
     assert len(stats["thresholds"]) == 3
     assert {"subset_accuracy", "micro_f1", "macro_f1"} <= stats["Testing"]["document"].keys()
     rows = predictions(tmp_path, "many_testset_predictions.csv")
+    columns = [[[float(row[f"probability of {name}"]) for name in config.id2label.values()] for row in rows]]
+    columns += [[[name in row["true_label"].split("|") for name in config.id2label.values()] for row in rows]]
+    further = average_precision_score(*reversed(columns))
+    assert stats["Testing"]["document"]["average_precision"] == pytest.approx(further, abs=1e-6)
+    assert stats["Testing"]["document"]["fragile"] is None
     for row in rows:
         shares = [float(row[f"probability of {name}"]) for name in config.id2label.values()]
         given = [name for name, p, t in zip(config.id2label.values(), shares, stats["thresholds"]) if p >= t]
         assert row["prediction"] == "|".join(given)
-    run_script("analyze_results.py", tmp_path / "many.sqlite", "--resamples", 20, "--baselines", "false")
+    found = run_script("analyze_results.py", tmp_path / "many.sqlite", "--resamples", 20, "--baselines", "false")
+    assert f"average_precision {further:.4f}, fragile undefined" in found.stdout
+    report = next(tmp_path.glob("**/*.html")).read_text(encoding="utf-8")
+    assert re.search(rf"average_precision</td><td[^>]*>{further:.4f}", report)
 
 
 def test_patience_ends_a_run_that_learns_nothing_and_fresh_weights_are_said(table, bert, here, tmp_path):
@@ -365,6 +409,8 @@ def test_preparing_alone_makes_the_database_that_a_run_takes_in_place_of_the_tab
         (["--metric", "mcc", "--validation_share", 0, "--train_share", 0.9], "--metric mcc chooses the best epoch"),
         (["--run_name", "../outside"], "--output_dir"),
         (["--separator", "|", "--metric", "mcc"], "one label a row"),
+        (["--metric", "mcro_f1"], "did you mean 'macro_f1'? --metric takes macro_f1, accuracy,"),
+        (["--metric", "roc_auc"], "--metric roc_auc is not for this table (3 labels, one a document)"),
         (["--aggregate", "median"], "mean_probabilities"),
         (["--keep_last", 0], "keep_last"),
         (["--model_name_or_path", "no/such/folder/here"], "no/such/folder/here"),

@@ -127,6 +127,10 @@ def describe_source(source: Source, *, sample: bool = False) -> dict[str, Any]:
     return {"fingerprint": found, "source": text, "tokenizer": tokenizer, "options": options}
 
 
+def _name(path: Path) -> str:
+    return str(path) if str(path).startswith(HUB) else path.name
+
+
 def _is_seen_as_records(path: Path, source: Source) -> bool:
     named = source.table.format or format_of(path)[0] != "txt"
     return not named and not str(path).startswith(HUB) and not is_plain(str(path))

@@ -29,7 +29,7 @@ from lmscripts.text.reading import MAX_RECORD_BYTES, check_file, format_of, kind
 from lmscripts.text.records import BadRow, TableOptions, check_codec, read_table
 
 _JSON_LIST = re.compile(r"\[\s*\{")
-_TABLES: tuple[str, ...] = ("csv", "tsv", "jsonl", "parquet")
+_TABLES: tuple[str, ...] = ("csv", "tsv", "jsonl", "parquet", "arrow")
 _OF_KIND = {"text": _TABLES, "id_column": _TABLES}  # an option on reading -> the kinds of input it is for
 _OF_KIND |= {"delimiter": ("csv", "tsv"), "quotes": ("csv", "tsv"), "encoding": ("csv", "tsv", "jsonl", "txt")}
 

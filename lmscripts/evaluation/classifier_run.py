@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from lmscripts.training.card import About, fenced, model_card, named
 from lmscripts.training.checkpoint import load_weights
 from lmscripts.training.folder import Beside, write_weights
 from lmscripts.training.state import of_process
+
+if TYPE_CHECKING:
+    from lmscripts.evaluation.further import FurtherMetrics
 
 _USE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -106,7 +109,20 @@ def load_best(accelerator: Accelerator, objective: Objective, run_dir: Path, epo
             tensor.copy_(broadcast(tensor.contiguous()))
 
 
-# ---- the metric that chooses -------------------------------------------------------------------------------------
+# ---- metrics, and the one that chooses -------------------------------------------------------------------------------
+
+
+def further_metrics(names: Sequence[str]) -> FurtherMetrics | None:
+    """Metrics beside those that are always there, loaded; none on other processes than the main one, which judges.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    if not names or os.environ.get("RANK", "0") != "0":
+        return None
+    from lmscripts.evaluation.further import FurtherMetrics  # needs `evaluate`, which takes seconds
+
+    return FurtherMetrics(names)
 
 
 def check_metric(metric: str, default: str, validation: Part, multi_label: bool) -> list[str]:
@@ -186,6 +202,7 @@ def close_epoch(
     validation: Part,
     answers: RowAnswers | None,
     settings: ClassifierSettings,
+    further: FurtherMetrics | None = None,
 ) -> dict[str, Any]:
     """Write an epoch, numbered from 1, into the database; called by the main process.
 
@@ -203,7 +220,7 @@ def close_epoch(
     if answers is not None:
         if settings.multi_label:
             settings, _ = calibrate(answers, validation, settings)
-        judged = judge(answers, validation, settings).document
+        judged = judge(answers, validation, settings, further).document
     record: dict[str, Any] = plain({"epoch": epoch, "step": step, "train": dict(trained), "validation": judged})
     _write_epoch(database, run, record)
     return record
@@ -215,14 +232,18 @@ def _write_epoch(database: Database, run: RunKey, record: Mapping[str, Any]) -> 
         database.write_epoch(run, record["epoch"], record["step"], part, known)
 
 
-def epoch_in_words(record: Mapping[str, Any], metric: str, say: Callable[[Mapping[str, float]], str]) -> str:
-    """A line on an epoch: training, validation, and the metric by which the best epoch is found."""
+def epoch_in_words(
+    record: Mapping[str, Any], metric: str, say: Callable[[Mapping[str, float]], str], further: FurtherMetrics | None
+) -> str:
+    """A line on an epoch: training, validation, the metric by which the best epoch is found, and further ones."""
     words = f"epoch {record['epoch']}: training {say(record['train'])}"
     if found := record["validation"]:
         shown = {name: found[name] for name in ("loss", "accuracy", "subset_accuracy") if name in found}
         words += f"; validation {say(shown)}"
         if metric not in shown and found.get(metric) is not None:
             words += f", {metric.replace('_', ' ')} {found[metric]:.4f}"
+        for name in further.names if further else ():
+            words += f", {name} " + ("undefined" if found[name] is None else f"{found[name]:.4f}")
     return words
 
 
@@ -372,6 +393,7 @@ def finish(
     options_yaml: str,
     parts: Mapping[str, tuple[Part, RowAnswers | None]],
     about: About,
+    further: FurtherMetrics | None = None,
 ) -> list[str]:
     """Calibrate, judge, write everything; called by the main process.
 
@@ -393,10 +415,12 @@ def finish(
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
     notices = [LAST_EPOCH] if 0 < progress.best_epoch == len(progress.history) else []
-    if (tested := _judged(database, run, parts, settings).get("test")) is not None:
+    if (tested := _judged(database, run, parts, settings, further).get("test")) is not None:
         truth, given = parts["test"][0].truth[tested.places], decided(tested.probabilities, settings)
         notices += told_apart(truth, given, labels)
         write_tables(files, places, parts["test"][0], tested, labels, settings)
+    problems = further.problems if further else {}
+    notices += [f"{name} could not be computed: {why}" for name, why in problems.items()]
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts |= {"best_epoch": progress.best_epoch, "notices": notices}
     said += [f"beware: {notice}" for notice in notices]
@@ -433,13 +457,17 @@ def _learnt(settings: ClassifierSettings, progress: ClassifierProgress, notices:
 
 
 def _judged(
-    database: Database, run: RunKey, parts: Mapping[str, tuple[Part, RowAnswers | None]], settings: ClassifierSettings
+    database: Database,
+    run: RunKey,
+    parts: Mapping[str, tuple[Part, RowAnswers | None]],
+    settings: ClassifierSettings,
+    further: FurtherMetrics | None,
 ) -> dict[str, Judged]:
     """Parts that were answered, judged; with their predictions, and metrics of the test part, in the database."""
     judged = dict[str, Judged]()
     for name, (part, answers) in parts.items():
         if answers is not None:
-            found = judged[name] = judge(answers, part, settings)
+            found = judged[name] = judge(answers, part, settings, further)
             documents, rows = part.doc_ids[found.places], (part.folds.doc_ids, part.folds.idx)
             database.write_predictions(run, name, "document", documents, None, found.probabilities, found.logits)
             database.write_predictions(run, name, "fragment", *rows, found.fragment_probabilities, answers.logits)

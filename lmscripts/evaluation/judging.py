@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from lmscripts.evaluation.sums import judging, measure_batches
 from lmscripts.models.classifier import ClassifierSettings
 from lmscripts.objectives import labels
 from lmscripts.objectives.module import Objective
+
+if TYPE_CHECKING:
+    from lmscripts.evaluation.further import FurtherMetrics
 
 _LEAST = 1e-9
 
@@ -166,12 +169,14 @@ def _documents(answers: RowAnswers, part: Part, settings: ClassifierSettings) ->
     return places, found[places]
 
 
-def judge(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> Judged:
+def judge(
+    answers: RowAnswers, part: Part, settings: ClassifierSettings, further: FurtherMetrics | None = None
+) -> Judged:
     """Documents and rows of a part by the answers of a model.
 
     Metrics are "loss" (as trained: weights and smoothing included, over rows), "unweighted_loss" (negative
     log-likelihood of the rows), and those of `lmscripts.evaluation.metrics.overall`; of documents also
-    "document_loss", the negative log-likelihood of their probabilities after the temperature.
+    "document_loss", the negative log-likelihood of their probabilities after the temperature, and `further` ones.
     """
     places, logits = _documents(answers, part, settings)
     probabilities, of_rows = calibrated(logits, settings), calibrated(answers.logits, settings)
@@ -182,7 +187,9 @@ def judge(answers: RowAnswers, part: Part, settings: ClassifierSettings) -> Judg
         "unweighted_loss": _likelihood(uncalibrated, truth_of_rows, settings),
     }
     document = losses | {"document_loss": _likelihood(probabilities, truth, settings)}
-    document |= _shares(truth, decided(probabilities, settings), settings.multi_label)
+    given = decided(probabilities, settings)
+    document |= _shares(truth, given, settings.multi_label)
+    document |= further(truth, given, probabilities) if further is not None else {}
     fragment = losses | _shares(truth_of_rows, decided(of_rows, settings), settings.multi_label)
     return Judged(places, logits, probabilities, of_rows, document, fragment)
 

@@ -33,6 +33,7 @@ METRICS = {
     "subset_accuracy": "Subset accuracy",
     "micro_f1": "Micro F1",
 }
+_LOSSES = ("loss", "unweighted_loss", "document_loss")
 _LONGEST_VALUE = 300
 _LONGEST_TEXT = 20_000
 _FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]")
@@ -129,7 +130,14 @@ def page(numbers: Numbers, charts: Mapping[str, str], wrong: Sequence[Numbers]) 
     wrongly = sorted((cell for cell in _cells(numbers) if cell[1] != cell[2]), key=lambda cell: (-cell[0], cell))
     known = {("loss" not in record["metric"], record["metric"], record["part"]) for record in numbers["epochs"]}
     columns = [(part, metric) for _, metric, part in sorted(known)]
-    here = {**numbers, "charts": charts, "wrong": wrong, "confusions": wrongly[:10], "columns": columns}
+    here = {
+        **numbers,
+        "further": _further(numbers),
+        "charts": charts,
+        "wrong": wrong,
+        "confusions": wrongly[:10],
+        "columns": columns,
+    }
     return environment().get_template("report.html").render(here)
 
 
@@ -157,6 +165,13 @@ def visible(value: Any) -> Any:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", value)
 
 
+def _further(numbers: Numbers) -> dict[str, str]:
+    """Metrics of the test documents that the run was asked for beside those that are always there, in words."""
+    stored = {tuple(name.split(" ", 1)): value for name, value in numbers["stored_metrics"].items()}
+    found = {n: v for (level, n), v in stored.items() if level == "document" and n not in (*METRICS, *_LOSSES)}
+    return {name: "undefined" if value is None else f"{value:.4f}" for name, value in found.items()}
+
+
 def percent(value: float | None) -> str:
     """A share in per cent; a dash where it has no meaning."""
     return "–" if value is None else f"{100 * value:.1f} %"
@@ -173,6 +188,8 @@ def summary(numbers: Numbers) -> str:
         rows.append([title, _with_interval(first, found["metrics"][first]), *alone])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if further := _further(numbers):
+        lines.append(f"test documents: {', '.join(map(' '.join, further.items()))}")
     if other := numbers["comparison"]:
         gap, p = _with_interval(first, other["difference"][first], signed=True), other["mcnemar"]["p"]
         lines.append(f"{METRICS[first]}, this run less the other: {gap}; McNemar's test p = {p:.3g}")

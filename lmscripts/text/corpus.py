@@ -1,8 +1,9 @@
 """Reading text: which files, who reads which part, and documents as lists of clean sentences, in flat memory.
 
 A plain text file holds one sentence a line and a blank line between documents (or one document a line). In a table
-(jsonl, csv, tsv, parquet) one record is one document. Each may be compressed. A name
-`hub:NAME[:CONFIG][:SPLIT][:COLUMN]` stands for a data set that is streamed through `datasets`.
+(jsonl, csv, tsv, parquet, arrow) one record is one document. Each may be compressed. A folder may be what `datasets`
+saved to disk. A name `hub:NAME[@REVISION][:CONFIG][:SPLIT][:COLUMN]` stands for a data set that is streamed through
+`datasets`; it is always that of one commit.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import glob
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from lmscripts.errors import UserError
+from lmscripts.errors import UserError, shortened
+from lmscripts.files import read_json
 from lmscripts.text.reading import (
+    BINARY,
     COMPRESSIONS,
     FORMATS,
     check_file,
@@ -37,6 +41,7 @@ from lmscripts.text.report import Place, TextReport
 
 MAX_DOCUMENT_BYTES = 1 << 24
 HUB = "hub:"
+_SAVE_AGAIN = "save the data set again"
 _BLOCK = 1 << 22
 _SAMPLED_LINE, _SAMPLED_PLACE = 1 << 15, (1 << 26) // 200  # bytes, and characters
 
@@ -58,16 +63,17 @@ def find_files(inputs: Sequence[str], report: TextReport | None = None) -> list[
 
     Args:
         inputs: files, patterns (`*`, `?`, `[...]`, `**`), folders (searched to any depth, sorted by name, files
-            with a known suffix only), or `hub:` names, which are passed on.
+            with a known suffix only; of what `datasets` saved there its parts), or `hub:` names, in whose place come
+            those with the commit that their revision is.
         report: counts the files of folders that are left out (what begins with a dot is none), and repeated ones.
     """
     found, report = dict[Path, None](), TextReport() if report is None else report
     for name in inputs:
         path = Path(name).expanduser()
         if name.startswith(HUB):
-            matches = [Path(name)]
+            matches = [Path(_pinned(name))]
         elif path.is_dir():
-            matches = _files_in(path, report)
+            matches = _saved_in(path, report) or _files_in(path, report)
         elif path.exists() or not glob.has_magic(name):
             matches = [path]
         else:
@@ -83,6 +89,43 @@ def find_files(inputs: Sequence[str], report: TextReport | None = None) -> list[
         if not str(path).startswith(HUB):
             check_file(path, "input file")
     return list(found)
+
+
+@lru_cache(maxsize=64)  # one commit for all who ask in a run, however the branch moves
+def _pinned(name: str) -> str:
+    """A `hub:` name with the 40 digits of the commit that its revision (or the main branch) is now."""
+    from huggingface_hub import HfApi
+
+    data_set, colon, rest = name.removeprefix(HUB).partition(":")
+    data_set, _, revision = data_set.partition("@")
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return name
+    try:
+        commit = HfApi().dataset_info(data_set, revision=revision or None).sha
+    except Exception as error:  # of many kinds, all of which mean: the Hub does not say
+        raise UserError(
+            f"the Hub does not say which commit {name} is ({shortened(error)}); name it, {HUB}{data_set}@COMMIT, or "
+            "give a folder of save_to_disk"
+        ) from error
+    return f"{HUB}{data_set}@{commit}{colon}{rest}"
+
+
+def _saved_in(folder: Path, report: TextReport) -> list[Path]:
+    """The parts of what `Dataset.save_to_disk` or that of a `DatasetDict` wrote, of which train is read; else none."""
+    if (named := folder / "dataset_dict.json").is_file():
+        splits = read_json(named, {"splits": [str]}, _SAVE_AGAIN)["splits"]
+        chosen = splits[0] if len(splits) == 1 else "train"
+        if chosen not in splits:
+            named_alone = " or ".join(f"{folder}/{split}" for split in splits)
+            raise UserError(f"the data set {folder} has no split train: name {named_alone}")
+        for split in splits:
+            if split != chosen:
+                report.count("splits_left", 1, (folder / split).__str__)
+        folder = folder / chosen
+    if not (folder / "dataset_info.json").is_file() or not (named := folder / "state.json").is_file():
+        return []
+    parts = read_json(named, {"_data_files": [{"filename": str}]}, _SAVE_AGAIN)["_data_files"]
+    return [folder / part["filename"] for part in parts]
 
 
 def _files_in(folder: Path, report: TextReport) -> list[Path]:
@@ -104,7 +147,7 @@ def _files_in(folder: Path, report: TextReport) -> list[Path]:
 
 
 def source_fingerprint(paths: Sequence[str | Path]) -> str:
-    """Hex sha256 over the contents of the files in order; for a `hub:` name, over the name."""
+    """Hex sha256 over the contents of the files in order; for a `hub:` name, over the name, which has the commit."""
     digest = hashlib.sha256()
     for path in paths:
         if str(path).startswith(HUB):
@@ -227,7 +270,7 @@ def is_plain(path: str, input_format: str = "") -> bool:
     if path.startswith(HUB):
         return False
     kind = kind_of(path, input_format)
-    if kind != "parquet":
+    if kind not in BINARY:
         check_utf8(path)
     return kind == "txt"
 
@@ -302,13 +345,14 @@ def table_texts(path: str, table: TableOptions, report: TextReport) -> Iterator[
 
 
 def _hub_records(name: str, text_column: str) -> Iterator[Record]:
-    """Records of a data set on the Hub, streamed: `hub:NAME[:CONFIG][:SPLIT][:COLUMN]`."""
+    """Records of a data set on the Hub, streamed: `hub:NAME@COMMIT[:CONFIG][:SPLIT][:COLUMN]`."""
     import datasets
 
     data_set, config, split, column = [*name.removeprefix(HUB).split(":"), "", "", ""][:4]
-    column = column or text_column
+    column, (data_set, _, commit) = column or text_column, data_set.partition("@")
     try:
-        records = datasets.load_dataset(data_set, config or None, split=split or "train", streaming=True)
+        about = {"split": split or "train", "revision": commit or None, "streaming": True}
+        records = datasets.load_dataset(data_set, config or None, **about)
         for number, record in enumerate(records, 1):
             if number == 1 and column not in record:
                 columns = ", ".join(map(repr, record))

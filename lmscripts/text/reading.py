@@ -29,9 +29,11 @@ _HEAD_BYTES = 1 << 16
 
 FORMATS = {
     ".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".arrow": "arrow",
 }  # fmt: skip
 _UNPACK = {"": "", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "zstd"}
 COMPRESSIONS = tuple(filter(None, _UNPACK))
+BINARY = ("parquet", "arrow")  # formats that hold no lines
 
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 LINE_END = re.compile("\r\n|\r|\n")
@@ -120,13 +122,13 @@ def _open_zstandard(path: str, mode: str) -> IO[bytes]:
 
 
 def kind_of(path: str, given: str = "") -> str:
-    """How a file is read: as `given` says, else by suffix and content: txt, csv, tsv, jsonl or parquet.
+    """How a file is read: as `given` says, else by suffix and content: txt, csv, tsv, jsonl, parquet or arrow.
 
     Where the first lines are JSON objects, all of the file is JSON lines whatever its name says. What is something else
     by its content is refused.
     """
     kind = given or format_of(path)[0]
-    if kind == "parquet":
+    if kind in BINARY:
         return kind
     head = head_of(path)
     for beginning, what in _NO_TEXT.items():

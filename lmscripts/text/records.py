@@ -1,4 +1,4 @@
-"""Tables: csv, tsv, jsonl and parquet, also compressed, read record by record in memory that does not grow.
+"""Tables: csv, tsv, jsonl, parquet and arrow, also compressed, read record by record in memory that does not grow.
 
 `read_records` gives what stands there, `read_table` the rows of a labelled table. A row is either good or bad, and a
 bad one is counted with its line and a reason. Nothing is dropped in silence, and nothing is guessed about a label. Text
@@ -156,7 +156,7 @@ def read_records(path: str, table: TableOptions, repairs: Counter[str]) -> Itera
         raise UserError(f"the delimiter must be one character, not {table.delimiter!r:.60}")
     check_codec(table.encoding or "utf-8")
     check_file(path, "table")
-    readers = {"jsonl": _json_records, "parquet": _parquet_records}
+    readers = {"jsonl": _json_records, "parquet": _parquet_records, "arrow": _arrow_records}
     kind = kind_of(path, table.format)
     if kind == "txt":
         raise UserError(f"the name of {path} does not say its format: let it end in .csv, .tsv, .jsonl or .parquet")
@@ -378,6 +378,23 @@ def _parquet_records(path: str, table: TableOptions, repairs: Counter[str]) -> I
                     yield number, {name: record[column] for name, column in columns.items()}
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a parquet file that can be read ({shortened(error, 300)})") from error
+
+
+def _arrow_records(path: str, table: TableOptions, repairs: Counter[str]) -> Iterator[Record]:
+    """Of a stream of Arrow batches, as `datasets` saves one."""
+    import pyarrow
+
+    number, columns = 0, table.columns()
+    with opened(path) as file:
+        try:
+            stream = pyarrow.ipc.open_stream(file)
+            _find_columns(path, stream.schema.names, table)
+            for batch in stream:
+                for record in batch.select(list(columns.values())).to_pylist():
+                    number += 1
+                    yield number, {name: record[column] for name, column in columns.items()}
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not an Arrow stream that can be read ({shortened(error, 300)})") from error
 
 
 # ---- rows of a labelled table ----

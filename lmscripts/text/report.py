@@ -15,6 +15,7 @@ Place = Callable[[], str]
 SENTENCES = {
     "files_skipped": "{n} files of a folder were left out for their names; name those that are text on the line",
     "files_repeated": "{n} files were named more than once and read once",
+    "splits_left": "{n} splits of a saved data set were left out, as only train is read; name their folders for others",
     "json_lines_files": "{n} files hold JSON lines and were read so; --input_format txt reads them as they stand",
     "byte_order_marks": "{n} byte order marks were removed",
     "invalid_utf8_lines": "{n} lines held bytes that are not UTF-8; each was replaced by U+FFFD",
