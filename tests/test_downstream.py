@@ -267,7 +267,7 @@ def test_a_run_with_tasks_has_the_bits_of_one_without(common, workspace):
 
 
 def test_a_mistake_and_shards_are_refused_before_anything_is_made(common, workspace):
-    for given, said in ((["--eval_task", f"{TOPICS}s"], "no column 'articles'"), (["--shard"], "no effect with --shard")):
+    for given, said in ((["--eval_task", f"{TOPICS}s"], "no column 'articles'"), (["--shard"], "with --shard")):
         more = ["--eval_task", TOPICS] if given == ["--shard"] else []
         done = run_script("run_pretraining.py", *common, "--model_dir", workspace / "none", *given, *more, check=False)
         assert done.returncode == 2
