@@ -57,6 +57,7 @@ class _Outlet:
 
 
 WRITER = "writer"  # name of threads whose work is to be done before a process ends
+UPLOADER = "uploader"  # of one that works for the moment, which a process does not wait for
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
 
 
@@ -174,7 +175,8 @@ def leave(code: int) -> NoReturn:
     When the processes of a world end one after the other, the teardown of gloo sometimes aborts or waits for ever for a
     peer that has gone. By then everything is written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    uploads = any(thread.name == UPLOADER for thread in threading.enumerate())  # Python would wait for its helpers
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or uploads:
         sys.stdout.flush()
         sys.stderr.flush()
         for thread in threading.enumerate():

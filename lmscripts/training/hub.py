@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lmscripts.errors import UserError, shortened
+from lmscripts.errors import UPLOADER, UserError, shortened
 from lmscripts.models.finding import OF_TRAINING
 
 
@@ -54,11 +54,13 @@ class Hub:
     def _work(self) -> None:
         while True:
             folder, message, say = self._waiting.get()
+            threading.current_thread().name = UPLOADER
             try:
                 self._api.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=message)
             except Exception as error:  # of the network, of the Hub, of what lies between
                 self._failed(message, error, say)
             shutil.rmtree(folder, ignore_errors=True)
+            threading.current_thread().name = "idle"
             self._waiting.task_done()
 
     def _failed(self, message: str, error: Exception, say: Callable[[str], Any]) -> None:
