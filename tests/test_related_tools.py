@@ -114,7 +114,7 @@ def test_lm_eval_gives_our_bits_per_byte_but_for_the_end_of_a_document(gpt2, tmp
     theirs = found["results"]["bits_of_my_text"]["bits_per_byte,none"]
     given = ["--model_dir", gpt2, "--input_file", documents, "--output_file", tmp_path / "result.json"]
     run_script("evaluate_lm.py", *given)
-    ours = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["bits_per_byte"]
+    ours = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]["bits_per_byte"]
     # Ours also predict that a document ends there.
     tokenizer, model = AutoTokenizer.from_pretrained(gpt2), AutoModelForCausalLM.from_pretrained(gpt2).eval()
     begin, end, size = tokenizer.bos_token_id, tokenizer.eos_token_id, sum(len(text.encode()) for text in TEXTS)
