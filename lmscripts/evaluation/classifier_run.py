@@ -398,13 +398,12 @@ def finish(
     else:
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-    notices = [LAST_EPOCH] if 0 < progress.best_epoch == len(progress.history) else []
+    notices = [LAST_EPOCH] * (0 < progress.best_epoch == len(progress.history))
     if (tested := _judged(database, run, parts, settings, further).get("test")) is not None:
         truth, given = parts["test"][0].truth[tested.places], decided(tested.probabilities, settings)
         notices += told_apart(truth, given, labels)
         write_tables(files, places, parts["test"][0], tested, labels, settings)
-    problems = further.problems if further else {}
-    notices += [f"{name} could not be computed: {why}" for name, why in problems.items()]
+    notices += further.sentences() if further else []
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts |= {"best_epoch": progress.best_epoch, "notices": notices}
     said += [f"beware: {notice}" for notice in notices]
@@ -424,8 +423,11 @@ def finish(
     database.end_run(run, "done", facts)
     where = f"the model is in {files.model}"
     if tested is None:
-        silent = "there is no test part: nothing is said about other texts, and there is nothing to report"
-        return [*said, silent, where]
+        return [
+            *said,
+            "there is no test part: nothing is said about other texts, and there is nothing to report",
+            where,
+        ]
     said += [where, f"the predictions are in {files.predictions}"]
     said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
     return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
