@@ -632,7 +632,8 @@ def stopped_while_judging(
         best = partial(folder.keep_best, run.folder.path, str(epoch), run.objective.models[""])
         processes.from_main(accelerator, best)
     words = classifier_run.epoch_in_words(record, options.choosing, log.in_words, run.task.further)
-    report(state.step, {f"validation_{name}": value for name, value in record["validation"].items()}, words)
+    numbers = {f"validation_{name}": value for name, value in record["validation"].items() if value is not None}
+    report(state.step, numbers, words)
     say(options, words, on_screen=False)
     return False
 

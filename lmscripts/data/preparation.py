@@ -89,10 +89,6 @@ class Source:
         return options | {"line_ends": "keep", "spaces": "keep"}
 
 
-def _name(path: Path) -> str:
-    return str(path) if str(path).startswith(HUB) else path.name
-
-
 def describe_source(source: Source, *, sample: bool = False) -> dict[str, Any]:
     """What the manifest of the store that a source would give says of it; for a `sample`, the text is not hashed.
 

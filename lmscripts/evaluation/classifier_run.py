@@ -414,13 +414,12 @@ def finish(
     else:
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-    notices = [LAST_EPOCH] if 0 < progress.best_epoch == len(progress.history) else []
+    notices = [LAST_EPOCH] * (0 < progress.best_epoch == len(progress.history))
     if (tested := _judged(database, run, parts, settings, further).get("test")) is not None:
         truth, given = parts["test"][0].truth[tested.places], decided(tested.probabilities, settings)
         notices += told_apart(truth, given, labels)
         write_tables(files, places, parts["test"][0], tested, labels, settings)
-    problems = further.problems if further else {}
-    notices += [f"{name} could not be computed: {why}" for name, why in problems.items()]
+    notices += further.sentences() if further else []
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts |= {"best_epoch": progress.best_epoch, "notices": notices}
     said += [f"beware: {notice}" for notice in notices]

@@ -13,7 +13,6 @@ from typing import Any
 
 import evaluate
 import numpy as np
-from datasets import Features, List, Value
 from huggingface_hub import constants
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import get_scorer
@@ -37,6 +36,8 @@ class Scorer(evaluate.Metric):  # type: ignore[misc]
     """The scorer of scikit-learn that the configuration names."""
 
     def _info(self) -> Any:
+        from datasets import Features, List, Value
+
         flags, numbers = List(Value("int32")), List(Value("float64"))
         features = Features({"predictions": flags, "references": flags, "probabilities": numbers})
         return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
@@ -112,6 +113,10 @@ class FurtherMetrics:
                 self.problems.setdefault(name, shortened(error))
         return found
 
+    def sentences(self) -> list[str]:
+        """What could not be computed."""
+        return [f"{name} could not be computed: {why}" for name, why in self.problems.items()]
+
     def _values(self, name: str, truth: Flags, given: Flags, probabilities: Floats) -> dict[str, float]:
         metric = self._metrics[name]
         metric.several, columns = self._several, dict[str, Any]()
@@ -126,7 +131,7 @@ class FurtherMetrics:
 
     def _column(self, name: str, feature: Any, flags: Flags, probabilities: Floats) -> Any:
         """What a metric asks for by a name and a type: numbers of labels or their names, flags, or probabilities."""
-        one_each = isinstance(feature, Value)
+        one_each = not hasattr(feature, "feature")
         if name not in ("references", "predictions", "prediction_scores", "probabilities"):
             raise UserError(f"it asks for {name}, which a classifier does not have")
         if one_each and self._several:
