@@ -262,6 +262,10 @@ class ResultFiles:
         self.weights = folder / f"{name}_trained_model.sav"  # where they were asked for
         self.statistics = folder / f"{name}_train_test_stats.json"  # numbers of every epoch and of the test part
 
+    def from_there(self, path: Path) -> str:
+        """A path as seen from the folder of the statistics."""
+        return os.path.relpath(path.resolve(), self.statistics.parent.resolve())
+
     def check_free(self, do_continue: bool) -> None:
         """Refuse to write over another run's results.
 
@@ -390,25 +394,23 @@ def finish(
     Raises:
         UserError: the database does not hold the run any more; nothing is written then.
     """
-    run, labels = progress.entry, label_names(model.config)
-    places = database.read_places(run)
+    run, labels, places = progress.entry, label_names(model.config), database.read_places(progress.entry)
     files.remove_leftovers()
     if (answers := parts["validation"][1]) is not None:
         settings, said = calibrate(answers, parts["validation"][0], settings)
     else:
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-    notices = [LAST_EPOCH] * (0 < progress.best_epoch == len(progress.history))
+    notices = [LAST_EPOCH] if 0 < progress.best_epoch == len(progress.history) else []
     if (tested := _judged(database, run, parts, settings, further).get("test")) is not None:
-        truth, given = parts["test"][0].truth[tested.places], decided(tested.probabilities, settings)
-        notices += told_apart(truth, given, labels)
-        write_tables(files, places, parts["test"][0], tested, labels, settings)
+        part = parts["test"][0]
+        notices += told_apart(part.truth[tested.places], decided(tested.probabilities, settings), labels)
+        write_tables(files, places, part, tested, labels, settings)
     notices += further.sentences() if further else []
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts |= {"best_epoch": progress.best_epoch, "notices": notices}
     said += [f"beware: {notice}" for notice in notices]
-    place = os.path.relpath(database.path.resolve(), files.statistics.parent.resolve())
-    about = {"run": run.run_id, "database": place, **facts}
+    about = {"run": run.run_id, "database": files.from_there(database.path), **facts}
     write_text(files.statistics, statistics_text(about, progress.history, tested))
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
@@ -423,11 +425,8 @@ def finish(
     database.end_run(run, "done", facts)
     where = f"the model is in {files.model}"
     if tested is None:
-        return [
-            *said,
-            "there is no test part: nothing is said about other texts, and there is nothing to report",
-            where,
-        ]
+        silent = "there is no test part: nothing is said about other texts, and there is nothing to report"
+        return [*said, silent, where]
     said += [where, f"the predictions are in {files.predictions}"]
     said += ["test documents: " + ", ".join(f"{name} {value}" for name, value in shown.items())]
     return [*said, f"for a report: python scripts/analyze_results.py {database.path} --run {run.run_id}"]
