@@ -45,7 +45,7 @@ def imported(folder):
         ("lmscripts", ("lamb", "lora", "sudachi", "unidic")),
         ("scripts", ()),
         ("sample_data", ()),
-        ("benchmarks", ("benchmarks",)),
+        ("benchmarks", ()),
         ("tests", tuple(EXTRAS)),
     ],
 )

@@ -262,6 +262,10 @@ class ResultFiles:
         self.weights = folder / f"{name}_trained_model.sav"  # where they were asked for
         self.statistics = folder / f"{name}_train_test_stats.json"  # numbers of every epoch and of the test part
 
+    def from_there(self, path: Path) -> str:
+        """A path as seen from the folder of the statistics."""
+        return os.path.relpath(path.resolve(), self.statistics.parent.resolve())
+
     def check_free(self, do_continue: bool) -> None:
         """Refuse to write over another run's results.
 
@@ -406,25 +410,24 @@ def finish(
     Raises:
         UserError: the database does not hold the run any more; nothing is written then.
     """
-    run, labels = progress.entry, label_names(model.config)
-    places = database.read_places(run)
+    run, labels, places = progress.entry, label_names(model.config), database.read_places(progress.entry)
     files.remove_leftovers()
     if (answers := parts["validation"][1]) is not None:
         settings, said = calibrate(answers, parts["validation"][0], settings)
     else:
         said = ["there is no validation part: the model is not calibrated"]
         settings = replace(settings, thresholds=(0.5,) * len(labels) if settings.multi_label else None)
-    notices = [LAST_EPOCH] * (0 < progress.best_epoch == len(progress.history))
+    notices = [LAST_EPOCH] if 0 < progress.best_epoch == len(progress.history) else []
     if (tested := _judged(database, run, parts, settings, further).get("test")) is not None:
-        truth, given = parts["test"][0].truth[tested.places], decided(tested.probabilities, settings)
-        notices += told_apart(truth, given, labels)
-        write_tables(files, places, parts["test"][0], tested, labels, settings)
+        part = parts["test"][0]
+        notices += told_apart(part.truth[tested.places], decided(tested.probabilities, settings), labels)
+        write_tables(files, places, part, tested, labels, settings)
     notices += further.sentences() if further else []
     facts = {**facts, "temperature": settings.temperature, "thresholds": settings.thresholds}
     facts |= {"best_epoch": progress.best_epoch, "notices": notices}
     said += [f"beware: {notice}" for notice in notices]
-    known = {"run": run.run_id, "database": os.path.relpath(database.path.resolve(), files.model.parent.resolve())}
-    write_text(files.statistics, statistics_text(known | facts, progress.history, tested))
+    known = {"run": run.run_id, "database": files.from_there(database.path), **facts}
+    write_text(files.statistics, statistics_text(known, progress.history, tested))
     merge_lora(model)
     setattr(model.config, KEY, settings.as_json())
     numbers = plain({} if tested is None else tested.document)
@@ -434,8 +437,8 @@ def finish(
     with replaced_folder(files.model) as aside:
         beside(aside)
         write_weights(aside, model)
-        text = card_text(files.name, told, options_yaml, about, aside, model, began_with, numbers)
-        write_text(aside / "README.md", text)
+        card = (files.name, told, options_yaml, about, aside, model, began_with, numbers)
+        write_text(aside / "README.md", card_text(*card))
     database.end_run(run, "done", facts)
     where = f"the model is in {files.model}"
     if tested is None:

@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from lmscripts.data.steps import Phases
 from lmscripts.data.token_store import TokenStore
+from lmscripts.objectives import Export
 from lmscripts.text.corpus import HUB
 from lmscripts.text.words import MECAB_DEFAULTS, MECAB_DICTIONARIES, SUDACHI_DEFAULTS
 from lmscripts.training.log import SHARES, read_log, versions
@@ -242,10 +243,7 @@ def pretraining_card(
         models[export.subfolder] = model
         what = "parameters" if len(exports) == 1 else f"parameters of the {export.name}"
         rows[what] = f"{model.num_parameters():,}"
-        use.append(export.use.replace("PATH", str(Path(_PLACE, export.subfolder))))
-        if about.repo and export.subfolder:
-            load = f'{export.auto}.from_pretrained("{about.repo}", subfolder="{export.subfolder}")'
-            use[-1] = f"from transformers import {export.auto}\n\n{export.name.replace(' ', '_')} = {load}"
+        use.append(_use(export, about.repo))
     measured, results = _of_run(data, read_log(run_dir / "log.jsonl"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)  # type: ignore[no-untyped-call]
     examples = objective.examples(models, tokenizer, data.phases[-1])
@@ -269,6 +267,14 @@ def pretraining_card(
         results=results,
         measured_on=f"held-out text of {', '.join(map(named, files)) if len(files) < 4 else f'{len(files)} files'}",
     )
+
+
+def _use(export: Export, repo: str) -> str:
+    """How an exported model is loaded from a folder; one of a subfolder also from its repository."""
+    if not repo or not export.subfolder:
+        return export.use.replace("PATH", str(Path(_PLACE, export.subfolder)))
+    load = f'{export.auto}.from_pretrained("{repo}", subfolder="{export.subfolder}")'
+    return f"from transformers import {export.auto}\n\n{export.name.replace(' ', '_')} = {load}"
 
 
 def _of_run(data: Phases, records: list[dict[str, Any]]) -> tuple[dict[str, object], dict[str, float]]:
