@@ -402,10 +402,8 @@ def finish(
     """Calibrate, judge, write everything; called by the main process.
 
     The settings are those before calibration. The model is the best one, made from that which `began_with` names;
-    `beside` writes the tokenizer beside it. `parts` are "validation" and "test", and what the model answers.
-
-    Returns:
-        Sentences for the user.
+    `beside` writes the tokenizer beside it. `parts` are "validation" and "test", and what the model answers. Returned
+    are sentences for the user.
 
     Raises:
         UserError: the database does not hold the run any more; nothing is written then.
