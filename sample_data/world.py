@@ -132,7 +132,7 @@ class World:
         products = sorted({price * count for price in PRICES for count in COUNTS})
         self._add("cost", several, [str(product) for product in products], OTHERWISE, WORKED_OUT)
         for name in goods:
-            self.linked[name] = [other for other in goods if other != name]
+            self.linked[name] = [other for other in goods if other != name] or [name]
 
     def sentence(self, fact: Fact) -> str:
         """A fact in one of the ways in which the text may say it."""
@@ -183,16 +183,14 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=80)
     parser.add_argument("--towns", type=int, default=16, help="at most 16")
     parser.add_argument("--goods", type=int, default=10, help="at most 10")
-    parser.add_argument("--things", type=int, default=16, help="that have a season, at most 16")
+    parser.add_argument("--things", type=int, default=16, choices=(4, 8, 16), help="that have a season")
     parser.add_argument("--longest", type=int, default=8, help="sentences of a document on facts, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     language = yaml.safe_load(Path(__file__).with_name(f"world_{given.language}.yaml").read_text(encoding="utf-8"))
     language["towns"] = language["towns"][: given.towns]
     language["goods"] = dict([*language["goods"].items()][: given.goods])
-    each = len(language["season_things"]) // len(language["seasons"])  # they stand in the order of the seasons
-    things = [language["season_things"][place :: each] for place in range(each)]
-    language["season_things"] = sorted([t for some in things for t in some][: given.things], key=language["season_things"].index)
+    language["season_things"] = language["season_things"][:: 16 // given.things]  # they stand in the order of the seasons
     world = World(language, given.people, random.Random(given.seed))
     given.output_dir.mkdir(parents=True, exist_ok=True)
     size, documents = 0, 0
