@@ -118,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a model with its tokenizer")
     parser.add_argument("questions", help="questions.jsonl of world.py")
-    parser.add_argument("--beside", help="another model, such as plain_way.py made, to have its share beside this one's")
+    parser.add_argument(
+        "--beside", help="another model, such as plain_way.py made, to have its share beside this one's"
+    )
     parser.add_argument("--output_file", help="every question with the model's answer, as JSON lines")
     given = parser.parse_args()
     logging.set_verbosity_error()

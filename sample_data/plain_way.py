@@ -45,9 +45,11 @@ class Clock(TrainerCallback):
         return max(0.0, 1 - (time.monotonic() - self.began) / self.seconds) if self.began else 1.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The clock runs from here."""
         self.began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Whether the seconds are over."""
         control.should_training_stop = self.left() == 0
 
 

@@ -190,7 +190,9 @@ def main() -> None:
     language = yaml.safe_load(Path(__file__).with_name(f"world_{given.language}.yaml").read_text(encoding="utf-8"))
     language["towns"] = language["towns"][: given.towns]
     language["goods"] = dict([*language["goods"].items()][: given.goods])
-    language["season_things"] = language["season_things"][:: 16 // given.things]  # they stand in the order of the seasons
+    language["season_things"] = language["season_things"][
+        :: 16 // given.things
+    ]  # they stand in the order of the seasons
     world = World(language, given.people, random.Random(given.seed))
     given.output_dir.mkdir(parents=True, exist_ok=True)
     size, documents = 0, 0

@@ -64,8 +64,9 @@ def test_a_seed_is_a_world(tmp_path):
     assert made(tmp_path / "a")[1] != made(tmp_path / "c", "--seed", 2)[1]
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_facts_of_its_text(tmp_path):
-    """The whole way from text to answers, on the questions' own sentences: few words, so that seconds are enough."""
+    """The whole way from text to answers, on the questions' own sentences: few words, so that a minute is enough."""
     sizes = ("--people", 4, "--towns", 4, "--goods", 1, "--things", 8)
     _, questions = made(tmp_path / "world", megabytes=0.01, sizes=sizes)
     sentences = [each["text"].replace("[MASK]", each["answer"]) for each in questions]
@@ -78,14 +79,13 @@ def test_a_run_learns_the_facts_of_its_text(tmp_path):
         "run_pretraining.py",
         *[*text_of, "--tokenizer_dir", tmp_path / "tok", "--model_dir", tmp_path / "run", "--tracker", "none"],
         *["--model_type", "modernbert-tiny", "--do_whole_word_mask", "--sequence_length", 32, "--batch_size", 16],
-        *["--max_steps", 250, "--warmup_steps", 20, "--optimizer", "muon", "--learning_rate", 8e-3],
+        *["--max_steps", 600, "--warmup_steps", 20, "--optimizer", "muon", "--learning_rate", 3e-3],
     )
     spec = importlib.util.spec_from_file_location("ask", ASK)
     ask = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ask)
     said = ask.answers(str(tmp_path / "run/final"), questions)
     right = sum(answer == each["answer"] for answer, each in zip(said, questions, strict=True)) / len(questions)
-    print(f"{right:.0%} of {len(questions)}")
     assert right > 0.6
 
 
