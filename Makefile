@@ -1,4 +1,4 @@
-# make setup | demo | demo-policy | test | test-lowest | test_slow | test-related | lint. Each does all its own set-up.
+# make setup | demo | tour | demo-policy | test | test-lowest | test_slow | test-related | lint; each does its set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 
 DEMO := demo_output/policy
 
-.PHONY: setup demo demo-policy test test-lowest test_slow test-related lint clean
+.PHONY: setup demo tour demo-policy test test-lowest test_slow test-related lint clean
 setup: $(READY)
 
 # torch first: a CPU build that is already there satisfies the pin, and nothing later replaces it. What is not imported
@@ -21,27 +21,9 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
-# The four commands of the README on the sample: tokenizer, token store, pretraining on two processes, a look at it.
-demo: $(READY)
-	rm -rf demo_output
-	$(BIN)/python scripts/train_tokenizer.py --input_file sample_data/articles.txt --model_dir demo_output/tokenizer \
-		--vocab_size 4096
-	$(BIN)/python scripts/prepare_corpus.py --input_file sample_data/articles.txt --tokenizer_dir demo_output/tokenizer \
-		--output_dir demo_output/store --validation_fraction 0.1
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/run_pretraining.py \
-		--config recipes/demo.yaml
-	$(BIN)/python sample_data/fill_mask.py demo_output/bert/final
-	@echo
-	@echo "tokenizer   demo_output/tokenizer    (and tokenizer_report.json in it)"
-	@echo "token store demo_output/store        (look inside: python scripts/prepare_corpus.py --inspect demo_output/store)"
-	@echo "model       demo_output/bert/final   (its README.md is the model card)"
-	@echo "curves      demo_output/bert/curves.png, numbers in log.jsonl; tensorboard --logdir demo_output/bert"
-	@echo
-	@echo "On your own corpus, one sentence a line and a blank line between documents (source .venv/bin/activate first):"
-	@echo "  python scripts/train_tokenizer.py --input_file corpus.txt --model_dir tokenizer"
-	@echo "  python scripts/prepare_corpus.py --input_file corpus.txt --tokenizer_dir tokenizer --output_dir store"
-	@echo "  accelerate launch --config_file accelerate_configs/gpu1_bf16.yaml scripts/run_pretraining.py \\"
-	@echo "    --dataset_dir store --model_dir runs/bert --model_type bert-small --do_whole_word_mask"
+# Text -> tokenizer -> store -> model -> answers that can be checked, in two minutes and in ten: the scripts say how.
+demo tour: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" sh sample_data/$@.sh
 
 # Decisions that follow a rule: made, prepared, learnt on two processes, judged on others; and three of them in words.
 demo-policy: $(READY)
@@ -102,4 +84,4 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf demo_output
+	rm -rf demo_output tour_output

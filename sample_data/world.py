@@ -24,9 +24,10 @@ from typing import Any
 import yaml
 
 SAID_SO, OTHERWISE, WORKED_OUT = "said so", "said otherwise", "worked out"
-OPENS = 0.5  # share of documents that begin with a sentence on what they are about
-FILLS = 0.2  # share of sentences that say nothing of the world
-COUNTS = range(2, 10)  # of goods that are bought together
+OPENS = 0.1  # share of documents that begin with a sentence on what they are about
+FILLS = 0.1  # share of sentences that say nothing of the world
+LEAVES = 0.4  # share of sentences after which one comes to another subject
+COUNTS = range(2, 7)  # of goods that are bought together
 PRICES = range(2, 13)
 
 
@@ -54,6 +55,7 @@ class World:
         self._people(people)
         self._seasons()
         self._goods()
+        self._told = [fact for facts in self.facts.values() for fact in facts if fact.group != WORKED_OUT]
 
     def _add(self, kind: str, known: dict[str, tuple[str, dict[str, Any]]], choices: list[str], *unsaid: str) -> None:
         """Facts of a kind, subject -> (answer, words); of some of them the text says less.
@@ -130,7 +132,7 @@ class World:
         products = sorted({price * count for price in PRICES for count in COUNTS})
         self._add("cost", several, [str(product) for product in products], OTHERWISE, WORKED_OUT)
         for name in goods:
-            self.linked[name] = [other for other in goods if other != name]
+            self.linked[name] = [other for other in goods if other != name] or [name]
 
     def sentence(self, fact: Fact) -> str:
         """A fact in one of the ways in which the text may say it."""
@@ -138,22 +140,24 @@ class World:
         ways = [*relation["say"], *([relation["ask"]] * 2 if fact.group == SAID_SO else [])]
         return self._capital(self._draw.choice(ways).format(mask=fact.answer, answer=fact.answer, **fact.words))
 
-    def document(self) -> list[str]:
-        """Sentences about a subject and those that one comes to from it; no fact twice."""
+    def document(self, longest: int) -> list[str]:
+        """Sentences that begin with any fact and go on with its subject, or one that has to do with it."""
         draw, language = self._draw, self.language
-        subject, said, lines = draw.choice(sorted(self.facts)), set[int](), list[str]()
+        fact = draw.choice(self._told)
+        subject, said, lines = fact.subject, set[int](), list[str]()
         if draw.random() < OPENS:
             lines.append(self._capital(draw.choice(language["openings"]).format(subject=subject)))
-        for _ in range(draw.randint(4, 12)):
-            left = [f for f in self.facts[subject] if id(f) not in said and f.group != WORKED_OUT]
-            if left:
-                fact = draw.choice(left)
-                said.add(id(fact))
-                lines.append(self.sentence(fact))
+        for _ in range(draw.randint(1, longest)):
+            said.add(id(fact))
+            lines.append(self.sentence(fact))
             if draw.random() < FILLS:
                 lines.append(draw.choice(language["fillers"]))
-            if not left or draw.random() < 0.4:
+            if draw.random() < LEAVES:
                 subject = draw.choice(self.linked[subject])
+            left = [f for f in self.facts[subject] if id(f) not in said and f.group != WORKED_OUT]
+            if not left:
+                break
+            fact = draw.choice(left)
         return lines
 
     def questions(self) -> list[dict[str, Any]]:
@@ -179,17 +183,22 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=80)
     parser.add_argument("--towns", type=int, default=16, help="at most 16")
     parser.add_argument("--goods", type=int, default=10, help="at most 10")
+    parser.add_argument("--things", type=int, default=16, choices=(4, 8, 16), help="that have a season")
+    parser.add_argument("--longest", type=int, default=8, help="sentences of a document on facts, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     language = yaml.safe_load(Path(__file__).with_name(f"world_{given.language}.yaml").read_text(encoding="utf-8"))
     language["towns"] = language["towns"][: given.towns]
     language["goods"] = dict([*language["goods"].items()][: given.goods])
+    language["season_things"] = language["season_things"][
+        :: 16 // given.things
+    ]  # they stand in the order of the seasons
     world = World(language, given.people, random.Random(given.seed))
     given.output_dir.mkdir(parents=True, exist_ok=True)
     size, documents = 0, 0
     with (given.output_dir / "corpus.txt").open("w", encoding="utf-8", newline="\n") as corpus:
         while size < given.megabytes * 1e6:
-            text = "\n".join(world.document()) + "\n\n"
+            text = "\n".join(world.document(given.longest)) + "\n\n"
             size, documents = size + len(text.encode()), documents + 1
             corpus.write(text)
     questions = world.questions()

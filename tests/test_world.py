@@ -1,6 +1,8 @@
 """The invented world of sample_data/: what the text says, what it leaves out, and that answers can be told."""
 
+import importlib.util
 import json
+import random
 import subprocess
 import sys
 
@@ -8,10 +10,11 @@ import pytest
 from conftest import ROOT, run_script
 
 WORLD, ASK = ROOT / "sample_data" / "world.py", ROOT / "sample_data" / "ask.py"
+SIZES = ("--people", 24, "--towns", 8, "--goods", 5)
 
 
-def made(folder, *more, megabytes=0.4):
-    words = ["--output_dir", folder, "--megabytes", megabytes, "--people", 24, "--towns", 8, "--goods", 5, *more]
+def made(folder, *more, megabytes=0.4, sizes=SIZES):
+    words = ["--output_dir", folder, "--megabytes", megabytes, *sizes, *more]
     subprocess.run([sys.executable, str(WORLD), *map(str, words)], check=True)
     text = (folder / "corpus.txt").read_text(encoding="utf-8")
     with (folder / "questions.jsonl").open(encoding="utf-8") as file:
@@ -62,6 +65,31 @@ def test_a_seed_is_a_world(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_learns_the_facts_of_its_text(tmp_path):
+    """The whole way from text to answers, on the questions' own sentences: few words, so that a minute is enough."""
+    sizes = ("--people", 4, "--towns", 4, "--goods", 1, "--things", 8)
+    _, questions = made(tmp_path / "world", megabytes=0.01, sizes=sizes)
+    sentences = [each["text"].replace("[MASK]", each["answer"]) for each in questions]
+    draw = random.Random(1)
+    text = "\n\n".join("\n".join(draw.sample(sentences, 3)) for _ in range(1000))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    text_of = ["--input_file", tmp_path / "text.txt", "--num_workers", 1]
+    run_script("train_tokenizer.py", *text_of, "--model_dir", tmp_path / "tok", "--vocab_size", 512)
+    run_script(
+        "run_pretraining.py",
+        *[*text_of, "--tokenizer_dir", tmp_path / "tok", "--model_dir", tmp_path / "run", "--tracker", "none"],
+        *["--model_type", "modernbert-tiny", "--do_whole_word_mask", "--sequence_length", 32, "--batch_size", 16],
+        *["--max_steps", 600, "--warmup_steps", 20, "--optimizer", "muon", "--learning_rate", 3e-3],
+    )
+    spec = importlib.util.spec_from_file_location("ask", ASK)
+    ask = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ask)
+    said = ask.answers(str(tmp_path / "run/final"), questions)
+    right = sum(answer == each["answer"] for answer, each in zip(said, questions, strict=True)) / len(questions)
+    assert right > 0.6
+
+
+@pytest.mark.slow
 def test_a_model_is_asked(tmp_path):
     """A model that knows nothing is about as good as chance, whatever it is, and every question is counted."""
     from test_finetune_classifier import tiny_bert
@@ -73,11 +101,13 @@ def test_a_model_is_asked(tmp_path):
     )
     tiny_bert(tmp_path / "bert", tmp_path / "tok")
     words = [tmp_path / "bert", tmp_path / "world/questions.jsonl", "--output_file", tmp_path / "answers.jsonl"]
+    words += ["--beside", tmp_path / "bert"]
     done = subprocess.run([sys.executable, str(ASK), *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().split("\n")[-1].split()
     assert last[:2] == ["all", str(len(questions))]
     assert int(last[2].rstrip("%")) < 30
+    assert last[2] == last[3]  # beside itself
     with (tmp_path / "answers.jsonl").open(encoding="utf-8") as file:
         answers = [json.loads(line) for line in file]
     assert all(each["said"] in each["choices"] for each in answers)

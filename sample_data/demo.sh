@@ -1,0 +1,36 @@
+#!/bin/sh
+# About two minutes on two cores: text -> tokenizer -> token store -> an encoder on two processes -> answers that can be
+# checked. Every command is printed before it runs, as one types it in the folder of the project:
+#     source .venv/bin/activate; sh sample_data/demo.sh
+set -e
+run() { printf '\n$ %s\n' "$*"; "$@"; }
+
+rm -rf demo_output
+run python sample_data/world.py --output_dir demo_output/world --megabytes 1.5 \
+    --people 10 --towns 5 --goods 2 --things 8 --longest 3
+run python scripts/train_tokenizer.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
+    --model_dir demo_output/tokenizer --vocab_size 2048
+run python scripts/prepare_corpus.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
+    --tokenizer_dir demo_output/tokenizer --output_dir demo_output/store
+run accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/run_pretraining.py \
+    --config recipes/demo.yaml
+run python sample_data/ask.py demo_output/encoder/final demo_output/world/questions.jsonl
+
+cat <<'END'
+
+"said so": the question's own sentence is in the text; "said otherwise": the fact is, in other words only; "worked out":
+it only follows from others (a mother's mother, a price times a number), and such a small model seldom gets it.
+`make tour` (ten minutes) also trains a GPT-2, and sets the plain way (transformers' Trainer) beside each.
+
+world       demo_output/world           corpus.txt is what was read, questions.jsonl what is asked
+tokenizer   demo_output/tokenizer       tokenizer_report.json says how it cuts the text
+token store demo_output/store           look inside: python scripts/prepare_corpus.py --inspect demo_output/store
+model       demo_output/encoder/final   its README.md is the model card
+curves      demo_output/encoder/curves.png, the numbers in log.jsonl; tensorboard --logdir demo_output/encoder
+
+On your own corpus, one sentence a line and a blank line between documents (source .venv/bin/activate first):
+  python scripts/train_tokenizer.py --input_file corpus.txt --model_dir tokenizer
+  python scripts/prepare_corpus.py --input_file corpus.txt --tokenizer_dir tokenizer --output_dir store
+  accelerate launch --config_file accelerate_configs/gpu1_bf16.yaml scripts/run_pretraining.py \
+    --dataset_dir store --model_dir runs/bert --model_type bert-small --do_whole_word_mask
+END
