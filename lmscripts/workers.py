@@ -58,10 +58,10 @@ def in_order(
                 places.append(where)
                 waiting.append(pool.submit(_call, item))
                 if len(waiting) > 2 * num_workers:
-                    yield _first(waiting, tick)
+                    yield _first(pool, waiting, tick)
                     places.popleft()
             while waiting:
-                yield _first(waiting, tick)
+                yield _first(pool, waiting, tick)
                 places.popleft()
         except BrokenProcessPool:
             found = places[0]() if places else ""
@@ -72,7 +72,7 @@ def in_order(
             asked.close()
 
 
-def _first(waiting: deque[Future[Result]], tick: Callable[[], None]) -> Result:
+def _first(pool: ProcessPoolExecutor, waiting: deque[Future[Result]], tick: Callable[[], None]) -> Result:
     """The result of the first one, unless another has failed by then."""
     while True:
         wait([waiting[0]], timeout=1)
@@ -82,6 +82,20 @@ def _first(waiting: deque[Future[Result]], tick: Callable[[], None]) -> Result:
                 raise error
         if waiting[0].done():
             return waiting.popleft().result()
+        _notice_the_dead(pool)
+
+
+def _notice_the_dead(pool: ProcessPoolExecutor) -> None:
+    """Let the pool see that a worker has died in the middle of handing over its result.
+
+    The pool's thread waits for the rest of it then, and for ever, as the other workers and this process could still
+    write into the same pipe. The pool is lost either way.
+    """
+    workers = list((getattr(pool, "_processes", None) or {}).values())
+    if any(worker.exitcode is not None for worker in workers):
+        for worker in workers:
+            worker.kill()
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
 
 
 # ---- in a worker -------------------------------------------------------------------------------------------------

@@ -31,6 +31,15 @@ def die(number):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_while_giving(number):
+    """In the middle of a result, which is longer than what is given at once: its length is said, half of it is not."""
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals:
+        frame = frame.f_back
+    frame.f_locals["result_queue"]._writer._send((1000).to_bytes(4, "big") + b"half")
+    die(number)
+
+
 def work_until_given_up(mark, number):
     """The first item fails at once; the second one ends when it hears of that, and says so."""
     if number == 0:
@@ -63,7 +72,8 @@ def test_what_is_raised_in_a_worker_is_raised_here(num_workers):
         list(in_order(partial(fail_at, 4), range(100), num_workers))
 
 
-def test_a_worker_that_is_killed_is_one_sentence_that_names_the_place():
+@pytest.mark.parametrize("die", [die, die_while_giving])
+def test_a_worker_that_is_killed_is_one_sentence_that_names_the_place(die):
     with pytest.raises(UserError, match=r"died on the text up to line 0; .* give fewer --num_workers"):
         list(in_order(die, range(3), 2, place=lambda item: f"up to line {item}".__str__))
     with pytest.raises(UserError, match="a worker process died; "):
