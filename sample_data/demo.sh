@@ -1,5 +1,5 @@
 #!/bin/sh
-# About two minutes on two cores: text -> tokenizer -> token store -> an encoder on two processes -> answers that can be
+# A few minutes on two cores: text -> tokenizer -> token store -> an encoder on two processes -> answers that can be
 # checked. Every command is printed before it runs, as one types it in the folder of the project:
 #     source .venv/bin/activate; sh sample_data/demo.sh
 set -e
@@ -7,20 +7,23 @@ run() { printf '\n$ %s\n' "$*"; "$@"; }
 
 rm -rf demo_output
 run python sample_data/world.py --output_dir demo_output/world --megabytes 1.5 \
-    --people 10 --towns 5 --goods 2 --things 8 --longest 3
+    --people 6 --towns 4 --goods 1 --things 8
 run python scripts/train_tokenizer.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
-    --model_dir demo_output/tokenizer --vocab_size 2048
+    --model_dir demo_output/tokenizer --vocab_size 4096
 run python scripts/prepare_corpus.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
     --tokenizer_dir demo_output/tokenizer --output_dir demo_output/store
 run accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/run_pretraining.py \
     --config recipes/demo.yaml
-run python sample_data/ask.py demo_output/encoder/final demo_output/world/questions.jsonl
+run python sample_data/plain_way.py --like demo_output/encoder --output_dir demo_output/plain \
+    --text demo_output/world/corpus.txt sample_data/articles.txt
+run python sample_data/ask.py demo_output/encoder/final demo_output/world/questions.jsonl --beside demo_output/plain
 
 cat <<'END'
 
 "said so": the question's own sentence is in the text; "said otherwise": the fact is, in other words only; "worked out":
 it only follows from others (a mother's mother, a price times a number), and such a small model seldom gets it.
-`make tour` (ten minutes) also trains a GPT-2, and sets the plain way (transformers' Trainer) beside each.
+"right" is the model, "beside" what transformers' Trainer made of the same text in the same seconds.
+`make tour` (ten minutes) learns a larger world, with a larger model, and with a GPT-2.
 
 world       demo_output/world           corpus.txt is what was read, questions.jsonl what is asked
 tokenizer   demo_output/tokenizer       tokenizer_report.json says how it cuts the text

@@ -1,5 +1,5 @@
 #!/bin/sh
-# About ten minutes on two cores: an encoder and a GPT-2 of more than a million parameters learn an invented world, and
+# Ten minutes and more on two cores: an encoder and a GPT-2 of more than a million parameters learn an invented world, and
 # are asked about it; beside each what transformers' Trainer makes of the same text in the same seconds.
 # Every command is printed before it runs, as one types it in the folder of the project:
 #     source .venv/bin/activate; sh sample_data/tour.sh
@@ -8,11 +8,11 @@ run() { printf '\n$ %s\n' "$*"; "$@"; }
 
 rm -rf tour_output
 run python sample_data/world.py --output_dir tour_output/world --megabytes 4 \
-    --people 12 --towns 6 --goods 3 --things 8 --longest 3
+    --people 12 --towns 6 --goods 3 --things 8
 
 echo; echo "An encoder: it sees a sentence with some words masked, and learns to say what they were."
 run python scripts/train_tokenizer.py --input_file tour_output/world/corpus.txt sample_data/articles.txt \
-    --model_dir tour_output/tokenizer --vocab_size 2048
+    --model_dir tour_output/tokenizer --vocab_size 4096
 run python scripts/prepare_corpus.py --input_file tour_output/world/corpus.txt sample_data/articles.txt \
     --tokenizer_dir tour_output/tokenizer --output_dir tour_output/store
 run accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/run_pretraining.py \
