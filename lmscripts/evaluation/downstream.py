@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import lmscripts
 from lmscripts.data.folding import Folder, FoldSettings
 from lmscripts.data.packing import segment_ends
 from lmscripts.data.splits import SplitDocument, SplitSettings, split_documents, text_hash, units_of_documents
@@ -35,7 +34,7 @@ from lmscripts.errors import UserError
 from lmscripts.evaluation.baselines import majority_decisions, regress
 from lmscripts.evaluation.metrics import measured, one_hot, overall, tally
 from lmscripts.evaluation.sums import evaluate, judging
-from lmscripts.files import write_text
+from lmscripts.files import project_folder, write_text
 from lmscripts.text.labels import check_classes, order_labels
 from lmscripts.text.records import PARTS, BadRow, Row, TableOptions, read_table
 from lmscripts.tokenizer.encoder import Encoder
@@ -127,7 +126,7 @@ def read_tasks(given: Sequence[str], script: Path) -> list[EvalTask]:
 
 def _classifier(script: Path) -> Path:
     """The script that fine-tunes: beside a training script, which may be a user's copy, or where the library is."""
-    name, home = "finetune_classifier.py", Path(lmscripts.__file__).parents[1] / "scripts"
+    name, home = "finetune_classifier.py", project_folder() / "scripts"
     for folder in (script.parent, home):
         if (folder / name).is_file():
             return folder / name
