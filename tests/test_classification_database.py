@@ -813,7 +813,7 @@ def test_what_an_sqlite_file_holds_is_checked_like_the_options(tmp_path, open_ta
     several = open_task(table, separator="|")
     for metric in ("mcc", "balanced_accuracy"):
         with pytest.raises(UserError, match=f"--metric {metric} is for one label a row"):
-            open_task(several.database.path, metric=metric)
+            open_task(several.database.path, metric=(metric,))
     part = tmp_path / "p.csv"
     lines = [f"sentence {n},{'ab'[n % 2]},{('train', 'train', 'test')[n % 3]}" for n in range(60)]
     part.write_text("text,label,part\n" + "\n".join(lines), encoding="utf-8")
