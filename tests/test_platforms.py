@@ -27,6 +27,8 @@ def test_windows_is_told_in_one_sentence():
     needed = {
         "train_tokenizer.py": ["--input_file", "a.txt", "--model_dir", "b"],
         "analyze_results.py": ["a.sqlite"],
+        "compare_runs.py": ["a", "b"],
+        "sample_lm.py": ["--model_dir", "a", "--prompt", "b"],
         "predict_classifier.py": ["--model_dir", "a", "--input_file", "a.csv"],
         "predict_policy.py": ["--model", "a", "--input_file", "a.txt"],
         "make_annotations.py": ["--output_file", "a.txt"],
