@@ -201,16 +201,13 @@ def test_prompts_that_cannot_be_answered_are_refused_at_the_start(common, worksp
 
 
 class Quiet:
-    is_main_process, trackers = True, ()
+    is_main_process, log_with, trackers = True, (), ()
 
     def __init__(self):
         self.lines = []
 
     def print(self, line, **_):
         self.lines.append(line)
-
-    def init_trackers(self, *_):
-        pass
 
 
 class Broken:
