@@ -375,7 +375,7 @@ def test_examples_begin_where_documents_do():
 def test_a_prompt_that_comes_again_goes_on_in_another_way(tokenizer_dir):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     torch.manual_seed(0)
-    model = build("gpt2", vocab_size=len(tokenizer), n_positions=64, bos_token_id=2, eos_token_id=3)
+    model = build("gpt2", vocab_size=len(tokenizer), n_positions=64, bos_token_id=2, eos_token_id=3).eval()
     prompts = [np.array([2, 900, 901])] * 3
     state = torch.get_rng_state()
     lines = continuations(model, tokenizer, prompts)
