@@ -116,6 +116,7 @@ def test_pretraining_through_accelerate(folder):
     assert "processes    2" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_pretraining_through_the_older_launcher(folder):
     done = run_as_written(LAUNCHED.replace("50916", str(free_port())), folder, forks=False)

@@ -48,6 +48,7 @@ def copies(folder):
     return {path.name: path.stat().st_ino for path in sorted(cache.glob("*/checkpoint-*"))}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_as_on_one_machine(machines, tmp_path):
     a, b = machines
     shutil.copytree(a, tmp_path / "alone")

@@ -468,6 +468,7 @@ def test_text_that_the_tokenizer_does_not_know(run, tokenizer_dir, tmp_path):
     assert "100.00% of the characters of the text; warning" in done.stdout
 
 
+@pytest.mark.slow
 def test_accumulation_in_the_accelerate_config(run):
     sentence = sentence_of(run(env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}))
     assert "gradient_accumulation_steps is 8" in sentence

@@ -42,6 +42,7 @@ def refusal(script, capsys, *words):
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_numbers_beyond_all_sense_are_refused_by_every_option(script, capsys):
     own, more = options_of(script)
