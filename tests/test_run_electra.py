@@ -261,7 +261,8 @@ def test_a_mistake_does_not_block_the_folder(common, tmp_path, short):
     assert run_script("run_pretraining.py", *wrong, "--model_dir", tmp_path / "run", check=False).returncode == 2
     done = run_script("run_pretraining.py", *arguments, "--model_dir", tmp_path / "run")
     assert f"starting from {short / 'checkpoint-6'}" in done.stdout
-    assert f"Trained further from {short.name}" in (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+    assert f"Trained further from {short.name}" in card
 
 
 def test_nothing_is_left_to_do(common, tmp_path, short):
