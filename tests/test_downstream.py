@@ -56,7 +56,7 @@ def test_what_cannot_be_used_is_refused_with_a_sentence(tmp_path, given, said):
 def test_a_training_script_that_was_copied_finds_the_classifier_or_says_that_it_has_none(tmp_path, monkeypatch):
     table = table_of(tmp_path, [(f"text {n}", n % 2) for n in range(60)])
     assert downstream.read_tasks([f"{table}:text:label"], tmp_path / "my.py")[0].name == "table"
-    monkeypatch.setattr(downstream.lmscripts, "__file__", str(tmp_path / "site" / "lmscripts" / "__init__.py"))
+    monkeypatch.setattr(downstream, "project_folder", lambda: tmp_path / "site")
     with pytest.raises(UserError, match=r"needs finetune_classifier.py, .*: copy it there"):
         downstream.read_tasks([f"{table}:text:label"], tmp_path / "my.py")
     monkeypatch.setenv("RANK", "1")  # only the main process reads
