@@ -74,12 +74,12 @@ def test_a_run_learns_the_facts_of_its_text(tmp_path):
     text = "\n\n".join("\n".join(draw.sample(sentences, 3)) for _ in range(1000))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     text_of = ["--input_file", tmp_path / "text.txt", "--num_workers", 1]
-    run_script("train_tokenizer.py", *text_of, "--model_dir", tmp_path / "tok", "--vocab_size", 512)
+    run_script("train_tokenizer.py", *text_of, "--model_dir", tmp_path / "tok", "--vocab_size", 1024)
     run_script(
         "run_pretraining.py",
         *[*text_of, "--tokenizer_dir", tmp_path / "tok", "--model_dir", tmp_path / "run", "--tracker", "none"],
         *["--model_type", "modernbert-tiny", "--do_whole_word_mask", "--sequence_length", 32, "--batch_size", 16],
-        *["--max_steps", 600, "--warmup_steps", 20, "--optimizer", "muon", "--learning_rate", 3e-3],
+        *["--max_steps", 800, "--warmup_steps", 20, "--optimizer", "muon", "--learning_rate", 8e-3],
     )
     spec = importlib.util.spec_from_file_location("ask", ASK)
     ask = importlib.util.module_from_spec(spec)
