@@ -236,11 +236,20 @@ def train_theirs(material: Material, recipe: Recipe, watch: Watch) -> None:
 
 
 def race(
-    plan: list[Recipe], *, material: Material, part: str, minutes: float, options: argparse.Namespace
+    plan: list[Recipe],
+    *,
+    material: Material,
+    part: str,
+    minutes: float,
+    first_score: float = 2.0,
+    options: argparse.Namespace,
 ) -> list[Curve]:
-    """Train recipes in turns; the curve of each."""
+    """Train recipes in turns; the curve of each, from its `first_score`th second of training on."""
     turns = Turns(len(plan), options.turn_seconds)
-    watches = [Watch(Score(r.way, material, part), 60 * minutes, turns, number) for number, r in enumerate(plan)]
+    watches = [
+        Watch(Score(recipe.way, material, part), 60 * minutes, turns, number, due=first_score)
+        for number, recipe in enumerate(plan)
+    ]
     ways = {"ours": train_ours, "group_texts": train_theirs}
     jobs = [partial(ways[recipe.way], material, recipe, watch) for recipe, watch in zip(plan, watches, strict=True)]
     turns.run(jobs, options.threads)
@@ -257,7 +266,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training per run")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
     parser.add_argument("--best", action="store_true", help="compare the best of each way after the same search")
-    parser.add_argument("--search_minutes", type=float, default=0.5, help="of training of each that is tried")
+    parser.add_argument("--search_share", type=float, default=0.3, help="of --minutes that each that is tried gets")
     parser.add_argument("--turn_seconds", type=float, default=3.0, help="of a run before the next has its turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "causal_time_to_loss.json")
@@ -267,7 +276,9 @@ def main() -> None:
     material = prepare(options)
     plan, tried = [Recipe(way, rate, "gpt2") for rate in options.rates for way in WAYS], list[dict[str, Any]]()
     if options.best:
-        tune = partial(race, material=material, part="tuning", minutes=options.search_minutes, options=options)
+        minutes = options.search_share * options.minutes
+        ends = partial(race, part="tuning", minutes=minutes, first_score=math.inf)  # of a trial the end counts
+        tune = partial(ends, material=material, options=options)
         best_of, tried = search({way: Recipe(way, model="gpt2") for way in WAYS}, STAGES, tune)
         plan = list(best_of.values())
     curves = race(plan, material=material, part="held_out", minutes=options.minutes, options=options)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import random
 import time
@@ -171,11 +172,13 @@ def race(
     datasets: dict[str, Dataset],
     score: Scorer,
     minutes: dict[str, float],
+    first_score: float = 2.0,
     options: argparse.Namespace,
 ) -> list[Curve]:
-    """Train recipes in turns; the curve of each."""
+    """Train recipes in turns; the curve of each, from its `first_score`th second of training on."""
     turns = Turns(len(plan), options.turn_seconds)
-    watches = [Watch(score, 60 * minutes[recipe.way], turns, number) for number, recipe in enumerate(plan)]
+    limits = [60 * minutes[recipe.way] for recipe in plan]
+    watches = [Watch(score, limit, turns, number, due=first_score) for number, limit in enumerate(limits)]
 
     def job(recipe: Recipe, watch: Watch) -> None:
         if recipe.way in OURS:
@@ -201,7 +204,7 @@ def main() -> None:
     parser.add_argument("--turn_seconds", type=float, default=3.0, help="of a run before the next has its turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--best", action="store_true", help="compare the best of each way after the same search")
-    parser.add_argument("--search_minutes", type=float, default=1.0, help="of training of each that is tried")
+    parser.add_argument("--search_share", type=float, default=0.3, help="of its minutes that each that is tried gets")
     parser.add_argument("--tuning", action="store_true", help="score on the held-out sentences kept for tuning")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "time_to_loss.json")
     options = parser.parse_args()
@@ -225,8 +228,9 @@ def main() -> None:
     plan = [Recipe(way, rates[way][n]) for n in range(longest) for way in WAYS if n < len(rates[way])]
     if options.best:
         chosen = Scorer(held_out[SENTENCES : 2 * SENTENCES], material.tokenizer, LENGTH)
-        limits = dict.fromkeys(WAYS, options.search_minutes)
-        tune = partial(race, material=material, datasets=datasets, score=chosen, minutes=limits, options=options)
+        limits = {way: options.search_share * most for way, most in minutes.items()}
+        ends = partial(race, score=chosen, minutes=limits, first_score=math.inf)  # of a trial the end counts
+        tune = partial(ends, material=material, datasets=datasets, options=options)
         best, result["tuning"] = search({way: Recipe(way) for way in WAYS if rates[way]}, STAGES, tune)
         plan = list(best.values())
     curves = race(plan, material=material, datasets=datasets, score=score, minutes=minutes, options=options)
