@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SAMPLE, TINY_PRESET, run_script
+from matplotlib.figure import Figure
 from runs import log_of, same_bits
 from safetensors.torch import load_file
 from tiny import new_models
@@ -18,6 +19,7 @@ from lmscripts.data.packing import Layout
 from lmscripts.errors import UserError
 from lmscripts.evaluation import downstream
 from lmscripts.models import families
+from lmscripts.training.log import draw_curves
 
 SCRIPT = ROOT / "scripts" / "run_pretraining.py"
 TOPICS = f"{SAMPLE / 'topics.csv'}:text:label:article"
@@ -157,6 +159,20 @@ def test_states_are_those_of_a_padded_batch_with_a_mask(family, tokenizer_dir, t
     expected = (hidden * text[..., None]).sum(1) / text.sum(1, keepdim=True)
     assert len({len(row) for row in task.rows}) > 1
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_the_curves_show_what_the_probes_said(tmp_path, monkeypatch):
+    records = [{"step": step, "probe_topics_accuracy": 0.2 + step / 100} for step in (0, 10, 20)]
+    records += [{"step": step, "eval_loss": 5.0, "eval_accuracy": 0.1} for step in (10, 20)]
+    records += [{"step": step, "loss": 5.0, "learning_rate": 1e-3} for step in (5, 10, 15, 20)]
+    text = "".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda record: record["step"]))
+    (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes[1].get_lines()))
+    draw_curves(tmp_path)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn}
+    assert lines["probe topics"] == [[0, 20], [10, pytest.approx(30)], [20, pytest.approx(40)]]
+    assert lines["accuracy"] == [[10, 10], [20, 10]]
 
 
 def test_a_task_that_fails_is_said_once_and_a_stop_gives_nothing(tokenizer_dir, told_apart, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,7 +219,7 @@ def in_words(metrics: Mapping[str, float]) -> str:
 
 
 def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
-    """Draw training and held-out losses, held-out shares and the learning rate over the steps, as curves.png.
+    """Draw losses, held-out shares with the probes of tasks, and the learning rate over the steps, as curves.png.
 
     Args:
         run_dir: folder of a run, with its log.jsonl.
@@ -232,6 +233,7 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
     # Where the loss is a weighted sum of several, the terms are drawn.
     losses = [name for name in (train or [{}])[-1] if name.endswith("_loss")] or ["loss"]
     shares = [name for name in (held_out or [{}])[-1] if name.endswith(SHARES)]
+    probes = dict.fromkeys(name for r in records for name in r if re.fullmatch("probe_.+_accuracy", name))
     figure = Figure(figsize=(15, 4.2))
     panels = figure.subplots(1, 3)
     figure.subplots_adjust(0.05, 0.125, 0.99, 0.94, wspace=0.2)  # a layout that is found is drawn twice
@@ -243,12 +245,15 @@ def draw_curves(run_dir: Path, switches: Sequence[int] = ()) -> None:
     for name in shares:
         label = name.removeprefix("eval_").replace("_", " ")
         panels[1].plot(*_curve(held_out, name, 100), "o-", markersize=4, label=label)
+    for name in probes:
+        label = name.removesuffix("_accuracy").replace("_", " ", 1)
+        panels[1].plot(*_curve([r for r in records if name in r], name, 100), "s--", markersize=4, label=label)
     panels[0].legend()
-    if len(shares) > 1:
+    if several := len(shares) + len(probes) > 1:
         panels[1].legend()
     panels[2].plot(*_curve(train, "learning_rate"))
     panels[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    labels = ("loss (nats per target)", "held out (%)" if len(shares) > 1 else "held-out accuracy (%)", "learning rate")
+    labels = ("loss (nats per target)", "held out (%)" if several else "held-out accuracy (%)", "learning rate")
     for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel("optimizer step")
         panel.set_ylabel(label)
