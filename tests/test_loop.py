@@ -253,6 +253,25 @@ def test_a_checkpoint_is_of_the_step_after_which_it_was_asked_for(written, tmp_p
         assert (checkpoint / name).read_bytes() == behind[name], name
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_what_is_no_checkpoint_but_has_its_name_is_set_aside(written, behind, capsys):
+    written.may.set()
+    written.folder.behind = behind
+    for name in ("checkpoint-1", "checkpoint-1.damaged"):
+        (written.folder.path / name).mkdir()
+    (written.folder.path / "checkpoint-1" / "notes.txt").write_text("mine", encoding="utf-8")
+    written.save(1)
+    written.folder.wait(written.accelerator)
+    assert written.named() == ["checkpoint-1", "checkpoint-1.damaged", "checkpoint-1.damaged-2"]
+    assert find_damage(written.folder.path / "checkpoint-1") is None
+    assert (written.folder.path / "checkpoint-1.damaged-2" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert "renamed to checkpoint-1.damaged-2" in capsys.readouterr().out
+    before = (written.folder.path / "checkpoint-1" / "checksums.json").stat()
+    written.save(1)  # as the last step of a run, which was due as well
+    written.folder.wait(written.accelerator)
+    assert (written.folder.path / "checkpoint-1" / "checksums.json").stat().st_ino == before.st_ino
+
+
 def test_a_full_disk_is_said_when_the_run_waits(written):
     written.may.set()
     written.save(1)

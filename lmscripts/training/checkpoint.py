@@ -128,14 +128,19 @@ def newest_whole_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
         damage = find_damage(folder)
         if damage is None:
             return folder, sentences
-        aside = folder.with_name(f"{folder.name}.damaged")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = folder.with_name(f"{folder.name}.damaged-{number}")
-        folder.rename(aside)
-        sentences.append(f"{folder.name} is damaged ({damage}): renamed to {aside.name}, the one before is taken")
+        aside = set_aside(folder)
+        sentences.append(f"{folder.name} is damaged ({damage}): renamed to {aside}, the one before is taken")
     return None, sentences
+
+
+def set_aside(folder: Path) -> str:
+    """Rename what is no whole checkpoint, so that one can be saved under its name; its new name."""
+    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+    folder.rename(aside)
+    return aside.name
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from lmscripts.files import remove_leftovers, replaced_folder, write_text
 from lmscripts.models.checks import check_classes, check_exports
 from lmscripts.models.finding import (
     AVERAGE,
+    CHECKSUMS,
     OF_TRAINING,
     OPTIMIZER,
     SNAPSHOTS,
@@ -385,7 +386,9 @@ class RunFolder:
         weights = [tensor for of_part in states.values() for tensor in of_part.values()] if sharded or behind else []
         needed = [*weights, *averages.values(), *tensors.values()]
         whole = whole_tensors(needed)
-        if accelerator.is_main_process and not place.exists():
+        if accelerator.is_main_process and not (place / CHECKSUMS).is_file():  # else it was saved at this step before
+            if place.exists():
+                accelerator.print(f"warning: {place} is no checkpoint: renamed to {checkpoints.set_aside(place)}")
             whole = self._copied(needed) if behind else whole
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": state.as_json(), "groups": groups, "scaler": scaler}
