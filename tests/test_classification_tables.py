@@ -8,7 +8,6 @@ import io
 import json
 import lzma
 import math
-import os
 import random
 import re
 import subprocess
@@ -259,7 +258,12 @@ def test_nul_and_fields_beyond_the_limit_of_csv(tmp_path):
         ("t.csv", "text,label\na,b\n", {"delimiter": ",,"}, "one character"),
         ("t.csv", "text,label\na,b\n", {"labels": ("a", "a")}, "must differ"),
         ("t.csv", "text,label\na,b\n", {"label": "text"}, "columns of their own"),
-        ("t.csv.gz", gzip.compress(b"text,label\n" + os.urandom(9999))[:-40], {"encoding": "latin-1"}, "damaged"),
+        (
+            "t.csv.gz",
+            gzip.compress(b"text,label\n" + random.Random(0).randbytes(999), mtime=0)[:-40],
+            {"encoding": "latin-1"},
+            "damaged",
+        ),
         ("t.parquet", b"PAR1 is not enough", {}, "not a parquet file"),
         ("t.jsonl", '{"body": "a", "label": "b"}\n', {}, "no column 'text'"),
         ("t.jsonl", '[{"text": "a", "label": "b"}]\n', {}, "is one JSON array"),
