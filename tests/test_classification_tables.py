@@ -24,6 +24,8 @@ from lmscripts.text.csv_rows import csv_rows
 from lmscripts.text.labels import check_classes, doubts, in_words, items_of, order_labels, quoted
 from lmscripts.text.records import BadRow, TableOptions, read_table
 
+NOISE = random.Random(0).randbytes(999)
+
 ROWS = [
     ("今日は晴れ、散歩した。", "good"),
     ('He said "no",\nand left.', "bad"),
