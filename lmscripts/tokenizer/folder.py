@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,18 @@ def check_target(folder: Path, overwrite: bool) -> None:
             f"{folder} holds other files ({', '.join(foreign[:3])}); give a folder of its own as --model_dir"
         )
     if names and not overwrite:
-        raise UserError(f"{folder} holds another tokenizer; give another --model_dir, or --overwrite to replace it")
+        other = f"another tokenizer{_made_with(folder)}"
+        raise UserError(f"{folder} holds {other}; give another --model_dir, or --overwrite to replace it")
+
+
+def _made_with(folder: Path) -> str:
+    """Which other versions of libraries a tokenizer was made with, in words, where that is known."""
+    made = {}
+    for name, version in (read_record(folder) or {}).get("versions", {}).items():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            made[name] = version, importlib.metadata.version(name)
+    other = [f"{name} {then}, here it is {now}" for name, (then, now) in made.items() if then != now]
+    return f" (made with {'; '.join(other)})" if other else ""
 
 
 @contextmanager
