@@ -86,7 +86,9 @@ def test_a_forward_pass_on_a_gpu_stays_there_and_in_half_precision(family, objec
     assert sums.keys() >= module.weights.keys()
     assert {(each.dtype, each.device.type, each.shape) for each in sums.values()} == {(torch.float32, "cuda", ())}
     assert recorder.elsewhere == []
-    assert {each.dtype for call in recorder.of("mm") for each in call if torch.is_tensor(each)} == {dtype}
+    # But for angles of rotary embeddings, which some versions of transformers make as outer products in float32.
+    products = [[each for each in call if torch.is_tensor(each)] for call in recorder.of("mm")]
+    assert {each.dtype for call in products if call[0].shape[-1] > 1 for each in call} == {dtype}
     calls = recorder.of("_varlen_attn")
     layers = sum(len(building.fitting.stacked_layers(model)) for model in module.models.values())
     bodies = {id(model.base_model) for model in module.models.values()}

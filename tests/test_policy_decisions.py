@@ -359,6 +359,7 @@ def test_marks_and_line_ends_do_not_matter(tmp_path):
         (gzip.compress(GOLDEN, mtime=0), "packed with gzip: let its name end in .gz"),
         (GOLDEN.replace(b"\t", b" "), "1 x too few fields"),
     ],
+    ids=["nothing", "blank lines", "one long line", "UTF-16", "packed", "no tabs"],
 )
 def test_a_file_that_is_none_of_ours(tmp_path, data, words):
     (tmp_path / "x.txt").write_bytes(data)

@@ -386,9 +386,7 @@ class RunFolder:
         weights = [tensor for of_part in states.values() for tensor in of_part.values()] if sharded or behind else []
         needed = [*weights, *averages.values(), *tensors.values()]
         whole = whole_tensors(needed)
-        if accelerator.is_main_process and not (place / CHECKSUMS).is_file():  # else it was saved at this step before
-            if place.exists():
-                accelerator.print(f"warning: {place} is no checkpoint: renamed to {checkpoints.set_aside(place)}")
+        if accelerator.is_main_process and _is_free(place, accelerator.print):
             whole = self._copied(needed) if behind else whole
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             facts = {"fixed": self._fixed, "progress": state.as_json(), "groups": groups, "scaler": scaler}
@@ -577,6 +575,15 @@ def _load_moments(
         )
     checkpoints.load_optimizer_state(optimizer, trained, source / OPTIMIZER, facts["groups"], another_run=True)
     return facts
+
+
+def _is_free(place: Path, say: Callable[[str], Any]) -> bool:
+    """Whether a checkpoint is still to be saved there; what has its name and is none is set aside."""
+    if (place / CHECKSUMS).is_file():
+        return False  # it was saved at this step before
+    if place.exists():
+        say(f"warning: {place} is no checkpoint: renamed to {checkpoints.set_aside(place)}")
+    return True
 
 
 def _raise_together(accelerator: Accelerator, problem: Exception | None, elsewhere: str) -> None:
