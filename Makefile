@@ -21,7 +21,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
-# Text -> tokenizer -> store -> model -> answers that can be checked, in two minutes and in ten: the scripts say how.
+# Text -> tokenizer -> store -> model -> answers that can be checked: the scripts say how.
 demo tour: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" sh sample_data/$@.sh
 

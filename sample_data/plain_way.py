@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="as many as the run had processes")
     given = parser.parse_args()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(given.threads)
     options = yaml.safe_load((given.like / "config.yaml").read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(given.like / "final")
