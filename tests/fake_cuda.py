@@ -82,7 +82,7 @@ def autocast(dtype):
 def forward(module, batch, dtype):
     """What a module says of a batch, all of it on a GPU in autocast to `dtype`, and what was launched."""
     if torch.version.cuda and not torch.cuda.is_available():
-        pytest.skip("this torch asks for the driver of a GPU")
+        pytest.skip("runs where torch is built without CUDA, or finds a GPU")
     made = {}
 
     def on_gpu(tensor):

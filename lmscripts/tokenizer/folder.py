@@ -260,8 +260,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 def _made_with(folder: Path) -> str:
     """Which other versions of libraries a tokenizer was made with, in words, where that is known."""
-    made = {}
-    for name, version in (read_record(folder) or {}).get("versions", {}).items():
+    made, record = {}, (read_record(folder) or {}).get("versions")
+    for name, version in record.items() if isinstance(record, dict) else ():
         with suppress(importlib.metadata.PackageNotFoundError):
             made[name] = version, importlib.metadata.version(name)
     other = [f"{name} {then}, here it is {now}" for name, (then, now) in made.items() if then != now]
