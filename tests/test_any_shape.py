@@ -27,6 +27,7 @@ CLASSIFIER += ["--dropout", 0.1, "--epochs", 1, "--batch_size", 13, "--max_lengt
 RUNS = {
     "masked": ["run_pretraining.py", *PRETRAINING, "bert-test", "--do_whole_word_mask", "--attention_dropout", 0.1],
     "causal": ["run_pretraining.py", *PRETRAINING, "gpt2-test"],
+    "muon": ["run_pretraining.py", *PRETRAINING, "gpt2-test", "--optimizer", "muon"],
     "electra": ["run_pretraining.py", *PRETRAINING, "electra-test"],
     "pairs": ["run_pretraining.py", *PRETRAINING, "bert-test", "--objective", "sentence_pairs"],
     "classifier": ["finetune_classifier.py", *CLASSIFIER],

@@ -1,10 +1,13 @@
 import copy
 import itertools
 import json
+import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import worlds
+from conftest import ROOT, free_port
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lmscripts.errors import UserError
@@ -240,6 +243,54 @@ def test_muon_steps_are_orthogonal_and_the_rest_is_adamw():
             sizes = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(mine.shape) ** 0.5)
             assert 0.5 < sizes.min() <= sizes.max() < 1.3, key
             assert 0.1 < moved.square().mean().sqrt() / 0.01 < 0.3  # an update of AdamW has about 0.2
+
+
+IN_A_WORLD = """
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from test_optim import Network, settings, weights
+
+from lmscripts.training.checkpoint import optimizer_state
+from lmscripts.training.optim import build_optimizer
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+network, number = Network(), int(sys.argv[1])
+optimizer = build_optimizer("muon", network, **settings())
+if sys.argv[2] == "rounds":  # as another kind of machine rounds
+    from torch.optim import _muon
+    exact = _muon._zeropower_via_newtonschulz
+    _muon._zeropower_via_newtonschulz = lambda *given: exact(*given) * (1 + 0.01 * dist.get_rank())
+for step in range(4):
+    torch.manual_seed(step)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+tensors, _ = optimizer_state(optimizer, network)
+save_file(weights(network) | {f"state {key}": value for key, value in tensors.items()}, f"after{dist.get_rank()}")
+"""
+
+
+@pytest.mark.parametrize("how", ["exact", "rounds"])
+@pytest.mark.parametrize("counts", [(2, 1), (3, 1, 2)], ids=str)  # of four matrices: some have two, or none
+def test_muon_is_divided_among_processes_and_all_have_the_same(counts, how, tmp_path):
+    script = tmp_path / "in_a_world.py"
+    script.write_text(IN_A_WORLD)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    for shape in ((1,), counts):
+        folders = [tmp_path / str(shape) / f"node{node}" for node in range(len(shape))]
+        codes, texts = worlds.run(shape, folders, script, "{}", how, port=free_port(), env={"PYTHONPATH": path})
+        assert set(codes) == {0}, texts
+    one = load_file(tmp_path / "(1,)" / "node0" / "after0")
+    assert len({name for name in one if "momentum_buffer" in name}) == 4
+    files = sorted((tmp_path / str(counts)).glob("node*/after*"))
+    assert len(files) == sum(counts)
+    first, *others = map(load_file, files)
+    assert all(same(first, other) for other in others)
+    assert same(first, one) == (how == "exact")
 
 
 def test_hidden_matrices_are_those_of_the_stacked_layers():

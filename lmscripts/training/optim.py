@@ -6,10 +6,12 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -237,9 +239,6 @@ def muon_and_adamw(model: nn.Module, weight_decay: float, adam: dict[str, Any]) 
     of the paper), so that AdamW's learning rate and decay fit. Queries, keys and values are orthogonalised together
     where a model keeps them in one matrix (GPT-2, ModernBERT).
 
-    The products are computed in bfloat16 by every process for itself. On GPUs of different kinds they round
-    differently, and the copies of the weights drift apart: give Muon machines of one kind.
-
     Args:
         model: what is trained.
         weight_decay: of matrices.
@@ -256,9 +255,75 @@ def muon_and_adamw(model: nn.Module, weight_decay: float, adam: dict[str, Any]) 
     matrices = [{"params": hidden, "weight_decay": weight_decay}]
     rest = parameter_groups(model, weight_decay, leave_out=hidden)
     return _TwoOptimizers(
-        torch.optim.Muon(matrices, lr=adam["lr"], momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        _divided_muon()(matrices, lr=adam["lr"], momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, **adam, fused=True),
     )
+
+
+@cache
+def _divided_muon() -> Callable[..., torch.optim.Optimizer]:
+    """Muon whose matrices are divided among the processes; made here, as a torch before 2.9 has none to derive from."""
+
+    class DividedMuon(torch.optim.Muon):
+        """Each process orthogonalises its share of the matrices, and gives the others the weights.
+
+        The products, in bfloat16, are most of a step of Muon. Machines of different kinds round them differently: as
+        weights are handed over and not computed twice, the copies stay the same. All processes keep every momentum.
+        Sharded matrices (FSDP2) are left to torch.
+        """
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            (group,) = whole = self.param_groups
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            size = dist.get_world_size() if dist.is_initialized() else 1
+            if size == 1 or not matrices or any(hasattr(matrix, "full_tensor") for matrix in matrices):
+                super().step()  # type: ignore[no-untyped-call]
+                return
+            shares = _equal_shares(matrices, size)
+            own = shares[dist.get_rank()]
+            for matrix in set(matrices) - set(own):
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - group["momentum"])  # type: ignore[arg-type]
+            self.param_groups = [{**group, "params": own}]
+            super().step()  # type: ignore[no-untyped-call]
+            self.param_groups = whole
+            _give_out(shares)
+
+    return DividedMuon
+
+
+def _equal_shares(matrices: Sequence[Tensor], size: int) -> list[list[Tensor]]:
+    """Matrices for each of so many processes, which cost about the same: the costliest first, to who has least."""
+    shares, costs = [list[Tensor]() for _ in range(size)], [0] * size
+
+    def cost(matrix: Tensor) -> int:  # of a product of the shorter side with itself
+        return min(matrix.shape) * matrix.numel()
+
+    for matrix in sorted(matrices, key=cost, reverse=True):
+        least = costs.index(min(costs))
+        shares[least].append(matrix)
+        costs[least] += cost(matrix)
+    return shares
+
+
+def _give_out(shares: Sequence[Sequence[Tensor]]) -> None:
+    """Every process's share, as that process has it, on all."""
+    lengths = [sum(matrix.numel() for matrix in share) for share in shares]
+    given, got = (shares[0][0].new_empty(rows, max(lengths)) for rows in (1, len(shares)))
+    rank = dist.get_rank()
+
+    def parts(row: Tensor, share: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+        sizes = [matrix.numel() for matrix in share]
+        pieces = torch.split(row[: sum(sizes)], sizes) if share else ()
+        return ((matrix, piece.view_as(matrix)) for matrix, piece in zip(share, pieces, strict=True))
+
+    for matrix, piece in parts(given[0], shares[rank]):
+        piece.copy_(matrix)
+    dist.all_gather_into_tensor(got, given)
+    for share, row in zip(shares, got, strict=True):
+        for matrix, piece in parts(row, share):
+            matrix.copy_(piece)
 
 
 class _TwoOptimizers(torch.optim.Optimizer):
