@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# The packages are compiled as they are imported, once: without this, by every process again, which takes it ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 DEMO := demo_output/policy
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -26,6 +27,7 @@ def in_order(
     items: Iterable[Item],
     num_workers: int,
     *,
+    alone: float = 0.0,
     tick: Callable[[], None] = lambda: None,
     place: Callable[[Item], Callable[[], str]] = lambda item: str,
     if_died: str = DIED,
@@ -36,6 +38,7 @@ def in_order(
         function: given to each worker once, so that it may keep what is costly to make; must be possible to pickle.
         items: taken as they are needed, about twice as many as there are workers at a time.
         num_workers: processes; with one or fewer, or for a single item, all is done in this one.
+        alone: seconds for which this process works alone before it starts others, whose start takes as long.
         tick: called in this process about every second, and at each result, while workers work.
         place: called as an item is taken, gives what names its place in the text, should a worker die.
         if_died: the sentence of the `UserError` then.
@@ -43,6 +46,11 @@ def in_order(
     What `function` raises is raised here, also that of a later item.
     """
     taken = ((item, place(item)) for item in items)
+    until = time.monotonic() + alone
+    for item, _ in taken if num_workers > 1 and alone else ():
+        yield function(item)
+        if time.monotonic() > until:
+            break
     first = list(islice(taken, 2)) if num_workers > 1 else []
     if len(first) < 2:  # a process takes seconds to begin
         yield from (function(item) for item, _ in chain(first, taken))

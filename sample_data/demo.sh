@@ -11,7 +11,7 @@ run python sample_data/world.py --output_dir demo_output/world --megabytes 1.5 \
 run python scripts/train_tokenizer.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
     --model_dir demo_output/tokenizer --vocab_size 4096
 run python scripts/prepare_corpus.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
-    --tokenizer_dir demo_output/tokenizer --output_dir demo_output/store --num_workers 1
+    --tokenizer_dir demo_output/tokenizer --output_dir demo_output/store
 run accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/run_pretraining.py \
     --config recipes/demo.yaml
 run python sample_data/plain_way.py --like demo_output/encoder --output_dir demo_output/plain \

@@ -273,7 +273,7 @@ def test_a_store_that_is_whole_trains_and_says_nothing_about_it(train):
 def test_work_that_is_stopped_leaves_no_process_and_no_file(tokenizer_dir, tmp_path, script):
     """SIGKILL leaves a folder that the next start removes."""
     text, output = tmp_path / "long.txt", tmp_path / "output"
-    text.write_bytes((SAMPLE / "articles.txt").read_bytes() * 60)
+    text.write_bytes((SAMPLE / "articles.txt").read_bytes() * 200)
     command = [sys.executable, str(ROOT / "scripts" / script), "--input_file", text, "--num_workers", 2]
     if script == "prepare_corpus.py":
         command += ["--tokenizer_dir", tokenizer_dir, "--output_dir", output]

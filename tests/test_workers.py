@@ -66,6 +66,20 @@ def test_results_come_in_the_order_of_the_items_and_few_are_taken_ahead(num_work
     assert taken == list(range(30))
 
 
+def where(number):
+    time.sleep(0.1)
+    return number, os.getpid()
+
+
+def test_a_few_items_are_done_before_a_process_is_started():
+    done = list(in_order(where, range(3), 2, alone=60))
+    assert done == [(number, os.getpid()) for number in range(3)]
+    numbers, places = zip(*in_order(where, range(20), 2, alone=0.35), strict=True)
+    assert numbers == tuple(range(20))
+    assert set(places[:4]) == {os.getpid()}
+    assert os.getpid() not in places[-10:]
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_what_is_raised_in_a_worker_is_raised_here(num_workers):
     with pytest.raises(UserError, match="4 is bad"):

@@ -51,6 +51,7 @@ _FORM = {
     "text": dict,
 }
 _FEW_DOCUMENTS = 10
+_ALONE = 3.0  # seconds, in which a worker loads a tokenizer; a few MB of text are done by then
 _BLOCK = 1 << 22  # numbers that are looked at together
 
 
@@ -436,7 +437,7 @@ def build_store(
 
         def encoded(documents: Iterable[Documents], fraction: float) -> Iterator[EncodedBatch]:
             encode = _Encode(str(tokenizer_dir), dtype, fraction, settings.get("line_ends"))
-            return in_order(encode, documents, num_workers, place=place)
+            return in_order(encode, documents, num_workers, place=place, alone=_ALONE)
 
         held_out = []
         for batch in () if validation_batches is None else encoded(validation_batches, 1.0):

@@ -320,7 +320,7 @@ def _give_out(shares: Sequence[Sequence[Tensor]]) -> None:
 
     for matrix, piece in parts(given[0], shares[rank]):
         piece.copy_(matrix)
-    dist.all_gather_into_tensor(got, given)
+    dist.all_gather([*got], given[0])
     for share, row in zip(shares, got, strict=True):
         for matrix, piece in parts(row, share):
             matrix.copy_(piece)
