@@ -50,6 +50,7 @@ FIRST: dict[str, dict[str, str]] = {
     "mb-muon-8e-3": MUON | {"learning_rate": "8e-3"},
     "b-muon-2e-3": BERT | MUON | {"learning_rate": "2e-3"},
     "b-muon-8e-3": BERT | MUON | {"learning_rate": "8e-3"},
+    "mb-muon-1.6e-2": MUON | {"learning_rate": "1.6e-2"},
 }
 # The budget of all is 16,000 rows of 128.
 SECOND: dict[str, dict[str, str]] = {
@@ -57,6 +58,8 @@ SECOND: dict[str, dict[str, str]] = {
     "rows-8": {"from": "BEST", "batch_size": "8", "max_steps": "2000", "warmup_steps": "200", "eval_every": "200"},
     "mask-30": {"from": "BEST", "mask_probability": "0.3"},
     "mask-25": {"from": "BEST", "mask_probability": "0.25"},
+    "mask-40": {"from": "BEST", "mask_probability": "0.4"},
+    "mask-50": {"from": "BEST", "mask_probability": "0.5"},
     "dropout-10": {"from": "BEST", "hidden_dropout": "0.1"},
     "ramp-4-to-16": {"from": "BEST", "batch_ramp": "4 400", "max_steps": "1150"},
     "length-64-to-128": {"from": "BEST", "phase_steps": "500 500", "sequence_length": "64 128", "batch_size": "32 16"},
