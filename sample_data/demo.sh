@@ -2,20 +2,24 @@
 # A few minutes on two cores: text -> tokenizer -> token store -> an encoder on two processes -> answers that can be
 # checked. Every command is printed before it runs, as one types it in the folder of the project:
 #     source .venv/bin/activate; sh sample_data/demo.sh
+# WORLD=en before it, or `make demo WORLD=en`, is the same in English.
 set -e
 run() { printf '\n$ %s\n' "$*"; "$@"; }
+case ${WORLD:-ja} in
+    ja) text="demo_output/world/corpus.txt sample_data/articles.txt" words="" ;;
+    en) text="demo_output/world/corpus.txt" words="--word_tokenizer whitespace" ;;
+    *) echo "WORLD is ja or en, not $WORLD" >&2; exit 2 ;;
+esac
 
 rm -rf demo_output
-run python sample_data/world.py --output_dir demo_output/world --megabytes 1.5 \
+run python sample_data/world.py --output_dir demo_output/world --language ${WORLD:-ja} --megabytes 1.5 \
     --people 6 --towns 4 --goods 1 --things 8
-run python scripts/train_tokenizer.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
-    --model_dir demo_output/tokenizer --vocab_size 4096
-run python scripts/prepare_corpus.py --input_file demo_output/world/corpus.txt sample_data/articles.txt \
+run python scripts/train_tokenizer.py --input_file $text --model_dir demo_output/tokenizer $words --vocab_size 4096
+run python scripts/prepare_corpus.py --input_file $text \
     --tokenizer_dir demo_output/tokenizer --output_dir demo_output/store
 run accelerate launch --config_file accelerate_configs/cpu_2proc.yaml scripts/run_pretraining.py \
     --config recipes/demo.yaml
-run python sample_data/plain_way.py --like demo_output/encoder --output_dir demo_output/plain \
-    --text demo_output/world/corpus.txt sample_data/articles.txt
+run python sample_data/plain_way.py --like demo_output/encoder --output_dir demo_output/plain --text $text
 run python sample_data/ask.py demo_output/encoder/final demo_output/world/questions.jsonl --beside demo_output/plain
 
 cat <<'END'
