@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lmscripts.errors import UserError
+from lmscripts.training import optim
 from lmscripts.training.checkpoint import load_optimizer_state, optimizer_state
 from lmscripts.training.optim import OPTIMIZERS, Schedule, build_optimizer, hidden_matrices, parameter_groups
 
@@ -385,3 +386,30 @@ def test_a_loss_scaler_unscales_every_gradient_and_skips_whole_steps(name):
     network.head.bias.grad[0] = torch.inf
     scaler.step(optimizers[1])
     assert same(before, weights(network))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_whose_gradient_is_found_to_be_infinite_changes_nothing_and_nobody_waits_for_it(name):
+    plain, network = Network(), Network()
+    optimizers = [build_optimizer(name, n, **settings()) for n in (plain, network)]
+    for number, found in enumerate((1.0, 0.0, 1.0, 0.0)):
+        for each in (plain, network):
+            for parameter in each.parameters():
+                torch.manual_seed(number)
+                parameter.grad = torch.randn_like(parameter)
+        if found:
+            network.head.bias.grad[0] = torch.nan
+            network.layers[0][0].weight.grad[:] = torch.inf
+        else:
+            optimizers[0].step()
+        optimizers[1].found_inf = torch.tensor(found)
+        optimizers[1].step()
+        assert same(weights(plain), weights(network))
+    (mine, _), (theirs, _) = (optimizer_state(o, n) for o, n in zip(optimizers, (plain, network)))
+    assert same(mine, theirs)
+
+
+def test_on_a_gpu_muon_and_adamw_are_told_later():
+    norm = torch.ones((), device="meta")
+    told = {name: optim._is_told_later(build_optimizer(name, Network(), **settings()), norm) for name in OPTIMIZERS}
+    assert told == {**dict.fromkeys(OPTIMIZERS, False), "adamw": True, "adam": True, "muon": True}

@@ -127,7 +127,8 @@ def step(
 
 def _is_told_later(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
     """On a CPU there is nothing to wait for."""
-    return norm.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False)
+    can_look = getattr(optimizer, "_step_supports_amp_scaling", False) or isinstance(optimizer, _TwoOptimizers)
+    return norm.device.type != "cpu" and can_look
 
 
 def with_scaler(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -272,23 +273,31 @@ def _divided_muon() -> Callable[..., torch.optim.Optimizer]:
         Sharded matrices (FSDP2) are left to torch.
         """
 
+        found_inf: Tensor | None = None  # 1 where gradients are not to be used, as fused optimizers of torch have it
+
         @torch.no_grad()
         def step(self, closure: None = None) -> None:  # type: ignore[override]
             (group,) = whole = self.param_groups
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             size = dist.get_world_size() if dist.is_initialized() else 1
-            if size == 1 or not matrices or any(hasattr(matrix, "full_tensor") for matrix in matrices):
-                super().step()  # type: ignore[no-untyped-call]
-                return
-            shares = _equal_shares(matrices, size)
-            own = shares[dist.get_rank()]
-            for matrix in set(matrices) - set(own):
-                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 1 - group["momentum"])  # type: ignore[arg-type]
+            is_divided = size > 1 and bool(matrices) and not any(hasattr(matrix, "full_tensor") for matrix in matrices)
+            shares = _equal_shares(matrices, size) if is_divided else []
+            own = shares[dist.get_rank()] if is_divided else matrices
+            momenta = {m: self.state[m].setdefault("momentum_buffer", torch.zeros_like(m)) for m in matrices}
+            before = []
+            if self.found_inf is not None:  # a momentum moves towards itself, and weights come back: nobody waits
+                before = [matrix.clone() for matrix in own]
+                for matrix, momentum in momenta.items():
+                    matrix.grad = torch.where(self.found_inf > 0, momentum, matrix.grad)
+            for matrix in momenta.keys() - set(own):
+                momenta[matrix].lerp_(matrix.grad, 1 - group["momentum"])
             self.param_groups = [{**group, "params": own}]
             super().step()  # type: ignore[no-untyped-call]
             self.param_groups = whole
-            _give_out(shares)
+            for matrix, old in zip(own, before):
+                matrix.copy_(torch.where(self.found_inf > 0, old, matrix))  # type: ignore[operator, arg-type]
+            if is_divided:
+                _give_out(shares)
 
     return DividedMuon
 
@@ -348,6 +357,7 @@ class _TwoOptimizers(torch.optim.Optimizer):
         for optimizer in self._two:
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
             optimizer.state = self.state
+            optimizer.found_inf = getattr(self, "found_inf", None)  # type: ignore[attr-defined]
             optimizer.step()
         return loss
 
