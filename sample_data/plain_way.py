@@ -2,9 +2,10 @@
 
     python sample_data/plain_way.py --like demo_output/encoder --text corpus.txt --output_dir demo_output/plain
 
-Same architecture, tokenizer, text, rows a step, length of rows, share of tokens masked and threads. What differs is
-what one gets with `Trainer`: lines joined and cut into blocks (`group_texts`), single tokens masked, logits everywhere,
-AdamW. Its rate is the preset's, which is forty times the default and better here, and falls to 0 with the seconds.
+Same architecture, tokenizer, text, rows a step, length of rows and threads. What differs is what one gets with `Trainer`:
+lines joined and cut into blocks (`group_texts`), single tokens masked, logits everywhere, AdamW. Its rate is the preset's,
+which is forty times the default, and falls to 0 with the seconds; of its tokens 30 % are masked, twice the default. In
+the tour it knew more with 30 % than with the 50 % of our run (56 and 37 % of the answers).
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="what its store was made of")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--mlm_probability", type=float, default=0.3, help="of a model with masks")
     parser.add_argument("--threads", type=int, default=2, help="as many as the run had processes")
     given = parser.parse_args()
     logging.set_verbosity_error()
@@ -90,7 +92,7 @@ def main() -> None:
     is_causal = tokenizer.mask_token is None
     torch.manual_seed(options["seed"])
     model = (AutoModelForCausalLM if is_causal else AutoModelForMaskedLM).from_config(config)
-    masked = {} if is_causal else {"mlm_probability": options["mask_probability"][0]}
+    masked = {} if is_causal else {"mlm_probability": given.mlm_probability}
     clock = Clock(seconds_of(given.like))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
