@@ -9,9 +9,10 @@ thread, one at a time; about three minutes each. Whatever a run masks, it is jud
 masked as whole words, the same for all, on rows of its longest phase. CPU seconds are those of training alone, the
 thread that makes batches among them, without evaluations and checkpoints.
 
-Runs of the second and third group change one thing of the best of the groups before (`BEST`), or of the best with Muon
-(`MUON`), so a group begins when the ones before are done. Held-out documents are those of the store: they choose. The
-documents of `test.txt` are in no store; `--show` names the command that scores a model on them.
+Runs of the second and third group change one thing of the best of the groups before (`BEST`), or of the best with
+Muon (`MUON`), of those that have run: a group begins when the ones before are done. Held-out documents are those of
+the store: they choose. The documents of `test.txt` are in no store; `--show` names the command that scores a model on
+them.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def options_of(name: str, groups: Groups, results: Mapping[str, Result], more: M
         return {k: v for k, v in START.items() if "mask" not in k or first is not CAUSAL} | dict(more) | changes
     if origin in ("BEST", "MUON"):
         before = first if name in second else first | second
-        names = [each for each in before if origin == "BEST" or results[each]["options"].get("optimizer") == "muon"]
+        done = {each: results[each]["options"] for each in before if each in results}
+        names = [each for each in done if origin == "BEST" or done[each].get("optimizer") == "muon"]
         origin = min(names, key=lambda each: results[each]["curve"][-1]["loss"])
     beneath = dict(results[origin]["options"])
     if "phase_steps" in changes:

@@ -2,10 +2,10 @@
 
     python sample_data/plain_way.py --like demo_output/encoder --text corpus.txt --output_dir demo_output/plain
 
-Same architecture, tokenizer, text, rows a step, length of rows and threads. What differs is what one gets with `Trainer`:
-lines joined and cut into blocks (`group_texts`), single tokens masked, logits everywhere, AdamW. Its rate is the preset's,
-which is forty times the default, and falls to 0 with the seconds; of its tokens 30 % are masked, twice the default. In
-the tour it knew more with 30 % than with the 50 % of our run (56 and 37 % of the answers).
+Same architecture, tokenizer, text, rows a step, length of rows and threads. What differs is what one gets with
+`Trainer`: lines joined and cut into blocks (`group_texts`), single tokens masked, logits everywhere, AdamW. Its rate
+is the preset's, which is forty times the default, and falls to 0 with the seconds; of its tokens 30 % are masked,
+twice the default. In the tour it knew more with 30 % than with the 50 % of our run (56 and 37 % of the answers).
 """
 
 from __future__ import annotations
