@@ -220,8 +220,8 @@ def todo(given: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
             yield name, options_of(name, groups, results, dict(each.split("=", 1) for each in given.set))
 
 
-def show(work_dir: Path, picture: Path, groups: Groups) -> None:
-    """A table by group, and the curves."""
+def show(work_dir: Path, picture: Path, groups: Groups, drawn: list[str]) -> None:
+    """A table by group, and the curves of those that are named, or of all but further seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,13 +229,15 @@ def show(work_dir: Path, picture: Path, groups: Groups) -> None:
 
     results = read_results(work_dir)
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True, sharey=True)
+    for panel in panels:
+        panel.set_prop_cycle(color=[pyplot.get_cmap("tab20")(each) for each in (*range(0, 20, 2), *range(1, 20, 2))])
     for group in groups:
         print("\n| run | tokens | CPU s | held-out loss | accuracy |\n|---|---|---|---|---|")
         for name in sorted((each for each in group if each in results), key=lambda n: results[n]["curve"][-1]["loss"]):
             curve, last = results[name]["curve"], results[name]["curve"][-1]
             figures = f"{last['tokens'] / 1e6:.2f} M | {last['cpu']:.0f} | {last['loss']:.3f} | {last['accuracy']:.1%}"
             print(f"| {name} | {figures} |")
-            if group is not groups[-1]:
+            if name in drawn if drawn else group is not groups[-1]:
                 for panel, key, unit in ((panels[0], "tokens", 1e6), (panels[1], "cpu", 1)):
                     panel.plot([p[key] / unit for p in curve], [p["loss"] for p in curve], label=name, linewidth=1)
     for panel, label in zip(panels, ("million tokens", "CPU seconds of training"), strict=True):
@@ -266,7 +268,9 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="tokenizer, store, runs, results")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--causal", action="store_true", help="GPT-2 instead of encoders")
-    parser.add_argument("--runs", nargs="+", default=[], help="these alone, such as b-adamw-2e-3")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], help="these alone, such as b-adamw-2e-3; with --show, in the picture"
+    )
     parser.add_argument("--set", nargs="+", default=[], help="options of all runs, such as parameter_file=wide.json")
     parser.add_argument("--show", action="store_true", help="only the tables, and --picture, of what has a result")
     parser.add_argument("--picture", type=Path, default=Path("curves.png"))
@@ -274,7 +278,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads)
     given = parser.parse_args()
     if given.show:
-        show(given.work_dir, given.picture, groups_of(given.causal))
+        show(given.work_dir, given.picture, groups_of(given.causal), given.runs)
     elif given.only:
         train(given.only, given.options, given.work_dir)
     else:
