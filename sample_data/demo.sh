@@ -1,5 +1,5 @@
 #!/bin/sh
-# A few minutes on two cores: text -> tokenizer -> token store -> an encoder on two processes -> answers that can be
+# Two minutes on two cores: text -> tokenizer -> token store -> an encoder on two processes -> answers that can be
 # checked. Every command is printed before it runs, as one types it in the folder of the project:
 #     source .venv/bin/activate; sh sample_data/demo.sh
 # WORLD=en before it, or `make demo WORLD=en`, is the same in English.
@@ -27,7 +27,7 @@ cat <<'END'
 "said so": the question's own sentence is in the text; "said otherwise": the fact is, in other words only; "worked out":
 it only follows from others (a mother's mother, a price times a number), and such a small model seldom gets it.
 "right" is the model, "beside" what transformers' Trainer made of the same text in the same seconds.
-`make tour` (a quarter of an hour) learns a larger world, with a larger model, and with a GPT-2.
+`make tour` (ten minutes) learns a larger world, with a larger model, and with a GPT-2.
 
 world       demo_output/world           corpus.txt is what was read, questions.jsonl what is asked
 tokenizer   demo_output/tokenizer       tokenizer_report.json says how it cuts the text

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A quarter of an hour on two cores: an encoder and a GPT-2 of more than a million parameters learn an invented world, and
+# Ten minutes on two cores: an encoder and a GPT-2 of more than a million parameters learn an invented world, and
 # are asked about it; beside each what transformers' Trainer makes of the same text in the same seconds.
 # Every command is printed before it runs, as one types it in the folder of the project:
 #     source .venv/bin/activate; sh sample_data/tour.sh

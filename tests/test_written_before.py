@@ -48,7 +48,11 @@ def assert_as_before(before, now, where="", near=1e-6):
 
 
 def assert_same_weights(before, folder):
-    """Each file has the same bits, or each tensor the same norm and the same values at four places, to 1e-6."""
+    """Each file has the same bits, or each tensor the same norm and the same values at four places.
+
+    Nearly, as another kind of CPU rounds otherwise; a step moves a weight by 1e-4 and more. The gradient of a bias of keys
+    is nothing but rounding, of which Adam makes whole steps.
+    """
     for name, was in before.items():
         if sha256((folder / name).read_bytes()).hexdigest() == was["sha256"]:
             continue
@@ -58,7 +62,8 @@ def assert_same_weights(before, folder):
             places = torch.linspace(0, len(flat) - 1, 4).long().unique()
             now[key] = [tensor.double().norm().item(), *flat[places].tolist()]
         assert now.keys() == was["tensors"].keys()
-        assert_as_before(was["tensors"], now, name)
+        kept = {key: values for key, values in was["tensors"].items() if not key.endswith("key.bias")}
+        assert_as_before(kept, now, name, near=2e-5)
 
 
 def logged(run_dir):
@@ -128,7 +133,7 @@ def test_an_electra_checkpoint_comes_apart(there):
 def test_a_finished_classifier_answers(there):
     words = ["--model_dir", "finished_trained_model", "--input_file", "new.txt"]
     done = run_script("predict_classifier.py", *words, cwd=there)
-    assert_as_before(rows_of(EXPECTED["predictions"]), rows_of(done.stdout))
+    assert_as_before(rows_of(EXPECTED["predictions"]), rows_of(done.stdout), near=2e-6)  # six digits are written
 
 
 def test_a_finished_classifier_is_reported(there):

@@ -267,7 +267,8 @@ class PolicyHead(nn.Module):
         """(B, P) float32 for (B, P, H)."""
         states = self.hidden(states)
         states = self.activation(self.dropout(states)) if self.drop_first else self.dropout(self.activation(states))
-        return self.output(states)[..., 0].float()  # type: ignore[no-any-return]
+        # As a product with one column, some CPUs would give it other bits at another place in memory.
+        return (states * self.output.weight[0]).sum(-1).float() + self.output.bias.float()
 
 
 class PolicyModel(PreTrainedModel):  # type: ignore[no-untyped-call]
