@@ -50,8 +50,8 @@ def assert_as_before(before, now, where="", near=1e-6):
 def assert_same_weights(before, folder):
     """Each file has the same bits, or each tensor the same norm and the same values at four places.
 
-    Nearly, as another kind of CPU rounds otherwise; a step moves a weight by 1e-4 and more. The gradient of a bias of keys
-    is nothing but rounding, of which Adam makes whole steps.
+    Nearly, as another kind of CPU rounds otherwise; a step moves a weight by 1e-4 and more. The gradient of a bias of
+    keys is nothing but rounding, of which Adam makes whole steps.
     """
     for name, was in before.items():
         if sha256((folder / name).read_bytes()).hexdigest() == was["sha256"]:
