@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -84,6 +86,22 @@ def test_machines_that_are_set_up_otherwise(fault, machines, tmp_path):
         expected = r"LMS_CLUSTER is .* on process 0 \(host x\.example\.org\)"
     usual = announcement([AnnouncedNode("x.example.org", 1), AnnouncedNode("y.example.org", 1)])
     assert re.search(expected, errors(machines, env=usual, of_node={1: own}))
+
+
+ENDS = """
+import os, signal
+from torch.distributed import HashStore
+from lmscripts.training.joining import World
+
+met = World(HashStore(), 0, 1, 600)
+met.tell("a problem")
+met.part()
+os.kill(os.getpid(), signal.SIGUSR2)  # of the thread, which has heard of it by now
+"""
+
+
+def test_who_hears_of_a_problem_while_it_ends_is_not_killed_by_that():
+    assert subprocess.run([sys.executable, "-c", ENDS], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
 
 
 def test_the_odd_one_is_named(monkeypatch):

@@ -170,8 +170,10 @@ class World:
 
     def part(self) -> str:
         """Stop watching; what another process told meanwhile, empty for nothing."""
+        self._is_ending = True
         self._over.set()
-        signal.signal(signal.SIGUSR2, self._earlier)
+        if self._earlier is not signal.SIG_DFL:  # else the thread's signal, if it is under way, would kill this process
+            signal.signal(signal.SIGUSR2, self._earlier)
         return self._told
 
 
