@@ -159,8 +159,9 @@ def train(name: str, options: Mapping[str, str], work_dir: Path) -> None:
     def finish(code: int) -> None:
         file = work_dir / "results" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
-        file.with_suffix(".part").write_text(json.dumps({"name": name, "options": dict(options), "curve": curve}))
-        os.replace(file.with_suffix(".part"), file)
+        if not code:  # a run that was stopped has no result
+            file.with_suffix(".part").write_text(json.dumps({"name": name, "options": dict(options), "curve": curve}))
+            os.replace(file.with_suffix(".part"), file)
         os._exit(code)
 
     run_pretraining.stopped_while_evaluating, run_pretraining.leave = judge, finish
