@@ -28,6 +28,7 @@ demo tour: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" sh sample_data/$@.sh
 
 # Decisions that follow a rule: made, prepared, learnt on two processes, judged on others; and three of them in words.
+demo-policy: export ACCELERATE_USE_CPU = true
 demo-policy: $(READY)
 	rm -rf $(DEMO)
 	$(BIN)/python scripts/make_annotations.py --output_file $(DEMO)/made.txt --num_records 20000 --rule sequence

@@ -52,6 +52,7 @@ FIRST: dict[str, dict[str, str]] = {
     "b-muon-2e-3": BERT | MUON | {"learning_rate": "2e-3"},
     "b-muon-8e-3": BERT | MUON | {"learning_rate": "8e-3"},
     "mb-muon-1.6e-2": MUON | {"learning_rate": "1.6e-2"},
+    "mb-adamw-1e-3": {"learning_rate": "1e-3"},
 }
 # The budget of all is 16,000 rows of 128.
 SECOND: dict[str, dict[str, str]] = {
@@ -67,6 +68,7 @@ SECOND: dict[str, dict[str, str]] = {
     "mask-40-length": {"from": "length-64-to-128", "mask_probability": "0.4"},
     "mask-50-length": {"from": "length-64-to-128", "mask_probability": "0.5"},
     "adamw-mask-40": {"from": "mb-adamw-2e-3", "mask_probability": "0.4"},
+    "muon-mask-40": {"from": "MUON", "mask_probability": "0.4"},
     "muon-warmed": {"from": "MUON", "muon": "warmed"},
     "muon-cautious": {"from": "MUON", "muon": "cautious"},
     "muon-normal": {"from": "MUON", "muon": "normal"},

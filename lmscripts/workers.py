@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -64,7 +65,8 @@ def in_order(
         try:
             for item, where in chain(first, taken):
                 places.append(where)
-                waiting.append(pool.submit(_call, item))
+                with _not_interrupted():  # workers inherit it, which are being made here
+                    waiting.append(pool.submit(_call, item))
                 if len(waiting) > 2 * num_workers:
                     yield _first(pool, waiting, tick)
                     places.popleft()
@@ -78,6 +80,16 @@ def in_order(
             asking.close()
             pool.shutdown(cancel_futures=True)
             asked.close()
+
+
+@contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """An interrupt from the keyboard comes after the block; what is started in it has none."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _first(pool: ProcessPoolExecutor, waiting: deque[Future[Result]], tick: Callable[[], None]) -> Result:
@@ -112,7 +124,6 @@ _worker: dict[str, Any] = {}
 
 
 def _start(function: Callable[[Any], Any], asked: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and says so once
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.update(function=function, asked=asked)
 

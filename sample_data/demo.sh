@@ -4,6 +4,7 @@
 #     source .venv/bin/activate; sh sample_data/demo.sh
 # WORLD=en before it, or `make demo WORLD=en`, is the same in English.
 set -e
+export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1  # two processes of one thread, also where there are more cores or a GPU
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 case ${WORLD:-ja} in
     ja) text="demo_output/world/corpus.txt sample_data/articles.txt" words="" ;;
@@ -11,7 +12,7 @@ case ${WORLD:-ja} in
     *) echo "WORLD is ja or en, not $WORLD" >&2; exit 2 ;;
 esac
 
-rm -rf demo_output
+(mkdir -p demo_output; cd demo_output; rm -rf world tokenizer store encoder plain)
 run python sample_data/world.py --output_dir demo_output/world --language ${WORLD:-ja} --megabytes 1.5 \
     --people 6 --towns 4 --goods 1 --things 8
 run python scripts/train_tokenizer.py --input_file $text --model_dir demo_output/tokenizer $words --vocab_size 4096

@@ -106,16 +106,18 @@ def main() -> None:
             disable_tqdm=True,
             use_cpu=True,
             seed=options["seed"],
+            weight_decay=0.01,
         )
-        optimizer = torch.optim.AdamW(model.parameters(), lr=given.learning_rate, weight_decay=0.01)
         trainer = Trainer(
             model,
             arguments,
             DataCollatorForLanguageModeling(tokenizer, mlm=not is_causal, **masked),
             blocks_of(given.text, tokenizer, options["sequence_length"][0], is_causal),
             callbacks=[clock],
-            optimizers=(optimizer, LambdaLR(optimizer, clock.left)),
         )
+        warmup = options["warmup_steps"]
+        rate = lambda step: clock.left() * min(1.0, (step + 1) / warmup)  # noqa: E731
+        trainer.lr_scheduler = LambdaLR(trainer.create_optimizer(), rate)
         trainer.train()
     model.save_pretrained(given.output_dir)
     tokenizer.save_pretrained(given.output_dir)

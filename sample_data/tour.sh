@@ -5,6 +5,7 @@
 #     source .venv/bin/activate; sh sample_data/tour.sh
 # WORLD=en before it, or `make tour WORLD=en`, is the same in English.
 set -e
+export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1  # two processes of one thread, also where there are more cores or a GPU
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 case ${WORLD:-ja} in
     ja) text="tour_output/world/corpus.txt sample_data/articles.txt" words="" ;;

@@ -180,13 +180,18 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--language", default="ja", choices=("ja", "en"))
     parser.add_argument("--megabytes", type=float, default=6.0, help="of text")
-    parser.add_argument("--people", type=int, default=80)
-    parser.add_argument("--towns", type=int, default=16, help="at most 16")
-    parser.add_argument("--goods", type=int, default=10, help="at most 10")
+    parser.add_argument("--people", type=int, default=80, metavar="N", help="4 to 80")
+    parser.add_argument("--towns", type=int, default=16, metavar="N", help="2 to 16")
+    parser.add_argument("--goods", type=int, default=10, metavar="N", help="1 to 10")
     parser.add_argument("--things", type=int, default=16, choices=(4, 8, 16), help="that have a season")
     parser.add_argument("--longest", type=int, default=8, help="sentences of a document on facts, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    for name, (fewest, most) in {"people": (4, 80), "towns": (2, 16), "goods": (1, 10)}.items():
+        if not fewest <= getattr(given, name) <= most:
+            parser.error(f"--{name} must be from {fewest} to {most}, got {getattr(given, name)}")
+    if given.longest < 1:
+        parser.error(f"--longest must be 1 or more, got {given.longest}")
     language = yaml.safe_load(Path(__file__).with_name(f"world_{given.language}.yaml").read_text(encoding="utf-8"))
     language["towns"] = language["towns"][: given.towns]
     language["goods"] = dict([*language["goods"].items()][: given.goods])

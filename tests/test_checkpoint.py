@@ -1,6 +1,7 @@
 import os
 import shutil
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,3 +255,18 @@ def test_a_run_folder_that_goes_while_it_is_saved_is_said_with_the_way_out(tmp_p
 
     with pytest.raises(UserError, match=r"could not save .*run is gone\. .*--do_continue"):
         checkpoints.save_checkpoint(tmp_path / "run" / "checkpoint-5", go, {}, {})
+
+
+def test_copies_for_the_writer_are_those_of_now_when_an_optimizer_has_got_a_state():
+    """At the first save it may have none: no step had finite gradients yet."""
+    folder = SimpleNamespace(_copies=[])
+    first = [torch.ones(2)]
+    assert len(list(RunFolder._copied(folder, first))) == 1
+    more = [torch.full((2,), 3.0), torch.full((3, 1), 4.0)]
+    copied = list(RunFolder._copied(folder, more))
+    assert [each.tolist() for each in copied] == [[3.0, 3.0], [[4.0], [4.0], [4.0]]]
+    kept = folder._copies
+    more[0].zero_()
+    assert copied[0].tolist() == [3.0, 3.0]
+    list(RunFolder._copied(folder, more))
+    assert folder._copies is kept  # the same memory from then on

@@ -350,6 +350,18 @@ def test_a_process_that_is_stopped_is_killed_and_one_that_works_is_not():
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "lives\n"), done.stderr
 
 
+def test_a_process_that_ends_is_killed_where_that_hangs_but_not_before_its_checkpoint_is_written():
+    program = (
+        "import threading, time; from lmscripts.training.peers import Clock; from lmscripts.errors import WRITER; "
+    )
+    program += (
+        "clock = Clock(600); writer = threading.Thread(target=time.sleep, args=[5], name=WRITER); writer.start(); "
+    )
+    program += "clock.end_within(2); writer.join(); print('written', flush=True); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "written\n"), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_without_our_launcher(world, number):

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import worlds
@@ -149,3 +151,37 @@ def test_a_folder_is_compared_by_what_says_what_is_in_it(tmp_path):
     }
     assert found["store/manifest.json"][1] == found["table.csv"][1] != ""
     assert found["store/tokens.bin"][1] == ""
+
+
+ALL_AT_ONCE = """
+import multiprocessing, os
+from lmscripts.training import handing, joining
+
+parent = os.getpid()
+joining.launcher = lambda: parent
+
+
+def work(together, answers):
+    found = set()
+    for number in range(200):
+        together.wait()
+        found.add(handing.begun_on(f"run {number}", "host:/run"))
+    answers.put(found)
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    together, answers = fork.Barrier(4), fork.Queue()
+    processes = [fork.Process(target=work, args=(together, answers)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    print(set.union(*(answers.get() for _ in processes)))
+"""
+
+
+def test_all_processes_of_a_machine_see_where_the_run_was_begun(tmp_path):
+    """They look at the same moment, at the start of a job."""
+    of_test = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    given = {"env": {**os.environ, **of_test}, "capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run([sys.executable, "-c", ALL_AT_ONCE], **given)
+    assert done.stdout == "{'host:/run'}\n", done.stderr

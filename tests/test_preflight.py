@@ -6,15 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import worlds
-from conftest import ROOT, SAMPLE, TINY_PRESET, free_port, run_script
+from conftest import PATIENCE, ROOT, SAMPLE, TINY_PRESET, free_port, run_script
 from torch.distributed import HashStore
 
 from lmscripts.cluster.announced import AnnouncedNode, announcement
-from lmscripts.errors import UserError
+from lmscripts.errors import OfAnother, UserError
 from lmscripts.training import joining
 
 pytestmark = pytest.mark.launch
@@ -102,6 +104,37 @@ os.kill(os.getpid(), signal.SIGUSR2)  # of the thread, which has heard of it by 
 
 def test_who_hears_of_a_problem_while_it_ends_is_not_killed_by_that():
     assert subprocess.run([sys.executable, "-c", ENDS], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+
+
+def test_who_hears_of_a_problem_while_it_is_about_to_tell_its_own_ends_with_a_sentence(monkeypatch):
+    """The signal of the thread comes before the main thread has said that it is ending."""
+    store = HashStore()
+    monkeypatch.setattr(joining, "_meet", lambda timeout: joining.World(store, 0, 2, 600))
+    monkeypatch.setattr(joining, "_check", lambda met, problem: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def slow(error):
+        for key, value in {"problem": "process 1: its file is missing", "heard/1": ""}.items():
+            store.set(key, value)
+        time.sleep(PATIENCE)
+
+    monkeypatch.setattr(joining, "sentence_of", slow)
+    with pytest.raises(OfAnother, match=r"^process 1: its file is missing$"), joining.join():
+        raise UserError("the file of this one is missing")
+
+
+def test_who_ends_with_its_own_reason_is_not_ended_by_its_thread(monkeypatch):
+    ended = []
+    monkeypatch.setattr(joining, "_GRACE", 1)
+    monkeypatch.setattr(joining, "end_with", lambda *args, **how: ended.append(args))
+    met = joining.World(HashStore(), 0, 2, 600)
+    told = threading.Thread(target=met._hear, args=["a problem"])
+    met._is_ending = True
+    told.start()
+    time.sleep(1.2)  # as long as `tell` waits for the others, and a little more
+    met.part()
+    told.join()
+    assert ended == []
 
 
 def test_the_odd_one_is_named(monkeypatch):

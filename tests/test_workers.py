@@ -126,3 +126,38 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path, number):
     process.wait()
     assert len(workers) == 2
     assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []
+
+
+INTERRUPTED = """
+import os, sys, time
+from lmscripts.errors import user_errors
+from lmscripts.workers import in_order
+
+
+class Slow:
+    def __setstate__(self, state):  # in a worker, before it is asked for anything
+        print("begins", flush=True)
+        time.sleep(3)
+
+    def __getstate__(self):
+        return {"a": 1}
+
+    def __call__(self, item):
+        return item
+
+
+if __name__ == "__main__":
+    with user_errors():
+        list(in_order(Slow(), range(100), 2))
+"""
+
+
+def test_an_interrupt_while_workers_begin_is_said_once(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(INTERRUPTED, encoding="utf-8")
+    how = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, str(program)], start_new_session=True, text=True, **how)
+    assert process.stdout.readline() == "begins\n"
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+    _, said = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said) == (2, "error: stopped from the keyboard\n")

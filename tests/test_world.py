@@ -26,6 +26,17 @@ def world(request, tmp_path_factory):
     return made(tmp_path_factory.mktemp("world"), "--language", request.param, megabytes=3)
 
 
+@pytest.mark.parametrize("words", [("--people", "3"), ("--people", "81"), ("--towns", "1"), ("--goods", "11")])
+def test_a_world_that_cannot_be_is_refused(words, tmp_path):
+    done = subprocess.run(
+        [sys.executable, WORLD, "--output_dir", tmp_path / "it", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"{words[0]} must be from " in done.stderr
+    assert done.stderr.endswith(f", got {words[1]}\n")
+    assert not (tmp_path / "it").exists()
+
+
 def test_the_text_says_what_its_groups_promise(world):
     text, questions = world
     sentences = set(text.split("\n"))

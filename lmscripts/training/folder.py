@@ -417,7 +417,7 @@ class RunFolder:
     def _copied(self, tensors: list[Tensor]) -> Iterator[Tensor]:
         """Tensors as they are now, in memory on the CPU that is kept for the next time, one after another."""
         is_on_gpu = tensors[0].device.type == "cuda"
-        if not self._copies:
+        if [each.shape for each in self._copies] != [each.shape for each in tensors]:  # at first, or of more parameters
             self._copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=is_on_gpu) for each in tensors]
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor.detach(), non_blocking=is_on_gpu)

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from lmscripts.errors import UserError, naming
-from lmscripts.files import file_sha256, replaced_folder, user_cache
+from lmscripts.files import file_sha256, replaced_folder, user_cache, write_text
 from lmscripts.models.finding import CHECKSUMS, STATE, find_damage, find_saved, list_checkpoints, run_of
 from lmscripts.training import joining
 
@@ -137,7 +137,7 @@ def begun_on(own: str, of_main: str) -> str:
     mark = user_cache() / _RUNS / hashlib.sha256(key.encode()).hexdigest()[:16] / "begun"
     if not mark.exists():
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(of_main, encoding="utf-8")
+        write_text(mark, of_main)  # whole, as the other processes of this machine look at the same moment
     return mark.read_text(encoding="utf-8")
 
 

@@ -147,7 +147,8 @@ class World:
         self._heard.set()
         self._store.set(f"heard/{self.rank}", "")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
-        if not self._over.wait(_GRACE):
+        # One that ends by itself waits so long for a sign that the others heard it, and has its own reason.
+        if not self._over.wait(1.5 * _GRACE if self._is_ending else _GRACE):
             end_with(problem, 2, of_another=True)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -215,11 +216,22 @@ def join(expected_processes: int | None = None, timeout_seconds: int | None = No
     expected_processes = expected_processes or _said("expected_processes")
     _world = met = _meet(timeout_seconds or _said("timeout") or 600)
     try:
-        refuse_others()
-        _check(met, _of_number(launched, expected_processes))
-        yield
-    except _Ended:
+        with _telling(met):
+            refuse_others()
+            _check(met, _of_number(launched, expected_processes))
+            yield
+    except _Ended:  # also where this one was about to tell something itself
         raise OfAnother(met.part()) from None
+    finally:
+        met.part()
+        _world = None
+
+
+@contextmanager
+def _telling(met: World) -> Iterator[None]:
+    """What goes wrong in the block is told to the others, and raised as what all end with."""
+    try:
+        yield
     except (Exception, KeyboardInterrupt) as error:
         if peers.is_lost(error) or isinstance(error, OfAnother):
             raise OfAnother(met.explain(error)) from None
@@ -235,9 +247,6 @@ def join(expected_processes: int | None = None, timeout_seconds: int | None = No
         if stop.code and isinstance(stop.__context__, UserError):
             met.tell(f"{who(met.rank)}: {stop.__context__}")
         raise
-    finally:
-        met.part()
-        _world = None
 
 
 def _said(name: str) -> int | None:

@@ -269,7 +269,8 @@ def _divided_muon() -> Callable[..., torch.optim.Optimizer]:
         """Each process orthogonalises its share of the matrices, and gives the others the weights.
 
         The products, in bfloat16, are most of a step of Muon. Machines of different kinds round them differently: as
-        weights are handed over and not computed twice, the copies stay the same. All processes keep every momentum.
+        weights are handed over and not computed twice, the copies of these matrices stay the same. All processes keep
+        every momentum.
         Sharded matrices (FSDP2) are left to torch.
         """
 

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 
+from lmscripts.errors import WRITER
+
 # What gloo, NCCL and the launcher's store say where another process or the way to it has gone.
 _OF_NETWORK = ("gloo", "nccl", "tcpstore", "socket")
 _LOST = (
@@ -44,22 +46,30 @@ class Clock:
 
     def __init__(self, seconds: int) -> None:
         """Begin; the process may be stopped for so many seconds."""
-        self._libc, self._timer, self._is_ending = ctypes.CDLL(None), ctypes.c_void_p(), sys.platform != "linux"
+        self._libc, self._timer, self._seconds = ctypes.CDLL(None), ctypes.c_void_p(), seconds
+        self._is_ending = False
         event = (ctypes.c_int * 16)(0, 0, signal.SIGKILL)  # struct sigevent of kind SIGEV_SIGNAL
-        if not self._is_ending:
+        if sys.platform == "linux":
             self._libc.timer_create(time.CLOCK_MONOTONIC, event, ctypes.byref(self._timer))
-            threading.Thread(target=self._wind, args=[seconds], daemon=True).start()
+            threading.Thread(target=self._wind, daemon=True).start()
 
-    def _wind(self, seconds: int) -> None:
-        while not self._is_ending:
-            self._set(seconds)
+    def _wind(self) -> None:
+        while True:
+            is_last = self._is_ending and not _is_writing()
+            self._set()
+            if is_last:
+                return
             time.sleep(1)
 
-    def _set(self, seconds: int) -> None:
-        self._libc.timer_settime(self._timer, 0, (ctypes.c_long * 4)(0, 0, seconds, 0), None)  # struct itimerspec
+    def _set(self) -> None:
+        self._libc.timer_settime(self._timer, 0, (ctypes.c_long * 4)(0, 0, self._seconds, 0), None)  # struct itimerspec
 
     def end_within(self, seconds: int) -> None:
-        """This process is about to end; where that hangs, it is killed as well."""
-        self._is_ending = True
+        """This process is about to end; where that hangs, it is killed, but not while it writes a checkpoint."""
+        self._seconds, self._is_ending = seconds, True
         if sys.platform == "linux":
-            self._set(seconds)
+            self._set()
+
+
+def _is_writing() -> bool:
+    return any(thread.name == WRITER for thread in threading.enumerate())
