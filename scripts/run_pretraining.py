@@ -633,6 +633,7 @@ def train(options: Options, run: Run) -> str:
 
         if state.step % options.logging_steps == 0 or state.step == data.num_steps:
             record = meter.read(accelerator, objective.metrics)
+            state.settle()  # the norm is waited for here
             more = {"learning_rate": learning_rate, "gradient_norm": float(norm), "tokens": state.real_tokens}
             report(state.step, record | more | {"skipped_steps": state.skipped_steps}, log.in_words(record))
         stopped = stops > 0 or stopped_while_evaluating(options, run, meter, report, stop_asked)
