@@ -76,7 +76,7 @@ SECOND: dict[str, dict[str, str]] = {
 GPT2 = {"model_type": "gpt2-tiny"}
 CAUSAL: dict[str, dict[str, str]] = {
     f"{optimizer}-{rate}": GPT2 | {"optimizer": optimizer, "learning_rate": rate}
-    for optimizer, rates in (("adamw", ("2e-3", "1e-3", "4e-3")), ("muon", ("2e-3", "4e-3", "8e-3")))
+    for optimizer, rates in (("adamw", ("2e-3", "1e-3", "4e-3")), ("muon", ("2e-3", "4e-3", "8e-3", "1.6e-2")))
     for rate in rates
 }
 Result = dict[str, Any]

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Ten minutes on two cores: an encoder and a GPT-2 of more than a million parameters learn an invented world, and
+# Ten minutes on two cores: an encoder and a GPT-2 of three million parameters learn an invented world, and
 # are asked about it; beside each what transformers' Trainer makes of the same text in the same seconds.
 # Every command is printed before it runs, as one types it in the folder of the project:
 #     source .venv/bin/activate; sh sample_data/tour.sh
@@ -14,8 +14,8 @@ case ${WORLD:-ja} in
 esac
 
 rm -rf tour_output
-run python sample_data/world.py --output_dir tour_output/world --language ${WORLD:-ja} --megabytes 4 \
-    --people 12 --towns 6 --goods 3 --things 8
+run python sample_data/world.py --output_dir tour_output/world --language ${WORLD:-ja} --megabytes 5 \
+    --people 8 --towns 5 --goods 2 --things 8
 
 echo; echo "An encoder: it sees a sentence with some words masked, and learns to say what they were."
 run python scripts/train_tokenizer.py --input_file $text --model_dir tour_output/tokenizer $words --vocab_size 4096
