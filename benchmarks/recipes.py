@@ -247,7 +247,7 @@ def show(work_dir: Path, picture: Path, groups: Groups, drawn: list[str]) -> Non
         panel.set_xlabel(label)
         panel.set_ylim(top=6.0)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out loss, 15 % masked (nats)")
+    panels[0].set_ylabel("held-out loss (nats)" if groups[0] is CAUSAL else "held-out loss, 15 % masked (nats)")
     panels[1].legend(fontsize=6, ncol=2)
     figure.savefig(picture, dpi=80)
     score = "python scripts/evaluate_lm.py --mask_unit word --model_dir"
