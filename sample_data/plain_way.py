@@ -115,7 +115,7 @@ def main() -> None:
             blocks_of(given.text, tokenizer, options["sequence_length"][0], is_causal),
             callbacks=[clock],
         )
-        warmup = options["warmup_steps"]
+        warmup = options["warmup_steps"] or 1
         rate = lambda step: clock.left() * min(1.0, (step + 1) / warmup)  # noqa: E731
         trainer.lr_scheduler = LambdaLR(trainer.create_optimizer(), rate)
         trainer.train()

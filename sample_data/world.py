@@ -89,8 +89,6 @@ class World:
         language, draw = self.language, self._draw
         parts = language["names"]
         names = [first + second for first in parts["first"] for second in parts["second"]]
-        if number > len(names):
-            raise SystemExit(f"--people {number}: there are names for {len(names)}")
         draw.shuffle(names)
         people = names[:number]
         trades = {person: draw.choice(language["trades"]) for person in people}
@@ -180,14 +178,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--language", default="ja", choices=("ja", "en"))
     parser.add_argument("--megabytes", type=float, default=6.0, help="of text")
-    parser.add_argument("--people", type=int, default=80, metavar="N", help="4 to 80")
+    parser.add_argument("--people", type=int, default=80, metavar="N", help="4 to 144")
     parser.add_argument("--towns", type=int, default=16, metavar="N", help="2 to 16")
     parser.add_argument("--goods", type=int, default=10, metavar="N", help="1 to 10")
     parser.add_argument("--things", type=int, default=16, choices=(4, 8, 16), help="that have a season")
     parser.add_argument("--longest", type=int, default=8, help="sentences of a document on facts, at most")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    for name, (fewest, most) in {"people": (4, 80), "towns": (2, 16), "goods": (1, 10)}.items():
+    for name, (fewest, most) in {"people": (4, 144), "towns": (2, 16), "goods": (1, 10)}.items():
         if not fewest <= getattr(given, name) <= most:
             parser.error(f"--{name} must be from {fewest} to {most}, got {getattr(given, name)}")
     if given.longest < 1:
