@@ -129,7 +129,7 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path, number):
 
 
 INTERRUPTED = """
-import os, sys, time
+import os, signal, sys, time
 from lmscripts.errors import user_errors
 from lmscripts.workers import in_order
 
@@ -147,6 +147,7 @@ class Slow:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
     with user_errors():
         list(in_order(Slow(), range(100), 2))
 """
