@@ -611,7 +611,8 @@ def round_of(kill):
         time.sleep(0.05)
         owner = None
         for number in children:  # the one that has the file open is the builder
-            links = [os.readlink(f"/proc/{number}/fd/{fd}") for fd in os.listdir(f"/proc/{number}/fd")]
+            paths = [f"/proc/{number}/fd/{fd}" for fd in os.listdir(f"/proc/{number}/fd")]
+            links = [os.path.realpath(path) for path in paths]  # one may be closed by now
             owner = number if str(building) in links else owner
         os.kill(owner, signal.SIGKILL)
     codes = [os.waitpid(number, 0)[1] for number in children]
