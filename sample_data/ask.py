@@ -52,8 +52,8 @@ def by_mask(model: Any, tokenizer: Any, filled: list[list[int]]) -> list[float]:
     asked = [row[:begin] + [tokenizer.mask_token_id] * length + row[len(row) - end :] for length in lengths]
     places = dict(zip(lengths, log_likely(model, tokenizer, asked)))
     return [
-        sum(float(places[len(span)][begin + place, token]) for place, token in enumerate(span)) / len(span)
-        for span in spans
+        sum(float(places[len(span)][begin + place, token]) for place, token in enumerate(span)) / max(1, len(span))
+        for span in spans  # none where the tokenizer knows none of the choices, which are one to it
     ]
 
 
