@@ -79,7 +79,7 @@ def test_a_run_learns_the_facts_of_its_text(tmp_path):
     """The whole way from text to answers, on the questions' own sentences: few words, so that half a minute is enough.
 
     Of the 39 it had 56 to 82 % right with four seeds, a guess has 33 %. A run with the labels one place off had 36 %,
-    with nothing masked 18 %, with the tokens of a row in another order 36 %, with a vocabulary too small for names 26 %.
+    with nothing masked 18 %, with the tokens of a row in another order 36 %, with too small a vocabulary 26 %.
     """
     sizes = ("--people", 4, "--towns", 4, "--goods", 1, "--things", 8)
     _, questions = made(tmp_path / "world", megabytes=0.01, sizes=sizes)
